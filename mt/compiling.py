@@ -1,0 +1,50 @@
+"""Compile once, and keep what was compiled."""
+
+from collections.abc import Callable
+import functools
+import uuid
+
+import chex
+import jax
+
+from mt import errors
+from mt import weights
+
+
+def jit_once(fn: Callable, **kwargs) -> Callable:
+  """`jax.jit` that refuses to trace its function a second time.
+
+  A second trace means that a shape or a dtype changed between two calls, which
+  would cost a compilation at every such change; it raises AssertionError.
+
+  Args:
+    fn: with a `__name__`, which the compiled program bears.
+    **kwargs: of jax.jit.
+  """
+
+  def once(*args):
+    return fn(*args)
+
+  # chex counts by name and place of definition: a fresh name for each wrapper
+  # lets two of them live in one process.
+  once.__name__ = f'{fn.__name__}_{uuid.uuid4().hex}'
+  counted = chex.assert_max_traces(once, n=1)
+  return jax.jit(functools.wraps(fn)(counted), **kwargs)
+
+
+def keep_compiled_programs() -> None:
+  """Turns on JAX's persistent compilation cache, for a fast second start.
+
+  JAX_COMPILATION_CACHE_DIR, if set, names the folder.
+  """
+  if not jax.config.jax_compilation_cache_dir:
+    folder = weights.cache_dir() / 'compiled'
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+      raise errors.UserError(
+        f'{folder}: cannot keep compiled programs ({e.strerror}); set '
+        'JAX_COMPILATION_CACHE_DIR or XDG_CACHE_HOME to a writable folder.'
+      ) from None
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

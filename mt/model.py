@@ -1,0 +1,404 @@
+"""Gemma 1, 2 and 3 text models as pure functions over a plain pytree.
+
+Dimension letters, used in every shape of this project:
+  B batch rows, L tokens in a row, S cache slots, D model width, H query heads,
+  K key/value heads, G = H / K query heads per key/value head, A head width,
+  F feed-forward width, V vocabulary, N layers, R LoRA rank, T targets.
+
+Parameters are a nested dict; everything under `layers` is stacked on a leading
+axis N and consumed by one `lax.scan`, so that the compile time does not grow
+with depth:
+
+  embedding [V, D]          final_norm [D]
+  layers/attn_norm [N, D]   layers/q [N, D, H*A]   layers/k, v [N, D, K*A]
+  layers/o [N, H*A, D]      layers/ffw_norm [N, D]
+  layers/gate, up [N, D, F] layers/down [N, F, D]
+  Gemma 2 and 3 add layers/post_attn_norm, post_ffw_norm [N, D];
+  Gemma 3 adds layers/q_norm, k_norm [N, A].
+
+Norm weights are stored as the published checkpoints do: the factor is 1 + w.
+Any matrix `m` may have low-rank partners `m_lora_a` [N, in, R] and `m_lora_b`
+[N, R, out], whose product is added to it (see mt/lora.py).
+
+Sources: Gemma (arXiv 2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786).
+The tests compare values and gradients with the modules of the `gemma` package.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+Params = dict[str, Any]
+
+MASKED = -2.3819763e38  # Gemma's own "minus infinity" for attention logits.
+_GLOBAL_WINDOW = 2**30  # Wider than any sequence.
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The shape of one Gemma text model.
+
+  Attributes:
+    vocab_size: V, rows of the embedding (tied with the output layer).
+    num_layers: N.
+    embed_dim: D.
+    hidden_dim: F.
+    num_heads: H.
+    num_kv_heads: K; 1 is multi-query, H is multi-head attention.
+    head_dim: A.
+    query_scale: factor on the queries before the attention product.
+    attention: pattern of 'L' (sliding window) and 'G' (global), repeated over
+      the layers.
+    window: tokens a local layer sees, the current one included.
+    rope_base_local: RoPE wavelength base of local layers.
+    rope_base_global: RoPE wavelength base of global layers.
+    rope_scale_global: positions are divided by it in global layers.
+    attn_softcap: attention logits become cap * tanh(logits / cap).
+    final_softcap: the same for the output logits.
+    qk_norm: RMSNorm on queries and keys (Gemma 3).
+    post_norms: RMSNorm after attention and feed-forward (Gemma 2 and 3).
+  """
+
+  vocab_size: int
+  num_layers: int
+  embed_dim: int
+  hidden_dim: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  query_scale: float
+  attention: str = 'G'
+  window: int | None = None
+  rope_base_local: float = 10_000.0
+  rope_base_global: float = 10_000.0
+  rope_scale_global: float = 1.0
+  attn_softcap: float | None = None
+  final_softcap: float | None = None
+  qk_norm: bool = False
+  post_norms: bool = False
+
+
+def _gemma1(layers, width, hidden, heads, kv_heads):
+  return ModelConfig(
+    256_128, layers, width, hidden, heads, kv_heads, 256, 256**-0.5
+  )
+
+
+def _gemma2(layers, width, hidden, heads, kv_heads, head_dim, query_dim):
+  return ModelConfig(
+    256_128,
+    layers,
+    width,
+    hidden,
+    heads,
+    kv_heads,
+    head_dim,
+    query_dim**-0.5,
+    attention='LG',
+    window=4096,
+    attn_softcap=50.0,
+    final_softcap=30.0,
+    post_norms=True,
+  )
+
+
+def _gemma3(
+  layers, width, hidden, heads, kv_heads, head_dim, query_dim, window, scale
+):
+  return ModelConfig(
+    262_144,
+    layers,
+    width,
+    hidden,
+    heads,
+    kv_heads,
+    head_dim,
+    query_dim**-0.5,
+    attention='LLLLLG',
+    window=window,
+    rope_base_global=1_000_000.0,
+    rope_scale_global=scale,
+    qk_norm=True,
+    post_norms=True,
+  )
+
+
+SIZES: dict[str, ModelConfig] = {
+  'gemma1_2b': _gemma1(18, 2048, 16_384, 8, 1),
+  'gemma1_7b': _gemma1(28, 3072, 24_576, 16, 16),
+  'gemma2_2b': _gemma2(26, 2304, 9216, 8, 4, 256, 256),
+  'gemma2_9b': _gemma2(42, 3584, 14_336, 16, 8, 256, 256),
+  'gemma2_27b': _gemma2(46, 4608, 36_864, 32, 16, 128, 144),
+  'gemma3_270m': _gemma3(18, 640, 2048, 4, 1, 256, 256, 512, 1.0),
+  'gemma3_1b': _gemma3(26, 1152, 6912, 4, 1, 256, 256, 512, 1.0),
+  'gemma3_4b': _gemma3(34, 2560, 10_240, 8, 4, 256, 256, 1024, 8.0),
+  'gemma3_12b': _gemma3(48, 3840, 15_360, 16, 8, 256, 256, 1024, 8.0),
+  'gemma3_27b': _gemma3(62, 5376, 21_504, 32, 16, 128, 168, 1024, 8.0),
+  # Random weights only: for tests and configs/debug.py.
+  'debug': ModelConfig(
+    512,
+    3,
+    64,
+    128,
+    4,
+    1,
+    16,
+    16**-0.5,
+    attention='LLG',
+    window=16,
+    rope_base_global=1_000_000.0,
+    qk_norm=True,
+    post_norms=True,
+  ),
+}
+
+
+def param_shapes(cfg: ModelConfig) -> Params:
+  """The parameter tree with a shape tuple for each leaf."""
+  n, d, f = cfg.num_layers, cfg.embed_dim, cfg.hidden_dim
+  q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+  layers = {
+    'attn_norm': (n, d),
+    'q': (n, d, q),
+    'k': (n, d, kv),
+    'v': (n, d, kv),
+    'o': (n, q, d),
+    'ffw_norm': (n, d),
+    'gate': (n, d, f),
+    'up': (n, d, f),
+    'down': (n, f, d),
+  }
+  if cfg.post_norms:
+    layers |= {'post_attn_norm': (n, d), 'post_ffw_norm': (n, d)}
+  if cfg.qk_norm:
+    layers |= {'q_norm': (n, cfg.head_dim), 'k_norm': (n, cfg.head_dim)}
+  return {
+    'embedding': (cfg.vocab_size, d),
+    'layers': layers,
+    'final_norm': (d,),
+  }
+
+
+def init_params(
+  cfg: ModelConfig, key: chex.PRNGKey, dtype: jnp.dtype = jnp.float32
+) -> Params:
+  """Random parameters: normal with variance 1 / fan-in, norms at zero."""
+  shapes = param_shapes(cfg)
+  leaves, treedef = jax.tree.flatten_with_path(
+    shapes, is_leaf=lambda x: isinstance(x, tuple)
+  )
+  keys = jax.random.split(key, len(leaves))
+  out = []
+  for k, (path, shape) in zip(keys, leaves, strict=True):
+    if 'norm' in path[-1].key:
+      out.append(jnp.zeros(shape, dtype))
+    else:
+      fan_in = shape[-1] if path[-1].key == 'embedding' else shape[-2]
+      out.append(jax.random.normal(k, shape, dtype) * fan_in**-0.5)
+  return jax.tree.unflatten(treedef, out)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+  """x / rms(x) * (1 + scale) over the last axis, computed in float32.
+
+  Args:
+    x: [..., D].
+    scale: [D].
+  """
+  chex.assert_equal_shape_suffix([x, scale], 1)
+  y = x.astype(jnp.float32)
+  y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)
+  return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
+  """Rotates the halves of each head (RoFormer, arXiv 2104.09864).
+
+  Args:
+    x: [B, L, heads, A].
+    angles: [B, L, A / 2] in radians, float32.
+  """
+  chex.assert_rank([x, angles], [4, 3])
+  sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return out.astype(x.dtype)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+  """cap * tanh(x / cap), or x where there is no cap."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attention_mask(
+  q_positions: jax.Array,
+  k_positions: jax.Array,
+  q_segments: jax.Array,
+  k_segments: jax.Array,
+  window: jax.Array,
+) -> jax.Array:
+  """What each query may see: its own segment, not the future, in the window.
+
+  Segment 0 is padding; padded queries see padded keys, so that no row of the
+  softmax is empty, and nothing else sees them.
+
+  Args:
+    q_positions, q_segments: [B, L] int.
+    k_positions, k_segments: [B, S] int.
+    window: scalar int; a key counts if q_position - k_position < window.
+
+  Returns:
+    [B, L, S] bool.
+  """
+  chex.assert_rank([q_positions, k_positions, q_segments, k_segments], 2)
+  distance = q_positions[:, :, None] - k_positions[:, None, :]
+  same = q_segments[:, :, None] == k_segments[:, None, :]
+  return same & (distance >= 0) & (distance < window)
+
+
+def layer_constants(cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+  """What differs between layers: windows [N] int32, RoPE rates [N, A/2]."""
+  kinds = [cfg.attention[i % len(cfg.attention)] for i in range(cfg.num_layers)]
+  exponent = jnp.arange(cfg.head_dim // 2, dtype=jnp.float32)
+  exponent = exponent * 2 / cfg.head_dim
+  rate = {
+    'L': cfg.rope_base_local**-exponent,
+    'G': cfg.rope_base_global**-exponent / cfg.rope_scale_global,
+  }
+  window = {'L': cfg.window or _GLOBAL_WINDOW, 'G': _GLOBAL_WINDOW}
+  return (
+    jnp.array([window[k] for k in kinds], jnp.int32),
+    jnp.stack([rate[k] for k in kinds]),
+  )
+
+
+def dense(layer: Params, name: str, x: jax.Array) -> jax.Array:
+  """x @ matrix, plus its low-rank partner if there is one."""
+  y = x @ layer[name].astype(x.dtype)
+  if name + '_lora_a' in layer:
+    a, b = layer[name + '_lora_a'], layer[name + '_lora_b']
+    y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+  return y
+
+
+def attend(
+  cfg: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """Grouped-query attention.
+
+  Args:
+    q: [B, L, H, A], already scaled.
+    k, v: [B, S, K, A].
+    mask: [B, L, S] bool.
+
+  Returns:
+    [B, L, H * A] in the dtype of `v`.
+  """
+  chex.assert_rank([q, k, v, mask], [4, 4, 4, 3])
+  b, l, h, a = q.shape
+  q = q.reshape(b, l, cfg.num_kv_heads, h // cfg.num_kv_heads, a)
+  logits = jnp.einsum(
+    'blkga,bska->bkgls', q, k, preferred_element_type=jnp.float32
+  )
+  logits = softcap(logits, cfg.attn_softcap)
+  logits = jnp.where(mask[:, None, None], logits, MASKED)
+  probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  return jnp.einsum('bkgls,bska->blkga', probs, v).reshape(b, l, h * a)
+
+
+def block(
+  cfg: ModelConfig,
+  layer: Params,
+  x: jax.Array,
+  angles: jax.Array,
+  attend_fn: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
+) -> tuple[jax.Array, Any]:
+  """One transformer layer.
+
+  Args:
+    layer: the parameters of this layer, without the leading axis N.
+    x: [B, L, D].
+    angles: [B, L, A / 2].
+    attend_fn: (q [B, L, H, A], k, v [B, L, K, A]) -> ([B, L, H * A], extra);
+      where training masks and decoding reads and writes its cache.
+
+  Returns:
+    [B, L, D] and the `extra` of `attend_fn`.
+  """
+  chex.assert_rank([x, angles], 3)
+  b, l, _ = x.shape
+  y = rms_norm(x, layer['attn_norm'])
+  q = dense(layer, 'q', y).reshape(b, l, cfg.num_heads, cfg.head_dim)
+  k = dense(layer, 'k', y).reshape(b, l, cfg.num_kv_heads, cfg.head_dim)
+  v = dense(layer, 'v', y).reshape(b, l, cfg.num_kv_heads, cfg.head_dim)
+  if cfg.qk_norm:
+    q, k = rms_norm(q, layer['q_norm']), rms_norm(k, layer['k_norm'])
+  q = apply_rope(q, angles) * cfg.query_scale
+  y, extra = attend_fn(q, apply_rope(k, angles), v)
+  y = dense(layer, 'o', y)
+  if cfg.post_norms:
+    y = rms_norm(y, layer['post_attn_norm'])
+  x = x + y
+  y = rms_norm(x, layer['ffw_norm'])
+  y = jax.nn.gelu(dense(layer, 'gate', y)) * dense(layer, 'up', y)
+  y = dense(layer, 'down', y)
+  if cfg.post_norms:
+    y = rms_norm(y, layer['post_ffw_norm'])
+  return x + y, extra
+
+
+def embed(params: Params, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Token vectors times sqrt(D): [B, L] int32 -> [B, L, D]."""
+  chex.assert_rank(tokens, 2)
+  table = params['embedding']
+  scale = jnp.sqrt(float(table.shape[-1])).astype(dtype)
+  return table[tokens].astype(dtype) * scale
+
+
+def forward(
+  cfg: ModelConfig,
+  params: Params,
+  tokens: jax.Array,
+  positions: jax.Array,
+  segment_ids: jax.Array,
+  *,
+  dtype: jnp.dtype = jnp.float32,
+  remat: bool = False,
+) -> jax.Array:
+  """Tokens to final hidden states; logits are left to the loss (mt/loss.py).
+
+  Args:
+    cfg: the model's shape.
+    params: see the module's docstring.
+    tokens: [B, L] int32.
+    positions: [B, L] int32, from 0 in each segment.
+    segment_ids: [B, L] int32, 0 for padding, 1, 2, … for packed examples.
+    dtype: of the activations.
+    remat: recompute each layer in the backward pass, keeping [N, B, L, D] only.
+
+  Returns:
+    [B, L, D], after the final norm.
+  """
+  chex.assert_rank(tokens, 2)
+  chex.assert_equal_shape([tokens, positions, segment_ids])
+  chex.assert_type([tokens, positions, segment_ids], int)
+
+  def body(x, per_layer):
+    layer, window, rate = per_layer
+    mask = attention_mask(
+      positions, positions, segment_ids, segment_ids, window
+    )
+    angles = positions[..., None].astype(jnp.float32) * rate
+    return block(
+      cfg, layer, x, angles, lambda q, k, v: (attend(cfg, q, k, v, mask), None)
+    )
+
+  x = embed(params, tokens, dtype)
+  body = jax.checkpoint(body) if remat else body
+  x, _ = lax.scan(body, x, (params['layers'], *layer_constants(cfg)))
+  return rms_norm(x, params['final_norm'])

@@ -1,0 +1,139 @@
+"""SentencePiece, from a .model file or rebuilt from a GGUF vocabulary."""
+
+import dataclasses
+import pathlib
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
+from mt import errors
+from mt import gguf_file
+
+# Token types of llama.cpp, which are SentencePiece's piece types.
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_SPACE = '\u2581'  # SentencePiece's visible stand-in for a space.
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """A SentencePiece model and the ids that the project needs by name.
+
+  Attributes:
+    spm: the processor.
+    proto: the serialised model, to be written to `tokenizer.model`.
+    vocab_size: number of pieces.
+  """
+
+  spm: sentencepiece.SentencePieceProcessor
+  proto: bytes
+  vocab_size: int
+  pad_id: int
+  bos_id: int
+  eos_id: int
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of the text alone: no BOS, no EOS."""
+    return self.spm.encode(text)
+
+  def decode(self, ids: list[int]) -> str:
+    return self.spm.decode(ids)
+
+
+def from_proto(proto: bytes, where: str) -> Tokenizer:
+  """A tokenizer from a serialised SentencePiece model.
+
+  Args:
+    proto: the bytes of a `tokenizer.model`.
+    where: file name for error messages.
+
+  Raises:
+    errors.UserError: not a SentencePiece model, or one without BOS or EOS.
+  """
+  spm = sentencepiece.SentencePieceProcessor()
+  try:
+    spm.LoadFromSerializedProto(proto)
+  except (RuntimeError, TypeError) as e:
+    raise errors.UserError(
+      f'{where}: not a SentencePiece model ({str(e).splitlines()[0]}).'
+    ) from None
+  if min(spm.bos_id(), spm.eos_id(), spm.pad_id()) < 0:
+    raise errors.UserError(
+      f'{where}: pad, BOS, EOS ids are {spm.pad_id()}, {spm.bos_id()}, '
+      f'{spm.eos_id()}; Gemma needs all three: use a Gemma tokenizer.'
+    )
+  return Tokenizer(
+    spm, proto, spm.vocab_size(), spm.pad_id(), spm.bos_id(), spm.eos_id()
+  )
+
+
+def from_file(path: str | pathlib.Path) -> Tokenizer:
+  """A tokenizer from a SentencePiece `tokenizer.model`."""
+  try:
+    proto = pathlib.Path(path).read_bytes()
+  except OSError as e:
+    raise errors.UserError(
+      f'{path}: cannot read the tokenizer ({e.strerror}).'
+    ) from None
+  return from_proto(proto, str(path))
+
+
+def from_gguf(file: gguf_file.GGUFFile) -> Tokenizer:
+  """Rebuilds Gemma's SentencePiece model from a GGUF vocabulary.
+
+  GGUF keeps pieces, scores and types, and of the trainer's settings only what
+  llama.cpp needs. Gemma's are the same for all of them: BPE with byte fallback,
+  identity normalisation, no dummy prefix, white space kept.
+
+  Raises:
+    errors.UserError: the vocabulary is missing or not of SentencePiece's kind.
+  """
+  f = file.fields
+  kind = f.get('tokenizer.ggml.model')
+  pieces = f.get('tokenizer.ggml.tokens')
+  scores = f.get('tokenizer.ggml.scores')
+  types = f.get('tokenizer.ggml.token_type')
+  if kind != 'llama' or pieces is None or scores is None or types is None:
+    raise errors.UserError(
+      f'{file.path}: tokenizer kind {kind!r} found, "llama" (SentencePiece '
+      'with scores) expected; set weights.tokenizer to a tokenizer.model.'
+    )
+  if not len(pieces) == len(scores) == len(types):
+    raise errors.UserError(
+      f'{file.path}: {len(pieces):,} pieces, {len(scores):,} scores and '
+      f'{len(types):,} types do not match; the file is damaged.'
+    )
+  special = {
+    f.get('tokenizer.ggml.padding_token_id', 0): _CONTROL,
+    f.get('tokenizer.ggml.eos_token_id', 1): _CONTROL,
+    f.get('tokenizer.ggml.bos_token_id', 2): _CONTROL,
+    f.get('tokenizer.ggml.unknown_token_id', 3): _UNKNOWN,
+  }
+  m = sp_pb2.ModelProto()
+  for i, (piece, score, t) in enumerate(
+    zip(pieces, scores.tolist(), types.tolist(), strict=True)
+  ):
+    text = piece.decode()
+    # llama.cpp calls <unused…> and <start_of_turn> control tokens; Gemma's own
+    # model has them as user-defined symbols. Runs of spaces, user-defined as
+    # well, are written as plain spaces here and with U+2581 there.
+    t = special.get(i, _USER_DEFINED if t in (_CONTROL, _UNKNOWN) else t)
+    if t == _USER_DEFINED:
+      text = text.replace(' ', _SPACE)
+    m.pieces.add(piece=text, score=score, type=t)
+  t = m.trainer_spec
+  t.model_type = sp_pb2.TrainerSpec.BPE
+  t.vocab_size = len(pieces)
+  t.byte_fallback = any(x == _BYTE for x in types.tolist())
+  t.pad_id = f.get('tokenizer.ggml.padding_token_id', 0)
+  t.eos_id = f.get('tokenizer.ggml.eos_token_id', 1)
+  t.bos_id = f.get('tokenizer.ggml.bos_token_id', 2)
+  t.unk_id = f.get('tokenizer.ggml.unknown_token_id', 3)
+  t.pad_piece, t.eos_piece, t.bos_piece, t.unk_piece = (
+    m.pieces[i].piece for i in (t.pad_id, t.eos_id, t.bos_id, t.unk_id)
+  )
+  n = m.normalizer_spec
+  n.name = 'identity'
+  n.add_dummy_prefix = False
+  n.remove_extra_whitespaces = False
+  n.escape_whitespaces = True
+  return from_proto(m.SerializeToString(), str(file.path))

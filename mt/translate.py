@@ -1,0 +1,133 @@
+"""Text to text: batches of prompts through the greedy decoder.
+
+  python -m mt.translate --workdir=W < in.txt > out.txt
+
+One line in, one line out, in order. An empty line stays empty.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import sys
+
+from absl import app
+from absl import flags
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mt import batches
+from mt import compiling
+from mt import decode
+from mt import model
+from mt import tokenizer
+
+Translator = Callable[[model.Params, Sequence[str]], list[str]]
+
+_SMALLEST_BUCKET = 32
+
+
+def stop_ids(tok: tokenizer.Tokenizer) -> np.ndarray:
+  """Tokens that end a translation: EOS and, one line being one text, newlines."""
+  pieces = (tok.spm.id_to_piece(i) for i in range(tok.vocab_size))
+  newlines = [
+    i for i, p in enumerate(pieces) if p == '<0x0A>' or not p.strip('\n')
+  ]
+  return np.array([tok.eos_id, *newlines], np.int32)
+
+
+def bucket(length: int) -> int:
+  """The padded prompt length: the next power of two, 32 at least."""
+  chex.assert_scalar_positive(length)
+  return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def make_translator(
+  cfg: model.ModelConfig,
+  tok: tokenizer.Tokenizer,
+  template: batches.Template,
+  *,
+  batch_size: int,
+  max_ratio: float,
+  max_extra: int,
+  dtype: jnp.dtype = jnp.float32,
+  on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Translator:
+  """A function (params, texts) -> translations, compiled once per bucket.
+
+  Sentences are sorted by length, so that a batch holds prompts of one bucket
+  and ends at about the same step; the order of the result is that of `texts`.
+
+  Args:
+    cfg: the model's shape.
+    tok: its tokenizer.
+    template: the one that the model was trained with.
+    batch_size: B.
+    max_ratio: a translation ends at max_ratio * source tokens + max_extra.
+    max_extra: see max_ratio.
+    dtype: of the activations.
+    on_progress: called with (sentences done, sentences in all).
+  """
+  chex.assert_scalar_positive(batch_size)
+  chex.assert_scalar_positive(max_ratio)
+  stops = stop_ids(tok)
+  overhead = len(batches.prompt_ids('', tok, template))
+  unstack = jax.jit(decode.unstack)
+
+  @functools.cache
+  def decoder(width: int, max_new: int):
+    def greedy(params, tokens, lengths, limits):
+      return decode.greedy(
+        cfg,
+        params,
+        tokens,
+        lengths,
+        limits,
+        jnp.asarray(stops),
+        max_new=max_new,
+        dtype=dtype,
+      )
+
+    return compiling.jit_once(greedy)
+
+  def translate(params: model.Params, texts: Sequence[str]) -> list[str]:
+    params = unstack(params)
+    prompts = [
+      (batches.prompt_ids(text, tok, template) if text.strip() else [])
+      for text in texts
+    ]
+    order = sorted(
+      (i for i, p in enumerate(prompts) if p), key=lambda i: len(prompts[i])
+    )
+    groups: dict[int, list[int]] = {}
+    for i in order:
+      groups.setdefault(bucket(len(prompts[i])), []).append(i)
+    out, done = [''] * len(texts), len(texts) - len(order)
+    for width, members in groups.items():
+      max_new = int(max_ratio * (width - overhead)) + max_extra
+      for at in range(0, len(members), batch_size):
+        chosen = members[at : at + batch_size]
+        tokens = np.zeros((batch_size, width), np.int32)
+        lengths = np.ones(batch_size, np.int32)
+        limits = np.zeros(batch_size, np.int32)
+        for row, i in enumerate(chosen):
+          tokens[row, : len(prompts[i])] = prompts[i]
+          lengths[row] = len(prompts[i])
+          limits[row] = (
+            int(max_ratio * (len(prompts[i]) - overhead)) + max_extra
+          )
+        made, sizes = decoder(width, max_new)(params, tokens, lengths, limits)
+        for i, ids, size in zip(
+          chosen, np.asarray(made), np.asarray(sizes), strict=False
+        ):
+          out[i] = _clean(tok.decode(ids[:size].tolist()), template)
+        done += len(chosen)
+        on_progress(done, len(texts))
+    return out
+
+  return translate
+
+
+def _clean(text: str, template: batches.Template) -> str:
+  text = text.removeprefix(template.target_prefix)
+  return ' '.join(text.splitlines()).strip()
