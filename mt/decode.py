@@ -11,6 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from mt import model
+from mt import sizes
 
 Cache = dict[str, jax.Array]
 
@@ -41,7 +42,7 @@ def _next_token(cfg, params, hidden):
 
 
 def prefill(
-  cfg: model.ModelConfig,
+  cfg: sizes.ModelConfig,
   params: model.Params,
   tokens: jax.Array,
   lengths: jax.Array,
@@ -91,7 +92,7 @@ def prefill(
 
 
 def step(
-  cfg: model.ModelConfig,
+  cfg: sizes.ModelConfig,
   params: model.Params,
   cache: Cache,
   tokens: jax.Array,
@@ -138,7 +139,7 @@ def step(
 
 
 def greedy(
-  cfg: model.ModelConfig,
+  cfg: sizes.ModelConfig,
   params: model.Params,
   tokens: jax.Array,
   lengths: jax.Array,
@@ -170,29 +171,29 @@ def greedy(
   chex.assert_equal_shape([lengths, limits])
   b, p = tokens.shape
 
-  def emit(t, hidden, out, sizes, running):
+  def emit(t, hidden, out, counts, running):
     token = _next_token(cfg, params, hidden)
     running &= (t < limits) & ~jnp.any(token[:, None] == stop_ids, -1)
     out = lax.dynamic_update_slice(
       out, jnp.where(running, token, 0)[:, None], (0, t)
     )
-    return token, out, sizes + running, running
+    return token, out, counts + running, running
 
   def condition(carry):
     t, *_, running = carry
     return (t < max_new) & jnp.any(running)
 
   def body(carry):
-    t, token, cache, out, sizes, running = carry
+    t, token, cache, out, counts, running = carry
     hidden, cache = step(
       cfg, params, cache, token, lengths + t - 1, p + t - 1, dtype
     )
-    token, out, sizes, running = emit(t, hidden, out, sizes, running)
-    return t + 1, token, cache, out, sizes, running
+    token, out, counts, running = emit(t, hidden, out, counts, running)
+    return t + 1, token, cache, out, counts, running
 
   hidden, cache = prefill(cfg, params, tokens, lengths, p + max_new, dtype)
-  out, sizes = jnp.zeros((b, max_new), jnp.int32), jnp.zeros(b, jnp.int32)
-  token, out, sizes, running = emit(0, hidden, out, sizes, jnp.ones(b, bool))
-  carry = (jnp.int32(1), token, cache, out, sizes, running)
-  *_, out, sizes, _ = lax.while_loop(condition, body, carry)
-  return out, sizes
+  out, counts = jnp.zeros((b, max_new), jnp.int32), jnp.zeros(b, jnp.int32)
+  token, out, counts, running = emit(0, hidden, out, counts, jnp.ones(b, bool))
+  carry = (jnp.int32(1), token, cache, out, counts, running)
+  *_, out, counts, _ = lax.while_loop(condition, body, carry)
+  return out, counts

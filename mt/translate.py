@@ -20,6 +20,7 @@ from mt import batches
 from mt import compiling
 from mt import decode
 from mt import model
+from mt import sizes
 from mt import tokenizer
 
 Translator = Callable[[model.Params, Sequence[str]], list[str]]
@@ -43,7 +44,7 @@ def bucket(length: int) -> int:
 
 
 def make_translator(
-  cfg: model.ModelConfig,
+  cfg: sizes.ModelConfig,
   tok: tokenizer.Tokenizer,
   template: batches.Template,
   *,
@@ -116,11 +117,11 @@ def make_translator(
           limits[row] = (
             int(max_ratio * (len(prompts[i]) - overhead)) + max_extra
           )
-        made, sizes = decoder(width, max_new)(params, tokens, lengths, limits)
-        for i, ids, size in zip(
-          chosen, np.asarray(made), np.asarray(sizes), strict=False
+        made, counts = decoder(width, max_new)(params, tokens, lengths, limits)
+        for i, ids, count in zip(
+          chosen, np.asarray(made), np.asarray(counts), strict=False
         ):
-          out[i] = _clean(tok.decode(ids[:size].tolist()), template)
+          out[i] = _clean(tok.decode(ids[:count].tolist()), template)
         done += len(chosen)
         on_progress(done, len(texts))
     return out

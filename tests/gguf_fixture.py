@@ -13,6 +13,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt import model
+from mt import sizes
 
 _TEXT = (
   'My name is Morgane, and this is a letter to the people of the village.',
@@ -91,7 +92,7 @@ def train_proto(vocab_size: int = 400) -> bytes:
   return out.getvalue()
 
 
-def tiny_config(arch: str, vocab_size: int) -> model.ModelConfig:
+def tiny_config(arch: str, vocab_size: int) -> sizes.ModelConfig:
   """A few kilobytes of each generation; every axis fits blocks of 32."""
   shape = {
     'vocab_size': vocab_size,
@@ -104,9 +105,9 @@ def tiny_config(arch: str, vocab_size: int) -> model.ModelConfig:
     'query_scale': 16**-0.5,
   }
   if arch == 'gemma':
-    return model.ModelConfig(**shape)
+    return sizes.ModelConfig(**shape)
   if arch == 'gemma2':
-    return model.ModelConfig(
+    return sizes.ModelConfig(
       **shape,
       attention='LG',
       window=24,
@@ -114,7 +115,7 @@ def tiny_config(arch: str, vocab_size: int) -> model.ModelConfig:
       final_softcap=30.0,
       post_norms=True,
     )
-  return model.ModelConfig(
+  return sizes.ModelConfig(
     **shape,
     attention='LLLLLG',
     window=24,
@@ -125,7 +126,7 @@ def tiny_config(arch: str, vocab_size: int) -> model.ModelConfig:
   )
 
 
-def tiny_params(cfg: model.ModelConfig, seed: int = 0) -> model.Params:
+def tiny_params(cfg: sizes.ModelConfig, seed: int = 0) -> model.Params:
   """Random parameters whose norms stay exact when 1 is added in float32."""
   rng = np.random.default_rng(seed)
 
@@ -186,7 +187,7 @@ def _add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     writer.add_string(key, value)
 
 
-def _shape_fields(cfg: model.ModelConfig, arch: str) -> dict[str, Any]:
+def _shape_fields(cfg: sizes.ModelConfig, arch: str) -> dict[str, Any]:
   """The model's keys, only those that the converter writes for `arch`."""
   keys = gguf.Keys
   fields = {
@@ -214,7 +215,7 @@ def _shape_fields(cfg: model.ModelConfig, arch: str) -> dict[str, Any]:
 
 def write_gguf(
   path: pathlib.Path,
-  cfg: model.ModelConfig,
+  cfg: sizes.ModelConfig,
   params: model.Params,
   proto: bytes,
   arch: str = 'gemma3',
