@@ -237,7 +237,7 @@ def train_iterator(rows: PackedRows, batch_size: int) -> grain.DatasetIterator:
 def eval_batches(
   examples: Examples, length: int, batch_size: int
 ) -> Iterator[Batch]:
-  """Every example once, in a fixed packing; the last batch ends in empty rows."""
+  """Every example once, in a fixed packing; empty rows fill the last batch."""
   chex.assert_scalar_positive(batch_size)
   rows = best_fit(np.diff(examples.offsets), length)
   rows += [[]] * (-len(rows) % batch_size)

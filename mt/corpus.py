@@ -22,9 +22,9 @@ class Pair:
   target: str
 
 
-def split_path(root: str, split: str, pair: str) -> pathlib.Path:
-  """The file of one split; an empty root means the bundled sample."""
-  folder = pathlib.Path(root) if root else SAMPLE
+def split_path(source: str, split: str, pair: str) -> pathlib.Path:
+  """The file of one split; `sample` is the bundled one, else a folder."""
+  folder = SAMPLE if source == 'sample' else pathlib.Path(source)
   return folder / split / f'{split}.{pair}.tsv'
 
 
@@ -43,8 +43,8 @@ def read_pairs(path: str | pathlib.Path) -> list[Pair]:
     data = path.read_bytes()
   except OSError as e:
     raise errors.UserError(
-      f'{path}: cannot read the parallel text ({e.strerror}); set data.root to '
-      'a folder with {train,valid,test}/SPLIT.PAIR.tsv and data.pair to its '
+      f'{path}: cannot read the parallel text ({e.strerror}); set data.source '
+      'to a folder with {train,valid,test}/SPLIT.PAIR.tsv and data.pair to its '
       'pair.'
     ) from None
   pairs = []

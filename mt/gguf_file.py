@@ -182,9 +182,7 @@ def open_gguf(path: str | pathlib.Path) -> GGUFFile:
       nbytes *= s
     nbytes = nbytes // block * size
     if start + offset + nbytes > len(data):
-      raise h.fail(
-        f'tensor {name!r} ends at byte {start + offset + nbytes:,}'
-      )
+      raise h.fail(f'tensor {name!r} ends at byte {start + offset + nbytes:,}')
     tensors[name] = Tensor(shape, kind, start + offset, nbytes)
   return GGUFFile(path, fields, tensors, data)
 

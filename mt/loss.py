@@ -82,7 +82,9 @@ def _scan_chunks(
   size = -(-m // chunk) * chunk
   index = jnp.nonzero(mask, size=size, fill_value=m)[0]
   d_inputs = jnp.zeros((m, d), jnp.float32) if want_inputs else ()
-  d_embedding = jnp.zeros(embedding.shape, jnp.float32) if want_embedding else ()
+  d_embedding = (
+    jnp.zeros(embedding.shape, jnp.float32) if want_embedding else ()
+  )
 
   def one_chunk(i, carry):
     total, d_inputs, d_embedding = carry
@@ -151,7 +153,9 @@ def _masked_nll_bwd(cap, chunk, residuals, g):
   if isinstance(g, jax.custom_derivatives.SymbolicZero):
     return None, None, None, None
   return (
-    None if isinstance(d_inputs, tuple) else (g * d_inputs).astype(inputs.dtype),
+    None
+    if isinstance(d_inputs, tuple)
+    else (g * d_inputs).astype(inputs.dtype),
     None
     if isinstance(d_embedding, tuple)
     else (g * d_embedding).astype(embedding.dtype),

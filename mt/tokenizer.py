@@ -1,6 +1,8 @@
 """SentencePiece, from a .model file or rebuilt from a GGUF vocabulary."""
 
+from collections.abc import Sequence
 import dataclasses
+import io
 import pathlib
 
 import sentencepiece
@@ -64,6 +66,35 @@ def from_proto(proto: bytes, where: str) -> Tokenizer:
   return Tokenizer(
     spm, proto, spm.vocab_size(), spm.pad_id(), spm.bos_id(), spm.eos_id()
   )
+
+
+def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+  """A small tokenizer with Gemma's settings and special ids.
+
+  Args:
+    texts: to train on.
+    vocab_size: at most this many pieces; few texts give fewer.
+  """
+  out = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(texts),
+    model_writer=out,
+    model_type='bpe',
+    vocab_size=vocab_size,
+    hard_vocab_limit=False,
+    byte_fallback=True,
+    character_coverage=0.99,  # What is rarer is spelt in bytes.
+    normalization_rule_name='identity',
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    pad_id=0,
+    eos_id=1,
+    bos_id=2,
+    unk_id=3,
+    num_threads=1,
+    minloglevel=2,
+  )
+  return from_proto(out.getvalue(), 'the trained tokenizer')
 
 
 def from_file(path: str | pathlib.Path) -> Tokenizer:

@@ -5,31 +5,40 @@
 One line in, one line out, in order. An empty line stays empty.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 import functools
+import itertools
+import os
+import pathlib
 import sys
 
-from absl import app
 from absl import flags
 import chex
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from mt import batches
+from mt import checkpoint
 from mt import compiling
 from mt import decode
+from mt import errors
 from mt import model
 from mt import sizes
 from mt import tokenizer
+from mt import weights
 
-Translator = Callable[[model.Params, Sequence[str]], list[str]]
+Translator = Callable[..., list[str]]  # See make_translator.
 
 _SMALLEST_BUCKET = 32
+_LINES_AT_ONCE = 1024  # Sorted by length among themselves.
 
 
 def stop_ids(tok: tokenizer.Tokenizer) -> np.ndarray:
-  """Tokens that end a translation: EOS and, one line being one text, newlines."""
+  """EOS and, as one line is one text, every piece of newlines: [n] int32."""
   pieces = (tok.spm.id_to_piece(i) for i in range(tok.vocab_size))
   newlines = [
     i for i, p in enumerate(pieces) if p == '<0x0A>' or not p.strip('\n')
@@ -52,12 +61,13 @@ def make_translator(
   max_ratio: float,
   max_extra: int,
   dtype: jnp.dtype = jnp.float32,
-  on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Translator:
-  """A function (params, texts) -> translations, compiled once per bucket.
+  """A function (params, texts, on_progress=…) -> translations.
 
-  Sentences are sorted by length, so that a batch holds prompts of one bucket
-  and ends at about the same step; the order of the result is that of `texts`.
+  It compiles once per bucket, and calls on_progress with the number of
+  sentences done. Sentences are sorted by length, so that a batch holds prompts
+  of one bucket and ends at about the same step; the order of the result is that
+  of `texts`.
 
   Args:
     cfg: the model's shape.
@@ -67,7 +77,6 @@ def make_translator(
     max_ratio: a translation ends at max_ratio * source tokens + max_extra.
     max_extra: see max_ratio.
     dtype: of the activations.
-    on_progress: called with (sentences done, sentences in all).
   """
   chex.assert_scalar_positive(batch_size)
   chex.assert_scalar_positive(max_ratio)
@@ -91,7 +100,11 @@ def make_translator(
 
     return compiling.jit_once(greedy)
 
-  def translate(params: model.Params, texts: Sequence[str]) -> list[str]:
+  def translate(
+    params: model.Params,
+    texts: Sequence[str],
+    on_progress: Callable[[int], None] = lambda done: None,
+  ) -> list[str]:
     params = unstack(params)
     prompts = [
       (batches.prompt_ids(text, tok, template) if text.strip() else [])
@@ -123,7 +136,7 @@ def make_translator(
         ):
           out[i] = _clean(tok.decode(ids[:count].tolist()), template)
         done += len(chosen)
-        on_progress(done, len(texts))
+        on_progress(done)
     return out
 
   return translate
@@ -132,3 +145,57 @@ def make_translator(
 def _clean(text: str, template: batches.Template) -> str:
   text = text.removeprefix(template.target_prefix)
   return ' '.join(text.splitlines()).strip()
+
+
+def from_config(
+  config: ml_collections.ConfigDict, source: weights.Source
+) -> Translator:
+  """The translator of `config.decode`."""
+  return make_translator(
+    source.config,
+    source.tokenizer,
+    batches.Template(**config.template),
+    batch_size=config.decode.batch_size,
+    max_ratio=config.decode.max_ratio,
+    max_extra=config.decode.max_extra,
+    dtype=jnp.dtype(config.train.dtype),
+  )
+
+
+def _read_lines(stream) -> Iterator[str]:
+  """Lines of UTF-8, ended by LF or CRLF and nothing else."""
+  for number, line in enumerate(stream, 1):
+    try:
+      text = line.decode()
+    except UnicodeDecodeError as e:
+      raise errors.UserError(
+        f'standard input, line {number}: not UTF-8 ({e.reason} at byte '
+        f'{e.start}); convert it to UTF-8.'
+      ) from None
+    yield text.removesuffix('\n').removesuffix('\r')
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise errors.UserError(
+      f'{argv[1]!r} is no flag; give the text on standard input.'
+    )
+  compiling.keep_compiled_programs()
+  config, source, params = checkpoint.load_finetuned(
+    pathlib.Path(flags.FLAGS.workdir)
+  )
+  translator = from_config(config, source)
+  lines = _read_lines(sys.stdin.buffer)
+  try:
+    while chunk := list(itertools.islice(lines, _LINES_AT_ONCE)):
+      for text in translator(params, chunk):
+        sys.stdout.buffer.write(text.encode() + b'\n')
+      sys.stdout.buffer.flush()
+  except BrokenPipeError:  # The reader has what it wanted.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('workdir', None, 'Folder of a run of train.py.')
+  flags.mark_flag_as_required('workdir')
+  errors.run(main)

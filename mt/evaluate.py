@@ -1,0 +1,84 @@
+"""Scores of translations, as sacreBLEU has them, and samples to read."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import hashlib
+import inspect
+import json
+from typing import Any
+
+import chex
+import numpy as np
+import sacrebleu
+
+from mt import decode
+from mt import model
+from mt import translate
+from mt import weights
+from mt import workdir as workdir_lib
+
+
+def score(
+  hypotheses: Sequence[str], references: Sequence[str]
+) -> dict[str, Any]:
+  """BLEU (tokenisers 13a and intl) and chrF2, 0 to 100, with signatures.
+
+  Args:
+    hypotheses: detokenised translations.
+    references: one for each.
+  """
+  chex.assert_equal(len(hypotheses), len(references))
+  metrics = {
+    'bleu': sacrebleu.BLEU(),
+    'bleu_intl': sacrebleu.BLEU(tokenize='intl'),
+    'chrf': sacrebleu.CHRF(),
+  }
+  out = {'sentences': len(references)}
+  for name, metric in metrics.items():
+    result = metric.corpus_score(list(hypotheses), [list(references)])
+    out[name] = round(result.score, 2)
+    out[f'{name}_signature'] = str(metric.get_signature())
+  return out
+
+
+def remember(key: Any, make: Callable[[], list[str]]) -> list[str]:
+  """What `make` returns, kept on disk under everything that decides it.
+
+  The pretrained model's translations of a validation set are the same in every
+  run that starts from it; a sweep pays for them once.
+
+  Args:
+    key: JSON; the code of the decoder is added.
+    make: () -> translations.
+  """
+  code = [inspect.getsource(m) for m in (model, decode, translate)]
+  digest = hashlib.sha256(json.dumps([key, code]).encode()).hexdigest()
+  path = weights.cache_dir() / 'translations' / f'{digest}.json'
+  if path.exists():
+    return workdir_lib.read_json(path)
+  texts = make()
+  workdir_lib.write_json(path, texts)
+  return texts
+
+
+def samples(
+  sources: Sequence[str],
+  references: Sequence[str],
+  before: Sequence[str],
+  after: Sequence[str],
+  number: int = 8,
+) -> str:
+  """`number` sentences, evenly spread over the split, to be read."""
+  chex.assert_equal(
+    [len(sources)] * 3, [len(references), len(before), len(after)]
+  )
+  chosen = np.unique(np.linspace(0, len(sources) - 1, number).astype(int))
+  out = []
+  for i in chosen.tolist():
+    out.append(
+      f'source     {sources[i]}\n'
+      f'reference  {references[i]}\n'
+      f'before     {before[i]}\n'
+      f'after      {after[i]}\n'
+    )
+  return '\n'.join(out)

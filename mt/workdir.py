@@ -1,0 +1,114 @@
+"""What a run leaves in its folder, besides checkpoints.
+
+config.json        the resolved config
+environment.json   versions, devices
+tokenizer.model    SentencePiece
+metrics.jsonl      a line for each step and each validation
+scores.json        BLEU and chrF, before and after
+translations/      SPLIT.{source,reference,before,after}.txt
+samples.md         eight sentences, before and after
+checkpoints/       see mt/checkpoint.py
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+from typing import Any
+
+import jax
+import ml_collections
+
+from mt import errors
+
+# Knobs that may change between two starts of one run: none of them changes what
+# a step computes.
+_FREE = ('eval', 'decode', 'checkpoint', 'log')
+
+
+def write(path: pathlib.Path, content: str | bytes) -> None:
+  """Writes a file whole or not at all; text as UTF-8.
+
+  Raises:
+    errors.UserError: the folder is not writable, the disk is full.
+  """
+  part = path.with_name(path.name + '.part')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(part, path)
+  except OSError as e:
+    raise errors.UserError(
+      f'{path}: cannot write it ({e.strerror}); give --workdir a folder with '
+      'space that you may write to.'
+    ) from None
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """`write` for JSON, indented, with real characters."""
+  write(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """Reads what write_json wrote.
+
+  Raises:
+    errors.UserError: missing, unreadable or damaged.
+  """
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except OSError as e:
+    raise errors.UserError(
+      f'{path}: cannot read it ({e.strerror}); --workdir must name the folder '
+      'of a run of train.py.'
+    ) from None
+  except ValueError as e:
+    raise errors.UserError(f'{path}: damaged JSON ({e}).') from None
+
+
+def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+  """The config that a run was started with."""
+  return ml_collections.ConfigDict(read_json(workdir / 'config.json'))
+
+
+def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+  """Claims a folder for a run, or finds that it belongs to the same one.
+
+  Raises:
+    errors.UserError: the folder holds a run with another config.
+  """
+  path = workdir / 'config.json'
+  if path.exists():
+    old = read_config(workdir)
+    for knob, was, now in _differences(old.to_dict(), config.to_dict()):
+      if knob.split('.')[0] not in _FREE:
+        raise errors.UserError(
+          f'{workdir} holds a run with {knob}={was!r}, this one has {now!r}; '
+          'use another --workdir, or the config of that run.'
+        )
+  write_json(path, config.to_dict())
+  write_json(workdir / 'environment.json', environment())
+
+
+def _differences(old, new, prefix=''):
+  for key in sorted(old.keys() | new.keys()):
+    was, now = old.get(key), new.get(key)
+    if isinstance(was, dict) and isinstance(now, dict):
+      yield from _differences(was, now, f'{prefix}{key}.')
+    elif was != now:
+      yield prefix + key, was, now
+
+
+def environment() -> dict[str, Any]:
+  """Versions and devices, for whoever compares two runs."""
+  packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
+  return {
+    'python': platform.python_version(),
+    'platform': platform.platform(),
+    'cpus': os.cpu_count(),
+    'devices': [str(d.device_kind) for d in jax.devices()],
+    'packages': {p: importlib.metadata.version(p) for p in packages},
+    'command': sys.argv,
+  }

@@ -1,0 +1,351 @@
+"""The chunked loss against the naive one, and what it must never build."""
+
+import collections
+import functools
+import math
+import re
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mt import loss
+
+# 1009 is a prime: no product of the other dimensions makes it, so that a shape
+# with it in a compiled program is one with the vocabulary in it.
+B, L, D, V = 3, 11, 24, 1009
+
+
+def _inputs(seed=0):
+  """hidden [B, L, D], embedding [V, D], tokens [B, L], all in NumPy."""
+  rng = np.random.default_rng(seed)
+  hidden = rng.normal(size=(B, L, D)).astype(np.float32)
+  embedding = rng.normal(scale=0.3, size=(V, D)).astype(np.float32)
+  return hidden, embedding, rng.integers(0, V, (B, L), np.int32)
+
+
+def _mask(count):
+  """A target mask with `count` targets, in every row if there are enough."""
+  mask = np.zeros((B, L), bool)
+  places = [(row, at) for at in range(L - 1, 0, -1) for row in range(B)]
+  for place in places[:count]:
+    mask[place] = True
+  # Never a target, whatever the mask says: nothing comes before it.
+  mask[:, 0] = True
+  return mask
+
+
+def _naive_nll(hidden, embedding, tokens, mask, cap):
+  """The definition, with all logits at once."""
+  logits = jnp.einsum('bld,vd->blv', hidden, embedding)
+  if cap is not None:
+    logits = cap * jnp.tanh(logits / cap)
+  log_p = jax.nn.log_softmax(logits[:, :-1])
+  picked = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
+  return -jnp.sum(picked * mask[:, 1:])
+
+
+_naive = jax.jit(
+  jax.value_and_grad(_naive_nll, argnums=(0, 1)), static_argnames='cap'
+)
+
+
+def _naive_in_float64(hidden, embedding, tokens, mask, cap=None):
+  """Against float64, an error is that of ours alone."""
+  hidden, embedding = np.float64(hidden), np.float64(embedding)
+  with jax.enable_x64(True):
+    out = jax.device_get(_naive(hidden, embedding, tokens, mask, cap=cap))
+  assert out[0].dtype == np.float64
+  return out
+
+
+@functools.cache
+def _ours(cap=None, chunk=4, argnums=(0, 1)):
+  run = functools.partial(loss.target_nll, final_softcap=cap, chunk=chunk)
+  return jax.jit(jax.value_and_grad(run, argnums=argnums))
+
+
+def _relative_error(got, want):
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  assert got.shape == want.shape
+  return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+# A cap of 2 bends logits of standard deviation 1.5 a lot.
+@pytest.mark.parametrize('cap', [None, 2.0])
+@pytest.mark.parametrize(
+  ('targets', 'chunk'),
+  [
+    (14, 7),  # Chunks come out even,
+    (14, 4),  # or the last is half empty,
+    (1, 4),  # or the only one is nearly empty.
+    (14, 1),
+    (14, 64),  # More than there are places, 30.
+    (30, 64),
+  ],
+)
+def test_value_and_gradients_are_the_naive_ones(targets, chunk, cap):
+  args = (*_inputs(), _mask(targets))
+  value, grads = _ours(cap, chunk)(*args)
+  want, want_grads = _naive_in_float64(*args, cap=cap)
+  assert value.dtype == jnp.float32
+  assert float(value) == pytest.approx(float(want), rel=1e-6)
+  assert _relative_error(grads[0], want_grads[0]) < 1e-6
+  assert _relative_error(grads[1], want_grads[1]) < 1e-6
+
+
+@given(
+  bits=st.lists(st.booleans(), min_size=B * L, max_size=B * L),
+  seed=st.integers(0, 5),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_mask_at_all(bits, seed):
+  mask = np.array(bits).reshape(B, L)
+  hidden, embedding, tokens = _inputs(seed)
+  value, grads = _ours()(hidden, embedding, tokens, mask)
+  want, want_grads = _naive_in_float64(hidden, embedding, tokens, mask)
+  assert float(value) == pytest.approx(float(want), rel=1e-6, abs=1e-9)
+  for got, exact in zip(grads, want_grads, strict=True):
+    scale = np.linalg.norm(exact) + 1e-9
+    assert np.linalg.norm(np.float64(got) - exact) < 1e-6 * scale
+
+
+def test_example_of_the_docstring():
+  # All logits equal: -log p = log V for each of two targets.
+  value, _ = _ours()(
+    np.zeros((1, 5, D), np.float32),
+    np.ones((V, D), np.float32),
+    np.array([[2, 10, 11, 20, 1]], np.int32),
+    np.array([[0, 0, 0, 1, 1]], bool),
+  )
+  assert float(value) == pytest.approx(2 * math.log(1009), rel=1e-6)
+
+
+def test_targets_are_predicted_from_the_place_before():
+  # State l says nothing but 'the next token is l'.
+  states = 50 * jnp.eye(8)
+  tokens = jnp.array([[7, 0, 1, 2, 3, 4, 5, 6]])
+  value = loss.target_nll(states[None], states, tokens, tokens >= 0, chunk=3)
+  assert float(value) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize('cap', [None, 2.0])
+def test_no_targets_no_loss(cap):
+  value, grads = _ours(cap)(*_inputs(), _mask(0))
+  assert float(value) == 0.0
+  for grad in grads:
+    assert np.isfinite(grad).all()
+    assert not np.any(grad)
+
+
+def test_every_row_counts():
+  """The tutorial read row 0 only."""
+  hidden, embedding, tokens = _inputs()
+  mask = _mask(14)
+  value, (d_hidden, _) = _ours()(hidden, embedding, tokens, mask)
+  alone = []
+  for row in range(B):
+    only = mask & (np.arange(B) == row)[:, None]
+    alone.append(float(_ours()(hidden, embedding, tokens, only)[0]))
+    assert np.any(d_hidden[row])
+  assert min(alone) > 1.0
+  assert float(value) == pytest.approx(sum(alone), rel=1e-6)
+  for row in range(B):
+    other = tokens.copy()
+    other[row, -1] = (other[row, -1] + 1) % V
+    changed, _ = _ours()(hidden, embedding, other, mask)
+    assert abs(float(changed) - float(value)) > 1e-2, row
+
+
+def test_masked_places_count_for_nothing():
+  hidden, embedding, tokens = _inputs()
+  mask = _mask(14)
+  used = np.zeros((B, L), bool)
+  used[:, :-1] = mask[:, 1:]  # States that predict a target.
+  before = _ours()(hidden, embedding, tokens, mask)
+  assert not np.any(before[1][0][~used])
+  assert np.any(before[1][0][used], axis=-1).all()
+  rng = np.random.default_rng(1)
+  hidden = np.where(used[..., None], hidden, 9.0 * rng.normal(size=(B, L, D)))
+  spare = ~mask
+  spare[:, 0] = True  # Set in the mask, and yet no target.
+  tokens = np.where(spare, rng.integers(0, V, (B, L)), tokens)
+  after = _ours()(np.float32(hidden), embedding, np.int32(tokens), mask)
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+@pytest.mark.parametrize('cap', [None, 30.0])
+def test_large_logits_stay_finite(cap):
+  hidden, embedding, tokens = _inputs()
+  args = (1e3 * hidden, embedding, tokens, _mask(14))
+  value, grads = _ours(cap)(*args)
+  want, want_grads = _naive_in_float64(*args, cap=cap)
+  assert float(value) == pytest.approx(float(want), rel=1e-5)
+  for got, exact in zip(grads, want_grads, strict=True):
+    assert np.isfinite(got).all()
+    # Logits of 1500 are good to 1e-4 in float32, and their exponents as well.
+    assert _relative_error(got, exact) < 1e-3
+
+
+def test_gradients_scale_with_the_cotangent():
+  hidden, embedding, tokens = map(jnp.asarray, _inputs())
+  mask = jnp.asarray(_mask(14))
+
+  def mean(hidden, embedding):
+    total = loss.target_nll(hidden, embedding, tokens, mask, chunk=4)
+    return total / 14
+
+  got = jax.jit(jax.grad(mean, argnums=(0, 1)))(hidden, embedding)
+  _, want = _naive_in_float64(hidden, embedding, tokens, mask)
+  for g, w in zip(got, want, strict=True):
+    assert _relative_error(g, w / 14) < 1e-6
+
+
+def test_a_loss_that_is_only_logged_adds_no_gradient():
+  hidden, embedding, tokens = map(jnp.asarray, _inputs())
+  mask = jnp.asarray(_mask(14))
+
+  def other(hidden, embedding):
+    nll = loss.target_nll(hidden, embedding, tokens, mask)
+    return jnp.sum(hidden**2), nll
+
+  grads, nll = jax.grad(other, argnums=(0, 1), has_aux=True)(hidden, embedding)
+  assert float(nll) > 1.0
+  np.testing.assert_allclose(grads[0], 2 * hidden, rtol=1e-6)
+  assert not np.any(grads[1])
+
+
+@pytest.mark.parametrize('argnums', [(0,), (1,), (0, 1)])
+def test_each_gradient_can_be_had_alone(argnums):
+  args = (*_inputs(), _mask(14))
+  _, want = _naive_in_float64(*args, cap=2.0)
+  _, got = _ours(2.0, 4, argnums)(*args)
+  for grad, arg in zip(got, argnums, strict=True):
+    assert _relative_error(grad, want[arg]) < 1e-6
+
+
+@pytest.mark.parametrize(
+  ('hidden_dtype', 'embedding_dtype'),
+  [
+    (jnp.bfloat16, jnp.float32),
+    (jnp.bfloat16, jnp.bfloat16),
+    (jnp.float32, jnp.bfloat16),
+  ],
+)
+def test_mixed_precision_keeps_dtypes(hidden_dtype, embedding_dtype):
+  hidden, embedding, tokens = _inputs()
+  hidden = jnp.asarray(hidden, hidden_dtype)
+  embedding = jnp.asarray(embedding, embedding_dtype)
+  mask = _mask(14)
+  value, grads = _ours()(hidden, embedding, tokens, mask)
+  assert value.dtype == jnp.float32
+  assert grads[0].dtype == hidden_dtype and grads[1].dtype == embedding_dtype
+  want, want_grads = _naive_in_float64(
+    np.asarray(hidden, np.float32),
+    np.asarray(embedding, np.float32),
+    tokens,
+    mask,
+  )
+  # Sums are in float32; what is left is the rounding of the inputs to 8 bits.
+  assert float(value) == pytest.approx(float(want), rel=1e-3)
+  for got, exact in zip(grads, want_grads, strict=True):
+    assert _relative_error(np.asarray(got, np.float32), exact) < 1e-2
+
+
+def _shapes_traced(fn, *args):
+  """How often each shape is a result in a traced function, loops included."""
+  found = collections.Counter()
+
+  def walk(jaxpr):
+    for eqn in jaxpr.eqns:
+      inner = [
+        x.jaxpr if isinstance(x, core.ClosedJaxpr) else x
+        for x in jax.tree.leaves(list(eqn.params.values()))
+        if isinstance(x, core.Jaxpr | core.ClosedJaxpr)
+      ]
+      for jaxpr in inner:
+        walk(jaxpr)
+      if not inner:  # Else what is inside has been counted already.
+        found.update(v.aval.shape for v in eqn.outvars)
+
+  walk(jax.make_jaxpr(fn)(*args).jaxpr)
+  return found
+
+
+def _shapes_compiled(fn, *args):
+  """How often each shape is a result in the program that XLA makes of it."""
+  text = jax.jit(fn).lower(*args).compile().as_text()
+  found = collections.Counter()
+  # Such as  %dot.3 = f32[4,1009]{1,0} dot(%a, %b), …  or  = (f32[], s32[4]) …
+  for line in re.findall(r'^\s*(?:ROOT )?%\S+ = .*', text, re.M):
+    result, op = re.search(r'= (\(.*?\)|\S+) ([\w-]+)\(', line).groups()
+    if op in ('parameter', 'tuple', 'get-tuple-element', 'while', 'bitcast'):
+      continue  # Names for what is there already.
+    for dims in re.findall(r'\w+\[([\d,]*)\]', result):
+      found[tuple(int(n) for n in dims.split(',') if n)] += 1
+  return found
+
+
+both_ways = pytest.mark.parametrize(
+  'shapes_of', [_shapes_traced, _shapes_compiled]
+)
+
+
+@both_ways
+@pytest.mark.parametrize('cap', [None, 2.0])
+def test_logits_of_all_places_are_never_built(shapes_of, cap):
+  args = (*_inputs(), _mask(14))
+  full = {B * L * V, B * (L - 1) * V}
+  naive = shapes_of(functools.partial(_naive, cap=cap), *args)
+  assert full & {math.prod(s) for s in naive}  # The search does find them.
+  for argnums in ((0,), (0, 1)):
+    shapes = shapes_of(_ours(cap, 4, argnums), *args)
+    assert shapes[4, V]  # One chunk of logits.
+    vocabulary_wide = {
+      s for s in shapes if 0 not in s and math.prod(s) % V == 0
+    }
+    assert vocabulary_wide <= {(V,), (1, V), (4, V), (D, V), (V, D)}
+
+
+@both_ways
+def test_a_frozen_embedding_costs_no_gradient(shapes_of):
+  args = (*_inputs(), _mask(14))
+  trained = shapes_of(_ours(2.0, 4, (0, 1)), *args)
+  assert trained[V, D]
+  frozen = shapes_of(_ours(2.0, 4, (0,)), *args)
+  assert not frozen[V, D] and not frozen[D, V]
+
+
+def test_the_value_alone_costs_no_gradients():
+  args = (*_inputs(), _mask(14))
+  shapes = _shapes_traced(functools.partial(loss.target_nll, chunk=4), *args)
+  assert shapes[4, V] and not shapes[V, D]
+  # The states themselves, reshaped; a gradient would be a second such array.
+  assert shapes[B * (L - 1), D] == 1
+
+
+@pytest.mark.parametrize(
+  'bad',
+  [
+    {'hidden': np.zeros((L, D), np.float32)},
+    {'embedding': np.zeros((1, V, D), np.float32)},
+    {'tokens': np.zeros((B, L - 1), np.int32)},
+    {'target_mask': np.zeros((B, L - 1), bool)},
+    {'target_mask': np.zeros((B,), bool)},
+  ],
+)
+def test_wrong_shapes_are_named(bad):
+  hidden, embedding, tokens = _inputs()
+  args = {
+    'hidden': hidden,
+    'embedding': embedding,
+    'tokens': tokens,
+    'target_mask': _mask(3),
+  }
+  with pytest.raises(AssertionError, match=r'rank|shape'):
+    loss.target_nll(**(args | bad))

@@ -1,0 +1,610 @@
+"""The model against the modules of the `gemma` package, which is the oracle.
+
+`gemma.modules`, `gemma.layers` and `gemma.positional_embeddings` (3.0.2) import
+without TensorFlow; `gemma.transformer` does not, so that the blocks are put
+together here the way its `Transformer.__call__` does it.
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib
+import math
+import sys
+import types
+from unittest import mock
+
+from gemma import layers as gemma_layers
+from gemma import modules as gemma_modules
+from gemma import positional_embeddings as gemma_positions
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mt import model
+from mt import sizes
+
+# Small shapes in which no two dimensions agree (H * A != D, A != F, …), so that
+# a swapped axis cannot pass by luck. The caps are low enough to bend the logits
+# of a random model, and every window is shorter than the examples.
+_GEMMA1 = sizes.ModelConfig(
+  vocab_size=61,
+  num_layers=2,
+  embed_dim=24,
+  hidden_dim=40,
+  num_heads=4,
+  num_kv_heads=1,
+  head_dim=8,
+  query_scale=8**-0.5,
+)
+_GEMMA2 = dataclasses.replace(
+  _GEMMA1,
+  num_layers=3,
+  num_kv_heads=2,
+  query_scale=6**-0.5,  # embed_dim / num_heads, as in the 27B.
+  attention='LG',
+  window=4,
+  attn_softcap=2.0,
+  final_softcap=3.0,
+  post_norms=True,
+)
+_GEMMA3 = dataclasses.replace(
+  _GEMMA1,
+  num_layers=7,  # One past the pattern, which starts again.
+  num_kv_heads=2,
+  attention='LLLLLG',
+  window=3,
+  rope_base_global=1_000_000.0,
+  rope_scale_global=8.0,
+  qk_norm=True,
+  post_norms=True,
+)
+FAMILIES = {
+  'gemma1_multi_query': _GEMMA1,
+  'gemma1_multi_head': dataclasses.replace(_GEMMA1, num_kv_heads=4),
+  'gemma2': _GEMMA2,
+  'gemma3': _GEMMA3,
+}
+
+LENGTH = 15
+# Lengths of the examples in each row; what is left of a row is padding.
+LAYOUTS = {
+  'padded': ((15,), (11,)),
+  'packed': ((6, 5, 3), (9, 6)),
+}
+
+
+@functools.cache
+def _params(name: str) -> model.Params:
+  """Random parameters, norms too: at zero they would hide a forgotten 1 + w."""
+  rng = np.random.default_rng(7)
+
+  def draw(path, shape):
+    # Matrices and embedding with unit gain, in NumPy to save compilations.
+    std = 0.3 if 'norm' in path[-1].key else shape[-2] ** -0.5
+    std = shape[-1] ** -0.5 if path[-1].key == 'embedding' else std
+    return rng.normal(scale=std, size=shape).astype(np.float32)
+
+  shapes = model.param_shapes(FAMILIES[name])
+  return jax.tree.map_with_path(
+    draw, shapes, is_leaf=lambda x: isinstance(x, tuple)
+  )
+
+
+def _batch(layout, length=LENGTH):
+  """Tokens, positions and segment_ids [B, L] as mt/batches.py lays them out."""
+  shape = (len(layout), length)
+  positions = np.zeros(shape, np.int32)
+  segment_ids = np.zeros(shape, np.int32)
+  tokens = np.random.default_rng(3).integers(0, 61, shape, np.int32)
+  for row, lengths in enumerate(layout):
+    at = 0
+    for segment, size in enumerate(lengths, 1):
+      positions[row, at : at + size] = np.arange(size)
+      segment_ids[row, at : at + size] = segment
+      at += size
+  # Gemma's pad id is 0, an ordinary token as well: have some of those.
+  tokens[segment_ids == 0] = 0
+  tokens[:, 4] = 0
+  return tokens, positions, segment_ids
+
+
+def _kinds(cfg):
+  pattern = cfg.attention * cfg.num_layers
+  return pattern[: cfg.num_layers]
+
+
+def _visible(cfg, segment_ids):
+  """What the definition allows, [N, B, L, L] bool, one pair at a time."""
+  b, l = segment_ids.shape
+  mask = np.zeros((cfg.num_layers, b, l, l), bool)
+  for n, kind in enumerate(_kinds(cfg)):
+    reach = cfg.window if kind == 'L' else l
+    for row in range(b):
+      for i in range(l):
+        for j in range(max(0, i - reach + 1), i + 1):
+          mine = segment_ids[row, i]
+          mask[n, row, i, j] = mine != 0 and segment_ids[row, j] == mine
+  return mask
+
+
+def _oracle_layer(cfg, stacked, n):
+  """Layer n of our parameters in the layout of gemma.modules.Block."""
+  ours = {k: v[n] for k, v in stacked.items()}
+  h, k, a = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+
+  def heads(name, count):  # [D, count * A] -> [count, D, A]
+    return ours[name].reshape(-1, count, a).swapaxes(0, 1)
+
+  attn = {'attn_vec_einsum': {'w': ours['o'].reshape(h, a, -1)}}
+  if h == k:
+    w = jnp.stack([heads('q', h), heads('k', h), heads('v', h)])
+    attn['qkv_einsum'] = {'w': w}
+  else:
+    attn['q_einsum'] = {'w': heads('q', h)}
+    attn['kv_einsum'] = {'w': jnp.stack([heads('k', k), heads('v', k)])}
+  if cfg.qk_norm:
+    attn['_query_norm'] = {'scale': ours['q_norm']}
+    attn['_key_norm'] = {'scale': ours['k_norm']}
+  out = {
+    'pre_attention_norm': {'scale': ours['attn_norm']},
+    'attn': attn,
+    'pre_ffw_norm': {'scale': ours['ffw_norm']},
+    'mlp': {
+      'gating_einsum': jnp.stack([ours['gate'], ours['up']]),
+      'linear': ours['down'],
+    },
+  }
+  if cfg.post_norms:
+    out['post_attention_norm'] = {'scale': ours['post_attn_norm']}
+    out['post_ffw_norm'] = {'scale': ours['post_ffw_norm']}
+  return out
+
+
+def _oracle_logits(cfg, params, tokens, positions, masks, own_window):
+  """What gemma.transformer.Transformer computes, with our parameters.
+
+  Args:
+    masks: [N, B, L, L] bool, one for each layer.
+    own_window: whether the oracle applies the sliding window itself. It counts
+      a key's slot and not its position, so that it is wrong in packed rows,
+      where `masks` have to hold the window.
+  """
+  kind_of = gemma_modules.AttentionType
+  embedder = gemma_modules.Embedder(cfg.vocab_size, cfg.embed_dim)
+  table = {'params': {'input_embedding': params['embedding']}}
+  x = embedder.apply(table, tokens, method='encode')
+  for n, kind in enumerate(_kinds(cfg)):
+    local = kind == 'L'
+    sliding = local and own_window
+    block = gemma_modules.Block(
+      num_heads=cfg.num_heads,
+      num_kv_heads=cfg.num_kv_heads,
+      embed_dim=cfg.embed_dim,
+      head_dim=cfg.head_dim,
+      hidden_dim=cfg.hidden_dim,
+      use_post_attn_norm=cfg.post_norms,
+      use_post_ffw_norm=cfg.post_norms,
+      attn_type=kind_of.LOCAL_SLIDING if sliding else kind_of.GLOBAL,
+      query_pre_attn_scalar=cfg.query_scale,
+      transpose_gating_einsum=False,
+      rope_base_frequency=(
+        cfg.rope_base_local if local else cfg.rope_base_global
+      ),
+      rope_scale_factor=1.0 if local else cfg.rope_scale_global,
+      attn_logits_soft_cap=cfg.attn_softcap,
+      sliding_window_size=cfg.window,
+      use_qk_norm=cfg.qk_norm,
+    )
+    weights = {'params': _oracle_layer(cfg, params['layers'], n)}
+    _, x = block.apply(weights, x, positions, None, masks[n])
+  norm = {'params': {'scale': params['final_norm']}}
+  x = gemma_layers.RMSNorm().apply(norm, x)
+  logits = embedder.apply(table, x, method='decode')
+  if cfg.final_softcap is not None:
+    logits = jnp.tanh(logits / cfg.final_softcap) * cfg.final_softcap
+  return logits
+
+
+def _our_logits(cfg, params, tokens, positions, segment_ids, **kwargs):
+  x = model.forward(cfg, params, tokens, positions, segment_ids, **kwargs)
+  logits = x @ params['embedding'].T.astype(x.dtype)
+  return model.softcap(logits, cfg.final_softcap)
+
+
+# Compiling is most of what these tests take: without optimising, half of it.
+_jit = functools.partial(
+  jax.jit,
+  compiler_options={
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+  },
+)
+
+
+@functools.cache
+def _forward(cfg):
+  return _jit(functools.partial(model.forward, cfg))
+
+
+def _normal(*shape):
+  return np.random.default_rng(5).normal(size=shape).astype(np.float32)
+
+
+def _relative_error(got, want):
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  assert got.shape == want.shape
+  assert np.linalg.norm(want) > 0, 'nothing to compare'
+  return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def _assert_trees_near(got, want, tolerance):
+  errors = jax.tree.map(_relative_error, got, want)
+  for path, error in jax.tree.leaves_with_path(errors):
+    assert error < tolerance, (jax.tree_util.keystr(path), error)
+
+
+@functools.cache
+def _gradients_of(logits_fn, cfg, **static):
+  """A function from (params, inputs, weight) to ((sum, logits), gradients).
+
+  The sum is that of logits * weight; zeros in `weight` take the padding out.
+  """
+
+  def weighted(params, inputs, weight):
+    logits = logits_fn(cfg, params, *inputs, **static)
+    return jnp.sum(logits.astype(jnp.float32) * weight), logits
+
+  return _jit(jax.value_and_grad(weighted, has_aux=True))
+
+
+def _weight(cfg, segment_ids):
+  """Random cotangent of the logits, zero at padding."""
+  weight = _normal(*segment_ids.shape, cfg.vocab_size)
+  return weight * (segment_ids != 0)[..., None]
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('name', FAMILIES)
+def test_values_and_gradients_are_the_oracles(name, layout):
+  cfg, params = FAMILIES[name], _params(name)
+  tokens, positions, segment_ids = _batch(LAYOUTS[layout])
+  # In padded rows the window is left to the oracle, so that nothing of ours
+  # defines it.
+  own_window = layout == 'padded' and cfg.window is not None
+  masks = _visible(
+    dataclasses.replace(cfg, window=LENGTH) if own_window else cfg, segment_ids
+  )
+  weight = _weight(cfg, segment_ids)
+  (_, got), got_grads = _gradients_of(_our_logits, cfg)(
+    params, (tokens, positions, segment_ids), weight
+  )
+  (_, want), want_grads = _gradients_of(
+    _oracle_logits, cfg, own_window=own_window
+  )(params, (tokens, positions, masks), weight)
+  real = segment_ids != 0
+  assert _relative_error(got[real], want[real]) < 1e-5
+  assert jax.tree.structure(got_grads) == jax.tree.structure(params)
+  _assert_trees_near(got_grads, want_grads, 1e-5)
+
+
+@pytest.mark.parametrize('name', ['gemma2', 'gemma3'])
+def test_packed_examples_do_not_see_each_other(name):
+  cfg, params = FAMILIES[name], _params(name)
+  tokens, positions, segment_ids = _batch(LAYOUTS['packed'])
+  run = _forward(cfg)
+  packed = np.asarray(run(params, tokens, positions, segment_ids))
+  for row, lengths in enumerate(LAYOUTS['packed']):
+    at = 0
+    for size in lengths:
+      # Alone, and padded to the full length to be compiled once only.
+      alone, at_start, one = _batch([(size,)])
+      alone[0, :size] = tokens[row, at : at + size]
+      got = np.asarray(run(params, alone, at_start, one))[0, :size]
+      assert _relative_error(packed[row, at : at + size], got) < 1e-6
+      at += size
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_padding_changes_nothing(name):
+  cfg, params = FAMILIES[name], _params(name)
+  tokens, positions, segment_ids = _batch([(11,), (7, 2)])
+  run = _forward(cfg)
+  before = np.asarray(run(params, tokens, positions, segment_ids))
+  padding = segment_ids == 0
+  tokens[padding] = 17
+  positions[padding] = 5
+  after = np.asarray(run(params, tokens, positions, segment_ids))
+  np.testing.assert_array_equal(after[~padding], before[~padding])
+  # Padded queries must not see an empty softmax: NaN there would reach the
+  # gradients of the real ones through 0 * NaN.
+  assert np.isfinite(before).all() and np.isfinite(after).all()
+
+
+def test_the_future_changes_nothing():
+  cfg, params = FAMILIES['gemma3'], _params('gemma3')
+  tokens, positions, segment_ids = _batch([(15,)])
+  run = _forward(cfg)
+  before = np.asarray(run(params, tokens, positions, segment_ids))
+  tokens[0, 9] += 1
+  after = np.asarray(run(params, tokens, positions, segment_ids))
+  np.testing.assert_array_equal(after[0, :9], before[0, :9])
+  assert (after[0, 9:] != before[0, 9:]).any(axis=-1).all()
+
+
+def test_attention_mask_of_a_packed_row():
+  positions = np.array([[0, 1, 2, 0, 1, 0]])
+  segments = np.array([[1, 1, 1, 2, 2, 0]])
+  got = model.attention_mask(positions, positions, segments, segments, 2)
+  want = [
+    [1, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0],
+    [0, 1, 1, 0, 0, 0],  # Window 2: itself and the one before.
+    [0, 0, 0, 1, 0, 0],
+    [0, 0, 0, 1, 1, 0],
+    [0, 0, 0, 0, 0, 1],  # Padding sees padding, lest its softmax be empty.
+  ]
+  np.testing.assert_array_equal(got[0], np.array(want, bool))
+
+
+def test_rms_norm_by_hand_and_against_the_oracle():
+  # rms([3, 4]) = sqrt(12.5); the second factor is 1 + 1.
+  got = model.rms_norm(jnp.array([3.0, 4.0]), jnp.array([0.0, 1.0]))
+  want = np.array([3.0, 8.0]) / math.sqrt(12.5)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  # A vector as small as this one shows the 1e-6 under the root.
+  x = 1e-3 * _normal(2, 3, 5)
+  scale = np.arange(5.0, dtype=np.float32)
+  oracle = gemma_layers.RMSNorm().apply({'params': {'scale': scale}}, x)
+  np.testing.assert_allclose(model.rms_norm(x, scale), oracle, rtol=1e-6)
+
+
+def test_rms_norm_of_bfloat16_is_computed_in_float32():
+  x = jnp.asarray(100 * _normal(4, 640), jnp.bfloat16)
+  scale = 0.1 * _normal(640)
+  got = model.rms_norm(x, scale)
+  want = model.rms_norm(x.astype(jnp.float32), scale).astype(jnp.bfloat16)
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(got, want)
+
+
+def test_rope_by_hand_and_against_the_oracle():
+  # A quarter turn takes (1, 0) to (0, 1). The partner of entry i is i + A / 2,
+  # not its neighbour: here 1 with 3 and 2 with 4.
+  x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
+  angles = jnp.array([math.pi / 2, 0.0]).reshape(1, 1, 2)
+  got = model.apply_rope(x, angles)[0, 0, 0]
+  np.testing.assert_allclose(got, [-3.0, 2.0, 1.0, 4.0], atol=1e-6)
+  # Far out, as positions of a long context are, and with the 4B's scale.
+  cfg = dataclasses.replace(_GEMMA3, head_dim=16, num_layers=6)
+  x = _normal(2, 3, 4, 16)
+  positions = np.array([[0, 1, 700], [3, 2000, 1]])
+  _, rates = model.layer_constants(cfg)
+  for rate, base, scale in ((rates[0], 10_000, 1), (rates[5], 1_000_000, 8)):
+    got = model.apply_rope(x, positions[..., None] * rate)
+    want = gemma_positions.apply_rope(x, positions, base, scale)
+    # Float32 angles of 2000 radians are good to 1e-4.
+    np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+def test_layer_constants_by_hand():
+  cfg = dataclasses.replace(_GEMMA3, head_dim=4)
+  windows, rates = model.layer_constants(cfg)
+  assert list(windows[:5]) == [3] * 5 and windows[6] == 3
+  assert windows[5] >= 2**30
+  # base ** (-2 i / A) for i = 0 and 1; global ones divided by the scale, 8.
+  np.testing.assert_allclose(rates[0], [1.0, 0.01], rtol=1e-6)
+  np.testing.assert_allclose(rates[5], [0.125, 0.000125], rtol=1e-6)
+  np.testing.assert_array_equal(rates[6], rates[0])
+
+
+def test_remat_gives_the_same_gradients():
+  cfg, params = FAMILIES['gemma3'], _params('gemma3')
+  batch = _batch(LAYOUTS['packed'])
+  weight = _weight(cfg, batch[2])
+  _, want = _gradients_of(_our_logits, cfg)(params, batch, weight)
+  _, got = _gradients_of(_our_logits, cfg, remat=True)(params, batch, weight)
+  _assert_trees_near(got, want, 1e-6)
+
+
+def test_remat_keeps_only_the_input_of_each_layer():
+  cfg, params = FAMILIES['gemma3'], _params('gemma3')
+  batch = _batch(LAYOUTS['packed'])
+
+  def kept(remat):
+    # The leaves of a vjp function are what waits for the backward pass.
+    def run(params):
+      return model.forward(cfg, params, *batch, remat=remat)
+
+    backward = jax.eval_shape(lambda p: jax.vjp(run, p)[1], params)
+    shapes = [x.shape for x in jax.tree.leaves(backward)]
+    return [s for s in shapes if s[:2] == (cfg.num_layers, 2)]
+
+  assert kept(True) == [(cfg.num_layers, 2, LENGTH, cfg.embed_dim)]
+  assert len(kept(False)) > 5  # Else the line above would show nothing.
+
+
+def test_bfloat16_activations_keep_float32_parameters():
+  cfg, params = FAMILIES['gemma3'], _params('gemma3')
+  batch = _batch(LAYOUTS['packed'])
+  weight = _weight(cfg, batch[2])
+  (_, want), _ = _gradients_of(_our_logits, cfg)(params, batch, weight)
+  (_, got), grads = _gradients_of(_our_logits, cfg, dtype=jnp.bfloat16)(
+    params, batch, weight
+  )
+  assert got.dtype == jnp.bfloat16 and want.dtype == jnp.float32
+  # bfloat16 has 8 bits: 0.4 % for each of some fifty roundings.
+  assert 1e-4 < _relative_error(got, want) < 0.05
+  for leaf in jax.tree.leaves(grads):
+    assert leaf.dtype == jnp.float32
+    assert np.isfinite(leaf).all()
+
+
+def test_init_params_has_unit_gain():
+  cfg = FAMILIES['gemma3']
+  init = _jit(functools.partial(model.init_params, cfg))
+  params = init(jax.random.key(0))
+  assert jax.tree.map(jnp.shape, params) == model.param_shapes(cfg)
+  fan_in = {
+    'q': cfg.embed_dim,
+    'k': cfg.embed_dim,
+    'v': cfg.embed_dim,
+    'o': cfg.num_heads * cfg.head_dim,
+    'gate': cfg.embed_dim,
+    'up': cfg.embed_dim,
+    'down': cfg.hidden_dim,
+  }
+  for key, leaf in params['layers'].items():
+    std = 0 if 'norm' in key else fan_in[key] ** -0.5
+    assert np.std(leaf) == pytest.approx(std, rel=0.1), key
+  # No two layers, and no two matrices, may start out the same.
+  q, k, v = (np.asarray(params['layers'][m]) for m in 'qkv')
+  assert not np.array_equal(k, v) and not np.array_equal(q[0], q[1])
+  # Times sqrt(D) in `embed`, that is token vectors of variance 1.
+  x = model.embed(params, np.arange(cfg.vocab_size)[None], jnp.float32)
+  assert np.std(x) == pytest.approx(1.0, rel=0.1)
+
+
+# Embedding and all other parameters.
+# Gemma 1: table 2 of arXiv 2403.08295. Gemma 2: table 2 of arXiv 2408.00118.
+# Gemma 3 270M and 1B: the numbers of parameters in the safetensors metadata of
+# google/gemma-3-270m (268,098,176) and google/gemma-3-1b-pt (999,885,952),
+# less 262,144 embedding rows.
+PUBLISHED = {
+  'gemma1_2b': (524_550_144, 1_981_884_416),
+  'gemma1_7b': (786_825_216, 7_751_248_896),
+  'gemma2_2b': (590_118_912, 2_024_517_888),
+  'gemma2_9b': (917_962_752, 8_324_201_984),
+  'gemma2_27b': (1_180_237_824, 26_047_480_320),
+  'gemma3_270m': (167_772_160, 268_098_176 - 167_772_160),
+  'gemma3_1b': (301_989_888, 999_885_952 - 301_989_888),
+}
+# Totals in the safetensors metadata of google/gemma-3-{4b,12b,27b}-pt, which
+# hold more than the text model of mt: see the test.
+PUBLISHED_WITH_VISION = {
+  'gemma3_4b': 4_300_079_472,
+  'gemma3_12b': 12_187_325_040,
+  'gemma3_27b': 27_432_406_640,
+}
+
+
+def _count(shapes):
+  leaves = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
+  return sum(math.prod(shape) for shape in leaves)
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name):
+  shapes = model.param_shapes(sizes.SIZES[name])
+  embedding = math.prod(shapes.pop('embedding'))
+  assert (embedding, _count(shapes)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize('name', PUBLISHED_WITH_VISION)
+def test_parameter_counts_of_vision_models(name):
+  cfg = sizes.SIZES[name]
+  tower = 416_866_032  # SiglipVisionModel in the same three checkpoints.
+  projector = 1152 * cfg.embed_dim + 1152  # Matrix and norm, tower to text.
+  image_rows = (
+    262_208 - 262_144
+  ) * cfg.embed_dim  # Vocabulary of Hugging Face.
+  got = _count(model.param_shapes(cfg)) + tower + projector + image_rows
+  assert got == PUBLISHED_WITH_VISION[name]
+
+
+def test_every_size_has_a_published_count():
+  assert {*PUBLISHED, *PUBLISHED_WITH_VISION, 'debug'} == set(sizes.SIZES)
+
+
+@pytest.fixture(scope='module')
+def package_configs():
+  """TransformerConfig of the `gemma` package, behind imports it never uses."""
+  vision = types.ModuleType('gemma.multimodal.vision')
+  vision.SigLiPFromPatches = type('SigLiPFromPatches', (), {})
+  stubs = {'einops': types.ModuleType('einops'), vision.__name__: vision}
+  with mock.patch.dict(sys.modules, stubs):
+    transformer = importlib.import_module('gemma.transformer')
+    yield transformer.TransformerConfig
+
+
+# The package (3.0.2) is older than the 270M.
+@pytest.mark.parametrize(
+  'name', [n for n in sizes.SIZES if n not in ('debug', 'gemma3_270m')]
+)
+def test_sizes_are_the_packages(name, package_configs):
+  """Counts do not tell a wrong window, scale, base or cap."""
+  cfg = sizes.SIZES[name]
+  make = getattr(package_configs, name.replace('gemma1', 'gemma'))
+  if name in PUBLISHED_WITH_VISION:
+    want = make(text_only=True)
+  else:
+    want = make() if name == 'gemma3_1b' else make(cache_size=None)
+  kinds = ''.join(
+    'L' if 'LOCAL' in t.name else 'G' for t in want.attention_types
+  )
+  theirs = sizes.ModelConfig(
+    vocab_size=want.num_embed,
+    num_layers=want.num_layers,
+    embed_dim=want.embed_dim,
+    hidden_dim=want.hidden_dim,
+    num_heads=want.num_heads,
+    num_kv_heads=want.num_kv_heads,
+    head_dim=want.head_dim,
+    query_scale=want.query_pre_attn_scalar(),
+    attention=kinds,
+    window=want.sliding_window_size,
+    rope_base_local=want.local_base_frequency,
+    rope_base_global=want.global_base_frequency,
+    rope_scale_global=want.global_scale_factor,
+    attn_softcap=want.attn_logits_soft_cap,
+    final_softcap=want.final_logit_softcap,
+    qk_norm=want.use_qk_norm,
+    post_norms=want.use_post_attn_norm and want.use_post_ffw_norm,
+  )
+  assert want.local_scale_factor == 1.0
+  assert dataclasses.replace(cfg, attention=_kinds(cfg)) == theirs
+
+
+_INT = np.zeros((2, 3), np.int32)
+_HEADS = np.zeros((2, 3, 4, 8), np.float32)
+_ONE_KEY = np.zeros((2, 3, 1, 8), np.float32)
+
+
+@pytest.mark.parametrize(
+  ('call', 'message'),
+  [
+    (lambda f: f(_INT[0], _INT, _INT), 'rank'),
+    (lambda f: f(_INT, _INT[0], _INT), 'shape'),
+    (lambda f: f(_INT, _INT, _INT[:, :2]), 'shape'),
+    (lambda f: f(_INT * 1.0, _INT, _INT), 'type'),
+    (lambda _: model.embed({}, _INT[0], jnp.float32), 'rank'),
+    (lambda _: model.rms_norm(jnp.ones((2, 8)), jnp.ones(7)), 'suffix'),
+    (lambda _: model.apply_rope(jnp.ones((2, 3, 8)), _HEADS[..., 0]), 'rank'),
+    (
+      lambda _: model.attend(_GEMMA1, _HEADS, _ONE_KEY, _ONE_KEY, _INT),
+      'rank',
+    ),
+    (lambda _: model.attention_mask(_INT, _INT[0], _INT, _INT, 4), 'rank'),
+  ],
+)
+def test_wrong_shapes_are_named(call, message):
+  forward = functools.partial(
+    model.forward, _GEMMA1, _params('gemma1_multi_query')
+  )
+  with pytest.raises(AssertionError, match=message):
+    call(forward)
+
+
+def test_no_two_dimensions_of_the_small_models_agree():
+  """Guards the other tests: equal dimensions would hide swapped axes."""
+  for cfg in FAMILIES.values():
+    dims = [
+      cfg.vocab_size,
+      cfg.embed_dim,
+      cfg.hidden_dim,
+      cfg.num_heads * cfg.head_dim,
+      cfg.head_dim,
+      LENGTH,
+    ]
+    assert max(collections.Counter(dims).values()) == 1
