@@ -20,12 +20,12 @@ def main(argv):
     raise errors.UserError(
       f'{argv[1]!r} is no flag; write --config.knob=value, with the dashes.'
     )
+  path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
+  if not path.is_file():
+    raise errors.UserError(f'--config={path}: no such file; see configs/.')
   from mt import loop  # After the flags: --help takes no seconds.
 
-  name = pathlib.Path(
-    config_flags.get_config_filename(flags.FLAGS['config'])
-  ).stem
-  loop.run(_CONFIG.value, _WORKDIR.value or pathlib.Path('runs') / name)
+  loop.run(_CONFIG.value, _WORKDIR.value or pathlib.Path('runs') / path.stem)
 
 
 if __name__ == '__main__':

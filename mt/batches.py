@@ -15,6 +15,7 @@ never from token values: Gemma's pad id is an ordinary 0.
 from collections.abc import Iterator
 import dataclasses
 import functools
+import zlib
 
 import chex
 import grain
@@ -64,6 +65,12 @@ class Examples:
   @property
   def num_targets(self) -> int:
     return int(len(self.tokens) - self.target_starts.sum())
+
+  @property
+  def digest(self) -> int:
+    """32 bits that change with any token or border."""
+    borders = zlib.crc32(self.offsets.tobytes() + self.target_starts.tobytes())
+    return zlib.crc32(self.tokens.tobytes(), borders)
 
 
 def prompt_ids(

@@ -178,7 +178,7 @@ def load_finetuned(
   args = ocp.args.StandardRestore(_abstract(trained))
   trained = _read(manager, at, trained=args).trained
   params = step.model_params(config.train, trained, frozen)
-  return config, source, jax.jit(trainable.fold)(params)
+  return config, source, trainable.fold(params)
 
 
 def _abstract(tree):
@@ -190,9 +190,9 @@ def _check_identity(manager, at, who):
   for key in who:
     if saved.get(key) != who[key]:
       raise errors.UserError(
-        f'{manager.directory}: step {at} is of another model: its {key} is '
-        f'{saved.get(key)!r}, that of weights.source is {who[key]!r}; use '
-        'another --workdir, or the weights that this run started from.'
+        f'{manager.directory}: step {at} belongs to another run: its {key} is '
+        f'{saved.get(key)!r}, here it is {who[key]!r}; use another --workdir, '
+        'or the weights and data that this run started from.'
       )
 
 

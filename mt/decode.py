@@ -30,13 +30,14 @@ def unstack(params: model.Params) -> model.Params:
 
 def _next_token(cfg, params, hidden):
   """[B, D] -> [B] int32, the most probable token."""
+  # With V first, the product is 1.7 times as fast on a CPU (BUILD_NOTES.md).
   logits = jnp.einsum(
-    'bd,vd->bv',
-    hidden,
+    'vd,bd->vb',
     params['embedding'].astype(hidden.dtype),
+    hidden,
     preferred_element_type=jnp.float32,
   )
-  return jnp.argmax(model.softcap(logits, cfg.final_softcap), -1).astype(
+  return jnp.argmax(model.softcap(logits, cfg.final_softcap), 0).astype(
     jnp.int32
   )
 

@@ -53,24 +53,28 @@ def _parse_flags(argv):
 
 
 def _config_error(argv, error):
-  config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
-  if isinstance(config, ml_collections.ConfigDict):
-    knobs = _knobs(config)
-    for arg in argv:
-      name = arg.split('=')[0].lstrip('-').removeprefix('config.')
-      if arg.startswith('--config.') and name not in knobs:
-        near = difflib.get_close_matches(name, knobs, 1, 0)[0]
-        return (
-          f'--config.{name}: there is no such knob; the nearest is {near!r} '
-          '(configs/default.py has them all).'
-        )
+  from configs import default
+
+  for arg in argv:
+    if not arg.startswith('--config.'):
+      continue
+    path = arg.split('=')[0].removeprefix('--config.').split('.')
+    level = default.get_config()
+    for depth, part in enumerate(path):
+      if not isinstance(level, ml_collections.ConfigDict) or part not in level:
+        return _no_such_knob(path, depth, level)
+      level = level[part]
   return f'--config: {" ".join(str(error).split())}'
 
 
-def _knobs(config, prefix=''):
-  names = []
-  for key, value in config.items():
-    names.append(prefix + key)
-    if isinstance(value, ml_collections.ConfigDict):
-      names += _knobs(value, f'{prefix}{key}.')
-  return names
+def _no_such_knob(path, depth, level):
+  text = f'--config.{".".join(path)}: there is no such knob'
+  above = ''.join(part + '.' for part in path[:depth])
+  if not isinstance(level, ml_collections.ConfigDict):
+    return f'{text}; {above[:-1]} is one value.'
+  near = difflib.get_close_matches(path[depth], level.keys(), 1)
+  if near and isinstance(level[near[0]], ml_collections.ConfigDict):
+    above, level, near = f'{above}{near[0]}.', level[near[0]], []
+  if near:
+    text += f'; did you mean {above}{near[0]}'
+  return f'{text}; there are {above}{{{", ".join(level)}}}.'

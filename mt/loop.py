@@ -11,6 +11,7 @@ import pathlib
 import time
 
 import chex
+import grain
 import jax
 import ml_collections
 
@@ -35,11 +36,13 @@ class Data:
 
   Attributes:
     train: iterator over all training rows.
+    train_digest: of the training examples.
     valid: batches of the validation loss.
     scored: split -> pairs to be translated and scored.
   """
 
-  train: batches.grain.DatasetIterator
+  train: grain.DatasetIterator
+  train_digest: int
   valid: list[batches.Batch]
   scored: dict[str, list[corpus.Pair]]
 
@@ -65,6 +68,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   data = read_data(config, source.tokenizer, pairs)
   params = source.read()
   identity = checkpoint.identity(source.config, params)
+  identity['data'] = data.train_digest
   journal.say(
     f'model: {config.weights.source}, '
     f'{sum(x.size for x in jax.tree.leaves(params)) / 1e6:.0f}M parameters'
@@ -85,12 +89,15 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   )
   restored = checkpoint.restore(manager, state, identity)
   metrics_path = workdir / 'metrics.jsonl'
+  scores_path = workdir / 'scores.json'
   if restored is not None:
     state, data_state = restored
     data.train.set_state(data_state)
     journal.say(f'resumed: {workdir} at step {int(state.step)}')
   first_step = int(state.step)
   journal.cut_metrics(metrics_path, first_step if restored else -1)
+  if first_step < config.train.max_steps:
+    scores_path.unlink(missing_ok=True)
 
   translator = translate.from_config(config, source)
   eval_step = step.make_eval_step(source.config, config.train)
@@ -110,7 +117,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
     started,
   )
   manager.close()
-  if not (workdir / 'scores.json').exists() or int(state.step) > first_step:
+  if not scores_path.exists():
     translate_splits(
       'after', config, translator, state, data, workdir, identity
     )
@@ -180,6 +187,7 @@ def read_data(
   number = config.eval.translate_pairs or None
   return Data(
     train=batches.train_iterator(rows, size),
+    train_digest=examples['train'].digest,
     valid=list(batches.eval_batches(examples['valid'], length, size)),
     scored={k: v[:number] for k, v in pairs.items() if k != 'train'},
   )
@@ -261,7 +269,7 @@ def translate_splits(
 ) -> None:
   """Translates the scored splits and leaves the texts in the workdir."""
   params = step.model_params(config.train, state.trained, state.frozen)
-  params = jax.jit(trainable.fold)(params)
+  params = trainable.fold(params)
   for split, pairs in data.scored.items():
     sources = [p.source for p in pairs]
     progress = journal.Progress(f'translating {split} ({when})', len(sources))
@@ -284,8 +292,7 @@ def translate_splits(
     columns = {when: texts, 'source': sources}
     columns['reference'] = [p.target for p in pairs]
     for name, lines in columns.items():
-      text = ''.join(line + '\n' for line in lines)
-      workdir_lib.write(folder / f'{split}.{name}.txt', text)
+      workdir_lib.write_lines(folder / f'{split}.{name}.txt', lines)
 
 
 def report(workdir: pathlib.Path, data: Data) -> None:
@@ -294,7 +301,7 @@ def report(workdir: pathlib.Path, data: Data) -> None:
   for split, pairs in data.scored.items():
     folder = workdir / 'translations'
     texts = {
-      when: (folder / f'{split}.{when}.txt').read_text('utf-8').split('\n')[:-1]
+      when: workdir_lib.read_lines(folder / f'{split}.{when}.txt')
       for when in ('before', 'after')
     }
     references = [p.target for p in pairs]

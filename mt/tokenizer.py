@@ -1,10 +1,14 @@
 """SentencePiece, from a .model file or rebuilt from a GGUF vocabulary."""
 
+import collections
 from collections.abc import Sequence
 import dataclasses
 import io
+import itertools
 import pathlib
+import re
 
+import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
@@ -58,14 +62,21 @@ def from_proto(proto: bytes, where: str) -> Tokenizer:
     raise errors.UserError(
       f'{where}: not a SentencePiece model ({str(e).splitlines()[0]}).'
     ) from None
-  if min(spm.bos_id(), spm.eos_id(), spm.pad_id()) < 0:
-    raise errors.UserError(
-      f'{where}: pad, BOS, EOS ids are {spm.pad_id()}, {spm.bos_id()}, '
-      f'{spm.eos_id()}; Gemma needs all three: use a Gemma tokenizer.'
+  pad, bos, eos = spm.pad_id(), spm.bos_id(), spm.eos_id()
+  if min(pad, bos, eos) < 0:
+    # SentencePiece finds them by name (<s>, </s> unless told otherwise); a
+    # model put together by other tools may give their numbers alone.
+    spec = sp_pb2.ModelProto.FromString(proto).trainer_spec
+    pad, bos, eos = (
+      i if 0 <= i < spm.vocab_size() and spm.is_control(i) else -1
+      for i in (spec.pad_id, spec.bos_id, spec.eos_id)
     )
-  return Tokenizer(
-    spm, proto, spm.vocab_size(), spm.pad_id(), spm.bos_id(), spm.eos_id()
-  )
+  if min(pad, bos, eos) < 0:
+    raise errors.UserError(
+      f'{where}: pad, BOS, EOS ids are {pad}, {bos}, {eos}; Gemma needs all '
+      'three: use a Gemma tokenizer.'
+    )
+  return Tokenizer(spm, proto, spm.vocab_size(), pad, bos, eos)
 
 
 def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -75,6 +86,13 @@ def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     texts: to train on.
     vocab_size: at most this many pieces; few texts give fewer.
   """
+  # SentencePiece refuses to train when the characters alone fill the
+  # vocabulary, as Japanese would: the rarest are spelt in bytes.
+  counts = collections.Counter(itertools.chain.from_iterable(texts))
+  rare = {c for c, _ in counts.most_common()[(vocab_size - 260) * 3 // 4 :]}
+  if rare:
+    split = re.compile(f'[{re.escape("".join(rare))}]+').split
+    texts = [part for text in texts for part in split(text)]
   out = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(texts),
@@ -123,7 +141,12 @@ def from_gguf(file: gguf_file.GGUFFile) -> Tokenizer:
   pieces = f.get('tokenizer.ggml.tokens')
   scores = f.get('tokenizer.ggml.scores')
   types = f.get('tokenizer.ggml.token_type')
-  if kind != 'llama' or pieces is None or scores is None or types is None:
+  if (
+    str(kind) != 'llama'
+    or not isinstance(pieces, list)
+    or getattr(scores, 'dtype', None) != np.float32
+    or getattr(types, 'dtype', None) != np.int32
+  ):
     raise errors.UserError(
       f'{file.path}: tokenizer kind {kind!r} found, "llama" (SentencePiece '
       'with scores) expected; set weights.tokenizer to a tokenizer.model.'
@@ -133,34 +156,41 @@ def from_gguf(file: gguf_file.GGUFFile) -> Tokenizer:
       f'{file.path}: {len(pieces):,} pieces, {len(scores):,} scores and '
       f'{len(types):,} types do not match; the file is damaged.'
     )
-  special = {
-    f.get('tokenizer.ggml.padding_token_id', 0): _CONTROL,
-    f.get('tokenizer.ggml.eos_token_id', 1): _CONTROL,
-    f.get('tokenizer.ggml.bos_token_id', 2): _CONTROL,
-    f.get('tokenizer.ggml.unknown_token_id', 3): _UNKNOWN,
-  }
+  pad, eos, bos, unk = ids = [
+    f.get(f'tokenizer.ggml.{name}_token_id', default)
+    for default, name in enumerate(('padding', 'eos', 'bos', 'unknown'))
+  ]
+  if not all(isinstance(i, int) and 0 <= i < len(pieces) for i in ids):
+    raise errors.UserError(
+      f'{file.path}: pad, EOS, BOS, unknown ids are {str(ids)[:80]}, numbers '
+      f'below {len(pieces):,} expected; the file is damaged.'
+    )
+  special = {pad: _CONTROL, eos: _CONTROL, bos: _CONTROL, unk: _UNKNOWN}
   m = sp_pb2.ModelProto()
   for i, (piece, score, t) in enumerate(
     zip(pieces, scores.tolist(), types.tolist(), strict=True)
   ):
-    text = piece.decode()
     # llama.cpp calls <unused…> and <start_of_turn> control tokens; Gemma's own
     # model has them as user-defined symbols. Runs of spaces, user-defined as
     # well, are written as plain spaces here and with U+2581 there.
     t = special.get(i, _USER_DEFINED if t in (_CONTROL, _UNKNOWN) else t)
-    if t == _USER_DEFINED:
-      text = text.replace(' ', _SPACE)
-    m.pieces.add(piece=text, score=score, type=t)
+    try:
+      text = piece.decode()
+      if t == _USER_DEFINED:
+        text = text.replace(' ', _SPACE)
+      m.pieces.add(piece=text, score=score, type=t)
+    except ValueError:  # UnicodeDecodeError is one.
+      raise errors.UserError(
+        f'{file.path}: piece {i} is {piece[:40]!r} of type {t}, UTF-8 and a '
+        'SentencePiece type expected; the file is damaged.'
+      ) from None
   t = m.trainer_spec
   t.model_type = sp_pb2.TrainerSpec.BPE
   t.vocab_size = len(pieces)
   t.byte_fallback = any(x == _BYTE for x in types.tolist())
-  t.pad_id = f.get('tokenizer.ggml.padding_token_id', 0)
-  t.eos_id = f.get('tokenizer.ggml.eos_token_id', 1)
-  t.bos_id = f.get('tokenizer.ggml.bos_token_id', 2)
-  t.unk_id = f.get('tokenizer.ggml.unknown_token_id', 3)
+  t.pad_id, t.eos_id, t.bos_id, t.unk_id = ids
   t.pad_piece, t.eos_piece, t.bos_piece, t.unk_piece = (
-    m.pieces[i].piece for i in (t.pad_id, t.eos_id, t.bos_id, t.unk_id)
+    m.pieces[i].piece for i in ids
   )
   n = m.normalizer_spec
   n.name = 'identity'

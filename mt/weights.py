@@ -188,7 +188,8 @@ def gguf_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
   """
   f = file.fields
   arch = f.get('general.architecture')
-  if arch not in ('gemma', 'gemma2', 'gemma3'):
+  # str(): a damaged header may hold an array, which cannot be compared.
+  if str(arch) not in ('gemma', 'gemma2', 'gemma3'):
     raise errors.UserError(
       f'{file.path}: architecture {arch!r} found, gemma, gemma2 or gemma3 '
       'expected; this project trains Gemma only.'
@@ -196,10 +197,11 @@ def gguf_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
 
   def get(key, default=None):
     value = f.get(f'{arch}.{key}', default)
-    if not isinstance(value, int | float):
+    # NaN fails the comparison too.
+    if not isinstance(value, int | float) or not 1 <= value < 2**31:
       raise errors.UserError(
-        f'{file.path}: {arch}.{key} is {value!r}, a number expected; the GGUF '
-        'header is incomplete: convert the model again.'
+        f'{file.path}: {arch}.{key} is {str(value)[:40]}, a number from 1 up '
+        'expected; the GGUF header is incomplete: convert the model again.'
       )
     return value
 
@@ -252,18 +254,34 @@ def gguf_params(
     errors.UserError: a tensor is missing or its shape is not the model's.
   """
 
+  def turned(name, shape):
+    return len(shape) == 2 and name != 'token_embd.weight'
+
+  def check(name, shape):
+    if name not in file.tensors:
+      raise errors.UserError(
+        f'{file.path}: no tensor {name!r}; the file is not a complete Gemma.'
+      )
+    found = file.tensors[name].shape
+    found = found[::-1] if turned(name, shape) else found
+    if found != shape:
+      raise errors.UserError(
+        f'{file.path}: tensor {name} gives {found}, the header promises '
+        f'{shape}; the file is damaged or of a model not known here.'
+      )
+
   def read(name, shape):
     x = gguf_file.read_tensor(file, name)
     x = x - 1.0 if 'norm' in name else x
-    x = x.T if len(shape) == 2 and name != 'token_embd.weight' else x
-    if x.shape != shape:
-      raise errors.UserError(
-        f'{file.path}: tensor {name} gives {x.shape}, the header promises '
-        f'{shape}; the file is damaged or of a model not known here.'
-      )
-    return x
+    return x.T if turned(name, shape) else x
 
   shapes = model.param_shapes(cfg)
+  # All shapes first: a damaged header must not make us allocate terabytes.
+  check('token_embd.weight', shapes['embedding'])
+  check('output_norm.weight', shapes['final_norm'])
+  for i in range(cfg.num_layers):
+    for ours, shape in shapes['layers'].items():
+      check(f'blk.{i}.{_GGUF_NAMES[ours]}.weight', shape[1:])
   layers = {}
   for ours, shape in shapes['layers'].items():
     stacked = np.empty(shape, np.float32)

@@ -10,6 +10,7 @@ samples.md         eight sentences, before and after
 checkpoints/       see mt/checkpoint.py
 """
 
+from collections.abc import Sequence
 import importlib.metadata
 import json
 import os
@@ -23,9 +24,9 @@ import ml_collections
 
 from mt import errors
 
-# Knobs that may change between two starts of one run: none of them changes what
-# a step computes.
-_FREE = ('eval', 'decode', 'checkpoint', 'log')
+# Knobs that may change between two starts of one run. None changes what a step
+# computes, but for max_steps under a schedule that ends with it.
+_FREE = ('eval.', 'decode.', 'checkpoint.', 'log.', 'train.max_steps')
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
@@ -51,19 +52,34 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   write(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
 
 
-def read_json(path: pathlib.Path) -> Any:
-  """Reads what write_json wrote.
+def write_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
+  """`write` for texts without newlines, one a line."""
+  write(path, ''.join(line + '\n' for line in lines))
 
-  Raises:
-    errors.UserError: missing, unreadable or damaged.
-  """
+
+def _read(path):
   try:
-    return json.loads(path.read_text(encoding='utf-8'))
+    return path.read_text(encoding='utf-8')
   except OSError as e:
     raise errors.UserError(
       f'{path}: cannot read it ({e.strerror}); --workdir must name the folder '
       'of a run of train.py.'
     ) from None
+
+
+def read_lines(path: pathlib.Path) -> list[str]:
+  """What write_lines wrote."""
+  return _read(path).split('\n')[:-1]
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """What write_json wrote.
+
+  Raises:
+    errors.UserError: missing, unreadable or damaged.
+  """
+  try:
+    return json.loads(_read(path))
   except ValueError as e:
     raise errors.UserError(f'{path}: damaged JSON ({e}).') from None
 
@@ -83,7 +99,7 @@ def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   if path.exists():
     old = read_config(workdir)
     for knob, was, now in _differences(old.to_dict(), config.to_dict()):
-      if knob.split('.')[0] not in _FREE:
+      if not knob.startswith(_FREE):
         raise errors.UserError(
           f'{workdir} holds a run with {knob}={was!r}, this one has {now!r}; '
           'use another --workdir, or the config of that run.'

@@ -1,0 +1,29 @@
+# make train: the real thing.  make test: everything that is quick.
+# Both set themselves up: .venv, the pinned packages, the weights.
+
+PYTHON ?= python3
+CONFIG ?= configs/gemma3_270m.py
+ARGS ?=
+BIN = .venv/bin
+
+.PHONY: train test test-real lint
+
+train: .venv/installed
+	$(BIN)/python train.py --config=$(CONFIG) $(ARGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+test-real: .venv/installed
+	$(BIN)/python -m pytest -m real $(ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 …'; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements.txt
+	@touch $@

@@ -1,0 +1,27 @@
+"""Fine-tunes Gemma to translate. One file per noun, read in this order:
+
+  settings    impossible values in a config, refused early
+  corpus      parallel text on disk -> pairs
+  tokenizer   SentencePiece: from a file, a GGUF vocabulary, or trained
+  batches     pairs -> tokens and masks -> packed rows -> Grain iterator
+  sizes       the published Gemmas as data
+  gguf_file   GGUF header and tensors
+  weights     `weights.source` -> model shape, tokenizer, parameters
+  model       the Gemma forward pass over a plain pytree
+  loss        cross-entropy over a large vocabulary
+  trainable   all weights, blocks, or LoRA: what is trained, what is frozen
+  step        TrainState, optimizer, train_step, eval_step
+  checkpoint  Orbax: state and data position, and whose they are
+  loop        a run from config to scores, in one fixed order
+  decode      greedy decoding with a key/value cache
+  translate   text to text; `python -m mt.translate`
+  evaluate    BLEU, chrF, samples
+
+  compiling   compile once, keep what was compiled
+  journal     metrics.jsonl, progress bar, lines
+  workdir     the other files of a run
+  errors      one sentence for the person at the terminal
+
+To change the prompt: configs/. The data: corpus. The loss: loss, step. What is
+trained: trainable. The optimizer: step. The search: decode.
+"""

@@ -1,0 +1,27 @@
+"""Tests keep to themselves: nothing is read from or left in the home folder."""
+
+import os
+import tempfile
+
+import pytest
+
+_CACHE = tempfile.TemporaryDirectory(prefix='mt-tests-')
+os.environ['XDG_CACHE_HOME'] = _CACHE.name
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+
+@pytest.fixture
+def debug_config():
+  """configs/debug.py cut down to seconds: tiny rows, few sentences."""
+  from configs import debug
+
+  config = debug.get_config()
+  config.data.length = 128
+  config.train.max_steps = 6
+  config.train.batch_size = 2
+  config.eval.every = 3
+  config.eval.loss_pairs = 4
+  config.eval.translate_pairs = 3
+  config.decode.max_ratio = 0.1
+  config.checkpoint.every = 2
+  return config

@@ -1,0 +1,285 @@
+"""Whole runs of the debug model: what they leave, and what kills them."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mt import checkpoint
+from mt import corpus
+from mt import errors
+from mt import journal
+from mt import loop
+from mt import sizes
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def _metrics(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(x) for x in lines]
+
+
+def _timeless(workdir):
+  """Everything in metrics.jsonl but the speed."""
+  return [
+    {k: v for k, v in m.items() if k != 'targets_per_s'}
+    for m in _metrics(workdir)
+  ]
+
+
+def _parameters(workdir):
+  with checkpoint.open_manager(workdir) as manager:
+    args = ocp.args.Composite(trained=ocp.args.StandardRestore())
+    read = manager.restore(manager.latest_step(), args=args)
+    return {k: np.asarray(v) for k, v in read.trained.items()}
+
+
+def _assert_same_run(one, other):
+  assert _timeless(one) == _timeless(other)
+  a, b = _parameters(one), _parameters(other)
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name])
+  for name in ('scores.json', 'samples.txt', 'translations/valid.after.txt'):
+    assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_a_run_leaves_everything(debug_config, tmp_path, capsys):
+  debug_config.eval.test = True
+  loop.run(debug_config, tmp_path)
+  steps = [m['step'] for m in _metrics(tmp_path) if 'loss' in m]
+  assert steps == [1, 2, 3, 4, 5, 6]
+  validated = [m['step'] for m in _metrics(tmp_path) if 'valid_loss' in m]
+  assert validated == [0, 3, 6]
+  scores = json.loads((tmp_path / 'scores.json').read_text())
+  assert scores.keys() == {'valid', 'test'}
+  for split in scores.values():
+    assert split.keys() == {'before', 'after'}
+    for s in split.values():
+      assert s['sentences'] == 3
+      assert s.keys() >= {'bleu', 'bleu_intl', 'chrf', 'chrf_signature'}
+  config = json.loads((tmp_path / 'config.json').read_text())
+  assert config['train']['max_steps'] == 6
+  environment = json.loads((tmp_path / 'environment.json').read_text())
+  assert environment['packages']['jax']
+  out = capsys.readouterr().out
+  assert 'valid chrf' in out and 'source ' in out and 'before ' in out
+  assert '3 dropped' in out or ' dropped (more than' in out
+
+  # The same command again: nothing is trained, the scores are shown again.
+  before = (tmp_path / 'metrics.jsonl').read_bytes()
+  loop.run(debug_config, tmp_path)
+  assert (tmp_path / 'metrics.jsonl').read_bytes() == before
+  assert 'valid chrf' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  'parts, packing, stop',
+  [('all', True, 5), ('lora', False, 3), ('blocks', True, 1)],
+)
+def test_an_interrupted_run_goes_on_bit_for_bit(
+  debug_config, tmp_path, monkeypatch, parts, packing, stop
+):
+  debug_config.train.parts = parts
+  debug_config.data.packing = packing
+  loop.run(debug_config, tmp_path / 'whole')
+  real = journal.add_metrics
+
+  def add_then_die(path, line):
+    real(path, line)
+    if line['step'] == stop and 'loss' in line:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(journal, 'add_metrics', add_then_die)
+  with pytest.raises(KeyboardInterrupt):
+    loop.run(debug_config, tmp_path / 'cut')
+  monkeypatch.setattr(journal, 'add_metrics', real)
+  loop.run(debug_config, tmp_path / 'cut')
+  _assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
+
+
+def _command(workdir, *flags):
+  return [
+    sys.executable,
+    str(ROOT / 'train.py'),
+    f'--config={ROOT}/configs/debug.py',
+    f'--workdir={workdir}',
+    *flags,
+  ]
+
+
+def test_sigkill_and_the_same_command_again(tmp_path):
+  flags = ('--config.data.length=128', '--config.eval.translate_pairs=2')
+  whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+  subprocess.run(_command(whole, *flags), check=True, capture_output=True)
+  process = subprocess.Popen(
+    _command(cut, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+  )
+  deadline = time.monotonic() + 60
+  path = cut / 'metrics.jsonl'
+  while not (path.exists() and '"step": 7,' in path.read_text()):
+    assert time.monotonic() < deadline
+    assert process.poll() is None, process.stderr.read()
+    time.sleep(0.005)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  done = subprocess.run(
+    _command(cut, *flags), check=True, capture_output=True, text=True
+  )
+  assert 'resumed' in done.stdout
+  _assert_same_run(whole, cut)
+
+
+def test_more_steps_go_on_from_the_last(debug_config, tmp_path):
+  debug_config.train.max_steps = 2
+  loop.run(debug_config, tmp_path)
+  debug_config.train.max_steps = 4
+  loop.run(debug_config, tmp_path)
+  assert [m['step'] for m in _metrics(tmp_path) if 'loss' in m] == [1, 2, 3, 4]
+
+
+def test_translate_reads_the_last_checkpoint(debug_config, tmp_path):
+  loop.run(debug_config, tmp_path)
+  source = (tmp_path / 'translations' / 'valid.source.txt').read_text('utf-8')
+  done = subprocess.run(
+    [sys.executable, '-m', 'mt.translate', f'--workdir={tmp_path}'],
+    input=source.encode(),
+    cwd=ROOT,
+    capture_output=True,
+  )
+  assert done.returncode == 0, done.stderr.decode()
+  after = (tmp_path / 'translations' / 'valid.after.txt').read_bytes()
+  assert done.stdout == after
+
+
+@pytest.mark.parametrize(
+  'flag, words',
+  [
+    ('--config.optm.lr=1', ('optm', 'optim.{', 'learning_rate')),
+    ('--config.optim.learning_rat=1', ('did you mean optim.learning_rate',)),
+    ('--config.train.max_steps=1.5', ('train.max_steps', "'1.5'")),
+    ('--config.train.max_steps=0', ('train.max_steps is 0', '1 or more')),
+    ('--config.data.source=/nowhere', ('/nowhere', 'data.source')),
+    ('--confg=x', ('confg', 'config')),
+    ('rest', ("'rest'",)),
+  ],
+)
+def test_bad_flags_end_in_one_line(tmp_path, flag, words):
+  done = subprocess.run(
+    _command(tmp_path, flag), capture_output=True, text=True, timeout=60
+  )
+  assert done.returncode in (1, 2)
+  assert done.stderr.count('\n') == 1, done.stderr
+  for word in words:
+    assert word in done.stderr
+
+
+def _refused(config, workdir):
+  with pytest.raises(errors.UserError) as e:
+    loop.run(config, workdir)
+  assert '\n' not in str(e.value)
+  return str(e.value)
+
+
+def test_a_folder_of_another_run_is_refused(debug_config, tmp_path):
+  debug_config.train.max_steps = 1
+  loop.run(debug_config, tmp_path)
+  debug_config.optim.learning_rate = 0.5
+  text = _refused(debug_config, tmp_path)
+  assert 'optim.learning_rate=0.01' in text and '0.5' in text
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+  debug_config, tmp_path, monkeypatch
+):
+  debug_config.train.max_steps = 1
+  loop.run(debug_config, tmp_path)
+  # The same name, other weights: only the fingerprint tells them apart.
+  import jax
+
+  from mt import model
+
+  real = model.init_params
+  monkeypatch.setattr(
+    model, 'init_params', lambda cfg, key: real(cfg, jax.random.key(99))
+  )
+  assert 'fingerprint' in _refused(debug_config, tmp_path)
+  monkeypatch.undo()
+  import dataclasses
+
+  other = dataclasses.replace(sizes.SIZES['debug'], num_layers=2)
+  monkeypatch.setitem(sizes.SIZES, 'debug', other)
+  assert 'num_layers' in _refused(debug_config, tmp_path)
+
+
+def test_other_data_is_refused(debug_config, tmp_path):
+  data = tmp_path / 'data'
+  for split, n in (('train', 40), ('valid', 5)):
+    (data / split).mkdir(parents=True)
+    pairs = corpus.read_pairs(corpus.split_path('sample', split, 'en-fr'))[:n]
+    text = ''.join(f'{p.id}\t{p.source}\t{p.target}\n' for p in pairs)
+    (data / split / f'{split}.en-fr.tsv').write_text(text, encoding='utf-8')
+  debug_config.data.source = str(data)
+  debug_config.train.max_steps = 2
+  loop.run(debug_config, tmp_path / 'w')
+  path = data / 'train' / 'train.en-fr.tsv'
+  path.write_text(path.read_text('utf-8').upper(), encoding='utf-8')
+  debug_config.train.max_steps = 4
+  assert 'data' in _refused(debug_config, tmp_path / 'w')
+
+
+@pytest.mark.parametrize(
+  'content, words',
+  [
+    (None, ('cannot read',)),
+    ('', ('no pairs',)),
+    ('1\tonly source\n', (':1', '2 columns', '3 expected')),
+    ('1\t' + 'word ' * 500 + '\tmot\n', ('none of its 1 pairs', 'data.length')),
+  ],
+)
+def test_bad_data_is_one_sentence(debug_config, tmp_path, content, words):
+  for split in ('train', 'valid'):
+    (tmp_path / split).mkdir()
+    if content is not None:
+      path = tmp_path / split / f'{split}.en-fr.tsv'
+      path.write_text(content, encoding='utf-8')
+  debug_config.data.source = str(tmp_path)
+  text = _refused(debug_config, tmp_path / 'w')
+  for word in words:
+    assert word in text
+
+
+def test_a_damaged_checkpoint_is_one_sentence(debug_config, tmp_path):
+  debug_config.train.max_steps = 2
+  loop.run(debug_config, tmp_path)
+  (step,) = (tmp_path / 'checkpoints').iterdir()
+  for file in (step / 'trained').rglob('*'):
+    if file.is_file():
+      os.truncate(file, file.stat().st_size // 2)
+  text = _refused(debug_config, tmp_path)
+  assert 'step 2' in text and 'damaged' in text
+
+
+def test_a_workdir_that_cannot_be_written(debug_config, tmp_path):
+  (tmp_path / 'file').write_text('')
+  assert '--workdir' in _refused(debug_config, tmp_path / 'file' / 'w')
+
+
+def test_translate_without_a_run(tmp_path):
+  done = subprocess.run(
+    [sys.executable, '-m', 'mt.translate', f'--workdir={tmp_path}'],
+    input=b'Hi\n',
+    cwd=ROOT,
+    capture_output=True,
+  )
+  assert done.returncode == 2
+  assert done.stderr.decode().count('\n') == 1
+  assert b'config.json' in done.stderr
