@@ -4,8 +4,8 @@ One example is  BOS prompt target EOS;  the target and EOS are learned.
 With `prompt='English: {source}\\nFrench:'` and `target_prefix=' '`:
 
   source 'Hi!'  target 'Salut !'
-  tokens         <bos> English :  ▁Hi  !  \\n French :   ▁Sal ut ▁! <eos>
-  target_mask      0     0     0    0  0   0   0    0     1    1  1   1
+  tokens         <bos> English :  ▁Hi  !  \\n French :  ▁Salut ▁! <eos>
+  target_mask      0     0     0    0  0   0   0    0     1     1   1
 
 A row of `length` tokens holds several examples, told apart by segment_ids
 (1, 2, …; 0 is padding); positions restart in each. Masks come from lengths,
@@ -35,7 +35,8 @@ class Template:
   Attributes:
     prompt: with {source} in it once.
     target_prefix: put before the target, and taken off translations.
-    target_bos: a second BOS before the target, as the tutorial has it.
+    target_bos: the target begins with a BOS of its own, as the tutorial has it;
+      like all of the target it is learned, and made by the model itself.
   """
 
   prompt: str
@@ -77,8 +78,7 @@ def prompt_ids(
   source: str, tok: tokenizer.Tokenizer, template: Template
 ) -> list[int]:
   """What precedes the target, in training and in translation alike."""
-  ids = [tok.bos_id] + tok.encode(template.prompt.replace('{source}', source))
-  return ids + [tok.bos_id] if template.target_bos else ids
+  return [tok.bos_id] + tok.encode(template.prompt.replace('{source}', source))
 
 
 def encode(
@@ -105,6 +105,7 @@ def encode(
   for pair in pairs:
     prompt = prompt_ids(pair.source, tok, template)
     target = tok.encode(template.target_prefix + pair.target) + [tok.eos_id]
+    target = [tok.bos_id] + target if template.target_bos else target
     size = len(prompt) + len(target)
     shortest = min(size, shortest or size)
     if size <= length:

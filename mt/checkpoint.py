@@ -18,38 +18,38 @@ import orbax.checkpoint as ocp
 
 from mt import errors
 from mt import model
-from mt import sizes
 from mt import step
 from mt import trainable
 from mt import weights
 from mt import workdir as workdir_lib
 
 
-def identity(cfg: sizes.ModelConfig, params: model.Params) -> dict[str, Any]:
-  """What a checkpoint must agree with: the model's shape, and its weights.
+def identity(source: weights.Source, params: model.Params) -> dict[str, Any]:
+  """What a checkpoint must agree with: the model, its weights, its tokenizer.
 
   Args:
-    cfg: the model's shape.
+    source: where the weights came from.
     params: the pretrained parameters.
 
   Returns:
-    JSON: the fields of `cfg`, and `fingerprint`, the CRC-32 of all parameters.
+    JSON: the fields of the model's config, `fingerprint`, the CRC-32 of all
+    parameters, and `tokenizer`, that of the tokenizer.
   """
   crc = 0
   for leaf in jax.tree.leaves(params):
-    crc = zlib.crc32(np.asarray(leaf), crc)  # On a CPU no copy is made.
-  return dataclasses.asdict(cfg) | {'fingerprint': crc}
+    crc = zlib.crc32(np.asarray(leaf), crc)
+  return dataclasses.asdict(source.config) | {
+    'fingerprint': crc,
+    'tokenizer': zlib.crc32(source.tokenizer.proto),
+  }
 
 
 def open_manager(
-  workdir: pathlib.Path, *, every: int = 1, keep: int | None = None
+  workdir: pathlib.Path, keep: int | None = None
 ) -> ocp.CheckpointManager:
   """The checkpoints of a run, the newest `keep` of them on disk."""
   options = ocp.CheckpointManagerOptions(
-    save_interval_steps=every,
-    max_to_keep=keep,
-    enable_async_checkpointing=False,
-    step_prefix='step',
+    max_to_keep=keep, enable_async_checkpointing=False, step_prefix='step'
   )
   return ocp.CheckpointManager(
     (workdir / 'checkpoints').absolute(),
@@ -84,7 +84,6 @@ def save(
         data=ocp.args.JsonSave({'state': data_state}),
         identity=ocp.args.JsonSave(who),
       ),
-      force=True,
     )
   except OSError as e:
     raise errors.UserError(
@@ -159,7 +158,7 @@ def load_finetuned(
     texts=(),
   )
   params = source.read()
-  _check_identity(manager, at, identity(source.config, params))
+  _check_identity(manager, at, identity(source, params))
   trained, frozen = trainable.split(
     params,
     config.train.parts,

@@ -47,4 +47,4 @@ def keep_compiled_programs() -> None:
         'JAX_COMPILATION_CACHE_DIR or XDG_CACHE_HOME to a writable folder.'
       ) from None
     jax.config.update('jax_compilation_cache_dir', str(folder))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

@@ -75,5 +75,5 @@ def read_pairs(path: str | pathlib.Path) -> list[Pair]:
       )
     pairs.append(Pair(*columns))
   if not pairs:
-    raise errors.UserError(f'{path}: the file has no pairs.')
+    raise errors.UserError(f'{path}: no pairs in it; a line for each expected.')
   return pairs

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import contextlib
 import hashlib
 import inspect
 import json
@@ -11,8 +12,11 @@ import chex
 import numpy as np
 import sacrebleu
 
+from mt import batches
 from mt import decode
+from mt import errors
 from mt import model
+from mt import tokenizer
 from mt import translate
 from mt import weights
 from mt import workdir as workdir_lib
@@ -51,11 +55,13 @@ def remember(key: Any, make: Callable[[], list[str]]) -> list[str]:
     key: JSON; the code of the decoder is added.
     make: () -> translations.
   """
-  code = [inspect.getsource(m) for m in (model, decode, translate)]
+  modules = (model, decode, translate, batches, tokenizer)
+  code = [inspect.getsource(m) for m in modules]
   digest = hashlib.sha256(json.dumps([key, code]).encode()).hexdigest()
   path = weights.cache_dir() / 'translations' / f'{digest}.json'
   if path.exists():
-    return workdir_lib.read_json(path)
+    with contextlib.suppress(errors.UserError):  # Damaged: made once more.
+      return workdir_lib.read_json(path)
   texts = make()
   workdir_lib.write_json(path, texts)
   return texts

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import dataclasses
 import pathlib
 import time
+from typing import Any
 
 import chex
 import grain
 import jax
 import ml_collections
+import orbax.checkpoint as ocp
 
 from mt import batches
 from mt import checkpoint
@@ -21,6 +23,7 @@ from mt import compiling
 from mt import corpus
 from mt import evaluate
 from mt import journal
+from mt import model
 from mt import settings
 from mt import step
 from mt import tokenizer
@@ -47,6 +50,41 @@ class Data:
   scored: dict[str, list[corpus.Pair]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What does not change while a run lasts.
+
+  Attributes:
+    config: see configs/default.py.
+    workdir: the run's folder.
+    data: see Data.
+    identity: of the pretrained model, see checkpoint.identity.
+    checkpoints: Orbax's manager.
+    translator: see translate.make_translator.
+    started: time.monotonic() at the start.
+  """
+
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  data: Data
+  identity: dict[str, Any]
+  checkpoints: ocp.CheckpointManager
+  translator: translate.Translator
+  started: float
+
+  @property
+  def checkpoint_identity(self) -> dict[str, Any]:
+    return self.identity | {'data': self.data.train_digest}
+
+  @property
+  def metrics_path(self) -> pathlib.Path:
+    return self.workdir / 'metrics.jsonl'
+
+  @property
+  def scores_path(self) -> pathlib.Path:
+    return self.workdir / 'scores.json'
+
+
 def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   """Trains, or goes on training, and leaves scores in `folder`.
 
@@ -67,62 +105,35 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   source = open_weights(config, workdir, pairs['train'])
   data = read_data(config, source.tokenizer, pairs)
   params = source.read()
-  identity = checkpoint.identity(source.config, params)
-  identity['data'] = data.train_digest
   journal.say(
-    f'model: {config.weights.source}, '
-    f'{sum(x.size for x in jax.tree.leaves(params)) / 1e6:.0f}M parameters'
+    f'model: {config.weights.source}, {_millions(params)} parameters; '
+    f'read after {time.monotonic() - started:.1f} s'
   )
-
-  optimizer = step.make_optimizer(config.optim, config.train.max_steps)
-  state = step.init_state(
-    params, config.train, optimizer, jax.random.key(config.seed)
+  run = Run(
+    config=config,
+    workdir=workdir,
+    data=data,
+    identity=checkpoint.identity(source, params),
+    checkpoints=checkpoint.open_manager(workdir, config.checkpoint.keep),
+    translator=translate.from_config(config, source),
+    started=started,
   )
-  journal.say(
-    f'training: {config.train.parts}, '
-    f'{sum(x.size for x in state.trained.values()) / 1e6:.2f}M parameters, '
-    f'{config.train.max_steps} steps'
-  )
+  state, resumed = start_or_resume(run, params)
   del params
-  manager = checkpoint.open_manager(
-    workdir, every=config.checkpoint.every, keep=config.checkpoint.keep
-  )
-  restored = checkpoint.restore(manager, state, identity)
-  metrics_path = workdir / 'metrics.jsonl'
-  scores_path = workdir / 'scores.json'
-  if restored is not None:
-    state, data_state = restored
-    data.train.set_state(data_state)
-    journal.say(f'resumed: {workdir} at step {int(state.step)}')
-  first_step = int(state.step)
-  journal.cut_metrics(metrics_path, first_step if restored else -1)
-  if first_step < config.train.max_steps:
-    scores_path.unlink(missing_ok=True)
-
-  translator = translate.from_config(config, source)
   eval_step = step.make_eval_step(source.config, config.train)
-  if restored is None:
-    validate(eval_step, state, data.valid, metrics_path)
-    translate_splits(
-      'before', config, translator, state, data, workdir, identity
-    )
-  state = train(
-    config,
-    state,
-    data,
-    step.make_train_step(source.config, config.train, optimizer),
-    eval_step,
-    lambda s: checkpoint.save(manager, s, data.train.get_state(), identity),
-    metrics_path,
-    started,
-  )
-  manager.close()
-  if not scores_path.exists():
-    translate_splits(
-      'after', config, translator, state, data, workdir, identity
-    )
-  report(workdir, data)
+  if not resumed:
+    validate(run, eval_step, state)
+    translate_splits(run, 'before', state)
+  state = train(run, source.config, eval_step, state)
+  run.checkpoints.close()
+  if not run.scores_path.exists():
+    translate_splits(run, 'after', state)
+  report(run)
   journal.say(f'done in {time.monotonic() - started:.0f} s: {workdir}')
+
+
+def _millions(tree) -> str:
+  return f'{sum(x.size for x in jax.tree.leaves(tree)) / 1e6:.1f}M'
 
 
 def read_corpus(
@@ -193,13 +204,43 @@ def read_data(
   )
 
 
-def validate(eval_step, state, valid, metrics_path) -> None:
+def start_or_resume(
+  run: Run, params: model.Params
+) -> tuple[step.TrainState, bool]:
+  """The newest checkpoint's state (and True), or one that starts from `params`.
+
+  The loader and metrics.jsonl are put back to the same step.
+  """
+  config = run.config
+  optimizer = step.make_optimizer(config.optim, config.train.max_steps)
+  state = step.init_state(
+    params, config.train, optimizer, jax.random.key(config.seed)
+  )
+  journal.say(
+    f'training: {config.train.parts}, {_millions(state.trained)} parameters, '
+    f'{config.train.max_steps} steps'
+  )
+  restored = checkpoint.restore(run.checkpoints, state, run.checkpoint_identity)
+  if restored is None:
+    journal.cut_metrics(run.metrics_path, -1)
+  else:
+    state, data_state = restored
+    run.data.train.set_state(data_state)
+    journal.cut_metrics(run.metrics_path, int(state.step))
+    journal.say(f'resumed: {run.workdir} at step {int(state.step)}')
+  if int(state.step) < config.train.max_steps:
+    run.scores_path.unlink(missing_ok=True)  # They are of fewer steps.
+  return state, restored is not None
+
+
+def validate(run: Run, eval_step, state: step.TrainState) -> None:
   """Mean loss in nats per target token over the validation batches."""
+  chex.assert_rank(state.step, 0)
   start = time.monotonic()
-  sums = [eval_step(state, batch) for batch in valid]
+  sums = [eval_step(state, batch) for batch in run.data.valid]
   nll, targets = (sum(float(m[k]) for m in sums) for k in ('nll', 'targets'))
   loss, at = nll / targets, int(state.step)
-  journal.add_metrics(metrics_path, {'step': at, 'valid_loss': loss})
+  journal.add_metrics(run.metrics_path, {'step': at, 'valid_loss': loss})
   journal.say(
     f'step {at}: validation loss {loss:.4f} '
     f'({targets:.0f} targets, {time.monotonic() - start:.0f} s)'
@@ -207,24 +248,20 @@ def validate(eval_step, state, valid, metrics_path) -> None:
 
 
 def train(
-  config: ml_collections.ConfigDict,
-  state: step.TrainState,
-  data: Data,
-  train_step,
-  eval_step,
-  save,
-  metrics_path: pathlib.Path,
-  started: float,
+  run: Run, model_config, eval_step, state: step.TrainState
 ) -> step.TrainState:
   """Takes the state to step `train.max_steps`."""
   chex.assert_rank(state.step, 0)
+  config = run.config
   first, last = int(state.step), config.train.max_steps
+  optimizer = step.make_optimizer(config.optim, last)
+  train_step = step.make_train_step(model_config, config.train, optimizer)
   progress = journal.Progress('step', last, first, config.log.every)
   clock = time.monotonic()
   pending = None  # Metrics of the step before, fetched after the next dispatch.
 
   def log():
-    nonlocal clock
+    nonlocal clock, pending
     at, metrics = pending
     metrics = {k: float(v) for k, v in metrics.items()}
     now = time.monotonic()
@@ -232,54 +269,59 @@ def train(
     loss = metrics['nll'] / max(1.0, metrics['targets'])
     line = {'step': at, 'loss': loss, 'targets_per_s': round(speed, 1)}
     line |= {k: metrics[k] for k in ('targets', 'tokens', 'grad_norm')}
-    journal.add_metrics(metrics_path, line)
-    progress.update(at, f'loss {loss:.3f}  {speed:.0f} target tokens/s')
+    journal.add_metrics(run.metrics_path, line)
     if at == first + 1:
-      journal.say(f'first step after {now - started:.1f} s')
+      journal.say(f'first step after {now - run.started:.1f} s')
+    progress.update(at, f'loss {loss:.3f}  {speed:.0f} target tokens/s')
+    pending = None
 
   for done in range(first, last + 1):
-    evaluating = done > first and (
-      done % config.eval.every == 0 or done == last
-    )
-    saving = done > first and (
-      done % config.checkpoint.every == 0 or done == last
-    )
-    if pending and (evaluating or saving):
+    evaluating = done == last or done % config.eval.every == 0
+    saving = done == last or done % config.checkpoint.every == 0
+    if done > first and (evaluating or saving):
       log()
-      pending = None
-    if evaluating:
-      validate(eval_step, state, data.valid, metrics_path)
-    if saving:
-      save(state)
-    if done == last:
-      break
-    if evaluating or saving:
+      if evaluating:
+        validate(run, eval_step, state)
+      if saving:
+        checkpoint.save(
+          run.checkpoints,
+          state,
+          run.data.train.get_state(),
+          run.checkpoint_identity,
+        )
       clock = time.monotonic()
-    batch = next(data.train)
-    state, metrics = train_step(state, batch)
-    if pending:
-      log()
-    pending = done + 1, metrics
+    if done < last:
+      batch = next(run.data.train)
+      state, metrics = train_step(state, batch)
+      if pending:
+        log()
+      pending = done + 1, metrics
   progress.close()
   return state
 
 
-def translate_splits(
-  when, config, translator, state, data, workdir, identity
-) -> None:
-  """Translates the scored splits and leaves the texts in the workdir."""
-  params = step.model_params(config.train, state.trained, state.frozen)
-  params = trainable.fold(params)
-  for split, pairs in data.scored.items():
+def translate_splits(run: Run, when: str, state: step.TrainState) -> None:
+  """Leaves translations of the scored splits in the workdir.
+
+  Args:
+    run: the run.
+    when: 'before' or 'after' training.
+    state: of the model that translates.
+  """
+  config = run.config
+  params = trainable.fold(
+    step.model_params(config.train, state.trained, state.frozen)
+  )
+  for split, pairs in run.data.scored.items():
     sources = [p.source for p in pairs]
     progress = journal.Progress(f'translating {split} ({when})', len(sources))
 
     def work(sources=sources, progress=progress):
-      return translator(params, sources, lambda done: progress.update(done))
+      return run.translator(params, sources, progress.update)
 
     start = time.monotonic()
     if when == 'before':
-      key = [identity, config.template.to_dict(), config.decode.to_dict()]
+      key = [run.identity, config.template.to_dict(), config.decode.to_dict()]
       texts = evaluate.remember([*key, config.train.dtype, sources], work)
     else:
       texts = work()
@@ -288,20 +330,21 @@ def translate_splits(
       f'translated {split} ({when}): {len(texts)} sentences, '
       f'{time.monotonic() - start:.0f} s'
     )
-    folder = workdir / 'translations'
-    columns = {when: texts, 'source': sources}
-    columns['reference'] = [p.target for p in pairs]
-    for name, lines in columns.items():
-      workdir_lib.write_lines(folder / f'{split}.{name}.txt', lines)
+    columns = {'source': sources, 'reference': [p.target for p in pairs]}
+    for name, lines in (columns | {when: texts}).items():
+      workdir_lib.write_lines(_translations(run, split, name), lines)
 
 
-def report(workdir: pathlib.Path, data: Data) -> None:
+def _translations(run, split, name):
+  return run.workdir / 'translations' / f'{split}.{name}.txt'
+
+
+def report(run: Run) -> None:
   """Scores and samples out of the translations, on screen and on disk."""
   scores = {}
-  for split, pairs in data.scored.items():
-    folder = workdir / 'translations'
+  for split, pairs in run.data.scored.items():
     texts = {
-      when: workdir_lib.read_lines(folder / f'{split}.{when}.txt')
+      when: workdir_lib.read_lines(_translations(run, split, when))
       for when in ('before', 'after')
     }
     references = [p.target for p in pairs]
@@ -310,9 +353,9 @@ def report(workdir: pathlib.Path, data: Data) -> None:
     }
     if split == 'valid':
       text = evaluate.samples([p.source for p in pairs], references, **texts)
-      workdir_lib.write(workdir / 'samples.txt', text)
+      workdir_lib.write(run.workdir / 'samples.txt', text)
       journal.say('\n' + text)
-  workdir_lib.write_json(workdir / 'scores.json', scores)
+  workdir_lib.write_json(run.scores_path, scores)
   for split, both in scores.items():
     for name in ('bleu', 'bleu_intl', 'chrf'):
       before, after = both['before'][name], both['after'][name]

@@ -177,7 +177,7 @@ def make_train_step(
       'nll': nll,
       'targets': targets,
       'tokens': jnp.sum(batch['segment_ids'] > 0),
-      'grad_norm': optax.global_norm(grads),
+      'grad_norm': optax.tree.norm(grads),
     }
 
   return compiling.jit_once(train_step, donate_argnums=0)

@@ -34,6 +34,7 @@ from mt import weights
 Translator = Callable[..., list[str]]  # See make_translator.
 
 _SMALLEST_BUCKET = 32
+_FULL_BATCH = 256  # The widest bucket with batch_size rows.
 _LINES_AT_ONCE = 1024  # Sorted by length among themselves.
 
 
@@ -73,7 +74,7 @@ def make_translator(
     cfg: the model's shape.
     tok: its tokenizer.
     template: the one that the model was trained with.
-    batch_size: B.
+    batch_size: B; less in buckets wider than 256 tokens.
     max_ratio: a translation ends at max_ratio * source tokens + max_extra.
     max_extra: see max_ratio.
     dtype: of the activations.
@@ -81,11 +82,13 @@ def make_translator(
   chex.assert_scalar_positive(batch_size)
   chex.assert_scalar_positive(max_ratio)
   stops = stop_ids(tok)
-  overhead = len(batches.prompt_ids('', tok, template))
   unstack = jax.jit(decode.unstack)
 
+  def limit(source_tokens: int) -> int:
+    return int(max_ratio * source_tokens) + max_extra
+
   @functools.cache
-  def decoder(width: int, max_new: int):
+  def decoder(width: int):
     def greedy(params, tokens, lengths, limits):
       return decode.greedy(
         cfg,
@@ -94,7 +97,7 @@ def make_translator(
         lengths,
         limits,
         jnp.asarray(stops),
-        max_new=max_new,
+        max_new=limit(width),
         dtype=dtype,
       )
 
@@ -106,31 +109,28 @@ def make_translator(
     on_progress: Callable[[int], None] = lambda done: None,
   ) -> list[str]:
     params = unstack(params)
-    prompts = [
-      (batches.prompt_ids(text, tok, template) if text.strip() else [])
-      for text in texts
-    ]
-    order = sorted(
-      (i for i, p in enumerate(prompts) if p), key=lambda i: len(prompts[i])
-    )
+    out = [''] * len(texts)
+    prompts = {
+      i: batches.prompt_ids(text, tok, template)
+      for i, text in enumerate(texts)
+      if text.strip()
+    }
+    limits = {i: limit(len(tok.encode(texts[i]))) for i in prompts}
     groups: dict[int, list[int]] = {}
-    for i in order:
+    for i in sorted(prompts, key=lambda i: len(prompts[i])):
       groups.setdefault(bucket(len(prompts[i])), []).append(i)
-    out, done = [''] * len(texts), len(texts) - len(order)
+    done = len(texts) - len(prompts)
     for width, members in groups.items():
-      max_new = int(max_ratio * (width - overhead)) + max_extra
-      for at in range(0, len(members), batch_size):
-        chosen = members[at : at + batch_size]
-        tokens = np.zeros((batch_size, width), np.int32)
-        lengths = np.ones(batch_size, np.int32)
-        limits = np.zeros(batch_size, np.int32)
+      # Attention takes memory by rows * width^2: fewer rows for long texts.
+      size = max(1, min(batch_size, batch_size * _FULL_BATCH // width))
+      for at in range(0, len(members), size):
+        chosen = members[at : at + size]
+        tokens = np.zeros((size, width), np.int32)
+        lengths, most = np.ones(size, np.int32), np.zeros(size, np.int32)
         for row, i in enumerate(chosen):
           tokens[row, : len(prompts[i])] = prompts[i]
-          lengths[row] = len(prompts[i])
-          limits[row] = (
-            int(max_ratio * (len(prompts[i]) - overhead)) + max_extra
-          )
-        made, counts = decoder(width, max_new)(params, tokens, lengths, limits)
+          lengths[row], most[row] = len(prompts[i]), limits[i]
+        made, counts = decoder(width)(params, tokens, lengths, most)
         for i, ids, count in zip(
           chosen, np.asarray(made), np.asarray(counts), strict=False
         ):

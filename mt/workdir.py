@@ -35,7 +35,7 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
   Raises:
     errors.UserError: the folder is not writable, the disk is full.
   """
-  part = path.with_name(path.name + '.part')
+  part = path.with_name(f'{path.name}.{os.getpid()}.part')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     part.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -56,7 +56,7 @@ def test_sgd_step_is_the_hand_computed_one():
   batch = _batch()
   grads = jax.grad(lambda t: _mean_nll(config, t, {}, batch))(state.trained)
   want = jax.tree.map(lambda p, g: np.array(p - 0.1 * g), state.trained, grads)
-  norm = float(optax.global_norm(grads))
+  norm = float(optax.tree.norm(grads))
   new, metrics = step.make_train_step(CFG, config.train, optimizer)(
     state, batch
   )
@@ -77,7 +77,7 @@ def test_clipping_scales_the_step_to_the_norm():
     state, _batch()
   )
   assert float(metrics['grad_norm']) > 0.01
-  moved = optax.global_norm(jax.tree.map(lambda a, b: a - b, new.trained, old))
+  moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, new.trained, old))
   assert float(moved) == pytest.approx(0.01, rel=1e-3)
 
 

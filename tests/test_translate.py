@@ -305,6 +305,33 @@ def test_a_bucket_is_traced_once(monkeypatch):
     translator(half, texts[:1])
 
 
+def test_rows_that_fill_up_a_batch_ask_for_nothing(monkeypatch):
+  """The loop ends with the last row, so that one of them would prolong it."""
+  seen = []
+
+  def nothing(cfg, params, tokens, lengths, limits, stop_ids, **kwargs):
+    jax.debug.callback(lambda *x: seen.append(x), lengths, limits)
+    return jnp.zeros((3, kwargs['max_new']), jnp.int32), jnp.zeros(3, int)
+
+  monkeypatch.setattr(decode, 'greedy', nothing)
+  translator = translate.make_translator(
+    _SCRIPT_SIZE,
+    _with_newlines(),
+    BARE,
+    batch_size=3,
+    max_ratio=1.0,
+    max_extra=2,
+  )
+  assert translator(_script(5, 6), ['a', '', 'lol']) == [''] * 3
+  jax.effects_barrier()
+  ((lengths, limits),) = seen
+  # Shortest first; BOS and the newline are no part of the source.
+  sources = [len(_with_newlines().encode(text)) for text in ('a', 'lol')]
+  assert limits.tolist() == [n + 2 for n in sources] + [0]
+  # At least 1, as the decoder wants it of every row.
+  assert lengths.tolist() == [n + 2 for n in sources] + [1]
+
+
 def test_jit_once():
   def double(x):
     return 2 * x
