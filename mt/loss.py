@@ -52,6 +52,7 @@ def target_nll(
   chex.assert_rank([hidden, embedding], [3, 2])
   chex.assert_equal_shape([tokens, target_mask])
   chex.assert_equal_shape_prefix([hidden, tokens], 2)
+  chex.assert_axis_dimension_gt(tokens, 1, 1)
   b, l, d = hidden.shape
   inputs = hidden[:, :-1].reshape(b * (l - 1), d)
   targets = jnp.asarray(tokens)[:, 1:].reshape(-1)
@@ -107,7 +108,7 @@ def _scan_chunks(
     total += jnp.sum(jnp.where(valid, jnp.log(norm) + top - picked, 0.0))
     if want_inputs or want_embedding:
       onehot = jnp.arange(embedding.shape[0])[:, None] == y
-      g = (exps / norm - onehot) * valid
+      g = exps / norm - onehot  # Of filled rows too: their h is 0.
       if cap is not None:
         g = g * (1.0 - jnp.square(logits / cap))
       g = g.astype(h.dtype)
