@@ -5,6 +5,7 @@ source, target. No header and no quoting: every line is one pair, and a quote is
 just a character (Michel and Neubig 2018, arXiv 1809.00388; MTNT 1.1).
 """
 
+from collections.abc import Sequence
 import dataclasses
 import pathlib
 
@@ -77,3 +78,10 @@ def read_pairs(path: str | pathlib.Path) -> list[Pair]:
   if not pairs:
     raise errors.UserError(f'{path}: no pairs in it; a line for each expected.')
   return pairs
+
+
+def read_splits(
+  source: str, pair: str, splits: Sequence[str]
+) -> dict[str, list[Pair]]:
+  """`read_pairs` for each split of a corpus."""
+  return {s: read_pairs(split_path(source, s, pair)) for s in splits}

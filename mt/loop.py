@@ -32,6 +32,8 @@ from mt import translate
 from mt import weights
 from mt import workdir as workdir_lib
 
+SPLITS = ('train', 'valid', 'test')
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -101,7 +103,11 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   workdir_lib.open_run(workdir, config)
   compiling.keep_compiled_programs()
 
-  pairs = read_corpus(config)
+  pairs = corpus.read_splits(
+    config.data.source,
+    config.data.pair,
+    SPLITS if config.eval.test else SPLITS[:2],
+  )
   source = open_weights(config, workdir, pairs['train'])
   data = read_data(config, source.tokenizer, pairs)
   params = source.read()
@@ -134,19 +140,6 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
 
 def _millions(tree) -> str:
   return f'{sum(x.size for x in jax.tree.leaves(tree)) / 1e6:.1f}M'
-
-
-def read_corpus(
-  config: ml_collections.ConfigDict,
-) -> dict[str, list[corpus.Pair]]:
-  """The pairs of the splits that the run needs."""
-  splits = settings.SPLITS if config.eval.test else settings.SPLITS[:2]
-  return {
-    split: corpus.read_pairs(
-      corpus.split_path(config.data.source, split, config.data.pair)
-    )
-    for split in splits
-  }
 
 
 def open_weights(

@@ -10,8 +10,6 @@ from mt import errors
 from mt import sizes
 from mt import trainable
 
-SPLITS = ('train', 'valid', 'test')
-
 
 def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
   return lambda v: v in names, 'one of ' + ', '.join(names)
