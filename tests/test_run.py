@@ -116,21 +116,29 @@ def _command(workdir, *flags):
   ]
 
 
-def test_sigkill_and_the_same_command_again(tmp_path):
-  flags = ('--config.data.length=128', '--config.eval.translate_pairs=2')
-  whole, cut = tmp_path / 'whole', tmp_path / 'cut'
-  subprocess.run(_command(whole, *flags), check=True, capture_output=True)
+def _stop_at(workdir, flags, step, sent):
+  """Starts the command, sends a signal once `step` is logged; its exit code."""
   process = subprocess.Popen(
-    _command(cut, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    _command(workdir, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
   )
-  deadline = time.monotonic() + 60
-  path = cut / 'metrics.jsonl'
-  while not (path.exists() and '"step": 7,' in path.read_text()):
+  deadline = time.monotonic() + 120
+  path = workdir / 'metrics.jsonl'
+  while not (path.exists() and f'"step": {step},' in path.read_text()):
     assert time.monotonic() < deadline
     assert process.poll() is None, process.stderr.read()
     time.sleep(0.005)
-  process.send_signal(signal.SIGKILL)
-  process.wait()
+  process.send_signal(sent)
+  return process.wait(), process.stderr.read().decode()
+
+
+def test_killed_twice_and_the_same_command_again(tmp_path):
+  flags = ('--config.data.length=128', '--config.eval.translate_pairs=2')
+  whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+  subprocess.run(_command(whole, *flags), check=True, capture_output=True)
+  code, text = _stop_at(cut, flags, 3, signal.SIGINT)
+  assert code == 130 and text.count('\n') == 1 and 'interrupted' in text
+  code, _ = _stop_at(cut, flags, 7, signal.SIGKILL)
+  assert code == -signal.SIGKILL
   done = subprocess.run(
     _command(cut, *flags), check=True, capture_output=True, text=True
   )

@@ -1,0 +1,40 @@
+import json
+
+import pytest
+
+from mt import errors
+from mt import journal
+
+
+def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  for step in (0, 1, 2, 3):
+    journal.add_metrics(path, {'step': step, 'loss': 1 / 3})
+  with open(path, 'a') as f:
+    f.write('{"step": 2, "lo')  # A crash in the middle of a line.
+  journal.cut_metrics(path, 2)
+  lines = [json.loads(x) for x in path.read_text().splitlines()]
+  assert [x['step'] for x in lines] == [0, 1, 2]
+  assert lines[0]['loss'] == 1 / 3  # To the last bit.
+  journal.cut_metrics(path, -1)
+  assert path.read_text() == ''
+
+
+def test_metrics_that_cannot_be_written(tmp_path):
+  with pytest.raises(errors.UserError, match='cannot write metrics'):
+    journal.add_metrics(tmp_path / 'no' / 'metrics.jsonl', {'step': 0})
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+  progress = journal.Progress('step', 5, every=2)
+  for done in range(1, 6):
+    progress.update(done, f'loss {done}')
+  lines = capsys.readouterr().out.splitlines()
+  assert [x.split('  ')[:2] for x in lines] == [
+    ['step 2/5', 'loss 2'],
+    ['step 4/5', 'loss 4'],
+    ['step 5/5', 'loss 5'],
+  ]
+  silent = journal.Progress('translating', 3)
+  silent.update(3)
+  assert capsys.readouterr().out == ''
