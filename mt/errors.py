@@ -31,7 +31,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except UserError as e:
       _leave(e, EXIT_CODE)
     except KeyboardInterrupt:
-      _leave('interrupted; the same command goes on from the last save', 130)
+      _leave('interrupted; a run goes on from its last checkpoint', 130)
 
   app.run(guarded, flags_parser=_parse_flags)
 

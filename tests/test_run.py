@@ -18,6 +18,7 @@ from mt import errors
 from mt import journal
 from mt import loop
 from mt import sizes
+from mt import step
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -79,6 +80,48 @@ def test_a_run_leaves_everything(debug_config, tmp_path, capsys):
   loop.run(debug_config, tmp_path)
   assert (tmp_path / 'metrics.jsonl').read_bytes() == before
   assert 'valid chrf' in capsys.readouterr().out
+
+
+def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
+  """Evaluate, save, step, log; a step is logged once the next is under way."""
+  events = []
+
+  def spy(module, name, label):
+    real = getattr(module, name)
+
+    def wrapped(*args):
+      text = label(*args)
+      events.extend([text] if text else [])
+      return real(*args)
+
+    monkeypatch.setattr(module, name, wrapped)
+
+  spy(loop, 'validate', lambda run, fn, state: f'validate {state.step}')
+  spy(checkpoint, 'save', lambda m, state, *_: f'save {state.step}')
+  spy(
+    journal,
+    'add_metrics',
+    lambda path, line: f'log {line["step"]}' if 'loss' in line else None,
+  )
+  real_make = step.make_train_step
+
+  def make_train_step(*args):
+    train_step = real_make(*args)
+
+    def wrapped(state, batch):
+      events.append(f'step {int(state.step) + 1}')
+      return train_step(state, batch)
+
+    return wrapped
+
+  monkeypatch.setattr(step, 'make_train_step', make_train_step)
+  debug_config.train.max_steps = 5
+  debug_config.eval.every, debug_config.checkpoint.every = 3, 4
+  loop.run(debug_config, tmp_path)
+  assert ', '.join(events) == (
+    'validate 0, step 1, step 2, log 1, step 3, log 2, log 3, validate 3, '
+    'step 4, log 4, save 4, step 5, log 5, validate 5, save 5'
+  )
 
 
 @pytest.mark.parametrize(
@@ -268,8 +311,8 @@ def test_bad_data_is_one_sentence(debug_config, tmp_path, content, words):
 def test_a_damaged_checkpoint_is_one_sentence(debug_config, tmp_path):
   debug_config.train.max_steps = 2
   loop.run(debug_config, tmp_path)
-  (step,) = (tmp_path / 'checkpoints').iterdir()
-  for file in (step / 'trained').rglob('*'):
+  (folder,) = (tmp_path / 'checkpoints').iterdir()
+  for file in (folder / 'trained').rglob('*'):
     if file.is_file():
       os.truncate(file, file.stat().st_size // 2)
   text = _refused(debug_config, tmp_path)
