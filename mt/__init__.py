@@ -1,6 +1,7 @@
 """Fine-tunes Gemma to translate. One file per noun, read in this order:
 
   settings    impossible values in a config, refused early
+  mtnt        MTNT 1.1 fetched; archives unpacked
   corpus      parallel text on disk -> pairs
   tokenizer   SentencePiece: from a file, a GGUF vocabulary, or trained
   batches     pairs -> tokens and masks -> packed rows -> Grain iterator

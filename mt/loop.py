@@ -107,6 +107,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
     config.data.source,
     config.data.pair,
     SPLITS if config.eval.test else SPLITS[:2],
+    config.data.tfds_quoting,
   )
   source = open_weights(config, workdir, pairs['train'])
   data = read_data(config, source.tokenizer, pairs)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import math
+import re
 from typing import Any
 
 import ml_collections
@@ -33,7 +34,10 @@ _RULES = {
   'weights.source': _TEXT,
   'weights.size': _one_of(*sizes.SIZES),
   'data.source': _TEXT,
-  'data.pair': _TEXT,
+  'data.pair': (
+    re.compile('[A-Za-z]{2,}-[A-Za-z]{2,}').fullmatch,
+    'two languages such as en-fr',
+  ),
   'data.length': _at_least(8),
   'template.prompt': (
     lambda v: v.count('{source}') == 1,

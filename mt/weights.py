@@ -51,7 +51,7 @@ _GGUF_NAMES = {
 
 
 def cache_dir() -> pathlib.Path:
-  """Where assembled weights and compiled programs are kept between runs."""
+  """Where weights, MTNT and compiled programs are kept between runs."""
   root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
   return pathlib.Path(root) / 'mt'
 

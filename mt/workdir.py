@@ -53,8 +53,8 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def write_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
-  """`write` for texts without newlines, one a line."""
-  write(path, ''.join(line + '\n' for line in lines))
+  """`write` for texts, one a line; a newline inside becomes a space."""
+  write(path, ''.join(line.replace('\n', ' ') + '\n' for line in lines))
 
 
 def _read(path):

@@ -10,6 +10,7 @@ import pytest
 
 from mt import corpus
 from mt import errors
+from mt import workdir
 
 # What str.splitlines() takes for the end of a line, besides LF and CR; MTNT is
 # full of text copied from the web, where such characters do occur.
@@ -89,6 +90,11 @@ def test_what_is_written_is_read_back(tmp_path_factory, rows, ending):
 def test_a_folder_has_a_file_for_each_split():
   path = corpus.split_path('data/MTNT', 'valid', 'en-fr')
   assert path == pathlib.Path('data/MTNT/valid/valid.en-fr.tsv')
+
+
+def test_a_newline_in_a_text_is_a_space_in_a_workdir(tmp_path):
+  workdir.write_lines(tmp_path / 'x.txt', ['a\nb', 'c'])  # See tfds_quoting.
+  assert workdir.read_lines(tmp_path / 'x.txt') == ['a b', 'c']
 
 
 # Errors.
