@@ -1,0 +1,58 @@
+"""Training steps of LoRA, the blocks, all weights, on the same packed rows.
+
+python -m tests.benchmarks.parts [rows in a step …]
+"""
+
+import sys
+import time
+
+import jax
+import numpy as np
+
+from configs import gemma3_270m
+from mt import batches
+from mt import corpus
+from mt import step
+from mt import weights
+
+STEPS = 5
+
+
+def main():
+  config = gemma3_270m.get_config()
+  source = weights.open_source(config.weights.source, '', '', seed=0, texts=())
+  pairs = corpus.read_splits('sample', 'en-fr', ['train'])['train']
+  examples = batches.encode(
+    pairs,
+    source.tokenizer,
+    batches.Template(**config.template),
+    config.data.length,
+    'train',
+  )
+  for size in [int(x) for x in sys.argv[1:]] or [1]:
+    for parts in ('lora', 'blocks', 'all'):
+      config.train.parts = parts
+      optimizer = step.make_optimizer(config.optim, 100)
+      state = step.init_state(
+        source.read(), config.train, optimizer, jax.random.key(0)
+      )
+      train_step = step.make_train_step(source.config, config.train, optimizer)
+      rows = batches.PackedRows(examples, config.data.length, 0, 100 * size)
+      iterator = batches.train_iterator(rows, size)
+      speeds = []
+      for i in range(STEPS + 1):
+        batch = next(iterator)
+        start = time.perf_counter()
+        state, metrics = train_step(state, batch)
+        targets = float(metrics['targets'])
+        if i:  # The first one compiles.
+          speeds.append(targets / (time.perf_counter() - start))
+      print(
+        f'{parts}, {size} rows: {np.median(speeds):.1f} target tokens/s',
+        flush=True,
+      )
+      del state
+
+
+if __name__ == '__main__':
+  main()
