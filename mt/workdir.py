@@ -92,10 +92,15 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
 def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   """Claims a folder for a run, or finds that it belongs to the same one.
 
+  A folder without a checkpoint is anybody's: that start came to nothing.
+
   Raises:
     errors.UserError: the folder holds a run with another config.
   """
   path = workdir / 'config.json'
+  if not any((workdir / 'checkpoints').glob('step_*')):
+    for name in ('config.json', 'tokenizer.model'):
+      _remove(workdir / name)
   if path.exists():
     old = read_config(workdir)
     for knob, was, now in _differences(old.to_dict(), config.to_dict()):
@@ -106,6 +111,16 @@ def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
         )
   write_json(path, config.to_dict())
   write_json(workdir / 'environment.json', environment())
+
+
+def _remove(path):
+  try:
+    path.unlink(missing_ok=True)
+  except OSError as e:
+    raise errors.UserError(
+      f'{path}: cannot remove what an earlier start left ({e.strerror}); give '
+      '--workdir a folder that you may write to.'
+    ) from None
 
 
 def _differences(old, new, prefix=''):

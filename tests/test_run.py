@@ -248,6 +248,16 @@ def test_a_folder_of_another_run_is_refused(debug_config, tmp_path):
   assert 'optim.learning_rate=0.01' in text and '0.5' in text
 
 
+def test_a_start_that_failed_claims_nothing(debug_config, tmp_path):
+  debug_config.data.length = 8  # Nothing fits.
+  assert 'data.length' in _refused(debug_config, tmp_path)
+  assert (tmp_path / 'tokenizer.model').exists()
+  debug_config.data.length = 128
+  debug_config.train.max_steps = 1
+  loop.run(debug_config, tmp_path)
+  assert (tmp_path / 'scores.json').exists()
+
+
 def test_a_checkpoint_of_another_model_is_refused(
   debug_config, tmp_path, monkeypatch
 ):
