@@ -18,6 +18,7 @@ from mt import gguf_file
 from mt import sizes
 from mt import weights
 from tests import gguf_fixture
+from tests.refusal import refusal
 
 _ARCHS = ('gemma', 'gemma2', 'gemma3')
 _Q = gguf.GGMLQuantizationType
@@ -86,19 +87,6 @@ def _load(path):
   """Everything that a run reads from the file."""
   source = weights.open_source(str(path), '', '', seed=0, texts=())
   return source.config, source.read()
-
-
-def _refusal(call, *words):
-  """`call` raises a UserError whose one line has the words; paths first."""
-  with pytest.raises(errors.UserError) as caught:
-    call()
-  text = str(caught.value)
-  assert '\n' not in text
-  assert text.endswith('.')
-  for word in words:
-    assert str(word) in text, text
-    if isinstance(word, pathlib.Path):  # It has the name of the test in it.
-      text = text.replace(str(word), '')
 
 
 def _assert_same(params, expected):
@@ -176,7 +164,7 @@ def test_a_type_that_cannot_be_dequantised_is_refused(tmp_path, kind):
   writer.add_tensor('odd', np.zeros((2, size), np.uint8), raw_dtype=kind)
   _finish(writer)
   file = gguf_file.open_gguf(tmp_path / 'a.gguf')
-  _refusal(
+  refusal(
     lambda: gguf_file.read_tensor(file, 'odd'), file.path, kind.name, 'odd'
   )
 
@@ -352,11 +340,11 @@ def test_version_2_has_the_layout_of_version_3(tmp_path, small):
 
 def test_a_missing_file_is_refused(tmp_path):
   path = tmp_path / 'none.gguf'
-  _refusal(lambda: _load(path), path, 'No such file', 'weights.source')
+  refusal(lambda: _load(path), path, 'No such file', 'weights.source')
 
 
 def test_a_directory_is_refused(tmp_path):
-  _refusal(lambda: _load(tmp_path), tmp_path, 'directory', 'weights.source')
+  refusal(lambda: _load(tmp_path), tmp_path, 'directory', 'weights.source')
 
 
 @pytest.mark.parametrize(
@@ -375,7 +363,7 @@ def test_a_directory_is_refused(tmp_path):
 def test_what_is_not_a_gguf_file_is_refused(tmp_path, data, words):
   path = tmp_path / 'a.gguf'
   path.write_bytes(data)
-  _refusal(lambda: _load(path), path, *words)
+  refusal(lambda: _load(path), path, *words)
 
 
 def test_every_cut_is_refused(tmp_path, small):
@@ -392,22 +380,22 @@ def test_every_cut_is_refused(tmp_path, small):
       gguf_file.open_gguf(cut)
     elif size >= 4:
       # Before a tensor is read, so that it takes no minutes to find out.
-      _refusal(lambda p=cut: gguf_file.open_gguf(p), cut, f'{size:,} bytes')
+      refusal(lambda p=cut: gguf_file.open_gguf(p), cut, f'{size:,} bytes')
     else:
-      _refusal(lambda p=cut: gguf_file.open_gguf(p), cut)
+      refusal(lambda p=cut: gguf_file.open_gguf(p), cut)
     cut.unlink()
 
 
 def test_another_architecture_is_refused(tmp_path):
   path = tmp_path / 'a.gguf'
   _write(path, fields={'general.architecture': 'llama'})
-  _refusal(lambda: _load(path), path, "'llama'", 'gemma3', 'Gemma only')
+  refusal(lambda: _load(path), path, "'llama'", 'gemma3', 'Gemma only')
 
 
 def test_no_architecture_is_refused(tmp_path):
   path = tmp_path / 'a.gguf'
   _write(path, fields={'general.architecture': None})
-  _refusal(lambda: _load(path), path, 'architecture None')
+  refusal(lambda: _load(path), path, 'architecture None')
 
 
 @pytest.mark.parametrize(
@@ -424,7 +412,7 @@ def test_no_architecture_is_refused(tmp_path):
 def test_a_missing_key_is_refused(tmp_path, arch, key):
   path = tmp_path / 'a.gguf'
   _write(path, arch, fields={f'{arch}.{key}': None})
-  _refusal(lambda: _load(path), path, f'{arch}.{key} is None', 'number')
+  refusal(lambda: _load(path), path, f'{arch}.{key} is None', 'number')
 
 
 @pytest.mark.parametrize(
@@ -479,7 +467,7 @@ def test_a_value_that_cannot_be_is_refused(tmp_path, key, value):
   _write(path, fields={key: value})
   tracemalloc.start()
   try:
-    _refusal(lambda: _load(path), path)
+    refusal(lambda: _load(path), path)
     assert tracemalloc.get_traced_memory()[1] < _MEMORY
   finally:
     tracemalloc.stop()
@@ -504,13 +492,13 @@ def test_a_missing_tensor_is_refused(tmp_path, ours, theirs):
     return rest | {'layers': layers}
 
   _write(path, change=drop)
-  _refusal(lambda: _load(path), path, theirs, 'complete')
+  refusal(lambda: _load(path), path, theirs, 'complete')
 
 
 def test_fewer_layers_than_promised_are_refused(tmp_path):
   path = tmp_path / 'a.gguf'
   _write(path, fields={'gemma3.block_count': 3})
-  _refusal(lambda: _load(path), path, 'blk.2.attn_norm.weight', 'complete')
+  refusal(lambda: _load(path), path, 'blk.2.attn_norm.weight', 'complete')
 
 
 @pytest.mark.parametrize(
@@ -538,7 +526,7 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path, ours, theirs, change):
   _, params = _write(path, change=reshape)
   inner = ours in params['layers']
   promised = params['layers'][ours][0] if inner else params[ours]
-  _refusal(lambda: _load(path), path, theirs, promised.shape)
+  refusal(lambda: _load(path), path, theirs, promised.shape)
 
 
 def _text(data):
@@ -631,7 +619,7 @@ def test_an_absurd_header_is_refused(tmp_path, what):
   path.write_bytes(data)
   tracemalloc.start()
   try:
-    _refusal(lambda: gguf_file.open_gguf(path), path, *words)
+    refusal(lambda: gguf_file.open_gguf(path), path, *words)
     assert tracemalloc.get_traced_memory()[1] < 2**20
   finally:
     tracemalloc.stop()

