@@ -8,6 +8,8 @@
   sizes       the published Gemmas as data
   gguf_file   GGUF header and tensors
   weights     `weights.source` -> model shape, tokenizer, parameters
+  weights_gguf  the same out of a GGUF file
+  stacking    tensors of single layers -> the stacked pytree
   model       the Gemma forward pass over a plain pytree
   loss        cross-entropy over a large vocabulary
   trainable   all weights, blocks, or LoRA: what is trained, what is frozen

@@ -17,6 +17,7 @@ from mt import errors
 from mt import gguf_file
 from mt import sizes
 from mt import weights
+from mt import weights_gguf
 from tests import gguf_fixture
 from tests.refusal import refusal
 
@@ -107,8 +108,8 @@ def _assert_same(params, expected):
 def test_float32_comes_back_bit_for_bit(tmp_path, arch):
   cfg, params = _write(tmp_path / 'a.gguf', arch)
   file = gguf_file.open_gguf(tmp_path / 'a.gguf')
-  assert weights.gguf_config(file) == cfg
-  _assert_same(weights.gguf_params(file, cfg), params)
+  assert weights_gguf.read_config(file) == cfg
+  _assert_same(weights_gguf.read_params(file, cfg), params)
 
 
 @pytest.mark.parametrize('quant', _QUANTS, ids=lambda q: q.name)
@@ -134,7 +135,7 @@ def test_quantised_weights_are_those_of_the_library(tmp_path, quant):
   expected = jax.tree_util.tree_map_with_path(through_the_library, params)
   assert not np.array_equal(expected['layers']['q'], params['layers']['q'])
   file = gguf_file.open_gguf(tmp_path / 'a.gguf')
-  _assert_same(weights.gguf_params(file, cfg), expected)
+  _assert_same(weights_gguf.read_params(file, cfg), expected)
 
 
 @pytest.mark.parametrize('kind', _READ_ONLY, ids=lambda q: q.name)
@@ -190,7 +191,7 @@ def test_the_config_is_read_and_not_assumed(tmp_path, arch, change):
     gguf_fixture.train_proto(),
     arch,
   )
-  assert weights.gguf_config(gguf_file.open_gguf(path)) == cfg
+  assert weights_gguf.read_config(gguf_file.open_gguf(path)) == cfg
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_what_older_converters_leave_out(tmp_path, arch, dropped, expected):
   # The numbers of all published models of the generation; the soft caps are
   # also llama.cpp's defaults (src/llama-hparams.h).
   _write(tmp_path / 'a.gguf', arch, fields={f'{arch}.{dropped}': None})
-  cfg = weights.gguf_config(gguf_file.open_gguf(tmp_path / 'a.gguf'))
+  cfg = weights_gguf.read_config(gguf_file.open_gguf(tmp_path / 'a.gguf'))
   for key, value in expected.items():
     assert getattr(cfg, key) == value
 
@@ -227,7 +228,7 @@ def test_the_27b_scale_queries_by_width_over_heads(
 ):
   # The tiny shape has width 32, 4 heads and heads of 16.
   _write(tmp_path / 'a.gguf', arch, fields={f'{arch}.block_count': layers})
-  cfg = weights.gguf_config(gguf_file.open_gguf(tmp_path / 'a.gguf'))
+  cfg = weights_gguf.read_config(gguf_file.open_gguf(tmp_path / 'a.gguf'))
   assert cfg.query_scale == query_dim**-0.5
 
 
@@ -253,7 +254,7 @@ def test_published_sizes_are_recognised(name):
     {'token_embd.weight': gguf_file.Tensor(shape, _Q.F32, 0, 0)},
     None,
   )
-  assert weights.gguf_config(file) == cfg
+  assert weights_gguf.read_config(file) == cfg
 
 
 def _finish(writer):

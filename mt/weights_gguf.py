@@ -1,0 +1,142 @@
+"""GGUF -> the model's shape and its parameters.
+
+Architectures gemma, gemma2 and gemma3, named as llama.cpp names them; see
+mt/gguf_file.py for the container.
+"""
+
+from mt import errors
+from mt import gguf_file
+from mt import model
+from mt import sizes
+from mt import stacking
+
+_OUTER_NAMES = {
+  'embedding': 'token_embd.weight',
+  'final_norm': 'output_norm.weight',
+}
+_GGUF_NAMES = {
+  'attn_norm': 'attn_norm',
+  'q': 'attn_q',
+  'k': 'attn_k',
+  'v': 'attn_v',
+  'o': 'attn_output',
+  'ffw_norm': 'ffn_norm',
+  'gate': 'ffn_gate',
+  'up': 'ffn_up',
+  'down': 'ffn_down',
+  'post_attn_norm': 'post_attention_norm',
+  'post_ffw_norm': 'post_ffw_norm',
+  'q_norm': 'attn_q_norm',
+  'k_norm': 'attn_k_norm',
+}
+
+
+def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
+  """The model's shape out of a GGUF header.
+
+  Raises:
+    errors.UserError: another architecture, or a header without a needed key.
+  """
+  f = file.fields
+  arch = f.get('general.architecture')
+  # str(): a damaged header may hold an array, which cannot be compared.
+  if str(arch) not in ('gemma', 'gemma2', 'gemma3'):
+    raise errors.UserError(
+      f'{file.path}: architecture {arch!r} found, gemma, gemma2 or gemma3 '
+      'expected; this project trains Gemma only.'
+    )
+
+  def get(key, default=None):
+    value = f.get(f'{arch}.{key}', default)
+    # NaN fails the comparison too.
+    if not isinstance(value, int | float) or not 1 <= value < 2**31:
+      raise errors.UserError(
+        f'{file.path}: {arch}.{key} is {str(value)[:40]}, a number from 1 up '
+        'expected; the GGUF header is incomplete: convert the model again.'
+      )
+    return value
+
+  head_dim = int(get('attention.key_length', 256))
+  heads = int(get('attention.head_count'))
+  width, layers = int(get('embedding_length')), int(get('block_count'))
+  if 'token_embd.weight' not in file.tensors:
+    raise errors.UserError(
+      f'{file.path}: no tensor token_embd.weight; the file is not a complete '
+      'Gemma.'
+    )
+  query_dim = head_dim
+  if (arch, layers) in (('gemma2', 46), ('gemma3', 62)):  # The two 27B.
+    query_dim = width // heads
+  modern = arch != 'gemma'
+  return sizes.ModelConfig(
+    vocab_size=file.tensors['token_embd.weight'].shape[0],
+    num_layers=layers,
+    embed_dim=width,
+    hidden_dim=int(get('feed_forward_length')),
+    num_heads=heads,
+    num_kv_heads=int(get('attention.head_count_kv', heads)),
+    head_dim=head_dim,
+    query_scale=query_dim**-0.5,
+    attention={'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG'}[arch],
+    window=int(get('attention.sliding_window')) if modern else None,
+    rope_base_global=float(
+      get('rope.freq_base', 1e6 if arch == 'gemma3' else 1e4)
+    ),
+    rope_scale_global=float(get('rope.scaling.factor', 1.0)),
+    attn_softcap=(
+      float(get('attn_logit_softcapping', 50.0)) if arch == 'gemma2' else None
+    ),
+    final_softcap=(
+      float(get('final_logit_softcapping', 30.0)) if arch == 'gemma2' else None
+    ),
+    qk_norm=arch == 'gemma3',
+    post_norms=modern,
+  )
+
+
+def read_params(
+  file: gguf_file.GGUFFile, cfg: sizes.ModelConfig
+) -> model.Params:
+  """The float32 parameters of a GGUF file, read tensor by tensor.
+
+  GGUF stores matrices as [out, in] and Gemma's norm weights with 1 added.
+
+  Raises:
+    errors.UserError: a tensor is missing or its shape is not the model's.
+  """
+
+  def turned(name, shape):
+    return len(shape) == 2 and name != 'token_embd.weight'
+
+  def check(name, shape):
+    if name not in file.tensors:
+      raise errors.UserError(
+        f'{file.path}: no tensor {name!r}; the file is not a complete Gemma.'
+      )
+    found = file.tensors[name].shape
+    found = found[::-1] if turned(name, shape) else found
+    if found != shape:
+      raise errors.UserError(
+        f'{file.path}: tensor {name} gives {found}, the header promises '
+        f'{shape}; the file is damaged or of a model not known here.'
+      )
+
+  def read(name, shape):
+    x = gguf_file.read_tensor(file, name)
+    x = x - 1.0 if 'norm' in name else x
+    return x.T if turned(name, shape) else x
+
+  shapes = model.param_shapes(cfg)
+  # All shapes first: a damaged header must not make us allocate terabytes.
+  for ours, name in _OUTER_NAMES.items():
+    check(name, shapes[ours])
+  for i in range(cfg.num_layers):
+    for ours, shape in shapes['layers'].items():
+      check(f'blk.{i}.{_GGUF_NAMES[ours]}.weight', shape[1:])
+
+  def leaf(ours, layer, shape):
+    if layer is not None:
+      return read(f'blk.{layer}.{_GGUF_NAMES[ours]}.weight', shape)
+    return read(_OUTER_NAMES[ours], shape)
+
+  return stacking.stack(cfg, leaf)
