@@ -19,30 +19,59 @@ def get_config() -> ml_collections.ConfigDict:
   w.tokenizer = ''
 
   c.data = d = ml_collections.ConfigDict()
-  # `sample`, bundled; `mtnt`, fetched once from its GitHub release (37 MB); or
-  # the path of a folder or .tar.gz with {train,valid,test}/SPLIT.PAIR.tsv, the
-  # layout of MTNT: three columns (id, source, target), tabs, no quoting.
+  # What is trained on: `sample`, bundled; `mtnt`, fetched once from its GitHub
+  # release (37 MB); a folder or .tar.gz in MTNT's layout,
+  # {train,valid,test}/SPLIT.PAIR.tsv; or files: a .tsv, a .jsonl, or two
+  # aligned ones with {lang} in their name; {split} in a name becomes train,
+  # valid or test. Several with commas between them are mixed.
   d.source = 'sample'
-  # The PAIR in those file names; MTNT has en-fr, fr-en, en-ja and ja-en.
+  # Each source's share of the rows, such as (3, 1); () for their numbers of
+  # pairs.
+  d.weights = ()
+  # What is validated and tested on; '' takes those splits of the first source.
+  d.valid = ''
+  d.test = ''
+  # Source and target language. MTNT has en-fr, fr-en, en-ja and ja-en. Where
+  # only the other direction's file is there, it is read turned round.
   d.pair = 'en-fr'
+  # Where source and target stand in a .tsv: numbers from 1, such as (1, 2), or
+  # names out of its first line, such as ('english', 'french'). Or their keys in
+  # a .jsonl, such as ('translation.en', 'translation.fr'). () for the usual:
+  # id, source, target, or source, target; the languages of the pair as keys.
+  d.columns = ()
   # Read as TFDS does, where a quote swallows tabs and lines up to the next one:
   # 35,692 / 811 / 1,020 pairs of MTNT's 36,058 / 852 / 1,020 (en-fr) are left,
   # some of them long. Only to compare with results from TFDS.
   d.tfds_quoting = False
+  # More unusable lines than this share of a file stop the run.
+  d.max_bad_fraction = 0.01
   # Tokens in a row. A pair that needs more is left out, and counted. Memory and
   # the cost of attention grow with it.
   d.length = 256
   # Several pairs in a row, apart from each other; else one row, one pair, and
   # the rest of the row is padding.
   d.packing = True
+  # Without packing: widths of rows besides data.length, such as (32, 64, 128).
+  # The rows of a step have one width; each width is compiled once.
+  d.buckets = ()
+  # Processes that prepare batches; 0 does it in a thread, which is enough up to
+  # some 100,000 tokens a second.
+  d.workers = 0
 
   c.template = t = ml_collections.ConfigDict()
   # What the model reads before the target; {source} stands in it once.
-  t.prompt = 'English: {source}\nFrench:'
+  # {source_language} and {target_language} become the names of the languages.
+  t.prompt = '{source_language}: {source}\n{target_language}:'
+  # Those names; '' takes them from data.pair (en is English).
+  t.source_language = ''
+  t.target_language = ''
   # Put before each target, and taken off each translation.
   t.target_prefix = ' '
   # A second BOS before the target, as the tutorial has it.
   t.target_bos = False
+  # For instruction-tuned models: the prompt as a user's turn, the target as the
+  # model's, which <end_of_turn> ends. target_prefix must be '' then.
+  t.chat = False
 
   c.train = t = ml_collections.ConfigDict()
   # Training ends after exactly so many steps.

@@ -2,9 +2,15 @@
 
   settings    impossible values in a config, refused early
   mtnt        MTNT 1.1 fetched; archives unpacked
-  corpus      parallel text on disk -> pairs
+  lines       a line of a file -> a pair, or why it is none
+  bitext      parallel text on disk: bad lines counted, pairs read by number
+  corpus      `data.source` and its splits -> parallel texts
   tokenizer   SentencePiece: from a file, a GGUF vocabulary, or trained
-  batches     pairs -> tokens and masks -> packed rows -> Grain iterator
+  template    prompts: how a pair becomes tokens
+  store       tokenised pairs on disk, mapped into memory
+  batches     examples -> packed or padded rows -> Grain iterator
+  data        all that a run reads
+  card        `python -m mt.corpus`: the data, counted and shown
   sizes       the published Gemmas as data
   gguf_file   GGUF header and tensors
   weights     `weights.source` -> model shape, tokenizer, parameters
@@ -25,6 +31,6 @@
   workdir     the other files of a run
   errors      one sentence for the person at the terminal
 
-To change the prompt: configs/. The data: corpus. The loss: loss, step. What is
-trained: trainable. The optimizer: step. The search: decode.
+To change the prompt: configs/. The data: corpus, lines. The loss: loss, step.
+What is trained: trainable. The optimizer: step. The search: decode.
 """

@@ -1,128 +1,31 @@
-"""Pairs to packed rows of tokens, through Grain.
-
-One example is  BOS prompt target EOS;  the target and EOS are learned.
-With `prompt='English: {source}\\nFrench:'` and `target_prefix=' '`:
-
-  source 'Hi!'  target 'Salut !'
-  tokens         <bos> English :  ▁Hi  !  \\n French :  ▁Salut ▁! <eos>
-  target_mask      0     0     0    0  0   0   0    0     1     1   1
+"""Examples to packed rows of tokens, through Grain.
 
 A row of `length` tokens holds several examples, told apart by segment_ids
-(1, 2, …; 0 is padding); positions restart in each. Masks come from lengths,
-never from token values: Gemma's pad id is an ordinary 0.
+(1, 2, …; 0 is padding); positions restart in each:
+
+  tokens         <bos> A B <eos> <bos> C <eos> 0
+  segment_ids      1   1 1   1     2   2   2   0
+  positions        0   1 2   3     0   1   2   0
+  target_mask      0   0 1   1     0   1   1   0
+
+Masks come from lengths, never from token values: Gemma's pad id is an ordinary
+0. What an example is, see mt/template.py.
 """
 
+import bisect
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
-import functools
-import zlib
 
 import chex
 import grain
 import numpy as np
 
-from mt import corpus
 from mt import errors
-from mt import tokenizer
+from mt import store as store_lib
 
 Batch = dict[str, np.ndarray]  # tokens, positions, segment_ids, target_mask.
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-  """How a pair becomes text.
-
-  Attributes:
-    prompt: with {source} in it once.
-    target_prefix: put before the target, and taken off translations.
-    target_bos: the target begins with a BOS of its own, as the tutorial has it;
-      like all of the target it is learned, and made by the model itself.
-  """
-
-  prompt: str
-  target_prefix: str = ''
-  target_bos: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-  """Tokenised examples in one flat array.
-
-  Attributes:
-    tokens: [sum of lengths] int32.
-    offsets: [n + 1] int64; example i is tokens[offsets[i]:offsets[i + 1]].
-    target_starts: [n] int32, where the learned part begins in each.
-    too_long: how many pairs did not fit and were left out.
-  """
-
-  tokens: np.ndarray
-  offsets: np.ndarray
-  target_starts: np.ndarray
-  too_long: int
-
-  def __len__(self) -> int:
-    return len(self.target_starts)
-
-  @property
-  def num_targets(self) -> int:
-    return int(len(self.tokens) - self.target_starts.sum())
-
-  @property
-  def digest(self) -> int:
-    """32 bits that change with any token or border."""
-    borders = zlib.crc32(self.offsets.tobytes() + self.target_starts.tobytes())
-    return zlib.crc32(self.tokens.tobytes(), borders)
-
-
-def prompt_ids(
-  source: str, tok: tokenizer.Tokenizer, template: Template
-) -> list[int]:
-  """What precedes the target, in training and in translation alike."""
-  return [tok.bos_id] + tok.encode(template.prompt.replace('{source}', source))
-
-
-def encode(
-  pairs: list[corpus.Pair],
-  tok: tokenizer.Tokenizer,
-  template: Template,
-  length: int,
-  where: str,
-) -> Examples:
-  """Tokenises pairs; what exceeds `length` tokens is left out and counted.
-
-  Args:
-    pairs: of one split.
-    tok: its ids must fit the model.
-    template: prompt and target format.
-    length: of a row, in tokens; a target is never cut.
-    where: name of the split for error messages.
-
-  Raises:
-    errors.UserError: no pair fits.
-  """
-  chex.assert_scalar_positive(length)
-  rows, starts, shortest = [], [], None
-  for pair in pairs:
-    prompt = prompt_ids(pair.source, tok, template)
-    target = tok.encode(template.target_prefix + pair.target) + [tok.eos_id]
-    target = [tok.bos_id] + target if template.target_bos else target
-    size = len(prompt) + len(target)
-    shortest = min(size, shortest or size)
-    if size <= length:
-      rows.append(prompt + target)
-      starts.append(len(prompt))
-  if not rows:
-    raise errors.UserError(
-      f'{where}: none of its {len(pairs):,} pairs fits into data.length='
-      f'{length} tokens (the shortest needs {shortest}); raise data.length.'
-    )
-  sizes = np.array([len(r) for r in rows], np.int64)
-  return Examples(
-    tokens=np.concatenate([np.array(r, np.int32) for r in rows]),
-    offsets=np.concatenate([[0], np.cumsum(sizes)]),
-    target_starts=np.array(starts, np.int32),
-    too_long=len(pairs) - len(rows),
-  )
 
 
 def best_fit(sizes: np.ndarray, length: int) -> list[list[int]]:
@@ -157,7 +60,9 @@ def best_fit(sizes: np.ndarray, length: int) -> list[list[int]]:
   return rows
 
 
-def build_row(examples: Examples, items: list[int], length: int) -> Batch:
+def build_row(
+  examples: store_lib.Examples, items: list[int], length: int
+) -> Batch:
   """One packed row: every array [length]."""
   row = {
     'tokens': np.zeros(length, np.int32),
@@ -178,76 +83,217 @@ def build_row(examples: Examples, items: list[int], length: int) -> Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedRows:
-  """Training rows by number: a Grain source, epoch after epoch.
+class Rows:
+  """Training rows by number, epoch after epoch: a Grain source.
 
   Row numbers run through the epochs; each epoch has every example once, in an
   order and a packing drawn from (seed, epoch). So a position in the data is one
-  integer, and needs no history.
+  integer, and needs no history. Large texts are shuffled in two steps: the
+  blocks of their store, then the examples of each block.
 
   Attributes:
-    examples: of the training split.
+    store: of the training text.
     length: L.
     seed: of the order.
     num_rows: how many rows training will ask for.
     packing: several examples in a row, or one.
+    buckets: without packing, the widths of rows, besides `length`.
+    group: without packing, so many rows in succession have one width.
   """
 
-  examples: Examples
+  store: store_lib.Store
   length: int
   seed: int
   num_rows: int
   packing: bool = True
+  buckets: tuple[int, ...] = ()
+  group: int = 1
+  # What was found on the way: the first row of each part (a part is a block in
+  # an epoch), and the last two parts themselves. One thread reads.
+  _starts: list[int] = dataclasses.field(
+    default_factory=lambda: [0], init=False
+  )
+  _parts: dict[int, tuple[store_lib.Examples, list]] = dataclasses.field(
+    default_factory=dict, init=False
+  )
 
   def __len__(self) -> int:
     return self.num_rows
 
+  def __repr__(self) -> str:
+    return f'Rows({self.store.bitext.where})'
+
   def __getitem__(self, index) -> Batch:
-    epoch, row = 0, int(index)
-    while row >= self.epoch_size(epoch):
-      row -= self.epoch_size(epoch)
-      epoch += 1
-    return build_row(self.examples, self._plan(epoch)[row], self.length)
+    index = int(index)
+    while self._starts[-1] <= index:
+      part = len(self._starts) - 1
+      self._starts.append(self._starts[-1] + len(self.part(part)[1]))
+      if part % len(self.store) == len(self.store) - 1:
+        self._check_epoch(part)
+    part = bisect.bisect_right(self._starts, index) - 1
+    examples, plan = self.part(part)
+    items, width = plan[index - self._starts[part]]
+    return build_row(examples, items, width)
 
   def epoch_size(self, epoch: int) -> int:
     """Number of rows in an epoch; it differs a little between them."""
-    return self._epoch_sizes(epoch)
+    first = epoch * len(self.store)
+    return sum(len(self.part(first + i)[1]) for i in range(len(self.store)))
 
-  @functools.cached_property
-  def _epoch_sizes(self):
-    return functools.cache(lambda epoch: len(self._plan(epoch)))
+  def _block(self, part: int) -> int:
+    epoch, position = divmod(part, len(self.store))
+    rng = np.random.default_rng([self.seed, epoch])
+    return int(rng.permutation(len(self.store))[position])
 
-  @functools.cached_property
-  def _plan(self):
-    @functools.lru_cache(maxsize=2)
-    def plan(epoch: int) -> list[list[int]]:
-      rng = np.random.default_rng([self.seed, epoch])
-      order = rng.permutation(len(self.examples))
-      if not self.packing:
-        return [[i] for i in order.tolist()]
-      rows = best_fit(np.diff(self.examples.offsets)[order], self.length)
-      return [order[rows[i]].tolist() for i in rng.permutation(len(rows))]
+  def part(self, part: int) -> tuple[store_lib.Examples, list]:
+    """A block in an epoch: its examples, and each row's items and width."""
+    if part not in self._parts:
+      number = self._block(part)
+      examples = self.store.block(number)
+      if len(self.store) > 1:
+        self.store.prepare(self._block(part + 1))
+      rng = np.random.default_rng([self.seed, part // len(self.store), number])
+      order = rng.permutation(np.flatnonzero(examples.sizes <= self.length))
+      plan = self._packed if self.packing else self._padded
+      for old in sorted(self._parts)[:-1]:
+        del self._parts[old]
+      self._parts[part] = examples, plan(rng, order, examples.sizes)
+    return self._parts[part]
 
-    return plan
+  def _packed(self, rng, order, sizes):
+    rows = best_fit(sizes[order], self.length)
+    return [
+      (order[rows[i]].tolist(), self.length)
+      for i in rng.permutation(len(rows)).tolist()
+    ]
+
+  def _padded(self, rng, order, sizes):
+    """Groups of rows of one width; what is left over goes to the next width."""
+    widths = sorted({min(b, self.length) for b in (*self.buckets, self.length)})
+    groups, rest, low = [], np.zeros(0, np.int64), 0
+    for width in widths:
+      here = (low < sizes[order]) & (sizes[order] <= width)
+      rest = np.concatenate([rest, order[here]])
+      full = len(rest) // self.group * self.group
+      for items in rest[:full].reshape(-1, self.group).tolist():
+        groups.append((items, width))
+      rest, low = rest[full:], width
+    if len(rest):
+      groups.append((rest.tolist(), self.length))
+    rows = []
+    for g in rng.permutation(len(groups)).tolist():
+      items, width = groups[g]
+      rows += [([i], width) for i in items]
+      rows += [([], width)] * (self.group - len(items))
+    return rows
+
+  def _check_epoch(self, part):
+    blocks = len(self.store)
+    if self._starts[part + 1] == self._starts[part + 1 - blocks]:
+      shortest = min(
+        int(self.store.block(i).sizes.min()) for i in range(blocks)
+      )
+      raise no_pair_fits(self.store.bitext.where, self.length, shortest)
 
 
-def train_iterator(rows: PackedRows, batch_size: int) -> grain.DatasetIterator:
-  """Batches [B, L] with `get_state` and `set_state`, read ahead by one thread.
+def no_pair_fits(where: str, length: int, shortest: int) -> errors.UserError:
+  """The sentence for a text that has nothing for rows of this length."""
+  return errors.UserError(
+    f'{where}: none of its pairs fits into data.length={length} tokens (the '
+    f'shortest needs {shortest}); raise data.length.'
+  )
 
-  Every batch is full; the iterator ends after `rows.num_rows` rows.
+
+class TrainIterator:
+  """Batches [B, L] of training rows, read ahead, with a position.
+
+  The position is the number of batches taken. It means the same whatever the
+  number of processes or of Grain's workers: batch n has rows n * batch_size to
+  (n + 1) * batch_size - 1 of the mixture, and each process its part of them.
+  """
+
+  def __init__(self, dataset_from: Callable[[int], grain.IterDataset]):
+    self._dataset_from, self._taken, self._batches = dataset_from, 0, None
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    if self._batches is None:
+      self._batches = iter(self._dataset_from(self._taken))
+    batch = next(self._batches)
+    self._taken += 1
+    return batch
+
+  def get_state(self) -> dict[str, int]:
+    return {'batches_taken': self._taken}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    self.close()
+    self._taken = state['batches_taken']
+
+  def close(self) -> None:
+    """Ends Grain's worker processes, if any."""
+    if self._batches is not None:
+      self._batches.close()
+    self._batches = None
+
+
+def train_iterator(
+  sources: Sequence[Rows],
+  weights: Sequence[float],
+  batch_size: int,
+  num_batches: int,
+  *,
+  process: int = 0,
+  processes: int = 1,
+  workers: int = 0,
+) -> TrainIterator:
+  """Batches of the sources' rows, mixed in proportion to the weights.
+
+  Args:
+    sources: with enough rows each.
+    weights: one for each.
+    batch_size: rows in a batch of all processes together; a multiple of
+      `processes`.
+    num_batches: after so many the iterator ends.
+    process: which of the processes reads here.
+    processes: how many there are; each gets batch_size / processes rows.
+    workers: processes of Grain's that read here; 0 is a thread.
   """
   chex.assert_scalar_positive(batch_size)
-  dataset = grain.MapDataset.source(rows).batch(batch_size, drop_remainder=True)
-  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-  return iter(dataset.to_iter_dataset(options))
+  chex.assert_equal(batch_size % processes, 0)
+  chex.assert_equal(len(sources), len(weights))
+  local = batch_size // processes
+  # Copies have nothing cached that would have to travel to the workers.
+  parts = [grain.MapDataset.source(dataclasses.replace(s)) for s in sources]
+  rows = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+
+  def row(number):
+    batch, at = divmod(number, local)
+    return rows[batch * batch_size + process * local + at]
+
+  def dataset_from(first):
+    numbers = grain.MapDataset.range(first * local, num_batches * local)
+    batched = numbers.map(row).batch(local, drop_remainder=True)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    ahead = batched.to_iter_dataset(options)
+    if not workers:
+      return ahead
+    return ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+
+  return TrainIterator(dataset_from)
 
 
 def eval_batches(
-  examples: Examples, length: int, batch_size: int
+  examples: store_lib.Examples, length: int, batch_size: int
 ) -> Iterator[Batch]:
-  """Every example once, in a fixed packing; empty rows fill the last batch."""
+  """Every example that fits once; empty rows fill the last batch."""
   chex.assert_scalar_positive(batch_size)
-  rows = best_fit(np.diff(examples.offsets), length)
+  fitting = np.flatnonzero(examples.sizes <= length)
+  rows = [
+    fitting[row].tolist() for row in best_fit(examples.sizes[fitting], length)
+  ]
   rows += [[]] * (-len(rows) % batch_size)
   for at in range(0, len(rows), batch_size):
     built = [build_row(examples, r, length) for r in rows[at : at + batch_size]]

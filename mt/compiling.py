@@ -11,14 +11,15 @@ from mt import errors
 from mt import weights
 
 
-def jit_once(fn: Callable, **kwargs) -> Callable:
-  """`jax.jit` that refuses to trace its function a second time.
+def jit_once(fn: Callable, shapes: int = 1, **kwargs) -> Callable:
+  """`jax.jit` that refuses to trace its function once more than need be.
 
-  A second trace means that a shape or a dtype changed between two calls, which
+  One more trace means that a shape or a dtype changed between two calls, which
   would cost a compilation at every such change; it raises AssertionError.
 
   Args:
     fn: with a `__name__`, which the compiled program bears.
+    shapes: how many shapes of its arguments there are.
     **kwargs: of jax.jit.
   """
 
@@ -28,7 +29,7 @@ def jit_once(fn: Callable, **kwargs) -> Callable:
   # chex counts by name and place of definition: a fresh name for each wrapper
   # lets two of them live in one process.
   once.__name__ = f'{fn.__name__}_{uuid.uuid4().hex}'
-  counted = chex.assert_max_traces(once, n=1)
+  counted = chex.assert_max_traces(once, n=shapes)
   return jax.jit(functools.wraps(fn)(counted), **kwargs)
 
 

@@ -12,10 +12,10 @@ import chex
 import numpy as np
 import sacrebleu
 
-from mt import batches
 from mt import decode
 from mt import errors
 from mt import model
+from mt import template
 from mt import tokenizer
 from mt import translate
 from mt import weights
@@ -55,7 +55,7 @@ def remember(key: Any, make: Callable[[], list[str]]) -> list[str]:
     key: JSON; the code of the decoder is added.
     make: () -> translations.
   """
-  modules = (model, decode, translate, batches, tokenizer)
+  modules = (model, decode, translate, template, tokenizer)
   code = [inspect.getsource(m) for m in modules]
   digest = hashlib.sha256(json.dumps([key, code]).encode()).hexdigest()
   path = weights.cache_dir() / 'translations' / f'{digest}.json'

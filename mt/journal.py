@@ -47,11 +47,12 @@ def add_metrics(path: pathlib.Path, line: dict[str, Any]) -> None:
 
 
 class Progress:
-  """A bar on a terminal; elsewhere a line for each `every`, or none at 0."""
+  """A bar on a terminal; else a line at each multiple of `every`, if any."""
 
   def __init__(self, what: str, total: int, done: int = 0, every: int = 0):
     self.what, self.total, self.every = what, total, every
     self.first, self.start = done, time.monotonic()
+    self.done = done
     terminal = sys.stderr.isatty()
     self.bar = tqdm.tqdm(
       desc=what,
@@ -67,13 +68,16 @@ class Progress:
     if not self.bar.disable:
       self.bar.set_postfix_str(note, refresh=False)
       self.bar.update(done - self.bar.n)
-    elif self.every and (done % self.every == 0 or done == self.total):
+    elif self.every and (
+      done // self.every > self.done // self.every or done == self.total
+    ):
       spent = time.monotonic() - self.start
       left = spent / max(1, done - self.first) * (self.total - done)
       say(
         f'{self.what} {done}/{self.total}{"  " + note if note else ""}  '
         f'{left:.0f} s left'
       )
+    self.done = done
 
   def close(self) -> None:
     self.bar.close()

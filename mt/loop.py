@@ -5,28 +5,26 @@ next batch, step, log. Whatever is evaluated at step n is on disk before the
 checkpoint of step n, so that a resumed run neither misses nor repeats it.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import pathlib
 import time
 from typing import Any
 
 import chex
-import grain
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
 
-from mt import batches
+from mt import bitext
 from mt import checkpoint
 from mt import compiling
 from mt import corpus
+from mt import data as data_lib
 from mt import evaluate
 from mt import journal
 from mt import model
 from mt import settings
 from mt import step
-from mt import tokenizer
 from mt import trainable
 from mt import translate
 from mt import weights
@@ -36,30 +34,13 @@ SPLITS = ('train', 'valid', 'test')
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-  """Everything read from disk, as text and as tokens.
-
-  Attributes:
-    train: iterator over all training rows.
-    train_digest: of the training examples.
-    valid: batches of the validation loss.
-    scored: split -> pairs to be translated and scored.
-  """
-
-  train: grain.DatasetIterator
-  train_digest: int
-  valid: list[batches.Batch]
-  scored: dict[str, list[corpus.Pair]]
-
-
-@dataclasses.dataclass(frozen=True)
 class Run:
   """What does not change while a run lasts.
 
   Attributes:
     config: see configs/default.py.
     workdir: the run's folder.
-    data: see Data.
+    data: see mt/data.py.
     identity: of the pretrained model, see checkpoint.identity.
     checkpoints: Orbax's manager.
     translator: see translate.make_translator.
@@ -68,7 +49,7 @@ class Run:
 
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
-  data: Data
+  data: data_lib.Data
   identity: dict[str, Any]
   checkpoints: ocp.CheckpointManager
   translator: translate.Translator
@@ -103,14 +84,11 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   workdir_lib.open_run(workdir, config)
   compiling.keep_compiled_programs()
 
-  pairs = corpus.read_splits(
-    config.data.source,
-    config.data.pair,
-    SPLITS if config.eval.test else SPLITS[:2],
-    config.data.tfds_quoting,
+  texts = corpus.read_splits(
+    config.data, SPLITS if config.eval.test else SPLITS[:2]
   )
-  source = open_weights(config, workdir, pairs['train'])
-  data = read_data(config, source.tokenizer, pairs)
+  source = open_weights(config, workdir, texts['train'][0])
+  data = data_lib.read(config, source.tokenizer, texts)
   params = source.read()
   journal.say(
     f'model: {config.weights.source}, {_millions(params)} parameters; '
@@ -146,56 +124,21 @@ def _millions(tree) -> str:
 def open_weights(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
-  pairs: Sequence[corpus.Pair],
+  text: bitext.Bitext,
 ) -> weights.Source:
   """The pretrained model; its tokenizer stays in the workdir ever after."""
   kept = workdir / 'tokenizer.model'
+  random = config.weights.source == 'random'
   source = weights.open_source(
     config.weights.source,
     config.weights.size,
     kept if kept.exists() else config.weights.tokenizer,
     seed=config.seed,
-    texts=[text for p in pairs for text in (p.source, p.target)],
+    texts=corpus.some_texts(text) if random else (),
   )
   if not kept.exists():
     workdir_lib.write(kept, source.tokenizer.proto)
   return source
-
-
-def read_data(
-  config: ml_collections.ConfigDict,
-  tok: tokenizer.Tokenizer,
-  pairs: dict[str, list[corpus.Pair]],
-) -> Data:
-  """Tokenises the splits and says what became of them."""
-  template = batches.Template(**config.template)
-  length, size = config.data.length, config.train.batch_size
-  examples = {}
-  for split in ('train', 'valid'):
-    chosen = pairs[split]
-    if split == 'valid' and config.eval.loss_pairs:
-      chosen = chosen[: config.eval.loss_pairs]
-    e = batches.encode(chosen, tok, template, length, split)
-    journal.say(
-      f'{split}: {len(chosen):,} pairs, {e.too_long:,} dropped '
-      f'(more than data.length={length} tokens), {len(e.tokens):,} tokens, '
-      f'{e.num_targets:,} of them targets'
-    )
-    examples[split] = e
-  rows = batches.PackedRows(
-    examples['train'],
-    length,
-    config.seed,
-    num_rows=config.train.max_steps * size,
-    packing=config.data.packing,
-  )
-  number = config.eval.translate_pairs or None
-  return Data(
-    train=batches.train_iterator(rows, size),
-    train_digest=examples['train'].digest,
-    valid=list(batches.eval_batches(examples['valid'], length, size)),
-    scored={k: v[:number] for k, v in pairs.items() if k != 'train'},
-  )
 
 
 def start_or_resume(
@@ -249,19 +192,22 @@ def train(
   config = run.config
   first, last = int(state.step), config.train.max_steps
   optimizer = step.make_optimizer(config.optim, last)
-  train_step = step.make_train_step(model_config, config.train, optimizer)
+  train_step = step.make_train_step(
+    model_config, config.train, optimizer, shapes=1 + len(config.data.buckets)
+  )
   progress = journal.Progress('step', last, first, config.log.every)
   clock = time.monotonic()
   pending = None  # Metrics of the step before, fetched after the next dispatch.
 
   def log():
     nonlocal clock, pending
-    at, metrics = pending
+    at, metrics, waited = pending
     metrics = {k: float(v) for k, v in metrics.items()}
     now = time.monotonic()
     speed, clock = metrics['targets'] / (now - clock), now
     loss = metrics['nll'] / max(1.0, metrics['targets'])
     line = {'step': at, 'loss': loss, 'targets_per_s': round(speed, 1)}
+    line['data_wait_s'] = round(waited, 4)
     line |= {k: metrics[k] for k in ('targets', 'tokens', 'grad_norm')}
     journal.add_metrics(run.metrics_path, line)
     if at == first + 1:
@@ -285,12 +231,15 @@ def train(
         )
       clock = time.monotonic()
     if done < last:
+      asked = time.monotonic()
       batch = next(run.data.train)
+      waited = time.monotonic() - asked
       state, metrics = train_step(state, batch)
       if pending:
         log()
-      pending = done + 1, metrics
+      pending = done + 1, metrics, waited
   progress.close()
+  run.data.train.close()
   return state
 
 

@@ -24,6 +24,14 @@ def _fraction() -> tuple[Callable[[Any], bool], str]:
   return lambda v: 0 <= v < 1, 'from 0 to below 1'
 
 
+def _each(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+  return lambda values: all(map(test, values))
+
+
+def _is_column(v: Any) -> bool:
+  return (isinstance(v, int) and v >= 1) or (isinstance(v, str) and bool(v))
+
+
 _POSITIVE = (lambda v: 0 < v < math.inf, 'more than 0')
 _TEXT = (bool, 'some text')
 
@@ -38,7 +46,23 @@ _RULES = {
     re.compile('[A-Za-z]{2,}-[A-Za-z]{2,}').fullmatch,
     'two languages such as en-fr',
   ),
+  'data.weights': (
+    _each(lambda v: isinstance(v, int | float) and 0 < v < math.inf),
+    'numbers above 0',
+  ),
+  'data.columns': (
+    lambda v: (
+      len(v) in (0, 2) and all(map(_is_column, v)) and len({*map(type, v)}) < 2
+    ),
+    'two numbers from 1 up, two names, or ()',
+  ),
+  'data.max_bad_fraction': (lambda v: 0 <= v <= 1, 'from 0 to 1'),
   'data.length': _at_least(8),
+  'data.buckets': (
+    _each(lambda v: isinstance(v, int) and v >= 8),
+    'numbers from 8 up',
+  ),
+  'data.workers': _at_least(0),
   'template.prompt': (
     lambda v: v.count('{source}') == 1,
     'a text with {source} in it once',
@@ -85,6 +109,12 @@ def check(config: ml_collections.ConfigDict) -> None:
       value = value[part]
     if not test(value):
       raise errors.UserError(f'{knob} is {value!r}; {expected} expected.')
+  _check_data(config.data)
+  if config.template.chat and config.template.target_prefix:
+    raise errors.UserError(
+      f'template.target_prefix is {config.template.target_prefix!r}, but with '
+      "template.chat the model's turn begins with the text itself; '' expected."
+    )
   if config.optim.warmup_steps > config.train.max_steps:
     raise errors.UserError(
       f'optim.warmup_steps is {config.optim.warmup_steps}, more than the '
@@ -94,4 +124,28 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f'optim.weight_decay is {config.optim.weight_decay}, but '
       f'optim.name={config.optim.name!r} has no decay; 0 or adamw expected.'
+    )
+
+
+def _check_data(data):
+  names = data.source.split(',')
+  if not all(name.strip() for name in names):
+    raise errors.UserError(
+      f'data.source is {data.source!r}; sources with a comma between them '
+      'expected, none of them empty.'
+    )
+  if data.weights and len(data.weights) != len(names):
+    raise errors.UserError(
+      f'data.weights has {len(data.weights)} numbers, data.source {len(names)} '
+      'sources; a number for each expected, or () for their numbers of pairs.'
+    )
+  if data.buckets and data.packing:
+    raise errors.UserError(
+      f'data.buckets is {data.buckets}, but packed rows have one width; () or '
+      'data.packing=False expected.'
+    )
+  if data.buckets and len(names) > 1:
+    raise errors.UserError(
+      f'data.buckets is {data.buckets}, but rows of {len(names)} mixed sources '
+      'would differ in width within a batch; () expected.'
     )

@@ -149,8 +149,11 @@ def make_train_step(
   cfg: sizes.ModelConfig,
   train: ml_collections.ConfigDict,
   optimizer: optax.GradientTransformation,
+  shapes: int = 1,
 ) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
   """A jitted step; it consumes (donates) the state that it is given.
+
+  It compiles once for each of `shapes` shapes of a batch.
 
   The loss is the mean over the target tokens of the whole batch.
   Metrics: nll (sum), targets, tokens (padding excluded), grad_norm.
@@ -180,7 +183,7 @@ def make_train_step(
       'grad_norm': optax.tree.norm(grads),
     }
 
-  return compiling.jit_once(train_step, donate_argnums=0)
+  return compiling.jit_once(train_step, shapes, donate_argnums=0)
 
 
 def make_eval_step(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import dataclasses
 import io
 import itertools
+import os
 import pathlib
 import re
 
@@ -40,6 +41,10 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     """Ids of the text alone: no BOS, no EOS."""
     return self.spm.encode(text)
+
+  def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of each, on all cores."""
+    return self.spm.encode(list(texts), num_threads=os.cpu_count())
 
   def decode(self, ids: list[int]) -> str:
     return self.spm.decode(ids)
@@ -105,6 +110,7 @@ def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     normalization_rule_name='identity',
     add_dummy_prefix=False,
     remove_extra_whitespaces=False,
+    user_defined_symbols=['<start_of_turn>', '<end_of_turn>'],
     pad_id=0,
     eos_id=1,
     bos_id=2,

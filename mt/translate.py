@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mt import batches
 from mt import checkpoint
 from mt import compiling
 from mt import decode
 from mt import errors
 from mt import model
 from mt import sizes
+from mt import template as template_lib
 from mt import tokenizer
 from mt import weights
 
@@ -38,13 +38,20 @@ _FULL_BATCH = 256  # The widest bucket with batch_size rows.
 _LINES_AT_ONCE = 1024  # Sorted by length among themselves.
 
 
-def stop_ids(tok: tokenizer.Tokenizer) -> np.ndarray:
-  """EOS and, as one line is one text, every piece of newlines: [n] int32."""
+def stop_ids(
+  tok: tokenizer.Tokenizer, template: template_lib.Template
+) -> np.ndarray:
+  """What ends a translation: [n] int32.
+
+  EOS, the template's own end and, as one line is one text, every piece of
+  newlines.
+  """
   pieces = (tok.spm.id_to_piece(i) for i in range(tok.vocab_size))
   newlines = [
     i for i, p in enumerate(pieces) if p == '<0x0A>' or not p.strip('\n')
   ]
-  return np.array([tok.eos_id, *newlines], np.int32)
+  ends = {tok.eos_id, template_lib.end_id(tok, template)}
+  return np.array([*sorted(ends), *newlines], np.int32)
 
 
 def bucket(length: int) -> int:
@@ -56,7 +63,7 @@ def bucket(length: int) -> int:
 def make_translator(
   cfg: sizes.ModelConfig,
   tok: tokenizer.Tokenizer,
-  template: batches.Template,
+  template: template_lib.Template,
   *,
   batch_size: int,
   max_ratio: float,
@@ -81,7 +88,7 @@ def make_translator(
   """
   chex.assert_scalar_positive(batch_size)
   chex.assert_scalar_positive(max_ratio)
-  stops = stop_ids(tok)
+  stops = stop_ids(tok, template)
   unstack = jax.jit(decode.unstack)
 
   def limit(source_tokens: int) -> int:
@@ -111,7 +118,7 @@ def make_translator(
     params = unstack(params)
     out = [''] * len(texts)
     prompts = {
-      i: batches.prompt_ids(text, tok, template)
+      i: template_lib.prompt_ids(text, tok, template)
       for i, text in enumerate(texts)
       if text.strip()
     }
@@ -142,7 +149,7 @@ def make_translator(
   return translate
 
 
-def _clean(text: str, template: batches.Template) -> str:
+def _clean(text: str, template: template_lib.Template) -> str:
   text = text.removeprefix(template.target_prefix)
   return ' '.join(text.splitlines()).strip()
 
@@ -154,7 +161,7 @@ def from_config(
   return make_translator(
     source.config,
     source.tokenizer,
-    batches.Template(**config.template),
+    template_lib.from_config(config),
     batch_size=config.decode.batch_size,
     max_ratio=config.decode.max_ratio,
     max_extra=config.decode.max_extra,
