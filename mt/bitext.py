@@ -157,7 +157,7 @@ def open_bitext(
       f'{max_bad_fraction:g}; mend them, or raise it.'
     )
   if not found.numbers:
-    raise errors.UserError(f'{where}: no pair in it; one a line is expected.')
+    raise lines.no_pair(where)
   again = found.repeated_ids()
   if again:
     notes.append(

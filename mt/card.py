@@ -11,7 +11,6 @@ from absl import flags
 import chex
 import matplotlib.figure
 import ml_collections
-from ml_collections import config_flags
 import numpy as np
 
 from mt import batches
@@ -24,9 +23,6 @@ from mt import settings
 from mt import store
 from mt import tokenizer
 from mt import weights
-
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'See configs/.')
-_PLOT = flags.DEFINE_string('plot', '', 'PNG of the lengths in tokens.')
 
 _QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 _EXAMPLES = 5
@@ -193,12 +189,13 @@ def _epoch(source, share, size, config) -> str:
   )
 
 
+def define_flags() -> None:
+  """Defines --config and --plot."""
+  errors.define_config()
+  flags.DEFINE_string('plot', '', 'A PNG of the lengths, to be written there.')
+
+
 def main(argv: Sequence[str]) -> None:
-  if len(argv) > 1 or _CONFIG.value is None:
-    raise errors.UserError(
-      f'{argv[1]!r} is no flag.'
-      if len(argv) > 1
-      else '--config is missing; name a file of configs/.'
-    )
+  config, _ = errors.read_config(argv)
   color = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
-  print(show(_CONFIG.value, color, _PLOT.value))
+  print(show(config, color, flags.FLAGS.plot))

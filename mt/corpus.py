@@ -118,4 +118,5 @@ def _open_folder(source) -> pathlib.Path:
 if __name__ == '__main__':
   from mt import card
 
+  card.define_flags()
   errors.run(card.main)

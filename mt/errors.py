@@ -1,14 +1,16 @@
-"""Errors meant for the person at the terminal, and where they are shown."""
+"""Errors meant for the person at the terminal, and the flags that they give."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
 import difflib
+import pathlib
 import sys
 
 from absl import app
 from absl import flags
 from absl import logging
 import ml_collections
+from ml_collections import config_flags
 
 EXIT_CODE = 2
 
@@ -34,6 +36,34 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       _leave('interrupted; a run goes on from its last checkpoint', 130)
 
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def define_config() -> None:
+  """Defines --config."""
+  config_flags.DEFINE_config_file(
+    'config', 'configs/gemma3_270m.py', 'Knobs: see configs/default.py.'
+  )
+
+
+def read_config(
+  argv: Sequence[str],
+) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
+  """What --config gives, and its file.
+
+  Args:
+    argv: what is left of the command line after the flags.
+
+  Raises:
+    UserError: no such file, or an argument that is no flag.
+  """
+  if len(argv) > 1:
+    raise UserError(
+      f'{argv[1]!r} is no flag; write --config.knob=value, with the dashes.'
+    )
+  path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
+  if not path.is_file():
+    raise UserError(f'--config={path}: no such file; see configs/.')
+  return flags.FLAGS.config, path
 
 
 def _leave(message, code):

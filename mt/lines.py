@@ -130,6 +130,8 @@ def make_parser(
     if named:
       break
   files[0].seek(start)
+  if not first.strip():
+    raise no_pair(paths[0])
   cells = first.decode(errors='replace').rstrip('\r\n').split('\t')
   if named:
     missing = [name for name in columns if name not in cells]
@@ -156,6 +158,13 @@ def make_parser(
     source, target = target, source
   has_id = len(cells) == 3 and not columns
   return Columns(len(cells), source, target, 0 if has_id else None), named
+
+
+def no_pair(where: str) -> errors.UserError:
+  """The sentence for a text without a usable line."""
+  return errors.UserError(
+    f'{where}: no pair in it; one a line is expected: name another file.'
+  )
 
 
 def strip_end(raw: bytes) -> bytes:

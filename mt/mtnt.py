@@ -143,7 +143,7 @@ def read_as_tfds(
       'TFDS; mend the line, or take data.tfds_quoting=False.'
     ) from None
   if not pairs:
-    raise errors.UserError(f'{path}: no pair in it; one a line is expected.')
+    raise lines.no_pair(path)
   empty = np.zeros((0, 1), np.int64)
   return bitext.Bitext(
     paths=(path,),

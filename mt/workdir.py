@@ -86,7 +86,14 @@ def read_json(path: pathlib.Path) -> Any:
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """The config that a run was started with."""
-  return ml_collections.ConfigDict(read_json(workdir / 'config.json'))
+  return ml_collections.ConfigDict(_tuples(read_json(workdir / 'config.json')))
+
+
+def _tuples(value):
+  """JSON has lists, a config has tuples."""
+  if isinstance(value, dict):
+    return {k: _tuples(v) for k, v in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:

@@ -1,95 +1,233 @@
-"""The file layout of MTNT, its errors, and the bundled sample."""
+"""Which files a run learns from, and the bundled sample."""
 
 import functools
-import pathlib
+import json
 import re
 
-from hypothesis import given
-from hypothesis import strategies as st
 import pytest
 
+from configs import default
+from mt import bitext
 from mt import corpus
-from mt import errors
 from mt import workdir
-
-# What str.splitlines() takes for the end of a line, besides LF and CR; MTNT is
-# full of text copied from the web, where such characters do occur.
-OTHER_BREAKS = '\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029'
+from tests.refusal import refusal
 
 
-def _read(path, content):
-  path.write_bytes(content if isinstance(content, bytes) else content.encode())
-  return corpus.read_pairs(path)
+def _data(source='sample', **knobs):
+  """`config.data` of the default config, with some knobs changed."""
+  data = default.get_config().data
+  data.update(source=str(source), **knobs)
+  return data
 
 
-def _columns(pairs):
-  return [(p.id, p.source, p.target) for p in pairs]
+def _texts(splits):
+  """Split -> the pairs of each text, as tuples of source and target."""
+  return {
+    split: [[(p.source, p.target) for p in text.read()] for text in texts]
+    for split, texts in splits.items()
+  }
 
 
-# Layout.
+def _read(source, *splits, **knobs):
+  splits = splits or ('train',)
+  return _texts(corpus.read_splits(_data(source, **knobs), splits))
 
 
-@pytest.mark.parametrize('last', ['', 'ending'])
-@pytest.mark.parametrize('ending', ['\n', '\r\n'])
-def test_three_columns(tmp_path, ending, last):
-  content = f'1\tHi!\tSalut !{ending}7b\tlol no\tmdr non'
-  pairs = _read(tmp_path / 'x.tsv', content + (ending if last else ''))
-  assert _columns(pairs) == [
-    ('1', 'Hi!', 'Salut !'),
-    ('7b', 'lol no', 'mdr non'),
+def _write(path, content):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(content, encoding='utf-8', newline='')
+  return path
+
+
+def _mtnt(folder, pair='en-fr', splits=('train', 'valid', 'test')):
+  """A folder in the layout of MTNT; the texts name split and language."""
+  source, target = pair.split('-')
+  for split in splits:
+    path = folder / split / f'{split}.{pair}.tsv'
+    _write(path, f'1\t{split} {source}\t{split} {target}\n')
+  return folder
+
+
+# Folders.
+
+
+@pytest.mark.parametrize('inner', ['', 'MTNT'])
+def test_a_folder_has_a_file_for_each_split(tmp_path, inner):
+  folder = _mtnt(tmp_path / inner)
+  splits = ('valid', 'train', 'test')
+  texts = corpus.read_splits(_data(tmp_path), splits)
+  assert _texts(texts) == {s: [[(f'{s} en', f'{s} fr')]] for s in splits}
+  (train,) = texts['train']
+  assert train.where == str(folder / 'train' / 'train.en-fr.tsv')
+
+
+def test_the_other_direction_is_read_turned_round(tmp_path):
+  _mtnt(tmp_path, 'fr-en')
+  assert _read(tmp_path) == {'train': [[('train en', 'train fr')]]}
+  one, other = (
+    corpus.read_splits(_data(tmp_path, pair=p), ['train'])['train'][0].digest
+    for p in ('en-fr', 'fr-en')
+  )
+  assert one != other
+  # Each split for itself; what is there as asked for comes first.
+  _mtnt(tmp_path, 'en-fr', ['valid'])
+  _write(tmp_path / 'valid' / 'valid.en-fr.tsv', '1\tx\ty\n')
+  assert _read(tmp_path, 'train', 'valid') == {
+    'train': [[('train en', 'train fr')]],
+    'valid': [[('x', 'y')]],
+  }
+
+
+def test_a_pair_that_is_not_there(tmp_path):
+  _mtnt(tmp_path, 'ja-en')
+  path = tmp_path / 'train' / 'train.en-fr.tsv'
+  words = (path, 'no such file', "data.pair is 'en-fr'", 'there is ja-en.')
+  refusal(lambda: _read(tmp_path), *words)
+  _mtnt(tmp_path, 'en-ja')
+  refusal(lambda: _read(tmp_path), path, 'there are en-ja, ja-en.')
+
+
+def test_a_folder_without_splits(tmp_path):
+  path = tmp_path / 'train' / 'train.en-fr.tsv'
+  words = (f'{path}: cannot read', 'No such file', 'data.source')
+  refusal(lambda: _read(tmp_path), *words)
+  refusal(lambda: _read(tmp_path / 'nowhere.tsv'), 'nowhere.tsv', *words[1:])
+  path.mkdir(parents=True)
+  refusal(lambda: _read(tmp_path), f'{path}: cannot read', 'Is a directory')
+
+
+def test_a_name_that_no_file_can_have(tmp_path):
+  # As when a text is given instead of its path.
+  for name in ('x' * 5000, str(tmp_path / ('x' * 300) / 'y.tsv')):
+    refusal(lambda n=name: _read(n), 'cannot read', 'File name too long')
+
+
+# Files.
+
+
+@pytest.mark.parametrize('name', ['x.tsv', 'x.txt', 'x', 'x.tar.gz.tsv'])
+def test_a_file(tmp_path, name):
+  path = _write(tmp_path / name, 'a\tb\nc\td\n')
+  assert _read(path) == {'train': [[('a', 'b'), ('c', 'd')]]}
+
+
+def test_columns(tmp_path):
+  path = _write(tmp_path / 'x.tsv', 'de\ten\tfr\nx\ta\tb\n')
+  assert _read(path) == {'train': [[('en', 'fr'), ('a', 'b')]]}
+  assert _read(path, columns=(3, 1)) == {'train': [[('fr', 'de'), ('b', 'x')]]}
+  assert _read(path, columns=('fr', 'de')) == {'train': [[('b', 'x')]]}
+
+
+def test_json_lines(tmp_path):
+  line = {'en': 'a', 'fr': 'b', 'translation': {'en': 'c', 'fr': 'd'}}
+  path = _write(tmp_path / 'x.jsonl', json.dumps(line) + '\n')
+  assert _read(path) == {'train': [[('a', 'b')]]}
+  assert _read(path, pair='fr-en') == {'train': [[('b', 'a')]]}
+  columns = ('translation.en', 'fr')
+  assert _read(path, columns=columns) == {'train': [[('c', 'b')]]}
+
+
+def test_aligned_files(tmp_path):
+  _write(tmp_path / 'x.en', 'a\nc\n')
+  _write(tmp_path / 'x.fr', 'b\nd\n')
+  source = tmp_path / 'x.{lang}'
+  assert _read(source) == {'train': [[('a', 'b'), ('c', 'd')]]}
+  assert _read(source, pair='fr-en') == {'train': [[('b', 'a'), ('d', 'c')]]}
+  missing = tmp_path / 'x.de'
+  refusal(lambda: _read(source, pair='en-de'), f'{missing}: cannot read')
+
+
+def test_split_stands_for_train_valid_and_test(tmp_path):
+  for split in ('train', 'valid', 'test'):
+    _write(tmp_path / split / f'{split}.tsv', f'{split}\tx\n')
+    for language in ('en', 'fr'):
+      _write(tmp_path / f'{language}.{split}', f'{split} {language}\n')
+  splits = ('train', 'valid', 'test')
+  source = tmp_path / '{split}' / '{split}.tsv'
+  assert _read(source, *splits) == {s: [[(s, 'x')]] for s in splits}
+  source = tmp_path / '{lang}.{split}'
+  assert _read(source, *splits) == {
+    s: [[(f'{s} en', f'{s} fr')]] for s in splits
+  }
+
+
+def test_valid_and_test_have_files_of_their_own(tmp_path):
+  source = _write(tmp_path / 'x.tsv', 'a\tb\n')
+  valid = _write(tmp_path / 'v.jsonl', '{"en": "v", "fr": "w"}\n')
+  _write(tmp_path / 't.en', 't\n')
+  _write(tmp_path / 't.fr', 'u\n')
+  test = str(tmp_path / 't.{lang}')
+  knobs = {'valid': str(valid), 'test': test}
+  assert _read(source, 'train', 'valid', 'test', **knobs) == {
+    'train': [[('a', 'b')]],
+    'valid': [[('v', 'w')]],
+    'test': [[('t', 'u')]],
+  }
+  # A folder, or a name with {split}, knows its splits.
+  folder = str(_mtnt(tmp_path / 'folder'))
+  read = _read(source, 'valid', 'test', valid=folder, test=folder)
+  assert read['valid'] == [[('valid en', 'valid fr')]]
+  assert read['test'] == [[('test en', 'test fr')]]
+  name = folder + '/{split}/{split}.en-fr.tsv'
+  assert _read(source, 'valid', valid=name)['valid'] == read['valid']
+  # Someone who names the text trained on is taken at their word.
+  assert _read(source, 'valid', valid=str(source))['valid'] == [[('a', 'b')]]
+
+
+@pytest.mark.parametrize('split', ['valid', 'test'])
+@pytest.mark.parametrize('name', ['x.tsv', 'x.{lang}', 'x.tsv,sample'])
+def test_a_text_trained_on_is_not_scored(tmp_path, split, name):
+  for suffix in ('tsv', 'en', 'fr'):
+    _write(tmp_path / f'x.{suffix}', 'a\tb\n')
+  source = tmp_path / name
+  other = {'valid': 'test', 'test': 'valid'}[split]
+  refusal(
+    lambda: _read(source, split, **{other: 'sample'}),
+    f"{tmp_path}/{name.split(',')[0]}' and data.{split} is empty",
+    f'in data.{split}',
+    '{split}',
+  )
+  assert len(_read(source, split, **{split: 'sample'})[split][0]) > 50
+  assert len(_read(source)['train'][0]) == 1
+
+
+# Several sources.
+
+
+def test_sources_are_read_one_by_one(tmp_path):
+  x = _write(tmp_path / 'x.tsv', 'a\tb\n')
+  y = _write(tmp_path / 'y.jsonl', '{"en": "c", "fr": "d"}\n')
+  folder = _mtnt(tmp_path / 'folder')
+  data = _data(f'{folder}, {x} ,{y}')
+  assert corpus.sources(data) == [str(folder), str(x), str(y)]
+  texts = corpus.read_splits(data, ['train', 'valid', 'test'])
+  assert _texts(texts) == {
+    'train': [[('train en', 'train fr')], [('a', 'b')], [('c', 'd')]],
+    'valid': [[('valid en', 'valid fr')]],
+    'test': [[('test en', 'test fr')]],
+  }
+
+
+def test_bad_lines_are_looked_at_for_each_file(tmp_path):
+  good = _write(tmp_path / 'x.tsv', 'a\tb\n' * 98 + '\n\n')
+  bad = _write(tmp_path / 'y.tsv', 'a\tb\n' * 97 + '\n\n\n')
+  (text,) = corpus.read_splits(_data(good, max_bad_fraction=0.02), ['train'])[
+    'train'
   ]
+  assert text.unusable == {'an empty line': (2, 99)}
+  refusal(
+    lambda: _read(f'{good},{bad}', max_bad_fraction=0.02),
+    bad,
+    '3 of its 100 lines',
+    'data.max_bad_fraction=0.02',
+  )
 
 
-def test_line_endings_may_be_mixed(tmp_path):
-  pairs = _read(tmp_path / 'x.tsv', '1\ta\tb\r\n2\tc\td\n3\te\tf\r\n')
-  assert [p.target for p in pairs] == ['b', 'd', 'f']
-
-
-def test_a_quote_is_a_character(tmp_path):
-  # csv.reader with its defaults, which TFDS uses, makes two pairs of this.
-  content = '1\t"so close\t"si près\n2\t"lol" he said\t"mdr"\n3\ta "b" c\t""d\n'
-  assert _columns(_read(tmp_path / 'x.tsv', content)) == [
-    ('1', '"so close', '"si près'),
-    ('2', '"lol" he said', '"mdr"'),
-    ('3', 'a "b" c', '""d'),
-  ]
-
-
-@pytest.mark.parametrize('char', [*OTHER_BREAKS, '\r', '\x00', '\ufeff'])
-def test_nothing_but_lf_and_crlf_ends_a_line(tmp_path, char):
-  content = f'1\tone{char}line\t{char}une{char} ligne\n2\ta\tb\n'
-  pairs = _read(tmp_path / 'x.tsv', content)
-  assert _columns(pairs) == [
-    ('1', f'one{char}line', f'{char}une{char} ligne'),
-    ('2', 'a', 'b'),
-  ]
-
-
-def test_white_space_is_kept(tmp_path):
-  pairs = _read(tmp_path / 'x.tsv', ' 1 \t  two  spaces \t\u00a0fine !\u202f\n')
-  assert _columns(pairs) == [(' 1 ', '  two  spaces ', '\u00a0fine !\u202f')]
-
-
-# Surrogates have no UTF-8; the other three would be layout.
-_field = st.text(
-  st.characters(exclude_categories=['Cs'], exclude_characters='\t\n\r')
-)
-_text = _field.filter(str.strip)
-
-
-@given(
-  rows=st.lists(st.tuples(_field, _text, _text), min_size=1),
-  ending=st.sampled_from(['\n', '\r\n']),
-)
-def test_what_is_written_is_read_back(tmp_path_factory, rows, ending):
-  path = tmp_path_factory.getbasetemp() / 'round_trip.tsv'
-  content = ''.join('\t'.join(row) + ending for row in rows)
-  assert _columns(_read(path, content)) == rows
-
-
-def test_a_folder_has_a_file_for_each_split():
-  path = corpus.split_path('data/MTNT', 'valid', 'en-fr')
-  assert path == pathlib.Path('data/MTNT/valid/valid.en-fr.tsv')
+def test_some_texts(tmp_path):
+  path = _write(tmp_path / 'x.tsv', 'a\tb\n\nc\td\ne\tf\n')
+  text = bitext.open_bitext([path], 'en-fr', max_bad_fraction=1.0)
+  assert corpus.some_texts(text) == ['a', 'b', 'c', 'd', 'e', 'f']
+  assert corpus.some_texts(text, 2) == ['a', 'b', 'c', 'd']
 
 
 def test_a_newline_in_a_text_is_a_space_in_a_workdir(tmp_path):
@@ -97,80 +235,13 @@ def test_a_newline_in_a_text_is_a_space_in_a_workdir(tmp_path):
   assert workdir.read_lines(tmp_path / 'x.txt') == ['a b', 'c']
 
 
-# Errors.
-
-
-def _error(path):
-  with pytest.raises(errors.UserError) as caught:
-    corpus.read_pairs(path)
-  message = str(caught.value)
-  # One sentence, shown after `error: ` as one line.
-  assert message == message.strip() and message.endswith('.')
-  assert len(message.splitlines()) == 1
-  assert '. ' not in message.replace(str(path), '')
-  return message
-
-
-@pytest.mark.parametrize(
-  ('content', 'line', 'found'),
-  [
-    ('1\ta\tb\n2\tno target\n', 2, '2 columns found, 3 expected'),
-    ('just text\n', 1, '1 columns found, 3 expected'),
-    ('1\ta\tb\n2\tc\td\te\n', 2, '4 columns found, 3 expected'),
-    ('1\ta\tb\t\n', 1, '4 columns found, 3 expected'),
-    ('1\ta\tb\n2\t\td\n', 2, 'empty source'),
-    ('1\t \u00a0\tb\n', 1, 'empty source'),
-    ('1\ta\t\n', 1, 'empty source or target'),
-    ('1\ta\t\r\n', 1, 'empty source or target'),
-    ('1\ta\tb\n\n3\te\tf\n', 2, 'empty line'),
-    ('1\ta\tb\r\n\r\n3\te\tf\r\n', 2, 'empty line'),
-    ('\n1\ta\tb\n', 1, 'empty line'),
-    ('1\ta\tb\n\n', 2, 'empty line'),
-    # The other breaks do not count as lines.
-    ('1\ta\u2028\x85b\tc\n2\td\n', 2, '2 columns found'),
-    ('1\ta\tb\n2\tcafé\td\n'.encode('latin-1'), 2, 'not UTF-8'),
-    ('1\ta\tb\n'.encode('utf-16'), 1, 'not UTF-8'),
-    (b'1\ta\tb\n2\t\xf0\x9f\x98\td\n', 2, 'not UTF-8'),  # Half an emoji.
-  ],
-)
-def test_an_error_names_file_and_line(tmp_path, content, line, found):
-  path = tmp_path / 'train.en-fr.tsv'
-  path.write_bytes(content if isinstance(content, bytes) else content.encode())
-  message = _error(path)
-  assert message.startswith(f'{path}:{line}: ')
-  assert found in message
-
-
-def test_a_bad_byte_is_located(tmp_path):
-  path = tmp_path / 'x.tsv'
-  path.write_bytes('1\ta\tb\n2\tcafé\td\n'.encode('latin-1'))
-  assert 'at byte 5 of the line' in _error(path)  # 2, tab, c, a, f.
-
-
-@pytest.mark.parametrize('content', ['', '\r'])
-def test_a_file_without_pairs(tmp_path, content):
-  path = tmp_path / 'x.tsv'
-  path.write_text(content, newline='')
-  assert _error(path).startswith(f'{path}: ')
-
-
-@pytest.mark.parametrize('kind', ['missing', 'folder'])
-def test_a_file_that_cannot_be_read(tmp_path, kind):
-  path = tmp_path if kind == 'folder' else tmp_path / 'train.en-fr.tsv'
-  message = _error(path)
-  assert message.startswith(f'{path}: cannot read')
-  reason = 'Is a directory' if kind == 'folder' else 'No such file'
-  assert reason in message
-  # Where the path came from.
-  assert 'data.source' in message and 'data.pair' in message
-
-
 # The bundled sample.
 
 
 @functools.cache
 def _sample(split):
-  return corpus.read_pairs(corpus.split_path('sample', split, 'en-fr'))
+  (text,) = corpus.read_splits(_data(max_bad_fraction=0.0), [split])[split]
+  return text.read()
 
 
 def _sample_sources():

@@ -13,12 +13,16 @@ import socket
 import tarfile
 import threading
 
+from hypothesis import assume
 from hypothesis import given
 from hypothesis import strategies as st
 import pytest
 
+from configs import default
+from mt import bitext
 from mt import corpus
 from mt import errors
+from mt import lines
 from mt import mtnt
 
 LINES = '1\tso "close" lol\tsi près\n2\t"hi\tsalut\n3\tyo\t"yo\n'
@@ -125,6 +129,14 @@ def _error(call, *args):
   message = str(caught.value)
   assert message.endswith('.') and len(message.splitlines()) == 1
   return message
+
+
+def _read(source, *splits, **knobs):
+  """Split -> the pairs of its one text."""
+  data = default.get_config().data
+  data.update(source=str(source), **knobs)
+  texts = corpus.read_splits(data, splits or ('train',))
+  return {split: text.read() for split, (text,) in texts.items()}
 
 
 def _left(cache):
@@ -349,16 +361,16 @@ def test_a_dangerous_archive_is_refused(cache, serve, monkeypatch, evil):
 def test_a_local_archive(cache, tmp_path, top, capsys):
   path = tmp_path / 'mine.tar.gz'
   path.write_bytes(_archive(top))
-  splits = corpus.read_splits(str(path), 'en-fr', ['train', 'valid'])
+  splits = _read(path, 'train', 'valid')
   assert [len(v) for v in splits.values()] == [3, 3]
   assert capsys.readouterr().out.count('\n') == 1
   folders = [n for n in _left(cache) if n != 'lock']
   assert folders == [hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
   # Unpacked once; another content has another folder.
-  corpus.read_splits(str(path), 'en-fr', ['train'])
+  _read(path)
   assert capsys.readouterr().out == ''
   path.write_bytes(_archive(top, noise=1))
-  corpus.read_splits(str(path), 'en-fr', ['train'])
+  _read(path)
   assert len(_left(cache)) == 3
 
 
@@ -377,7 +389,7 @@ def _damaged_archives():
 def test_a_damaged_local_archive(cache, tmp_path, name, content):
   path = tmp_path / 'mine.tar.gz'
   path.write_bytes(content)
-  assert str(path) in _error(corpus.read_splits, str(path), 'en-fr', ['train'])
+  assert str(path) in _error(_read, path)
   assert _left(cache) == ['lock']
 
 
@@ -389,20 +401,17 @@ def test_a_folder(tmp_path, inner):
   folder = tmp_path / inner / 'train'
   folder.mkdir(parents=True)
   (folder / 'train.en-fr.tsv').write_text(LINES, encoding='utf-8')
-  splits = corpus.read_splits(str(tmp_path), 'en-fr', ['train'])
+  splits = _read(tmp_path)
   assert [p.source for p in splits['train']] == ['so "close" lol', '"hi', 'yo']
   (tmp_path / 'MTNT' / 'MTNT' / 'train').mkdir(parents=True)  # Not looked at.
   if inner == '':
     (tmp_path / 'MTNT' / 'train').mkdir()  # The outer one comes first.
-  assert corpus.read_splits(str(tmp_path), 'en-fr', ['train']) == splits
-  (folder / 'train.ja-en.tsv').write_text(LINES, encoding='utf-8')
-  message = _error(corpus.read_splits, str(tmp_path), 'en-ja', ['train'])
-  assert "'en-ja'" in message and 'there are en-fr, ja-en.' in message
+  assert _read(tmp_path) == splits
 
 
 def test_the_source_mtnt(cache, serve):
   server = serve()
-  assert len(corpus.read_splits('mtnt', 'en-fr', ['train'])['train']) == 3
+  assert len(_read('mtnt')['train']) == 3
   assert server.requests == [None]
 
 
@@ -417,8 +426,8 @@ def test_a_run_asks_for_the_data_first(cache, debug_config, monkeypatch):
   assert str(cache) in message
   folder = cache.parents[2] / 'train'
   folder.mkdir()
-  (folder / 'train.en-fr.tsv').write_text('1\tno target\n')
-  for quoting, words in ((True, 'no pairs'), (False, '2 columns')):
+  (folder / 'train.en-fr.tsv').write_text('no target\n')
+  for quoting, words in ((True, 'no pair'), (False, '1 tab-separated columns')):
     debug_config.data.source = str(folder.parent)
     debug_config.data.tfds_quoting = quoting
     workdir = folder.parent / f'w{quoting}'
@@ -432,15 +441,44 @@ def test_quotes_swallow_lines(tmp_path):
   path = tmp_path / 'train' / 'train.en-fr.tsv'
   path.parent.mkdir()
   path.write_text(LINES + 'short\trow\n', encoding='utf-8')
-  pairs = corpus.read_splits(str(tmp_path), 'en-fr', ['train'], True)['train']
+  data = default.get_config().data
+  data.update(source=str(tmp_path), tfds_quoting=True)
+  (text,) = corpus.read_splits(data, ['train'])['train']
   # The quote before `hi` ends before `yo`; the row is one column short.
-  assert pairs == [corpus.Pair('1', 'so "close" lol', 'si près')]
-  text = '\ufeff1\t"a\tb\n2\tc"\td\n3\t\t"e ""f"" g"\n'
-  path.write_text(text, encoding='utf-8')
-  assert corpus.read_pairs_as_tfds(path) == [
-    corpus.Pair('\ufeff1', 'a\tb\n2\tc', 'd'),
-    corpus.Pair('3', '', 'e "f" g'),
+  pair = lines.Pair('1', 'so "close" lol', 'si près')
+  assert text.read() == [pair] and len(text) == 1
+  assert text.num_lines == 3  # A row ends where its quote does: in line 3.
+  assert text.unusable == {'fewer than 3 columns': (2, 3)}
+  assert 'as TFDS counts them' in bitext.describe(text)
+  content = '\ufeff1\t"a\tb\n2\tc"\td\n3\t\t"e ""f"" g"\n'
+  path.write_text(content, encoding='utf-8')
+  pairs = [
+    lines.Pair('\ufeff1', 'a\tb\n2\tc', 'd'),
+    lines.Pair('3', '', 'e "f" g'),
   ]
+  text = mtnt.read_as_tfds(path)
+  assert text.read() == pairs
+  assert text.read([1, 0, 1]) == [pairs[i] for i in (1, 0, 1)]
+
+
+def test_turned_round_as_tfds_reads_it(tmp_path):
+  path = tmp_path / 'train' / 'train.fr-en.tsv'
+  path.parent.mkdir()
+  path.write_text(LINES, encoding='utf-8')
+  pairs = _read(tmp_path, tfds_quoting=True)['train']
+  assert pairs == [lines.Pair('1', 'si près', 'so "close" lol')]
+
+
+def test_a_digest_of_what_tfds_reads(tmp_path):
+  path, other = tmp_path / 'x.tsv', tmp_path / 'y.tsv'
+  for p in (path, other):
+    p.write_text('1\ta\tb\n2\tc\td\n')
+  digest = mtnt.read_as_tfds(path).digest
+  assert mtnt.read_as_tfds(other).digest == digest
+  assert mtnt.read_as_tfds(path, turned=True).digest != digest
+  assert bitext.open_bitext([path], 'en-fr').digest != digest
+  other.write_text('1\ta\tb\n2\tc\tD\n')
+  assert mtnt.read_as_tfds(other).digest != digest
 
 
 _bits = st.sampled_from(
@@ -461,22 +499,28 @@ def test_as_csv_reader(tmp_path_factory, rows, ending, last):
   path.write_bytes(text.encode())
   # A text file as Python opens it: each CR is a LF.
   plain = text.replace('\r\n', '\n').replace('\r', '\n')
-  lines = [line + '\n' for line in plain.split('\n')]
-  lines = lines[:-1] + ([lines[-1][:-1]] if lines[-1] != '\n' else [])
-  expected = [r[:3] for r in csv.reader(lines, delimiter='\t') if len(r) > 2]
+  raws = [line + '\n' for line in plain.split('\n')]
+  raws = raws[:-1] + ([raws[-1][:-1]] if raws[-1] != '\n' else [])
+  rows = list(csv.reader(raws, delimiter='\t'))
+  expected = [tuple(r[:3]) for r in rows if len(r) > 2]
   if expected:
-    pairs = corpus.read_pairs_as_tfds(path)
-    assert [[p.id, p.source, p.target] for p in pairs] == expected
+    read = mtnt.read_as_tfds(path)
+    assert read.read() == expected
+    assert read.num_lines == len(rows)
+    bad = sum(count for count, _ in read.unusable.values())
+    assert len(read) + bad == len(rows)
   else:
-    assert 'no pairs' in _error(corpus.read_pairs_as_tfds, path)
+    assert 'no pair' in _error(mtnt.read_as_tfds, path)
 
 
 @given(rows=st.lists(st.tuples(_text, _text), min_size=1, max_size=12))
 def test_without_it_every_line_is_a_pair(tmp_path_factory, rows):
-  rows = [(f'{a}x', f'{b}y') for a, b in rows]
+  # A NUL is refused.
+  rows = [(f'{a}x', f'{b}y') for a, b in rows if '\0' not in a + b]
+  assume(rows)
   path = tmp_path_factory.getbasetemp() / 'no_quotes.tsv'
   path.write_bytes(''.join(f'1\t{a}\t{b}\n' for a, b in rows).encode())
-  pairs = corpus.read_pairs(path)
+  pairs = bitext.open_bitext([path], 'en-fr').read()
   assert [(p.source, p.target) for p in pairs] == rows
 
 
@@ -485,7 +529,7 @@ def test_without_it_every_line_is_a_pair(tmp_path_factory, rows):
   [
     (b'1\ta\tb\n2\t' + b'x' * 200_000 + b'\tc\n', (':2: ', 'field limit')),
     ('1\ta\tb\n'.encode('utf-16'), ('not UTF-8',)),
-    (b'1\ta\n', ('no pairs',)),
+    (b'1\ta\n', ('no pair',)),
     (None, ('cannot read',)),
   ],
 )
@@ -493,7 +537,7 @@ def test_what_csv_cannot_read(tmp_path, content, words):
   path = tmp_path / 'x.tsv'
   if content is not None:
     path.write_bytes(content)
-  message = _error(corpus.read_pairs_as_tfds, path)
+  message = _error(mtnt.read_as_tfds, path)
   for word in (str(path), *words):
     assert word in message
 
@@ -507,6 +551,5 @@ def test_official_counts(monkeypatch, quoting, counts):
   if not os.path.exists(home / 'mt' / 'mtnt' / 'MTNT.1.1'):
     pytest.skip('MTNT 1.1 is not in ~/.cache/mt/mtnt; data.source=mtnt gets it')
   monkeypatch.setenv('XDG_CACHE_HOME', str(home))
-  splits = ['train', 'valid', 'test']
-  pairs = corpus.read_splits('mtnt', 'en-fr', splits, quoting)
-  assert [len(pairs[s]) for s in splits] == counts
+  read = _read('mtnt', 'train', 'valid', 'test', tfds_quoting=quoting)
+  assert [len(pairs) for pairs in read.values()] == counts

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from mt import batches
+from mt import template as template_lib
 from mt import translate
 from mt import weights
 
@@ -24,7 +24,7 @@ def test_the_pretrained_model_continues_in_french():
   translator = translate.make_translator(
     source.config,
     source.tokenizer,
-    batches.Template('English: {source}\nFrench:', ' '),
+    template_lib.Template('English: {source}\nFrench:', ' '),
     batch_size=1,
     max_ratio=2.0,
     max_extra=8,

@@ -12,9 +12,10 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
-from mt import batches
+from mt import bitext
 from mt import corpus
 from mt import gguf_file
+from mt import template as template_lib
 from mt import tokenizer
 from mt import weights
 from tests import gguf_fixture
@@ -291,7 +292,11 @@ def sample():
   """Both sides of every bundled pair."""
   files = sorted(corpus.SAMPLE.glob('*/*.tsv'))
   assert len(files) == 3
-  pairs = [pair for file in files for pair in corpus.read_pairs(file)]
+  pairs = [
+    pair
+    for file in files
+    for pair in bitext.open_bitext([file], 'en-fr').read()
+  ]
   return [text for pair in pairs for text in (pair.source, pair.target)]
 
 
@@ -417,10 +422,10 @@ _TUTORIAL = (
 
 @pytest.mark.parametrize(('source', 'src'), _TUTORIAL, ids=('0', '1'))
 def test_the_tutorials_source_tokens(gemma1, source, src):
-  template = batches.Template(
+  template = template_lib.Template(
     'Translate this into French:\n{source}\n', target_bos=False
   )
-  ids = batches.prompt_ids(source, gemma1, template)
+  ids = template_lib.prompt_ids(source, gemma1, template)
   assert ids == [int(x) for x in src.split()]
 
 

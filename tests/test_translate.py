@@ -16,7 +16,7 @@ import sacrebleu
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from configs import default
-from mt import batches
+from mt import bitext
 from mt import compiling
 from mt import corpus
 from mt import decode
@@ -24,12 +24,13 @@ from mt import errors
 from mt import evaluate
 from mt import model
 from mt import sizes
+from mt import template as template_lib
 from mt import tokenizer
 from mt import translate
 
 SHARED = pathlib.Path(__file__).parents[2] / 'shared' / 'tokenizers'
-PLAIN = batches.Template('English: {source}\nFrench:', ' ')
-BARE = batches.Template('{source}\n')
+PLAIN = template_lib.Template('English: {source}\nFrench:', ' ')
+BARE = template_lib.Template('{source}\n')
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -44,7 +45,8 @@ def quick_compilation():
 
 @functools.cache
 def _tokenizer():
-  pairs = corpus.read_pairs(corpus.split_path('sample', 'valid', 'en-fr'))
+  path = corpus.SAMPLE / 'valid' / 'valid.en-fr.tsv'
+  pairs = bitext.open_bitext([path], 'en-fr').read()
   texts = [t for p in pairs for t in (p.source, p.target)]
   return tokenizer.train(texts, sizes.SIZES['debug'].vocab_size)
 
@@ -110,7 +112,7 @@ def _scripted(template, max_ratio=0.0001, max_extra=12):
 def _answer(template, *ids, texts=('Hi!',)):
   """What the translator makes of a model that says `ids`."""
   tok = _with_newlines()
-  last = batches.prompt_ids('Hi!', tok, template)[-1]
+  last = template_lib.prompt_ids('Hi!', tok, template)[-1]
   return _scripted(template)(_script(last, *ids), texts)
 
 
@@ -147,7 +149,7 @@ def test_a_translation_is_one_line():
 def test_the_prefix_is_taken_off_once():
   tok = _with_newlines()
   assert tok.spm.id_to_piece(_bonjour()[0]).startswith('\u2581')
-  template = batches.Template(PLAIN.prompt, ' B')
+  template = template_lib.Template(PLAIN.prompt, ' B')
   assert _answer(template, *_bonjour(), tok.eos_id) == ['onj']
 
 
@@ -155,7 +157,7 @@ def test_length_is_limited_by_the_source():
   """A model that never stops, the symptom of an EOS that was not learned."""
   tok = _with_newlines()
   sources = ['x', 'lol no', 'why would you even do this', '']
-  last = batches.prompt_ids('x', tok, BARE)[-1]
+  last = template_lib.prompt_ids('x', tok, BARE)[-1]
   texts = _scripted(BARE, 1.5, 3)(_script(last, _piece('e')), sources)
   for source, text in zip(sources[:3], texts[:3], strict=True):
     assert text == 'e' * (math.floor(1.5 * len(tok.encode(source))) + 3)
@@ -216,7 +218,7 @@ def _alone():
 
 
 def _buckets(texts):
-  prompts = [batches.prompt_ids(t, _tokenizer(), BARE) for t in texts]
+  prompts = [template_lib.prompt_ids(t, _tokenizer(), BARE) for t in texts]
   return [translate.bucket(len(p)) for p in prompts]
 
 
@@ -357,7 +359,7 @@ def test_bucket(length, width):
 def test_stop_ids():
   tok = _with_newlines()
   pieces = ['</s>', '<0x0A>', '\n', '\n\n', '\n\n\n']
-  stops = translate.stop_ids(tok)
+  stops = translate.stop_ids(tok, BARE)
   assert stops.dtype == np.int32
   assert sorted(stops) == sorted(map(_piece, pieces))
   assert _piece('</s>') == tok.eos_id
@@ -369,10 +371,13 @@ def test_stop_ids_of_gemma():
     pytest.skip(f'no {path}')
   tok = tokenizer.from_file(path)
   pieces = [tok.spm.id_to_piece(i) for i in range(tok.vocab_size)]
-  stops = set(translate.stop_ids(tok).tolist())
+  stops = set(translate.stop_ids(tok, BARE).tolist())
   # EOS, the byte, and 31 runs of newlines.
   newlines = {i for i, piece in enumerate(pieces) if '\n' in piece}
   assert stops == {1, pieces.index('<0x0A>')} | newlines
+  chat = template_lib.Template('{source}', chat=True)
+  turn = pieces.index('<end_of_turn>')
+  assert set(translate.stop_ids(tok, chat).tolist()) == stops | {turn}
   assert len(newlines) == 31
 
 
@@ -387,8 +392,8 @@ def test_the_translator_of_a_config(monkeypatch):
   config.decode = {'batch_size': 5, 'max_ratio': 1.25, 'max_extra': 7}
   source = types.SimpleNamespace(config='the size', tokenizer='the tokenizer')
   translate.from_config(config, source)
-  template = batches.Template(
-    config.template.prompt, config.template.target_prefix, target_bos=True
+  template = template_lib.Template(
+    'English: {source}\nFrench:', config.template.target_prefix, target_bos=True
   )
   assert seen == {
     'args': ('the size', 'the tokenizer', template),

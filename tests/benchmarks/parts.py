@@ -12,6 +12,7 @@ import numpy as np
 from configs import gemma3_270m
 from mt import batches
 from mt import corpus
+from mt import data
 from mt import step
 from mt import weights
 
@@ -21,14 +22,7 @@ STEPS = 5
 def main():
   config = gemma3_270m.get_config()
   source = weights.open_source(config.weights.source, '', '', seed=0, texts=())
-  pairs = corpus.read_splits('sample', 'en-fr', ['train'])['train']
-  examples = batches.encode(
-    pairs,
-    source.tokenizer,
-    batches.Template(**config.template),
-    config.data.length,
-    'train',
-  )
+  texts = corpus.read_splits(config.data, ['train'])['train']
   for size in [int(x) for x in sys.argv[1:]] or [1]:
     for parts in ('lora', 'blocks', 'all'):
       config.train.parts = parts
@@ -37,8 +31,9 @@ def main():
         source.read(), config.train, optimizer, jax.random.key(0)
       )
       train_step = step.make_train_step(source.config, config.train, optimizer)
-      rows = batches.PackedRows(examples, config.data.length, 0, 100 * size)
-      iterator = batches.train_iterator(rows, size)
+      config.train.batch_size = size
+      rows, shares = data.training_rows(config, source.tokenizer, texts)
+      iterator = batches.train_iterator(rows, shares, size, STEPS + 1)
       speeds = []
       for i in range(STEPS + 1):
         batch = next(iterator)
