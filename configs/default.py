@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Where source and target stand in a .tsv: numbers from 1, such as (1, 2), or
   # names out of its first line, such as ('english', 'french'). Or their keys in
   # a .jsonl, such as ('translation.en', 'translation.fr'). () for the usual:
-  # id, source, target, or source, target; the languages of the pair as keys.
+  # id, source, target, or source, target; in a .jsonl the languages as keys.
   d.columns = ()
   # Read as TFDS does, where a quote swallows tabs and lines up to the next one:
   # 35,692 / 811 / 1,020 pairs of MTNT's 36,058 / 852 / 1,020 (en-fr) are left,

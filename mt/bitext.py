@@ -6,6 +6,7 @@ of a usable one is where it stands. Formats: see mt/lines.py.
 
 import array
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -69,7 +70,10 @@ class Bitext:
       return [self.pairs[i] for i in which]
     columns = [self._read_lines(file, which) for file in range(len(self.paths))]
     numbers = self.numbers[which].tolist()
-    return [self.parse(*line) for line in zip(numbers, *columns, strict=True)]
+    out = [self.parse(*line) for line in zip(numbers, *columns, strict=True)]
+    if any(isinstance(pair, str) for pair in out):
+      raise _changed(self.where, 'another content')
+    return out
 
   def _read_lines(self, file, which):
     path = self.paths[file]
@@ -87,11 +91,14 @@ class Bitext:
           )
         ]
     except (OSError, UnicodeDecodeError) as e:
-      raise errors.UserError(
-        f'{path}: changed or gone since the run began '
-        f'({getattr(e, "strerror", e)}); put the file back as it was and start '
-        'again.'
-      ) from None
+      raise _changed(path, getattr(e, 'strerror', e)) from None
+
+
+def _changed(where, what) -> errors.UserError:
+  return errors.UserError(
+    f'{where}: changed or gone since the run began ({what}); put the file back '
+    'as it was and start again.'
+  )
 
 
 def _stat(f) -> tuple[int, ...]:
@@ -115,7 +122,7 @@ def open_bitext(
     columns: of source and target: numbers from 1, or names out of a header
       line; keys in JSON lines. () takes columns `id source target` or
       `source target`, and in JSON lines the languages as keys.
-    turned: columns hold target and source, as those of fr-en do for en-fr.
+    turned: the usual columns hold target and source.
     max_bad_fraction: of unusable lines that are put up with.
 
   Raises:
@@ -124,33 +131,29 @@ def open_bitext(
   """
   paths = tuple(str(p) for p in paths)
   where = ' + '.join(paths)
-  try:
-    files = [open(p, 'rb') for p in paths]  # noqa: SIM115
-  except OSError as e:
-    raise unreadable(e.filename, e) from None
-  try:
-    stats = tuple(_stat(f) for f in files)
-    notes = [
-      f'{path}: a byte-order mark in front, left out'
-      for path, f in zip(paths, files, strict=True)
-      if _skip_bom(path, f)
-    ]
-    parse, header = lines.make_parser(
-      paths, files, pair, columns, turned=turned
-    )
-    found = _index(files, parse, header, sum(s[2] for s in stats))
-    content = [
-      hashlib.file_digest(f, 'sha256').hexdigest()
-      for f in files
-      if f.seek(0) == 0
-    ]
-  except OSError as e:
-    raise unreadable(where, e) from None
-  finally:
-    for f in files:
-      f.close()
+  with contextlib.ExitStack() as stack:
+    try:
+      files = [stack.enter_context(open(p, 'rb')) for p in paths]
+      stats = tuple(_stat(f) for f in files)
+      notes = [
+        f'{path}: a byte-order mark in front, left out'
+        for path, f in zip(paths, files, strict=True)
+        if _skip_bom(path, f)
+      ]
+      parse, header = lines.make_parser(
+        paths, files, pair, columns, turned=turned
+      )
+      found = _index(files, parse, header, sum(s[2] for s in stats))
+      content = [
+        hashlib.file_digest(f, 'sha256').hexdigest()
+        for f in files
+        if f.seek(0) == 0
+      ]
+    except OSError as e:
+      raise unreadable(e.filename or where, e) from None
   bad = sum(count for count, _ in found.unusable.values())
-  if bad > max_bad_fraction * found.num_lines:
+  # Divided, for 0.29 * 100 is less than 29.
+  if bad and bad / found.num_lines > max_bad_fraction:
     raise errors.UserError(
       f'{where}: {bad:,} of its {found.num_lines:,} lines cannot be used '
       f'({_reasons(found.unusable)}), more than data.max_bad_fraction='
@@ -163,14 +166,14 @@ def open_bitext(
     notes.append(
       f'{len(again):,} ids occur again, the first in line {min(again):,}; kept'
     )
-  identity = json.dumps([content, repr(parse)])
+  identity = json.dumps([content, repr(parse), header])
   return Bitext(
     paths=paths,
     stats=stats,
     parse=parse,
-    starts=np.array(found.starts, np.int64).reshape(-1, len(paths)),
-    sizes=np.array(found.sizes, np.int32).reshape(-1, len(paths)),
-    numbers=np.array(found.numbers, np.int64),
+    starts=np.frombuffer(found.starts, np.int64).reshape(-1, len(paths)),
+    sizes=np.frombuffer(found.sizes, np.int32).reshape(-1, len(paths)),
+    numbers=np.frombuffer(found.numbers, np.int64),
     num_lines=found.num_lines,
     unusable=found.unusable,
     notes=tuple(notes),
@@ -207,7 +210,9 @@ class _Found:
   """Usable lines, as Bitext has them, with a hash of each id."""
 
   starts: array.array = dataclasses.field(default_factory=_int64)
-  sizes: array.array = dataclasses.field(default_factory=_int64)
+  sizes: array.array = dataclasses.field(
+    default_factory=lambda: array.array('i')
+  )
   numbers: array.array = dataclasses.field(default_factory=_int64)
   ids: array.array = dataclasses.field(default_factory=_int64)
   unusable: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
@@ -215,11 +220,14 @@ class _Found:
 
   def repeated_ids(self) -> list[int]:
     """Line numbers of usable lines whose id an earlier line has."""
-    ids = np.array(self.ids, np.int64)
+    ids = np.frombuffer(self.ids, np.int64)
+    in_order = np.sort(ids)
+    if not (in_order[1:] == in_order[:-1]).any():
+      return []
     _, first = np.unique(ids, return_index=True)
     again = np.ones(len(ids), bool)
     again[first] = False
-    return np.array(self.numbers)[: len(ids)][again].tolist()
+    return np.frombuffer(self.numbers, np.int64)[again].tolist()
 
 
 def _index(files, parse, header, total) -> _Found:
@@ -229,33 +237,28 @@ def _index(files, parse, header, total) -> _Found:
   progress = journal.Progress(f'{files[0].name}, MB', total // 10**6, every=100)
   at = [f.tell() for f in files]
   if header:
-    at[0] += len(files[0].readline())
+    first = files[0].readline(lines.LONGEST)
+    at[0] += len(first) + _rest_of_line(files[0], first)
   while True:
     raws = [f.readline(lines.LONGEST) for f in files]
     if not all(raws):
       break
     out.num_lines += 1
-    starts, long = at[:], False
-    for k, raw in enumerate(raws):
-      at[k] += len(raw)
-      if not raw.endswith(b'\n'):
-        while rest := files[k].readline(lines.LONGEST):
-          long = True
-          at[k] += len(rest)
-          if rest.endswith(b'\n'):
-            break
     number = out.num_lines + header
-    pair = (
-      f'longer than {lines.LONGEST:,} bytes'
-      if long
-      else lines.parse_line(parse, number, raws)
-    )
+    bodies = [lines.strip_end(raw) for raw in raws]
+    pair = lines.parse_line(parse, number, bodies)
+    starts, at = at, [a + len(raw) for a, raw in zip(at, raws, strict=True)]
+    if any(len(raw) == lines.LONGEST for raw in raws):
+      rest = [_rest_of_line(f, raw) for f, raw in zip(files, raws, strict=True)]
+      at = [a + n for a, n in zip(at, rest, strict=True)]
+      if any(rest):
+        pair = f'longer than {lines.LONGEST:,} bytes'
     if isinstance(pair, str):
       count, first = out.unusable.get(pair, (0, number))
       out.unusable[pair] = count + 1, first
     else:
       out.starts.extend(starts)
-      out.sizes.extend([len(lines.strip_end(raw)) for raw in raws])
+      out.sizes.extend(map(len, bodies))
       out.numbers.append(number)
       if has_ids:
         out.ids.append(hash(pair.id))
@@ -264,13 +267,25 @@ def _index(files, parse, header, total) -> _Found:
   progress.close()
   if any(raws):
     more, less = (0, 1) if raws[0] else (1, 0)
-    count = out.num_lines + 1 + sum(1 for _ in files[more])
+    count, raw = out.num_lines, raws[more]
+    while raw:
+      count += 1
+      _rest_of_line(files[more], raw)
+      raw = files[more].readline(lines.LONGEST)
     raise errors.UserError(
       f'{files[more].name} has {count:,} lines and {files[less].name} '
       f'{out.num_lines:,}; aligned files have a line for each other: find '
       'where they part.'
     )
   return out
+
+
+def _rest_of_line(f, start: bytes) -> int:
+  """Reads to the end of a line that has begun with `start`; its bytes."""
+  size, last = 0, start
+  while not last.endswith(b'\n') and (last := f.readline(lines.LONGEST)):
+    size += len(last)
+  return size
 
 
 def _reasons(unusable) -> str:

@@ -54,7 +54,7 @@ def read_splits(
   }
 
 
-def some_texts(text: bitext.Bitext, most: int = 20_000) -> list[str]:
+def some_texts(text: bitext.Bitext, most: int = 4000) -> list[str]:
   """Both sides of the first pairs, to train a tokenizer on."""
   pairs = text.read(range(min(len(text), most)))
   return [side for p in pairs for side in (p.source, p.target)]
@@ -89,7 +89,9 @@ def _find(source, split, data) -> tuple[list[pathlib.Path], bool]:
   folder = _open_folder(source) / split
   path = folder / f'{split}.{data.pair}.tsv'
   other = '-'.join(reversed(data.pair.split('-')))
-  pairs = [p.name.split('.')[-2] for p in folder.glob(f'{split}.*.tsv')]
+  # glob raises for a name that is too long; isdir says False.
+  found = folder.glob(f'{split}.*.tsv') if os.path.isdir(folder) else ()
+  pairs = [p.name.split('.')[-2] for p in found]
   if data.pair in pairs or not pairs:
     return [path], False
   if other in pairs:

@@ -124,15 +124,15 @@ def make_parser(
     return Aligned(), False
   if paths[0].endswith('.jsonl'):
     return Keys(*(columns if named else pair.split('-'))), False
-  start, first = files[0].tell(), b''
-  while not first.strip() and (line := files[0].readline(LONGEST)):
-    first = line
+  start, first = files[0].tell(), ''
+  while not first.strip() and (raw := files[0].readline(LONGEST)):
+    first = raw.decode(errors='replace')
     if named:
       break
   files[0].seek(start)
-  if not first.strip():
+  if not (first if named else first.strip()):
     raise no_pair(paths[0])
-  cells = first.decode(errors='replace').rstrip('\r\n').split('\t')
+  cells = first.rstrip('\r\n').split('\t')
   if named:
     missing = [name for name in columns if name not in cells]
     if missing:
@@ -150,11 +150,11 @@ def make_parser(
     source, target = len(cells), len(cells)
   if max(source, target) >= len(cells):
     raise errors.UserError(
-      f'{paths[0]}: {len(cells)} tab-separated columns in its first line, '
-      f'{columns or "id, source, target or source, target"} expected; set '
+      f'{paths[0]}: tab-separated columns in its first line: {len(cells)}, '
+      f'expected {columns or "id, source, target or source, target"}; set '
       'data.columns to the two that hold source and target.'
     )
-  if turned:
+  if turned and not columns:
     source, target = target, source
   has_id = len(cells) == 3 and not columns
   return Columns(len(cells), source, target, 0 if has_id else None), named
@@ -173,20 +173,18 @@ def strip_end(raw: bytes) -> bytes:
 
 
 def parse_line(parse: Parser, number: int, raws: Sequence[bytes]) -> Pair | str:
-  """A pair, or the reason why there is none; `raws` has a line of each file."""
-  try:
-    lines = [strip_end(raw).decode() for raw in raws]
-  except UnicodeDecodeError:
-    return 'not UTF-8'
-  if any('\0' in line for line in lines):
-    return 'a NUL character'
-  if not any(line.strip() for line in lines):
-    return 'an empty line'
-  pair = parse(number, *lines)
+  """A pair, or the reason why there is none; `raws`: of each file, ends off."""
+  texts = []
+  for raw in raws:
+    if b'\0' in raw:
+      return 'a NUL character'
+    try:
+      texts.append(raw.decode())
+    except UnicodeDecodeError:
+      return 'not UTF-8'
+  pair = parse(number, *texts)
   if isinstance(pair, str):
-    return pair
+    return pair if any(map(str.strip, texts)) else 'an empty line'
   if not pair.source.strip():
-    return 'an empty source'
-  if not pair.target.strip():
-    return 'an empty target'
-  return pair
+    return 'an empty source' if any(map(str.strip, texts)) else 'an empty line'
+  return pair if pair.target.strip() else 'an empty target'

@@ -139,6 +139,17 @@ def _check_data(data):
       f'data.weights has {len(data.weights)} numbers, data.source {len(names)} '
       'sources; a number for each expected, or () for their numbers of pairs.'
     )
+  every = [*names, *filter(None, (data.valid, data.test))]
+  if data.tfds_quoting and (data.columns or any('{lang}' in n for n in every)):
+    raise errors.UserError(
+      'data.tfds_quoting reads three columns as TFDS does; data.columns=() and '
+      'no {lang} in data.source, data.valid and data.test expected.'
+    )
+  if data.columns and all('{lang}' in name for name in every):
+    raise errors.UserError(
+      f'data.columns is {data.columns}, but aligned files ({{lang}}) have no '
+      'columns; () expected.'
+    )
   if data.buckets and data.packing:
     raise errors.UserError(
       f'data.buckets is {data.buckets}, but packed rows have one width; () or '

@@ -158,7 +158,7 @@ class Store:
         self.block(number)
 
     if not (self.folder / f'{number:05d}.npy').exists():
-      threading.Thread(target=work, daemon=True).start()
+      threading.Thread(target=work).start()
 
   def _make(self, path, chosen):
     parts = []

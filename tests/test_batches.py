@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
 import pathlib
 
 from absl import flags
@@ -565,6 +566,32 @@ def test_closing_keeps_the_position():
   _equal(next(used), whole[1])
 
 
+def test_whoever_reads_ahead_is_closed():
+  """Grain's processes would go on for ever."""
+  closed = []
+
+  class Reader:
+    def __init__(self, first):
+      self.at = first
+
+    def __iter__(self):
+      return self
+
+    def __next__(self):
+      self.at += 1
+      return self.at
+
+    def close(self):
+      closed.append(self.at)
+
+  iterator = batches.TrainIterator(Reader)
+  assert [next(iterator), next(iterator)] == [1, 2] and closed == []
+  iterator.set_state({'batches_taken': 7})
+  assert closed == [2] and next(iterator) == 8
+  iterator.close()
+  assert closed == [2, 8]
+
+
 @pytest.mark.parametrize('processes', [2, 4])
 @pytest.mark.parametrize('mixture', MIXTURES)
 def test_each_process_reads_its_part(mixture, processes):
@@ -709,11 +736,13 @@ def test_processes_of_grain_change_nothing(tmp_path, parsed_flags):
     if n == start + 3:
       state = json.loads(json.dumps(processes.get_state()))
     _equal(next(processes), want[n])
+  assert len(multiprocessing.active_children()) == 2
   # In a process or in a thread, it is the same sentence, at the same place.
-  for iterator in (processes, thread):
-    refusal(lambda it=iterator: next(it), path, 'changed or gone')
-  assert processes.get_state() == thread.get_state()
+  refusal(lambda: next(processes), path, 'changed or gone')
   processes.close()
+  assert not multiprocessing.active_children()
+  thread.set_state(thread.get_state())
+  refusal(lambda: next(thread), path, 'changed or gone')
   thread.set_state(state)
   _equal(next(thread), want[start + 3])
 
@@ -751,36 +780,37 @@ def test_evaluation_fills_up_the_last_batch():
 def test_a_packed_batch_costs_what_its_examples_cost_alone():
   """Loss and gradients: neighbours in a row must not be seen."""
   cfg, train = sizes.SIZES['debug'], debug.get_config().train
-  short = sorted(_sample(), key=lambda p: len(p.source + p.target))[:10]
+  short = sorted(_sample(), key=lambda p: len(p.source + p.target))[:6]
   tok = tokenizer.train(
     [t for p in _sample() for t in (p.source, p.target)], cfg.vocab_size
   )
   examples = store.encode(short, tok, PLAIN)
-  length = 192
+  length = 128
   plan = batches.best_fit(examples.sizes, length)
-  assert len(plan) < len(short) / 2, 'little is packed'
-
-  def stack(rows):
-    built = [batches.build_row(examples, row, length) for row in rows]
-    return {k: np.stack([b[k] for b in built]) for k in built[0]}
+  assert len(plan) <= len(short) / 2, 'little is packed'
 
   params = model.init_params(cfg, jax.random.key(1))
 
-  @functools.partial(
-    jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+  @functools.partial(  # Compiling is most of the time.
+    jax.jit,
+    compiler_options={
+      'xla_backend_optimization_level': 0,
+      'xla_llvm_disable_expensive_passes': True,
+    },
   )
   def value_and_grad(batch):
-    return jax.value_and_grad(lambda p: step.batch_nll(cfg, p, batch, train))(
-      params
-    )
+    def nll(p):
+      return step.batch_nll(cfg, p, batch, train)
 
-  def total(batches_):
-    """Sums in float64, of what each batch gives."""
-    parts = [value_and_grad(b) for b in batches_]
-    return jax.tree.map(lambda *x: np.sum(np.array(x, np.float64), 0), *parts)
+    return jax.value_and_grad(nll)(params)
 
-  packed = total([stack([row]) for row in plan])
-  alone = total([stack([[i]]) for i in range(len(short))])
+  def run(rows):
+    rows = rows + [[]] * (len(short) - len(rows))  # One shape for both.
+    built = [batches.build_row(examples, row, length) for row in rows]
+    batch = {k: np.stack([b[k] for b in built]) for k in built[0]}
+    return jax.tree.map(np.float64, value_and_grad(batch))
+
+  packed, alone = run(plan), run([[i] for i in range(len(short))])
   assert packed[0] == pytest.approx(alone[0], rel=1e-6)
   for path, want in jax.tree.leaves_with_path(alone[1]):
     got = functools.reduce(lambda t, k: t[k.key], path, packed[1])

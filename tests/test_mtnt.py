@@ -15,6 +15,7 @@ import threading
 
 from hypothesis import assume
 from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
 import pytest
 
@@ -427,7 +428,7 @@ def test_a_run_asks_for_the_data_first(cache, debug_config, monkeypatch):
   folder = cache.parents[2] / 'train'
   folder.mkdir()
   (folder / 'train.en-fr.tsv').write_text('no target\n')
-  for quoting, words in ((True, 'no pair'), (False, '1 tab-separated columns')):
+  for quoting, words in ((True, 'no pair'), (False, 'first line: 1,')):
     debug_config.data.source = str(folder.parent)
     debug_config.data.tfds_quoting = quoting
     workdir = folder.parent / f'w{quoting}'
@@ -488,6 +489,7 @@ _text = st.lists(_bits, max_size=4).map(''.join)
 _row = st.lists(_text, min_size=1, max_size=4).map('\t'.join)
 
 
+@settings(deadline=None)  # Disks are slow at times.
 @given(
   rows=st.lists(_row, max_size=12),
   ending=st.sampled_from(['\n', '\r\n']),
@@ -496,6 +498,7 @@ _row = st.lists(_text, min_size=1, max_size=4).map('\t'.join)
 def test_as_csv_reader(tmp_path_factory, rows, ending, last):
   text = ending.join(rows) + (ending if last else '')
   path = tmp_path_factory.getbasetemp() / 'quotes.tsv'
+  path.unlink(missing_ok=True)  # To cut a file is slow on ext4.
   path.write_bytes(text.encode())
   # A text file as Python opens it: each CR is a LF.
   plain = text.replace('\r\n', '\n').replace('\r', '\n')
@@ -513,12 +516,14 @@ def test_as_csv_reader(tmp_path_factory, rows, ending, last):
     assert 'no pair' in _error(mtnt.read_as_tfds, path)
 
 
+@settings(deadline=None)
 @given(rows=st.lists(st.tuples(_text, _text), min_size=1, max_size=12))
 def test_without_it_every_line_is_a_pair(tmp_path_factory, rows):
   # A NUL is refused.
   rows = [(f'{a}x', f'{b}y') for a, b in rows if '\0' not in a + b]
   assume(rows)
   path = tmp_path_factory.getbasetemp() / 'no_quotes.tsv'
+  path.unlink(missing_ok=True)  # To cut a file is slow on ext4.
   path.write_bytes(''.join(f'1\t{a}\t{b}\n' for a, b in rows).encode())
   pairs = bitext.open_bitext([path], 'en-fr').read()
   assert [(p.source, p.target) for p in pairs] == rows

@@ -7,6 +7,7 @@ from configs import default
 from configs import gemma3_270m
 from mt import errors
 from mt import settings
+from tests.refusal import refusal
 
 
 def _knobs(config, prefix=''):
@@ -35,7 +36,16 @@ def test_shipped_configs_are_valid_and_locked(module):
     ('data.pair', 'en_fr'),
     ('data.pair', '../en-fr'),
     ('data.pair', 'e-f'),
+    ('data.weights', (1.0, 0.0)),
+    ('data.weights', ('much', 'little')),
+    ('data.columns', (1,)),
+    ('data.columns', (0, 1)),
+    ('data.columns', (1, 'en')),
+    ('data.columns', ('en', '')),
+    ('data.max_bad_fraction', 1.5),
     ('data.length', 7),
+    ('data.buckets', (4,)),
+    ('data.workers', -1),
     ('template.prompt', 'Translate this.'),
     ('template.prompt', '{source}{source}'),
     ('train.max_steps', 0),
@@ -67,12 +77,38 @@ def test_impossible_values_name_the_knob(knob, value):
   assert 'expected' in text and '\n' not in text
 
 
-def test_values_that_contradict_each_other():
+@pytest.mark.parametrize(
+  'values, words',
+  [
+    ({'optim.warmup_steps': 1001}, ('optim.warmup_steps', 'train.max_steps')),
+    ({'optim.name': 'sgd', 'optim.weight_decay': 0.1}, ('weight_decay', 'sgd')),
+    ({'data.source': 'sample,'}, ('data.source', "'sample,'")),
+    ({'data.weights': (1, 2)}, ('data.weights', '2 numbers', '1 sources')),
+    ({'data.buckets': (32,)}, ('data.buckets', 'data.packing=False')),
+    (
+      {
+        'data.buckets': (32,),
+        'data.packing': False,
+        'data.source': 'sample,x.tsv',
+      },
+      ('data.buckets', '2 mixed sources'),
+    ),
+    (
+      {'data.tfds_quoting': True, 'data.columns': (1, 2)},
+      ('data.tfds_quoting', 'data.columns=()'),
+    ),
+    (
+      {'data.tfds_quoting': True, 'data.valid': 'x.{lang}'},
+      ('data.tfds_quoting', '{lang}'),
+    ),
+    (
+      {'data.source': 'x.{split}.{lang}', 'data.columns': (1, 2)},
+      ('data.columns', 'aligned'),
+    ),
+    ({'template.chat': True}, ('template.chat', 'template.target_prefix')),
+  ],
+)
+def test_values_that_contradict_each_other(values, words):
   config = default.get_config()
-  config.optim.warmup_steps = config.train.max_steps + 1
-  with pytest.raises(errors.UserError, match=r'warmup_steps.*max_steps'):
-    settings.check(config)
-  config = default.get_config()
-  config.optim.name, config.optim.weight_decay = 'sgd', 0.1
-  with pytest.raises(errors.UserError, match=r'weight_decay.*sgd'):
-    settings.check(config)
+  config.update_from_flattened_dict(values)
+  refusal(lambda: settings.check(config), *words)
