@@ -5,9 +5,12 @@ import functools
 import itertools
 import json
 import multiprocessing
+import os
 import pathlib
+import signal
 
 from absl import flags
+import grain
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -592,6 +595,41 @@ def test_whoever_reads_ahead_is_closed():
   assert closed == [2, 8]
 
 
+def test_no_batch_is_lost_by_an_error():
+  """Who asks again is told the same, and not given the batch after."""
+  fails = [True]
+
+  def row(number):
+    if number == 2 and fails:
+      raise errors.UserError('Out of order.')
+    return np.array(number)
+
+  iterator = batches.TrainIterator(
+    lambda first: grain.MapDataset.range(first, 9).map(row).to_iter_dataset()
+  )
+  assert [int(next(iterator)) for _ in range(2)] == [0, 1]
+  for _ in range(2):
+    refusal(lambda: next(iterator), 'Out of order')
+  fails.clear()
+  assert int(next(iterator)) == 2
+
+
+def test_a_process_that_was_killed_is_one_sentence():
+  """For lack of memory, most often. The message is Grain 0.2.18's."""
+
+  def fail(number):
+    raise RuntimeError(
+      'Worker process was terminated unexpectedly with exit code -9. Search '
+      'the logs above for the source of the crash.'
+    )
+
+  def reader(first):
+    return grain.MapDataset.range(9).map(fail).to_iter_dataset()
+
+  iterator = batches.TrainIterator(reader)
+  refusal(lambda: next(iterator), 'data.workers', 'exit code -9')
+
+
 @pytest.mark.parametrize('processes', [2, 4])
 @pytest.mark.parametrize('mixture', MIXTURES)
 def test_each_process_reads_its_part(mixture, processes):
@@ -735,6 +773,10 @@ def test_processes_of_grain_change_nothing(tmp_path, parsed_flags):
   for n in range(start, len(want)):
     if n == start + 3:
       state = json.loads(json.dumps(processes.get_state()))
+      # An interrupt reaches all processes of a terminal. It is not for these:
+      # each would die with a traceback.
+      for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGINT)
     _equal(next(processes), want[n])
   assert len(multiprocessing.active_children()) == 2
   # In a process or in a thread, it is the same sentence, at the same place.
