@@ -17,6 +17,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
+import signal
 
 import chex
 import grain
@@ -221,7 +222,17 @@ class TrainIterator:
   def __next__(self) -> Batch:
     if self._batches is None:
       self._batches = iter(self._dataset_from(self._taken))
-    batch = next(self._batches)
+    try:
+      batch = next(self._batches)
+    except BaseException as e:
+      self.close()  # Who asks again gets this batch, and not the one after.
+      if isinstance(e, RuntimeError) and 'Worker process' in str(e):
+        raise errors.UserError(
+          'data.workers: a process that prepares batches was ended '
+          f'from outside ({str(e).split(". ")[0]}), most often for lack of '
+          'memory; start again with fewer of them.'
+        ) from None
+      raise
     self._taken += 1
     return batch
 
@@ -237,6 +248,11 @@ class TrainIterator:
     if self._batches is not None:
       self._batches.close()
     self._batches = None
+
+
+def _ignore_interrupts(worker: int, workers: int) -> None:
+  """Ctrl-C reaches every process; the one that started these ends them."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def train_iterator(
@@ -265,22 +281,26 @@ def train_iterator(
   chex.assert_equal(batch_size % processes, 0)
   chex.assert_equal(len(sources), len(weights))
   local = batch_size // processes
-  # Copies have nothing cached that would have to travel to the workers.
-  parts = [grain.MapDataset.source(dataclasses.replace(s)) for s in sources]
-  rows = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
-
-  def row(number):
-    batch, at = divmod(number, local)
-    return rows[batch * batch_size + process * local + at]
 
   def dataset_from(first):
+    # Copies have nothing cached that would have to travel to the workers, and
+    # nothing in common with those that a closed iterator's thread still reads.
+    parts = [grain.MapDataset.source(dataclasses.replace(s)) for s in sources]
+    rows = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+
+    def row(number):
+      batch, at = divmod(number, local)
+      return rows[batch * batch_size + process * local + at]
+
     numbers = grain.MapDataset.range(first * local, num_batches * local)
     batched = numbers.map(row).batch(local, drop_remainder=True)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     ahead = batched.to_iter_dataset(options)
     if not workers:
       return ahead
-    return ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return ahead.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=workers), _ignore_interrupts
+    )
 
   return TrainIterator(dataset_from)
 

@@ -109,7 +109,10 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   if not resumed:
     validate(run, eval_step, state)
     translate_splits(run, 'before', state)
-  state = train(run, source.config, eval_step, state)
+  try:
+    state = train(run, source.config, eval_step, state)
+  finally:
+    run.data.train.close()
   run.checkpoints.close()
   if not run.scores_path.exists():
     translate_splits(run, 'after', state)
@@ -239,7 +242,6 @@ def train(
         log()
       pending = done + 1, metrics, waited
   progress.close()
-  run.data.train.close()
   return state
 
 

@@ -6,7 +6,7 @@ pairs, drawn once at random out of the whole text, so that a block is as good a
 sample as any. A block is tokenised when it is first asked for: training on
 millions of pairs starts with the first of them.
 
-A block's file is one NumPy array of int32:
+A block's file is int32 numbers in the machine's order, and nothing else:
   n, CRC-32 of what follows, n lengths, n target starts, the tokens
 """
 
@@ -130,7 +130,7 @@ class Store:
     Raises:
       errors.UserError: see Bitext.read and mt/template.py; a full disk.
     """
-    path = self.folder / f'{number:05d}.npy'
+    path = self.folder / f'{number:05d}.int32'
     chosen = self.members(number)
     if (examples := _load(path, len(chosen))) is not None:
       return examples
@@ -157,7 +157,7 @@ class Store:
       with contextlib.suppress(errors.UserError):  # Raised when asked for.
         self.block(number)
 
-    if not (self.folder / f'{number:05d}.npy').exists():
+    if not (self.folder / f'{number:05d}.int32').exists():
       threading.Thread(target=work).start()
 
   def _make(self, path, chosen):
@@ -174,17 +174,18 @@ class Store:
     head = np.array([len(chosen), zlib.crc32(body)], np.uint32).view(np.int32)
     part = path.with_suffix('.part')
     with open(part, 'wb') as f:
-      np.save(f, np.concatenate([head, body]))
+      f.write(head)
+      f.write(body)
     part.replace(path)
 
 
 def _load(path, n) -> Examples | None:
   """A block's examples, or None where it is missing or damaged."""
   try:
-    data = np.load(path, mmap_mode='r')
-  except (OSError, ValueError, EOFError):
+    data = np.memmap(path, np.int32, 'r')
+  except (OSError, ValueError):  # ValueError: empty, or no whole numbers.
     return None
-  if data.dtype != np.int32 or data.ndim != 1 or len(data) < 2 + 2 * n:
+  if len(data) < 2 + 2 * n:
     return None
   found, crc = data[:2].view(np.uint32).tolist()
   if found != n or crc != zlib.crc32(data[2:]):

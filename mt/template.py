@@ -142,14 +142,15 @@ def end_id(tok: tokenizer.Tokenizer, template: Template) -> int:
   """
   if not template.chat:
     return tok.eos_id
-  ids = [tok.spm.piece_to_id(p) for p in (START_OF_TURN, END_OF_TURN)]
-  if tok.spm.unk_id() in ids:
+  # Encoded: a control piece has an id, too, but is never found in a text.
+  turns = [tok.encode(piece) for piece in (START_OF_TURN, END_OF_TURN)]
+  if any(len(ids) != 1 for ids in turns):
     raise errors.UserError(
       f'template.chat needs a tokenizer with the pieces {START_OF_TURN} and '
       f'{END_OF_TURN}, this one lacks them; set template.chat=False or take a '
       "Gemma's own tokenizer."
     )
-  return ids[1]
+  return turns[1][0]
 
 
 def encode_pairs(

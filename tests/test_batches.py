@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import time
 
 from absl import flags
 import grain
@@ -553,6 +554,24 @@ def test_a_state_brings_back_the_very_next_batches(mixture):
   used.set_state(states[2])
   _equal(next(used), whole[2])
   assert used.get_state() != states[2]
+
+
+def test_a_state_is_set_while_the_next_rows_are_read(monkeypatch):
+  """The thread that reads ahead may not get in the way of the next one."""
+  monkeypatch.setattr(
+    _Store, 'block', lambda self, i: time.sleep(0.01) or self.blocks[i]
+  )
+
+  def make():
+    rows = _rows(bounds=(*range(0, 40, 4), 40))
+    return batches.train_iterator([rows], [1], 4, STEPS)
+
+  whole, used = list(make()), make()
+  for n in (0, 10, 3):
+    used.set_state({'batches_taken': n})
+    _equal(next(used), whole[n])
+  used.set_state({'batches_taken': 1})
+  _all_equal(list(used), whole[1:])
 
 
 def test_more_steps_begin_with_the_same_batches():
