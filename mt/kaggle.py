@@ -81,7 +81,9 @@ def download(handle: str, *, force: bool = False) -> pathlib.Path:
     ) from None
   except (*_NONSENSE, zipfile.BadZipFile) as e:
     raise _failed(
-      handle, _reason(e), f'check the handle, and the token of {_TOKENS}'
+      handle,
+      ' '.join(str(e).split())[:200],
+      f'check the handle, and the token of {_TOKENS}',
     ) from None
 
 

@@ -156,6 +156,7 @@ def open_weights(
     kept if kept.exists() else config.weights.tokenizer,
     seed=config.seed,
     texts=[text for p in pairs for text in (p.source, p.target)],
+    force_download=config.weights.force_download,
   )
   if not kept.exists():
     workdir_lib.write(kept, source.tokenizer.proto)

@@ -1,4 +1,4 @@
-"""Google's own Flax checkpoints of Gemma 1, 2 and 3, in and out.
+"""Google's own Flax checkpoints of Gemma 1, 2 and 3, read.
 
 They lie in Orbax folders (mt/flax_store.py) as a tree of single layers, either
 `flat` (keys such as 'transformer/layer_0/attn/q_einsum', as published and as
@@ -19,13 +19,9 @@ own `from_params`, and the rest comes from mt/sizes.py.
 
 import dataclasses
 import math
-import os
 import pathlib
 import re
-import shutil
 
-import chex
-import numpy as np
 import tensorstore as ts
 
 from mt import errors
@@ -33,11 +29,10 @@ from mt import flax_store
 from mt import model
 from mt import sizes
 from mt import stacking
-from mt import tokenizer
 
 _PREFIXES = ('', 'transformer.', 'params.', 'params.transformer.')
-_EMBEDDING = 'embedder.input_embedding'
-_NORMS = {
+EMBEDDING = 'embedder.input_embedding'
+NORMS = {
   'attn_norm': 'pre_attention_norm',
   'ffw_norm': 'pre_ffw_norm',
   'post_attn_norm': 'post_attention_norm',
@@ -138,11 +133,11 @@ def open_checkpoint(folder: str | pathlib.Path) -> Checkpoint:
     errors.UserError: damaged, or without Gemma's embedding.
   """
   store = flax_store.open_store(folder)
-  prefixes = [p for p in _PREFIXES if p + _EMBEDDING in store.names]
+  prefixes = [p for p in _PREFIXES if p + EMBEDDING in store.names]
   if len(prefixes) != 1:
     some = ', '.join(sorted(store.names)[:3])
     raise errors.UserError(
-      f'{store.path}: {_EMBEDDING} of a Gemma expected once, found '
+      f'{store.path}: {EMBEDDING} of a Gemma expected once, found '
       f'{len(prefixes)} times among {len(store.names)} arrays ({some} …); give '
       'the folder of a published Flax checkpoint in weights.source.'
     )
@@ -150,7 +145,7 @@ def open_checkpoint(folder: str | pathlib.Path) -> Checkpoint:
   for full in store.names:
     name = full.removeprefix(prefixes[0])
     short = name.removesuffix('.w').removesuffix('.scale')
-    wanted = short in (_EMBEDDING, 'final_norm') or name.startswith('layer_')
+    wanted = short in (EMBEDDING, 'final_norm') or name.startswith('layer_')
     if full.startswith(prefixes[0]) and wanted:
       if short in names:
         raise store.damaged(f'array {short} is there twice')
@@ -164,7 +159,7 @@ def read_config(ckpt: Checkpoint) -> sizes.ModelConfig:
   Raises:
     errors.UserError: another model, named with what is nearest to it.
   """
-  vocab_size, width = ckpt.shape(_EMBEDDING, 2)
+  vocab_size, width = ckpt.shape(EMBEDDING, 2)
   layers = [re.match(r'layer_(\d{1,4})\.', n) for n in ckpt.names]
   heads, head_dim, _ = ckpt.shape('layer_0.attn.attn_vec_einsum', 3)
   kv_heads = heads
@@ -212,9 +207,9 @@ def _shapes(
   d, f, a = cfg.embed_dim, cfg.hidden_dim, cfg.head_dim
   h, k = cfg.num_heads, cfg.num_kv_heads
   out = {
-    _NORMS[name]: shape[1:]
+    NORMS[name]: shape[1:]
     for name, shape in model.param_shapes(cfg)['layers'].items()
-    if name in _NORMS
+    if name in NORMS
   }
   if h == k:
     out['attn.qkv_einsum'] = (3, h, d, a)
@@ -242,7 +237,7 @@ def read_params(ckpt: Checkpoint, cfg: sizes.ModelConfig) -> model.Params:
     for name, shape in _shapes(cfg, transposed).items()
   }
   expected |= {
-    _EMBEDDING: (cfg.vocab_size, cfg.embed_dim),
+    EMBEDDING: (cfg.vocab_size, cfg.embed_dim),
     'final_norm': (cfg.embed_dim,),
   }
   # All of it first: memory is not asked for before everything is there.
@@ -261,10 +256,10 @@ def read_params(ckpt: Checkpoint, cfg: sizes.ModelConfig) -> model.Params:
 
   def leaf(ours, layer, shape):
     if layer is None:
-      return read({'embedding': _EMBEDDING}.get(ours, ours))
+      return read({'embedding': EMBEDDING}.get(ours, ours))
     at = f'layer_{layer}.'
-    if ours in _NORMS:
-      return read(at + _NORMS[ours])
+    if ours in NORMS:
+      return read(at + NORMS[ours])
     if ours in 'qkv':
       if cfg.num_heads == cfg.num_kv_heads:
         x = read(at + 'attn.qkv_einsum', 'qkv'.index(ours))
@@ -281,90 +276,3 @@ def read_params(ckpt: Checkpoint, cfg: sizes.ModelConfig) -> model.Params:
     return x.T if transposed else x
 
   return stacking.stack(cfg, leaf)
-
-
-def write(
-  folder: str | pathlib.Path,
-  cfg: sizes.ModelConfig,
-  params: model.Params,
-  tok: tokenizer.Tokenizer,
-  dtype: str = 'float32',
-) -> None:
-  """Writes `folder` as Kaggle has it: tokenizer.model beside a checkpoint.
-
-  The checkpoint, in the flat layout, is for gemma.params and this module. It
-  is written array by array into a folder beside, renamed when it is whole.
-
-  Args:
-    folder: must not exist, or be empty.
-    cfg: the model's shape.
-    params: without low-rank factors, see trainable.fold.
-    tok: written beside the checkpoint.
-    dtype: of the arrays on disk; 'bfloat16' is what Google publishes.
-
-  Raises:
-    errors.UserError: the folder holds something, is not writable, disk full.
-  """
-  chex.assert_shape(params['embedding'], model.param_shapes(cfg)['embedding'])
-  folder = pathlib.Path(folder).absolute()
-  part = folder.with_name(f'{folder.name}.{os.getpid()}.part')
-  try:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-      raise errors.UserError(
-        f'{folder}: there is something already; give a folder that does not '
-        'exist or is empty.'
-      )
-    (part / 'checkpoint').mkdir(parents=True)
-    (part / 'tokenizer.model').write_bytes(tok.proto)
-    names = []
-    for keys, x in _leaves(cfg, params):
-      flax_store.write_array(part / 'checkpoint', keys, x, dtype)
-      names.append(keys)
-    flax_store.write_metadata(part / 'checkpoint', names)
-    os.replace(part, folder)
-  except OSError as e:
-    raise errors.UserError(
-      f'{folder}: cannot write the checkpoint ({e.strerror}); give a folder '
-      'with space that you may write to.'
-    ) from None
-  finally:
-    shutil.rmtree(part, ignore_errors=True)
-
-
-def _leaves(cfg, params):
-  """(path, array) of every array of the flat layout, one after the other."""
-  # The library's configurations: only Gemma 1 and the first Gemma 2 are not.
-  transposed = cfg.post_norms and (
-    cfg.qk_norm or cfg.num_layers != sizes.SIZES['gemma2_2b'].num_layers
-  )
-  d, a = cfg.embed_dim, cfg.head_dim
-  yield ('transformer/embedder', 'input_embedding'), params['embedding']
-  yield ('transformer/final_norm', 'scale'), params['final_norm']
-
-  def heads(x):  # [D, heads * A] -> [heads, D, A]
-    return x.reshape(d, -1, a).transpose(1, 0, 2)
-
-  for i in range(cfg.num_layers):
-    # To the host, a matrix at a time.
-    get = {
-      name: lambda x=x, i=i: np.asarray(x[i])
-      for name, x in params['layers'].items()
-    }
-    at = f'transformer/layer_{i}'
-    for ours, theirs in _NORMS.items():
-      if ours in get:
-        yield (f'{at}/{theirs.replace(".", "/")}', 'scale'), get[ours]()
-    if cfg.num_heads == cfg.num_kv_heads:
-      x = np.stack([heads(get[n]()) for n in 'qkv'])
-      yield (f'{at}/attn/qkv_einsum', 'w'), x
-    else:
-      yield (f'{at}/attn/q_einsum', 'w'), heads(get['q']())
-      x = np.stack([heads(get[n]()) for n in 'kv'])
-      yield (f'{at}/attn/kv_einsum', 'w'), x
-    o = get['o']().reshape(cfg.num_heads, a, d)
-    yield (f'{at}/attn/attn_vec_einsum', 'w'), o
-    x = np.stack(
-      [get[n]().T if transposed else get[n]() for n in ('gate', 'up')]
-    )
-    yield (f'{at}/mlp/gating_einsum', 'w'), x
-    yield (f'{at}/mlp/linear', 'w'), get['down']()
