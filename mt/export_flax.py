@@ -64,14 +64,20 @@ def write(
     shutil.rmtree(part, ignore_errors=True)
 
 
+def is_transposed(cfg: sizes.ModelConfig) -> bool:
+  """Whether the gating matrices are [F, D]: from Gemma 2 9B on.
+
+  Source: transpose_gating_einsum in gemma/transformer.py 3.0.2.
+  """
+  first = sizes.SIZES['gemma2_2b'].num_layers
+  return cfg.qk_norm or (cfg.post_norms and cfg.num_layers != first)
+
+
 def _leaves(
   cfg: sizes.ModelConfig, params: model.Params
 ) -> Iterator[tuple[tuple[str, str], chex.Array]]:
   """(path, array) of every array of the flat layout, one after the other."""
-  # The library's configurations: only Gemma 1 and the first Gemma 2 are not.
-  transposed = cfg.post_norms and (
-    cfg.qk_norm or cfg.num_layers != sizes.SIZES['gemma2_2b'].num_layers
-  )
+  transposed = is_transposed(cfg)
   d, a = cfg.embed_dim, cfg.head_dim
   yield ('transformer/embedder', 'input_embedding'), params['embedding']
   yield ('transformer/final_norm', 'scale'), params['final_norm']

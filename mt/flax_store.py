@@ -189,7 +189,7 @@ def write_array(
     array = ts.open(spec, create=True, shape=x.shape, dtype=dtype).result()
     for at in range(0, x.shape[0], rows):
       part = np.asarray(x[at : at + rows]).astype(dtype.numpy_dtype)
-      array[at : at + rows].write(part).result()
+      array[at : at + len(part)].write(part).result()
   except _DAMAGE as e:
     raise errors.UserError(
       f'{folder}: cannot write the checkpoint ({" ".join(str(e).split())}); '

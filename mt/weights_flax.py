@@ -200,7 +200,7 @@ def read_config(ckpt: Checkpoint) -> sizes.ModelConfig:
   return dataclasses.replace(sizes.SIZES[nearest], vocab_size=vocab_size)
 
 
-def _shapes(
+def layer_shapes(
   cfg: sizes.ModelConfig, transposed: bool
 ) -> dict[str, tuple[int, ...]]:
   """Name in the checkpoint (without layer_N) -> shape, for every layer."""
@@ -234,7 +234,7 @@ def read_params(ckpt: Checkpoint, cfg: sizes.ModelConfig) -> model.Params:
   expected = {
     f'layer_{i}.{name}': shape
     for i in range(cfg.num_layers)
-    for name, shape in _shapes(cfg, transposed).items()
+    for name, shape in layer_shapes(cfg, transposed).items()
   }
   expected |= {
     EMBEDDING: (cfg.vocab_size, cfg.embed_dim),
