@@ -91,10 +91,15 @@ def get_config() -> ml_collections.ConfigDict:
   e.every = 100
   # Pairs in the validation loss, the first ones of the split; 0 for all.
   e.loss_pairs = 0
+  # Batches in the validation loss, the first ones; 0 for all.
+  e.loss_batches = 0
   # Pairs that are translated and scored before and after training; 0 for all.
   e.translate_pairs = 0
   # Score the test split too, before and after, instead of at no time.
   e.test = False
+  # Texts of your own that are translated after the last step, shown, and left
+  # in translations/texts.*: ('Hello!', 'How are you?').
+  e.texts = ()
 
   c.decode = d = ml_collections.ConfigDict()
   # Sentences translated at once.
@@ -112,6 +117,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.log = g = ml_collections.ConfigDict()
   # Steps between two lines where the screen is not a terminal.
   g.every = 10
+  # Show validations as the tutorial does: the training loss since the one
+  # before, and each loss as the mean over batches of the mean in a batch. What
+  # metrics.jsonl has stays the mean over target tokens.
+  g.table = False
 
   c.lock()
   return c

@@ -18,6 +18,7 @@
   trainable   all weights, blocks, or LoRA: what is trained, what is frozen
   step        TrainState, optimizer, train_step, eval_step
   checkpoint  Orbax: state and data position, and whose they are
+  validation  the batches of the validation loss, the tutorial's table
   loop        a run from config to scores, in one fixed order
   decode      greedy decoding with a key/value cache
   translate   text to text; `python -m mt.translate`

@@ -29,6 +29,7 @@ from mt import step
 from mt import tokenizer
 from mt import trainable
 from mt import translate
+from mt import validation
 from mt import weights
 from mt import workdir as workdir_lib
 
@@ -136,6 +137,10 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   if not run.scores_path.exists():
     translate_splits(run, 'after', state)
   report(run)
+  if config.eval.texts:
+    evaluate.show_texts(
+      run.translator, folded(run, state), config.eval.texts, workdir
+    )
   journal.say(f'done in {time.monotonic() - started:.0f} s: {workdir}')
 
 
@@ -194,7 +199,7 @@ def read_data(
   return Data(
     train=batches.train_iterator(rows, size),
     train_digest=examples['train'].digest,
-    valid=list(batches.eval_batches(examples['valid'], length, size)),
+    valid=validation.make_batches(config, examples['valid']),
     scored={k: v[:number] for k, v in pairs.items() if k != 'train'},
   )
 
@@ -233,13 +238,17 @@ def validate(run: Run, eval_step, state: step.TrainState) -> None:
   chex.assert_rank(state.step, 0)
   start = time.monotonic()
   sums = [eval_step(state, batch) for batch in run.data.valid]
-  nll, targets = (sum(float(m[k]) for m in sums) for k in ('nll', 'targets'))
+  sums = [{k: float(v) for k, v in m.items()} for m in sums]
+  nll, targets = (sum(m[k] for m in sums) for k in ('nll', 'targets'))
   loss, at = nll / targets, int(state.step)
-  journal.add_metrics(run.metrics_path, {'step': at, 'valid_loss': loss})
-  journal.say(
+  line = (
     f'step {at}: validation loss {loss:.4f} '
     f'({targets:.0f} targets, {time.monotonic() - start:.0f} s)'
   )
+  if run.config.log.table:
+    line = validation.table_line(run.metrics_path, at, sums)
+  journal.add_metrics(run.metrics_path, {'step': at, 'valid_loss': loss})
+  journal.say(line)
 
 
 def train(
@@ -295,6 +304,13 @@ def train(
   return state
 
 
+def folded(run: Run, state: step.TrainState) -> model.Params:
+  """The parameters that translate: low-rank products added in."""
+  return trainable.fold(
+    step.model_params(run.config.train, state.trained, state.frozen)
+  )
+
+
 def translate_splits(run: Run, when: str, state: step.TrainState) -> None:
   """Leaves translations of the scored splits in the workdir.
 
@@ -304,9 +320,7 @@ def translate_splits(run: Run, when: str, state: step.TrainState) -> None:
     state: of the model that translates.
   """
   config = run.config
-  params = trainable.fold(
-    step.model_params(config.train, state.trained, state.frozen)
-  )
+  params = folded(run, state)
   for split, pairs in run.data.scored.items():
     sources = [p.source for p in pairs]
     progress = journal.Progress(f'translating {split} ({when})', len(sources))

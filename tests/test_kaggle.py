@@ -9,9 +9,12 @@ import socket
 
 import pytest
 
+from configs import default
 from mt import kaggle
+from mt import loop
 from mt import sizes
 from mt import weights
+from mt import workdir
 from tests import flax_fixture
 from tests import gguf_fixture
 from tests.refusal import refusal
@@ -96,19 +99,29 @@ def test_force_fetches_again(server):
   assert (folder / 'tokenizer.model').read_bytes() != b'spoilt'
 
 
-def test_the_knob_forces(server, monkeypatch):
+def test_the_knob_forces(server, monkeypatch, tmp_path):
   monkeypatch.setitem(sizes.SIZES, 'tiny', CFG)
+  config = default.get_config()
+  config.weights.source = f'kaggle:{HANDLE}'
 
-  def start(**kwargs):
+  def start(force):
     server.requests.clear()
-    weights.open_source(
-      f'kaggle:{HANDLE}', 'debug', '', seed=0, texts=(), **kwargs
-    )
+    config.weights.force_download = force
+    loop.open_weights(config, tmp_path, [])
     return 'DownloadModelInstanceVersion' in _names(server)
 
-  assert start()
-  assert not start()
-  assert start(force_download=True)
+  assert start(False)
+  assert not start(False)
+  assert start(True)
+
+
+def test_a_run_goes_on_without_forcing(tmp_path):
+  config = default.get_config()
+  config.weights.force_download = True
+  workdir.open_run(tmp_path, config)
+  (tmp_path / 'checkpoints' / 'step_1').mkdir(parents=True)
+  config.weights.force_download = False
+  workdir.open_run(tmp_path, config)
 
 
 def test_a_source_is_read(server, monkeypatch):
