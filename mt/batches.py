@@ -306,14 +306,18 @@ def train_iterator(
 
 
 def eval_batches(
-  examples: store_lib.Examples, length: int, batch_size: int
+  examples: store_lib.Examples,
+  length: int,
+  batch_size: int,
+  packing: bool = True,
 ) -> Iterator[Batch]:
   """Every example that fits once; empty rows fill the last batch."""
   chex.assert_scalar_positive(batch_size)
   fitting = np.flatnonzero(examples.sizes <= length)
-  rows = [
-    fitting[row].tolist() for row in best_fit(examples.sizes[fitting], length)
-  ]
+  rows = [[i] for i in fitting.tolist()]
+  if packing:
+    packed = best_fit(examples.sizes[fitting], length)
+    rows = [fitting[row].tolist() for row in packed]
   rows += [[]] * (-len(rows) % batch_size)
   for at in range(0, len(rows), batch_size):
     built = [build_row(examples, r, length) for r in rows[at : at + batch_size]]

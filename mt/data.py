@@ -112,6 +112,9 @@ def read(
   )
   identity = json.dumps([[r.store.key for r in rows], shares, length])
   number = config.eval.translate_pairs or None
+  eval_batches = list(
+    batches.eval_batches(valid, length, size, config.data.packing)
+  )
   return Data(
     train=batches.train_iterator(
       rows,
@@ -123,6 +126,6 @@ def read(
       workers=config.data.workers,
     ),
     train_digest=hashlib.sha256(identity.encode()).hexdigest(),
-    valid=list(batches.eval_batches(valid, length, size)),
+    valid=eval_batches[: config.eval.loss_batches or None],
     scored={split: pairs[:number] for split, pairs in scored.items()},
   )

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import inspect
 import json
+import pathlib
 from typing import Any
 
 import chex
@@ -14,6 +15,7 @@ import sacrebleu
 
 from mt import decode
 from mt import errors
+from mt import journal
 from mt import model
 from mt import template
 from mt import tokenizer
@@ -65,6 +67,21 @@ def remember(key: Any, make: Callable[[], list[str]]) -> list[str]:
   texts = make()
   workdir_lib.write_json(path, texts)
   return texts
+
+
+def show_texts(
+  translator: translate.Translator,
+  params: model.Params,
+  texts: Sequence[str],
+  workdir: pathlib.Path,
+) -> None:
+  """Translates texts, shows them, leaves them in translations/texts.*.txt."""
+  made = translator(params, list(texts))
+  for name, lines in (('source', texts), ('after', made)):
+    path = workdir / 'translations' / f'texts.{name}.txt'
+    workdir_lib.write_lines(path, lines)
+  for source, after in zip(texts, made, strict=True):
+    journal.say(f'source     {source}\nafter      {after}')
 
 
 def samples(

@@ -1,5 +1,6 @@
 """What a run says: metrics.jsonl, and a progress bar or plain lines."""
 
+from collections.abc import Sequence
 import contextlib
 import json
 import pathlib
@@ -7,6 +8,8 @@ import sys
 import time
 from typing import Any
 
+import chex
+import numpy as np
 import tqdm
 
 from mt import errors
@@ -44,6 +47,37 @@ def add_metrics(path: pathlib.Path, line: dict[str, Any]) -> None:
       f'{path}: cannot write metrics ({e.strerror}); the last checkpoint is '
       'whole: make room and start again.'
     ) from None
+
+
+def table_line(
+  path: pathlib.Path, step: int, sums: Sequence[dict[str, float]]
+) -> str:
+  """A validation as the tutorial prints it.
+
+  Args:
+    path: metrics.jsonl, before this validation stands in it.
+    step: steps done.
+    sums: nll and targets of each batch.
+
+  Returns:
+    `STEP 20 training loss: 3.3015 - eval loss: 2.6868`: the mean of the
+    training losses since the validation before, and the mean over batches of
+    the mean in a batch. Before the first step: `Start, validation loss:
+    10.6472`. Digits are those of a float32.
+  """
+  chex.assert_scalar_positive(len(sums))
+  valid = _float32(np.mean([m['nll'] / m['targets'] for m in sums]))
+  if not step:
+    return f'Start, validation loss: {valid}'
+  losses = []
+  for line in map(json.loads, path.read_text('utf-8').splitlines()):
+    losses = [] if 'valid_loss' in line else losses + [line['loss']]
+  train = _float32(np.mean(losses))
+  return f'STEP {step} training loss: {train} - eval loss: {valid}'
+
+
+def _float32(x: float) -> float:
+  return float(np.float32(x))
 
 
 class Progress:

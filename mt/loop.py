@@ -117,6 +117,10 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   if not run.scores_path.exists():
     translate_splits(run, 'after', state)
   report(run)
+  if config.eval.texts:
+    evaluate.show_texts(
+      run.translator, folded(run, state), config.eval.texts, workdir
+    )
   journal.say(f'done in {time.monotonic() - started:.0f} s: {workdir}')
 
 
@@ -138,6 +142,7 @@ def open_weights(
     kept if kept.exists() else config.weights.tokenizer,
     seed=config.seed,
     texts=corpus.some_texts(text) if random else (),
+    force_download=config.weights.force_download,
   )
   if not kept.exists():
     workdir_lib.write(kept, source.tokenizer.proto)
@@ -178,13 +183,17 @@ def validate(run: Run, eval_step, state: step.TrainState) -> None:
   chex.assert_rank(state.step, 0)
   start = time.monotonic()
   sums = [eval_step(state, batch) for batch in run.data.valid]
-  nll, targets = (sum(float(m[k]) for m in sums) for k in ('nll', 'targets'))
+  sums = [{k: float(v) for k, v in m.items()} for m in sums]
+  nll, targets = (sum(m[k] for m in sums) for k in ('nll', 'targets'))
   loss, at = nll / targets, int(state.step)
-  journal.add_metrics(run.metrics_path, {'step': at, 'valid_loss': loss})
-  journal.say(
+  line = (
     f'step {at}: validation loss {loss:.4f} '
     f'({targets:.0f} targets, {time.monotonic() - start:.0f} s)'
   )
+  if run.config.log.table:
+    line = journal.table_line(run.metrics_path, at, sums)
+  journal.add_metrics(run.metrics_path, {'step': at, 'valid_loss': loss})
+  journal.say(line)
 
 
 def train(
@@ -245,6 +254,13 @@ def train(
   return state
 
 
+def folded(run: Run, state: step.TrainState) -> model.Params:
+  """The parameters that translate: low-rank products added in."""
+  return trainable.fold(
+    step.model_params(run.config.train, state.trained, state.frozen)
+  )
+
+
 def translate_splits(run: Run, when: str, state: step.TrainState) -> None:
   """Leaves translations of the scored splits in the workdir.
 
@@ -254,9 +270,7 @@ def translate_splits(run: Run, when: str, state: step.TrainState) -> None:
     state: of the model that translates.
   """
   config = run.config
-  params = trainable.fold(
-    step.model_params(config.train, state.trained, state.frozen)
-  )
+  params = folded(run, state)
   for split, pairs in run.data.scored.items():
     sources = [p.source for p in pairs]
     progress = journal.Progress(f'translating {split} ({when})', len(sources))

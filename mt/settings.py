@@ -87,7 +87,12 @@ _RULES = {
   'optim.clip_norm': _at_least(0),
   'eval.every': _at_least(1),
   'eval.loss_pairs': _at_least(0),
+  'eval.loss_batches': _at_least(0),
   'eval.translate_pairs': _at_least(0),
+  'eval.texts': (
+    lambda v: all(isinstance(t, str) and t.strip() for t in v),
+    'texts with something in each',
+  ),
   'decode.batch_size': _at_least(1),
   'decode.max_ratio': _POSITIVE,
   'decode.max_extra': _at_least(1),

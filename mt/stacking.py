@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import chex
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from mt import model
@@ -34,9 +34,19 @@ def stack(
     stacked = np.empty(shape, np.float32)
     for i in range(cfg.num_layers):
       stacked[i] = one(name, i, shape[1:])
-    layers[name] = jnp.asarray(stacked)
-  return {
-    'embedding': jnp.asarray(one('embedding', None, shapes['embedding'])),
-    'layers': layers,
-    'final_norm': jnp.asarray(one('final_norm', None, shapes['final_norm'])),
+    layers[name] = _to_device(stacked)
+    del stacked
+  outer = {
+    name: _to_device(np.asarray(one(name, None, shapes[name]), np.float32))
+    for name in ('embedding', 'final_norm')
   }
+  return {'layers': layers} | outer
+
+
+def _to_device(x: np.ndarray) -> jax.Array:
+  """A copy that is finished when this returns, so that `x` can go.
+
+  jnp.asarray needs three times the memory for a moment, and lets go of its
+  argument only later. A buffer shared with numpy could not be donated.
+  """
+  return jax.block_until_ready(jax.device_put(x, may_alias=False))

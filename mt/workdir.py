@@ -26,7 +26,8 @@ from mt import errors
 
 # Knobs that may change between two starts of one run. None changes what a step
 # computes, but for max_steps under a schedule that ends with it.
-_FREE = ('eval.', 'decode.', 'checkpoint.', 'log.', 'train.max_steps')
+_FREE = ('eval.', 'decode.', 'checkpoint.', 'log.')
+_FREE += ('train.max_steps', 'weights.force_download')
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:

@@ -5,6 +5,7 @@ import pytest
 from configs import debug
 from configs import default
 from configs import gemma3_270m
+from configs import tutorial
 from mt import errors
 from mt import settings
 from tests.refusal import refusal
@@ -18,7 +19,7 @@ def _knobs(config, prefix=''):
       yield prefix + key
 
 
-@pytest.mark.parametrize('module', [default, debug, gemma3_270m])
+@pytest.mark.parametrize('module', [default, debug, gemma3_270m, tutorial])
 def test_shipped_configs_are_valid_and_locked(module):
   config = module.get_config()
   settings.check(config)
@@ -62,6 +63,10 @@ def test_shipped_configs_are_valid_and_locked(module):
     ('optim.beta2', 1.0),
     ('optim.clip_norm', -1.0),
     ('eval.every', 0),
+    ('eval.loss_batches', -1),
+    ('eval.texts', ('',)),
+    ('eval.texts', ('a', ' ')),
+    ('eval.texts', (3,)),
     ('decode.max_extra', 0),
     ('checkpoint.keep', 0),
     ('log.every', 0),

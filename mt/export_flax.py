@@ -1,0 +1,111 @@
+"""Parameters -> Google's own Flax layout, see mt/weights_flax.py."""
+
+from collections.abc import Iterator
+import os
+import pathlib
+import shutil
+
+import chex
+import numpy as np
+
+from mt import errors
+from mt import flax_store
+from mt import model
+from mt import sizes
+from mt import tokenizer
+from mt import weights_flax
+
+
+def write(
+  folder: str | pathlib.Path,
+  cfg: sizes.ModelConfig,
+  params: model.Params,
+  tok: tokenizer.Tokenizer,
+  dtype: str = 'float32',
+) -> None:
+  """Writes `folder` as Kaggle has it: tokenizer.model beside a checkpoint.
+
+  gemma.params and mt/weights_flax.py read it. It is written in the flat layout,
+  array by array, into a folder beside, which is renamed when it is whole.
+
+  Args:
+    folder: must not exist, or be empty.
+    cfg: the model's shape.
+    params: without low-rank factors, see trainable.fold.
+    tok: written beside the checkpoint.
+    dtype: of the arrays on disk; 'bfloat16' is what Google publishes.
+
+  Raises:
+    errors.UserError: the folder holds something, is not writable, disk full.
+  """
+  chex.assert_shape(params['embedding'], model.param_shapes(cfg)['embedding'])
+  folder = pathlib.Path(folder).absolute()
+  part = folder.with_name(f'{folder.name}.{os.getpid()}.part')
+  try:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+      raise errors.UserError(
+        f'{folder}: there is something already; give a folder that does not '
+        'exist or is empty.'
+      )
+    (part / 'checkpoint').mkdir(parents=True)
+    (part / 'tokenizer.model').write_bytes(tok.proto)
+    names = []
+    for keys, x in _leaves(cfg, params):
+      flax_store.write_array(part / 'checkpoint', keys, x, dtype)
+      names.append(keys)
+    flax_store.write_metadata(part / 'checkpoint', names)
+    os.replace(part, folder)
+  except OSError as e:
+    raise errors.UserError(
+      f'{folder}: cannot write the checkpoint ({e.strerror}); give a folder '
+      'with space that you may write to.'
+    ) from None
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def is_transposed(cfg: sizes.ModelConfig) -> bool:
+  """Whether the gating matrices are [F, D]: from Gemma 2 9B on.
+
+  Source: transpose_gating_einsum in gemma/transformer.py 3.0.2.
+  """
+  first = sizes.SIZES['gemma2_2b'].num_layers
+  return cfg.qk_norm or (cfg.post_norms and cfg.num_layers != first)
+
+
+def _leaves(
+  cfg: sizes.ModelConfig, params: model.Params
+) -> Iterator[tuple[tuple[str, str], chex.Array]]:
+  """(path, array) of every array of the flat layout, one after the other."""
+  transposed = is_transposed(cfg)
+  d, a = cfg.embed_dim, cfg.head_dim
+  yield ('transformer/embedder', 'input_embedding'), params['embedding']
+  yield ('transformer/final_norm', 'scale'), params['final_norm']
+
+  def heads(x):  # [D, heads * A] -> [heads, D, A]
+    return x.reshape(d, -1, a).transpose(1, 0, 2)
+
+  for i in range(cfg.num_layers):
+    # To the host, a matrix at a time.
+    get = {
+      name: lambda x=x, i=i: np.asarray(x[i])
+      for name, x in params['layers'].items()
+    }
+    at = f'transformer/layer_{i}'
+    for ours, theirs in weights_flax.NORMS.items():
+      if ours in get:
+        yield (f'{at}/{theirs.replace(".", "/")}', 'scale'), get[ours]()
+    if cfg.num_heads == cfg.num_kv_heads:
+      x = np.stack([heads(get[n]()) for n in 'qkv'])
+      yield (f'{at}/attn/qkv_einsum', 'w'), x
+    else:
+      yield (f'{at}/attn/q_einsum', 'w'), heads(get['q']())
+      x = np.stack([heads(get[n]()) for n in 'kv'])
+      yield (f'{at}/attn/kv_einsum', 'w'), x
+    o = get['o']().reshape(cfg.num_heads, a, d)
+    yield (f'{at}/attn/attn_vec_einsum', 'w'), o
+    x = np.stack(
+      [get[n]().T if transposed else get[n]() for n in ('gate', 'up')]
+    )
+    yield (f'{at}/mlp/gating_einsum', 'w'), x
+    yield (f'{at}/mlp/linear', 'w'), get['down']()

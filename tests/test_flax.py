@@ -1,0 +1,526 @@
+"""Flax checkpoints, in every published layout, against gemma.params."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+from gemma import modules as gemma_modules
+from gemma import params as gemma_params
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from mt import export_flax
+from mt import flax_store
+from mt import model
+from mt import sizes
+from mt import tokenizer
+from mt import weights
+from mt import weights_flax
+from tests import flax_fixture
+from tests import gguf_fixture
+from tests import test_model
+from tests.refusal import refusal
+
+ROOT = pathlib.Path(__file__).parents[1]
+FAMILIES = flax_fixture.FAMILIES
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+  """The tiny sizes count as published ones."""
+  for name, cfg in FAMILIES.items():
+    monkeypatch.setitem(sizes.SIZES, f'tiny_{name}', cfg)
+
+
+def _open(path, tokenizer_path=''):
+  return weights.open_source(
+    str(path), 'debug', tokenizer_path, seed=0, texts=()
+  )
+
+
+def _read(path):
+  ckpt = weights_flax.open_checkpoint(path)
+  cfg = weights_flax.read_config(ckpt)
+  return cfg, weights_flax.read_params(ckpt, cfg)
+
+
+def _assert_same(found, want):
+  assert jax.tree.structure(found) == jax.tree.structure(want)
+  for path, x in jax.tree_util.tree_leaves_with_path(found):
+    assert x.dtype == jnp.float32
+    y = want
+    for key in path:
+      y = y[key.key]
+    np.testing.assert_array_equal(x, y, err_msg=str(path))
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """A Gemma 3 checkpoint, not to be changed."""
+  path = tmp_path_factory.mktemp('saved') / 'checkpoint'
+  cfg = FAMILIES['gemma3']
+  return flax_fixture.save(path, cfg, flax_fixture.tiny_params(cfg))
+
+
+# The layouts.
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('layout', ['flat', 'nested', 'kauldron'])
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'dtype': 'bfloat16'},
+    {'dtype': 'bfloat16', 'ocdbt': False, 'vision': True},
+    {'transposed': True, 'vision': True, 'zarr3': True},
+  ],
+  ids=['ocdbt', 'plain', 'transposed'],
+)
+def test_every_layout_is_read(tmp_path, name, layout, options):
+  cfg = FAMILIES[name]
+  params = flax_fixture.tiny_params(cfg)
+  path = tmp_path / 'checkpoint'
+  flax_fixture.save(path, cfg, params, layout=layout, **options)
+  found, read = _read(path)
+  assert found == cfg
+  _assert_same(read, params)
+
+
+def test_a_published_block_computes_the_same(tmp_path):
+  """With weights that the library drew, transposed, and our own block."""
+  cfg = FAMILIES['gemma3']
+  block = gemma_modules.Block(
+    num_heads=cfg.num_heads,
+    num_kv_heads=cfg.num_kv_heads,
+    embed_dim=cfg.embed_dim,
+    head_dim=cfg.head_dim,
+    hidden_dim=cfg.hidden_dim,
+    use_post_attn_norm=True,
+    use_post_ffw_norm=True,
+    attn_type=gemma_modules.AttentionType.GLOBAL,
+    query_pre_attn_scalar=cfg.query_scale,
+    transpose_gating_einsum=True,
+    use_qk_norm=True,
+  )
+  x = jax.random.normal(jax.random.key(0), (2, 5, cfg.embed_dim))
+  positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+  mask = jnp.broadcast_to(jnp.tril(jnp.ones((5, 5), bool)), (2, 5, 5))
+
+  @test_model._jit
+  def draw(key):
+    drawn = block.init(key, x, positions, None, mask)['params']
+    return jax.tree.map(lambda w: w + 0.1, drawn)  # Norms are drawn as zeros.
+
+  @test_model._jit
+  def theirs(layer):
+    return block.apply({'params': layer}, x, positions, None, mask)[1]
+
+  @test_model._jit
+  def ours(layer):
+    rate = 10_000.0 ** -(jnp.arange(cfg.head_dim // 2) * 2 / cfg.head_dim)
+    angles = positions[..., None] * rate
+    return model.block(
+      cfg,
+      layer,
+      x,
+      angles,
+      lambda q, k, v: (model.attend(cfg, q, k, v, mask), None),
+    )[0]
+
+  layers = [draw(jax.random.key(i)) for i in range(cfg.num_layers)]
+  tree = {f'layer_{i}': layer for i, layer in enumerate(layers)}
+  tree['embedder'] = {'input_embedding': jnp.ones((400, cfg.embed_dim))}
+  tree['final_norm'] = {'scale': jnp.ones(cfg.embed_dim)}
+  path = str(tmp_path / 'checkpoint')
+  gemma_params.format_and_save_params({'transformer': tree}, path)
+  _, read = _read(path)
+  for i, layer in enumerate(layers):
+    got = ours(jax.tree.map(lambda w, i=i: w[i], read['layers']))
+    np.testing.assert_allclose(got, theirs(layer), rtol=1e-4, atol=1e-4)
+
+
+def test_the_vision_tower_is_not_read(tmp_path, monkeypatch):
+  cfg = FAMILIES['gemma3']
+  path = flax_fixture.save(
+    tmp_path / 'checkpoint', cfg, flax_fixture.tiny_params(cfg), vision=True
+  )
+  opened = []
+  real = flax_store.open_array
+
+  def open_array(store, name):
+    opened.append(name)
+    return real(store, name)
+
+  monkeypatch.setattr(flax_store, 'open_array', open_array)
+  _read(path)
+  vision = {n for n in flax_store.open_store(path).names if 'layer' not in n}
+  vision -= {'transformer.embedder.input_embedding'}
+  vision -= {'transformer.final_norm.scale'}
+  assert len(vision) == 3
+  assert opened and not vision & set(opened)
+
+
+def test_spare_rows_may_be_missing(tmp_path):
+  """Gemma 1 has 256,128 rows as published here and 256,000 elsewhere."""
+  cfg = dataclasses.replace(FAMILIES['gemma2'], vocab_size=400 - 128)
+  params = flax_fixture.tiny_params(cfg)
+  path = flax_fixture.save(tmp_path / 'a', cfg, params)
+  found, read = _read(path)
+  assert found == cfg
+  _assert_same(read, params)
+  less = dataclasses.replace(cfg, vocab_size=400 - 129)
+  path = flax_fixture.save(tmp_path / 'b', less, flax_fixture.tiny_params(less))
+  refusal(lambda: _read(path), path, 'vocab_size 271 (there 400)')
+
+
+@pytest.mark.parametrize('name', [n for n in sizes.SIZES if n != 'debug'])
+@pytest.mark.parametrize('transposed', [False, True])
+def test_every_published_size_is_recognised(name, transposed):
+  """From shapes alone: no array of that size is made."""
+  cfg = sizes.SIZES[name]
+  shapes = {
+    f'layer_{i}.{k}': v
+    for i in range(cfg.num_layers)
+    for k, v in weights_flax.layer_shapes(cfg, transposed).items()
+  }
+  shapes |= {
+    weights_flax.EMBEDDING: (cfg.vocab_size, cfg.embed_dim),
+    'final_norm': (cfg.embed_dim,),
+  }
+
+  class Shapes(weights_flax.Checkpoint):
+    def open(self, name):
+      return np.broadcast_to(np.float32(0), shapes[name])
+
+  store = flax_store.Store(pathlib.Path('x'), {}, None, False)
+  assert weights_flax.read_config(Shapes(store, dict.fromkeys(shapes))) == cfg
+
+
+def test_an_unknown_size_names_the_nearest(tmp_path):
+  cfg = dataclasses.replace(FAMILIES['gemma2'], num_layers=3, hidden_dim=97)
+  path = flax_fixture.save(tmp_path / 'c', cfg, flax_fixture.tiny_params(cfg))
+  refusal(
+    lambda: _read(path),
+    path,
+    'tiny_gemma2: num_layers 3 (there 2), hidden_dim 97 (there 96);',
+    'mt/sizes.py',
+  )
+
+
+# Folders and tokenizers.
+
+
+@pytest.mark.parametrize('where', ['above', 'inside', 'other name'])
+def test_the_tokenizer_beside_the_checkpoint(saved, tmp_path, where):
+  checkpoint = tmp_path / '2' / '2b-it'
+  shutil.copytree(saved, checkpoint)
+  folder = checkpoint if where == 'inside' else checkpoint.parent
+  name = 'spiece.model' if where == 'other name' else 'tokenizer.model'
+  (folder / name).write_bytes(gguf_fixture.train_proto())
+  for path in (checkpoint, checkpoint.parent):  # Kaggle's folder, or the inner.
+    source = _open(path)
+    assert source.config == FAMILIES['gemma3']
+    assert source.tokenizer.proto == gguf_fixture.train_proto()
+  if where == 'above':  # The name decides among several.
+    (folder / 'other.model').write_bytes(b'')
+    assert _open(checkpoint).tokenizer.proto == gguf_fixture.train_proto()
+
+
+def test_a_tokenizer_that_is_not_there(saved, tmp_path):
+  checkpoint = tmp_path / '2' / '2b-it'
+  shutil.copytree(saved, checkpoint)
+  refusal(
+    lambda: _open(checkpoint),
+    checkpoint,
+    'no *.model',
+    'weights.tokenizer',
+  )
+  path = tmp_path / 'mine.model'
+  path.write_bytes(gguf_fixture.train_proto())
+  assert _open(checkpoint, path).tokenizer.vocab_size == 400
+  (checkpoint.parent / 'a.model').write_bytes(b'')
+  (checkpoint.parent / 'b.model').write_bytes(b'')
+  refusal(lambda: _open(checkpoint), 'several *.model', 'weights.tokenizer')
+
+
+def test_a_tokenizer_of_another_model(saved, tmp_path):
+  path = tmp_path / 'big.model'
+  path.write_bytes(gguf_fixture.train_proto(401))
+  refusal(lambda: _open(saved, path), path, '401', '400', 'weights.tokenizer')
+
+
+def test_folders_without_a_checkpoint(saved, tmp_path):
+  refusal(lambda: _open(tmp_path), tmp_path, 'none found', 'weights.source')
+  for name in ('2b', '2b-it'):
+    shutil.copytree(saved, tmp_path / name)
+  refusal(lambda: _open(tmp_path), tmp_path, '2b, 2b-it found')
+
+
+# Damage.
+
+
+def _copy(saved, tmp_path):
+  return pathlib.Path(shutil.copytree(saved, tmp_path / 'checkpoint'))
+
+
+def _arrays(path, ocdbt):
+  """Orbax's own checkpoint of a tiny tree, to be spoilt array by array."""
+  cfg = FAMILIES['gemma3']
+  params = flax_fixture.tiny_params(cfg)
+  return flax_fixture.save(path, cfg, params, ocdbt=ocdbt)
+
+
+@pytest.mark.parametrize(
+  'array, change, words',
+  [
+    ('attn/q_einsum.w', None, ('no array layer_1.attn.q_einsum',)),
+    ('attn/q_einsum.w', {'shape': [4, 32, 17]}, ('(4, 32, 17)', '(4, 32, 16)')),
+    ('mlp/linear.w', {'shape': [2**40, 2**40]}, ('1099511627776',)),
+    ('mlp/linear.w', {'chunks': [2**20, 2**12]}, ('chunks of',)),
+    ('mlp/linear.w', {'shape': [-1, 32]}, ('cannot be opened',)),
+    ('mlp/linear.w', {'dtype': '|O'}, ('cannot be opened',)),
+    ('mlp/linear.w', {'dtype': '<i4'}, ('int32', 'quantised')),
+    ('mlp/linear.w', {'filters': [{'id': 'pickle'}]}, ('cannot be opened',)),
+    ('mlp/linear.w', {'compressor': {'id': 'pickle'}}, ('cannot be opened',)),
+    ('pre_ffw_norm.scale', {'shape': [64]}, ('(64,)', '(32,)')),
+  ],
+)
+def test_a_hostile_header(tmp_path, array, change, words):
+  path = _arrays(tmp_path / 'checkpoint', ocdbt=False)
+  folder = path / 'transformer' / 'layer_1' / array
+  if change is None:
+    shutil.rmtree(folder)
+  else:
+    header = json.loads((folder / '.zarray').read_text()) | change
+    (folder / '.zarray').write_text(json.dumps(header))
+  refusal(lambda: _read(path), path, *words)
+
+
+@pytest.mark.parametrize(
+  'array', ['embedder.input_embedding', 'final_norm.scale']
+)
+def test_a_chunk_that_is_gone(tmp_path, array):
+  path = _arrays(tmp_path / 'checkpoint', ocdbt=False)
+  for chunk in (path / 'transformer' / array).glob('[0-9]*'):
+    chunk.unlink()
+  refusal(lambda: _read(path), path, array, 'incomplete')
+
+
+def test_old_orbax_left_zeros_out(tmp_path):
+  cfg = FAMILIES['gemma3']
+  params = flax_fixture.tiny_params(cfg)
+  params['layers']['attn_norm'][:] = 0
+  path = tmp_path / 'checkpoint'
+  flax_fixture.save(path, cfg, params, ocdbt=False)
+  metadata = json.loads((path / '_METADATA').read_text())
+  del metadata['store_array_data_equal_to_fill_value']
+  (path / '_METADATA').write_text(json.dumps(metadata))
+  for chunk in path.glob('transformer/layer_*/pre_attention_norm.scale/0'):
+    chunk.unlink()
+  _assert_same(_read(path)[1], params)
+  # No matrix of a trained model is zero.
+  (path / 'transformer' / 'layer_0' / 'mlp' / 'linear.w' / '0.0').unlink()
+  refusal(lambda: _read(path), path, 'linear', 'incomplete')
+
+
+def test_more_than_a_gemma(tmp_path):
+  cfg = FAMILIES['gemma3']
+  tree = flax_fixture.nested_tree(cfg, flax_fixture.tiny_params(cfg))
+  tree['layer_1']['mlp']['router'] = {'w': jnp.ones(3)}
+  gemma_params.save_params(tree, str(tmp_path / 'checkpoint'))
+  path = tmp_path / 'checkpoint'
+  refusal(lambda: _read(path), path, 'layer_1.mlp.router', 'Gemma 1, 2 or 3')
+
+
+def test_not_a_gemma(tmp_path):
+  gemma_params.save_params({'w': jnp.ones(3)}, str(tmp_path / 'checkpoint'))
+  path = tmp_path / 'checkpoint'
+  refusal(
+    lambda: _read(path), path, 'embedder.input_embedding', 'weights.source'
+  )
+
+
+def test_a_pipe_does_not_hang(saved, tmp_path):
+  path = _copy(saved, tmp_path)
+  (path / 'manifest.ocdbt').unlink()
+  os.mkfifo(path / 'manifest.ocdbt')
+  refusal(lambda: _read(path), path, 'no plain file')
+
+
+def test_a_link_to_a_file_is_followed(saved, tmp_path):
+  path = _copy(saved, tmp_path)
+  for file in [p for p in path.rglob('*') if p.is_file()]:
+    file.unlink()
+    file.symlink_to(saved / file.relative_to(path))
+  (path / 'loop').symlink_to(path)
+  assert _read(path)[0] == FAMILIES['gemma3']
+
+
+def test_nothing_of_orbax_json_is_needed(saved, tmp_path):
+  path = _copy(saved, tmp_path)
+  for name in ('_METADATA', '_sharding', '_CHECKPOINT_METADATA'):
+    (path / name).unlink()
+  want = flax_fixture.tiny_params(FAMILIES['gemma3'])
+  _assert_same(_read(path)[1], want)
+
+
+# The way out.
+
+
+@pytest.fixture(scope='module')
+def tok():
+  return tokenizer.from_proto(gguf_fixture.train_proto(), 'test')
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_gemma_params_reads_what_is_written(tmp_path, name, dtype, tok):
+  cfg = FAMILIES[name]
+  params = flax_fixture.tiny_params(cfg)
+  folder = tmp_path / 'out'
+  on_device = jax.tree.map(jnp.asarray, params)
+  export_flax.write(folder, cfg, on_device, tok, dtype)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['out']
+  transposed = name in ('gemma2', 'gemma3')
+  want = flax_fixture.nested_tree(cfg, params, transposed=transposed)
+  path = str(folder / 'checkpoint')
+  read = gemma_params.load_and_format_params(path)['transformer']
+  assert jax.tree.structure(read) == jax.tree.structure(want)
+  for x, y in zip(jax.tree.leaves(read), jax.tree.leaves(want), strict=True):
+    assert x.dtype == dtype
+    np.testing.assert_array_equal(x.astype(jnp.float32), y)
+  # What the library itself would have saved has the same names.
+  flat = gemma_params.load_params(path)
+  again = gemma_params.flatten_and_remap_params({'transformer': want})
+  assert jax.tree.structure(flat) == jax.tree.structure(again)
+  source = _open(folder)
+  assert source.config == cfg
+  assert source.tokenizer.proto == tok.proto
+  _assert_same(source.read(), params)
+
+
+def test_gating_is_transposed_as_the_library_has_it():
+  """gemma/transformer.py 3.0.2, transpose_gating_einsum."""
+  plain = {'gemma1_2b', 'gemma1_7b', 'gemma2_2b'}
+  for name, cfg in sizes.SIZES.items():
+    if not name.startswith('tiny'):
+      assert export_flax.is_transposed(cfg) == (name not in plain), name
+
+
+def test_an_array_in_several_chunks(tmp_path, monkeypatch, tok):
+  monkeypatch.setattr(flax_store, '_CHUNK', 1000)
+  cfg = FAMILIES['gemma2']
+  params = flax_fixture.tiny_params(cfg)
+  export_flax.write(tmp_path / 'out', cfg, params, tok)
+  store = flax_store.open_store(tmp_path / 'out' / 'checkpoint')
+  name = 'transformer.embedder.input_embedding'
+  array = flax_store.open_array(store, name)
+  assert array.chunk_layout.read_chunk.shape == (7, 32)
+  _assert_same(_open(tmp_path / 'out').read(), params)
+
+
+def test_what_is_there_stays(tmp_path, tok):
+  cfg = FAMILIES['gemma3']
+  params = flax_fixture.tiny_params(cfg)
+  (tmp_path / 'out').mkdir()
+  export_flax.write(tmp_path / 'out', cfg, params, tok)  # Empty: it may go.
+  before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+  refusal(
+    lambda: export_flax.write(tmp_path / 'out', cfg, params, tok),
+    tmp_path / 'out',
+    'something already',
+  )
+  assert before == {
+    p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()
+  }
+
+
+def test_writing_that_fails_leaves_nothing(tmp_path, monkeypatch, tok):
+  cfg = FAMILIES['gemma3']
+  params = flax_fixture.tiny_params(cfg)
+  (tmp_path / 'file').write_text('')
+  refusal(
+    lambda: export_flax.write(tmp_path / 'file' / 'out', cfg, params, tok),
+    tmp_path / 'file' / 'out',
+    'cannot write',
+  )
+  calls = []
+  real = ts.open
+
+  def full(spec, **kwargs):
+    calls.append(spec)
+    if len(calls) == 5:
+      raise ValueError('RESOURCE_EXHAUSTED: No space left on device')
+    return real(spec, **kwargs)
+
+  monkeypatch.setattr(ts, 'open', full)
+  refusal(
+    lambda: export_flax.write(tmp_path / 'out', cfg, params, tok),
+    'cannot write',
+    'No space left',
+  )
+  assert [p.name for p in tmp_path.iterdir()] == ['file']
+
+
+# Memory.
+
+_MEASURE = """
+import re, sys
+import jax
+import numpy as np
+from mt import sizes, weights_flax
+cfg = sizes.ModelConfig(**eval(sys.argv[2]))
+sizes.SIZES['measured'] = cfg
+jax.numpy.zeros(3).block_until_ready()
+def peak():  # Not getrusage's, which starts from what the parent took.
+  status = open('/proc/self/status').read()
+  return 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', status)[1])
+ckpt = weights_flax.open_checkpoint(sys.argv[1])
+assert weights_flax.read_config(ckpt) == cfg
+np.ones(2**20).sum()
+before = peak()
+params = weights_flax.read_params(ckpt, cfg)
+print(peak() - before, sum(x.nbytes for x in jax.tree.leaves(params)))
+"""
+
+
+def test_reading_takes_little_more_than_the_parameters(tmp_path):
+  """At most 1.3 times of them and one tensor more; they are 193 MB."""
+  cfg = dataclasses.replace(
+    FAMILIES['gemma3'],
+    vocab_size=16_000,
+    num_layers=4,
+    embed_dim=640,
+    hidden_dim=4096,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=128,
+  )
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda s: jnp.asarray(np.resize(rng.standard_normal(99_991), s)),
+    model.param_shapes(cfg),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  path = tmp_path / 'checkpoint'
+  flax_fixture.save(path, cfg, params, dtype='bfloat16')
+  done = subprocess.run(
+    [sys.executable, '-c', _MEASURE, path, repr(dataclasses.asdict(cfg))],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    # What is freed goes back at once, so that the peak is what was held.
+    env=os.environ | {'MALLOC_MMAP_THRESHOLD_': '100000'},
+  )
+  assert done.returncode == 0, done.stderr
+  grown, final = map(int, done.stdout.split())
+  assert final == 4 * sum(x.size for x in jax.tree.leaves(params))
+  print(f'{grown / final:.3f} times of {final:,} bytes')
+  assert final < grown <= 1.3 * final  # The tensor itself is no matter here.
