@@ -133,7 +133,10 @@ class Rows:
         self._check_epoch(part)
     part = bisect.bisect_right(self._starts, index) - 1
     examples, plan = self.part(part)
-    items, width = plan[index - self._starts[part]]
+    row = index - self._starts[part]
+    if row == len(plan) // 2 and len(self.store) > 1:
+      self.store.prepare(self._block(part + 1))
+    items, width = plan[row]
     return build_row(examples, items, width)
 
   def epoch_size(self, epoch: int) -> int:
@@ -151,8 +154,6 @@ class Rows:
     if part not in self._parts:
       number = self._block(part)
       examples = self.store.block(number)
-      if len(self.store) > 1:
-        self.store.prepare(self._block(part + 1))
       rng = np.random.default_rng([self.seed, part // len(self.store), number])
       order = rng.permutation(np.flatnonzero(examples.sizes <= self.length))
       plan = self._packed if self.packing else self._padded

@@ -32,7 +32,7 @@ class Bitext:
     parse: (line number, a line of each file) -> pair, or why there is none.
     starts: [n, files] int64, bytes before each line.
     sizes: [n, files] int32, bytes of each line.
-    numbers: [n] int64, line numbers from 1.
+    numbers: [n] int32, line numbers from 1.
     num_lines: how many lines were looked at.
     unusable: reason -> (how many lines, the first one's number).
     notes: what else a reader should know.
@@ -173,7 +173,7 @@ def open_bitext(
     parse=parse,
     starts=np.frombuffer(found.starts, np.int64).reshape(-1, len(paths)),
     sizes=np.frombuffer(found.sizes, np.int32).reshape(-1, len(paths)),
-    numbers=np.frombuffer(found.numbers, np.int64),
+    numbers=np.frombuffer(found.numbers, np.int32),
     num_lines=found.num_lines,
     unusable=found.unusable,
     notes=tuple(notes),
@@ -205,15 +205,17 @@ def _int64():
   return array.array('q')
 
 
+def _int32():
+  return array.array('i')
+
+
 @dataclasses.dataclass
 class _Found:
   """Usable lines, as Bitext has them, with a hash of each id."""
 
   starts: array.array = dataclasses.field(default_factory=_int64)
-  sizes: array.array = dataclasses.field(
-    default_factory=lambda: array.array('i')
-  )
-  numbers: array.array = dataclasses.field(default_factory=_int64)
+  sizes: array.array = dataclasses.field(default_factory=_int32)
+  numbers: array.array = dataclasses.field(default_factory=_int32)
   ids: array.array = dataclasses.field(default_factory=_int64)
   unusable: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
   num_lines: int = 0
@@ -227,7 +229,7 @@ class _Found:
     _, first = np.unique(ids, return_index=True)
     again = np.ones(len(ids), bool)
     again[first] = False
-    return np.frombuffer(self.numbers, np.int64)[again].tolist()
+    return np.frombuffer(self.numbers, np.int32)[again].tolist()
 
 
 def _index(files, parse, header, total) -> _Found:

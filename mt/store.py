@@ -117,7 +117,8 @@ class Store:
 
   @functools.cached_property
   def _order(self) -> np.ndarray:
-    return np.random.default_rng(0).permutation(len(self.bitext))
+    numbers = np.arange(len(self.bitext), dtype=np.uint32)  # 4 bytes a pair.
+    return np.random.default_rng(0).permutation(numbers)
 
   def members(self, number: int) -> np.ndarray:
     """Which pairs of the text are in a block, in its order."""
