@@ -1,7 +1,7 @@
 """The arrays of an Orbax checkpoint folder, through tensorstore.
 
 Orbax leaves one zarr array (version 2 or 3) for each leaf of a tree, in an
-OCDBT database (manifest.ocdbt) or, before 2024, in plain folders. An array's
+OCDBT database (manifest.ocdbt) or, in the past, in plain folders. An array's
 name is the path of its keys, joined by dots. Names and shapes are taken from
 the arrays themselves: of Orbax's own JSON one flag is read, so that any of its
 versions will do, and nothing in a checkpoint can name a path or a program.
@@ -16,7 +16,6 @@ import pathlib
 import stat
 
 import chex
-import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
@@ -26,10 +25,11 @@ _OCDBT = 'manifest.ocdbt'
 _METADATA = '_METADATA'
 _MARKS = (_OCDBT, _METADATA, 'checkpoint')  # Any of them makes a checkpoint.
 _DRIVERS = {'.zarray': 'zarr', 'zarr.json': 'zarr3'}
-_DTYPES = tuple(
-  np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16)
-)
+_DTYPES = [
+  ts.dtype(name).numpy_dtype for name in ('float32', 'float16', 'bfloat16')
+]
 _CHUNK = 1 << 26  # Bytes of an array that are written at once.
+_LONGEST = 300  # Letters in the name of an array.
 # All that tensorstore and the file system may raise out of damaged files.
 _DAMAGE = (ValueError, TypeError, KeyError, IndexError, OSError)
 _DAMAGE += (RuntimeError, OverflowError, NotImplementedError)
@@ -72,7 +72,7 @@ def open_store(folder: str | pathlib.Path) -> Store:
   """
   path = pathlib.Path(folder).absolute()
   kvstore = {'driver': 'file', 'path': f'{path}/'}
-  store = Store(path, {}, None, not _zeros_are_stored(path))
+  store = Store(path, {}, None, False)
   try:
     keys = list(_files(store))
     if _OCDBT in keys:
@@ -84,12 +84,15 @@ def open_store(folder: str | pathlib.Path) -> Store:
     raise store.damaged('cannot read it', e) from None
   names = {}
   for key in keys:
+    if not key.isprintable() or len(key) > _LONGEST:
+      raise store.damaged(f'the name {key[:40]!r} in it is absurd')
     head, _, tail = key.rpartition('/')
     if head and tail in _DRIVERS:
       names[head.replace('/', '.')] = (head, _DRIVERS[tail])
   if not names:
     raise store.damaged('no array in it')
-  return dataclasses.replace(store, names=names, kvstore=opened)
+  zeros_left_out = not _zeros_are_stored(path)
+  return Store(path, names, opened, zeros_left_out)
 
 
 def _files(store) -> Iterable[str]:
@@ -104,7 +107,8 @@ def _files(store) -> Iterable[str]:
 
 def _zeros_are_stored(path) -> bool:
   try:
-    text = (path / _METADATA).read_text('utf-8')
+    with open(path / _METADATA, encoding='utf-8') as f:
+      text = f.read(_CHUNK)  # 27B have 300 kB.
     return bool(json.loads(text).get('store_array_data_equal_to_fill_value'))
   except (OSError, ValueError, AttributeError, RecursionError):
     return False

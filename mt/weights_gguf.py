@@ -66,7 +66,7 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
     )
   query_dim = head_dim
   if (arch, layers) in (('gemma2', 46), ('gemma3', 62)):  # The two 27B.
-    query_dim = width // heads
+    query_dim = max(1, width // heads)  # 0 in a damaged header alone.
   modern = arch != 'gemma'
   return sizes.ModelConfig(
     vocab_size=file.tensors['token_embd.weight'].shape[0],

@@ -214,6 +214,20 @@ def test_an_unknown_size_names_the_nearest(tmp_path):
   )
 
 
+def test_the_nearest_of_those_that_differ_in_everything(tmp_path):
+  cfg = dataclasses.replace(
+    FAMILIES['gemma3'],
+    num_layers=4,
+    embed_dim=40,
+    hidden_dim=100,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=18,
+  )
+  path = flax_fixture.save(tmp_path / 'c', cfg, flax_fixture.tiny_params(cfg))
+  refusal(lambda: _read(path), 'the nearest is tiny_gemma3: num_layers 4')
+
+
 # Folders and tokenizers.
 
 
@@ -347,11 +361,18 @@ def test_not_a_gemma(tmp_path):
   )
 
 
-def test_a_pipe_does_not_hang(saved, tmp_path):
+@pytest.mark.parametrize('name', ['manifest.ocdbt', '_METADATA'])
+def test_a_pipe_does_not_hang(saved, tmp_path, name):
   path = _copy(saved, tmp_path)
-  (path / 'manifest.ocdbt').unlink()
-  os.mkfifo(path / 'manifest.ocdbt')
+  (path / name).unlink()
+  os.mkfifo(path / name)
   refusal(lambda: _read(path), path, 'no plain file')
+
+
+@pytest.mark.parametrize('name', ['two\nlines', 'x' * 301])
+def test_a_name_that_would_not_fit_into_a_sentence(tmp_path, name):
+  flax_store.write_array(tmp_path, [name], np.ones(3, np.float32), 'float32')
+  refusal(lambda: _read(tmp_path), tmp_path, repr(name)[:9], 'absurd')
 
 
 def test_a_link_to_a_file_is_followed(saved, tmp_path):

@@ -30,6 +30,7 @@ from mt import weights_flax
 from mt import weights_gguf
 from tests import flax_fixture
 from tests import gguf_fixture
+from tests.refusal import refusal
 
 ROOT = pathlib.Path(__file__).parents[1]
 CFG = gguf_fixture.tiny_config('gemma3', 400)
@@ -172,6 +173,22 @@ def test_damage_is_one_sentence_or_a_clean_read(kind, number, refused):
   counts = json.loads(done.stdout)
   assert sum(counts.values()) == number
   assert counts['refused'] > refused  # The damage is real.
+
+
+def test_more_heads_than_width(tmp_path):
+  """The two 27B have a query scale of width / heads: 0 here."""
+  header = {'gemma3.block_count': 62, 'gemma3.attention.head_count': 33}
+  path = gguf_fixture.write_gguf(
+    tmp_path / 'a.gguf',
+    CFG,
+    gguf_fixture.tiny_params(CFG),
+    gguf_fixture.train_proto(),
+    fields=header,
+  )
+  file = gguf_file.open_gguf(path)
+  refusal(
+    lambda: weights_gguf.read_params(file, weights_gguf.read_config(file)), path
+  )
 
 
 if __name__ == '__main__':

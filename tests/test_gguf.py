@@ -345,7 +345,10 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_a_directory_is_refused(tmp_path):
-  refusal(lambda: _load(tmp_path), tmp_path, 'directory', 'weights.source')
+  def call():
+    return gguf_file.open_gguf(tmp_path)
+
+  refusal(call, tmp_path, 'directory', 'weights.source')
 
 
 @pytest.mark.parametrize(
