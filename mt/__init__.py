@@ -9,6 +9,10 @@
   gguf_file   GGUF header and tensors
   weights     `weights.source` -> model shape, tokenizer, parameters
   weights_gguf  the same out of a GGUF file
+  weights_hf  the same out of a folder of Hugging Face's, and into one
+  hf_config   its config.json
+  tokenizer_json  its tokenizer.json
+  safetensors_out  tensors to files, one at a time
   stacking    tensors of single layers -> the stacked pytree
   model       the Gemma forward pass over a plain pytree
   loss        cross-entropy over a large vocabulary
@@ -19,6 +23,8 @@
   decode      greedy decoding with a key/value cache
   translate   text to text; `python -m mt.translate`
   evaluate    BLEU, chrF, samples
+  weights_peft  LoRA factors -> an adapter folder of PEFT's
+  export      a run's model for other programs; `python -m mt.export`
 
   compiling   compile once, keep what was compiled
   journal     metrics.jsonl, progress bar, lines

@@ -198,7 +198,18 @@ def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
       f'{file.path}: no tensor {name!r}; the file is not a complete Gemma.'
     )
   t = file.tensors[name]
-  raw = np.frombuffer(file.data, np.uint8, t.nbytes, t.offset)
+  try:
+    # Not out of the map: its pages would stay in this process's memory.
+    raw = np.fromfile(file.path, np.uint8, t.nbytes, offset=t.offset)
+  except OSError as e:
+    raise errors.UserError(
+      f'{file.path}: cannot read {name} ({e.strerror}); fetch it again.'
+    ) from None
+  if raw.size != t.nbytes:
+    raise errors.UserError(
+      f'{file.path}: {name} is cut short; the file changed while it was read: '
+      'start again.'
+    )
   if t.kind == gguf.GGMLQuantizationType.F32:
     return raw.view('<f4').reshape(t.shape)
   if t.kind == gguf.GGMLQuantizationType.F16:

