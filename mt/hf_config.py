@@ -208,9 +208,7 @@ def _attention(kind, fields, layers, whole_number, bad):
   if types is None:
     if kind == 'gemma2':
       return 'LG'
-    period = whole_number('sliding_window_pattern', 6)
-    if period > layers:
-      return 'L'
+    period = whole_number('sliding_window_pattern', 6, high=_MAX_LAYERS)
     return 'L' * (period - 1) + 'G'
   if (
     not isinstance(types, list)

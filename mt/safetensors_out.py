@@ -109,3 +109,4 @@ def write_file(
       chex.assert_shape(x, e.shape)
       assert x.dtype == dtype, (e.name, x.dtype)
       f.write(np.ascontiguousarray(x).view(np.uint8).data)
+      del x  # Before the next one is made.
