@@ -71,7 +71,7 @@ def read(path: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
     raise bad('the ids of its pieces are not 0, 1, 2, …')
   if len(set(pieces)) != len(pieces) or len(pieces) < len(vocab):
     raise bad('two pieces have one id, or one piece has two')
-  # Older files have the tab where the vocabulary has its byte.
+  # Those of Gemma 1 and 2 have the tab where the model has its byte.
   tab = vocab.get('<0x08>', -2) + 1 if '<0x09>' not in vocab else -1
   if 0 <= tab < len(pieces) and pieces[tab] == '\t' and tab not in symbols:
     pieces[tab] = '<0x09>'
@@ -152,7 +152,8 @@ def write(folder: pathlib.Path, tok: tokenizer.Tokenizer) -> None:
     )
   }
   (folder / 'tokenizer.model').write_bytes(tok.proto)
-  _write_json(folder / 'tokenizer.json', _fast(proto, tok, special))
+  # Indented it takes twice as long, for 500,000 merges.
+  _write_json(folder / 'tokenizer.json', _fast(proto, tok, special), None)
   _write_json(folder / 'special_tokens_map.json', special)
   _write_json(
     folder / 'tokenizer_config.json',
@@ -168,14 +169,17 @@ def write(folder: pathlib.Path, tok: tokenizer.Tokenizer) -> None:
   )
 
 
-def _write_json(path, value):
-  text = json.dumps(value, ensure_ascii=False, indent=2)
+def _write_json(path, value, indent=2):
+  text = json.dumps(value, ensure_ascii=False, indent=indent)
   path.write_text(text + '\n', encoding='utf-8')
 
 
 def _fast(proto, tok, special):
   """The content of tokenizer.json."""
   vocab = {p.piece: i for i, p in enumerate(proto.pieces)}
+  if '\t' not in vocab and '<0x09>' in vocab:
+    # Gemma 1 and 2 have runs of tabs, but no tab, which merges must name.
+    vocab = {'\t' if p == '<0x09>' else p: i for p, i in vocab.items()}
   added = []
   for i, p in enumerate(proto.pieces):
     if p.type in (_UNKNOWN, _CONTROL, _USER_DEFINED):
