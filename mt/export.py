@@ -10,7 +10,6 @@
 
 from collections.abc import Iterator
 import contextlib
-import errno
 import os
 import pathlib
 import shutil
@@ -24,6 +23,7 @@ from mt import errors
 from mt import journal
 from mt import weights_hf
 from mt import weights_peft
+from mt import workdir as workdir_lib
 
 _DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
 
@@ -40,18 +40,17 @@ def new_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
   """
   out = out.absolute()
   part = out.with_name(f'.{out.name}.{os.getpid()}.part')
+  check_new(out)
   try:
-    check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     part.mkdir()
     try:
       yield part
+      check_new(out)  # Minutes have passed.
       os.replace(part, out)
     finally:
       shutil.rmtree(part, ignore_errors=True)
   except OSError as e:
-    if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
-      raise _taken(out) from None
     raise errors.UserError(
       f'{e.filename or out}: cannot write it ({e.strerror}); give --out a '
       'folder with space that you may write to.'
@@ -61,14 +60,10 @@ def new_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
 def check_new(out: pathlib.Path) -> None:
   """Refuses what is there already, before minutes go into an export."""
   if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
-    raise _taken(out)
-
-
-def _taken(out):
-  return errors.UserError(
-    f'{out}: there already, and nothing is overwritten; give --out a new '
-    'folder.'
-  )
+    raise errors.UserError(
+      f'{out}: there already, and nothing is overwritten; give --out a new '
+      'folder.'
+    )
 
 
 def to_hf(workdir: pathlib.Path, out: pathlib.Path, dtype: str, base: bool):
@@ -98,12 +93,13 @@ def to_peft(workdir: pathlib.Path, out: pathlib.Path, dtype: str, base: bool):
       '--base has no meaning with --to=peft: an adapter holds only what was '
       'trained; use --to=hf --base for its base.'
     )
-  config, source, trained, _ = checkpoint.load_trained(workdir)
-  if config.train.parts != 'lora':
+  parts = workdir_lib.read_config(workdir).train.parts
+  if parts != 'lora':
     raise errors.UserError(
-      f'{workdir}: train.parts is {config.train.parts!r}, and only lora gives '
-      'an adapter; use --to=hf.'
+      f'{workdir}: train.parts is {parts!r}, and only lora gives an adapter; '
+      'use --to=hf.'
     )
+  config, source, trained, _ = checkpoint.load_trained(workdir)
   with new_folder(out) as part:
     weights_peft.write(
       part,

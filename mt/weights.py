@@ -23,6 +23,7 @@ from mt import gguf_file
 from mt import model
 from mt import sizes
 from mt import tokenizer
+from mt import tokenizer_json
 from mt import weights_gguf
 from mt import weights_hf
 
@@ -69,7 +70,8 @@ def open_source(
   Args:
     source: see the module's docstring.
     size: a key of sizes.SIZES; read only for `random`.
-    tokenizer_path: a `tokenizer.model`; '' takes the one of the weights.
+    tokenizer_path: a `tokenizer.model` or `tokenizer.json`; '' takes the one of
+      the weights.
     seed: of random weights.
     texts: random weights without a tokenizer get one trained on them.
 
@@ -107,9 +109,12 @@ def open_source(
     def own_tokenizer():
       return tokenizer.from_gguf(file)
 
-  tok = (
-    tokenizer.from_file(tokenizer_path) if tokenizer_path else own_tokenizer()
-  )
+  if not tokenizer_path:
+    tok = own_tokenizer()
+  elif str(tokenizer_path).endswith('.json'):
+    tok = tokenizer_json.read(pathlib.Path(tokenizer_path), cfg.vocab_size)
+  else:
+    tok = tokenizer.from_file(tokenizer_path)
   # Published embeddings have up to 128 rows that no piece uses.
   spare = cfg.vocab_size if source == 'random' else 128
   if not 0 <= cfg.vocab_size - tok.vocab_size <= spare:

@@ -15,6 +15,7 @@ from mt import errors
 from mt import gguf_file
 from mt import tokenizer
 from mt import tokenizer_json
+from mt import weights
 from tests import gguf_fixture
 from tests import nasty
 from tests.refusal import refusal
@@ -136,6 +137,13 @@ def test_the_files_say_what_transformers_needs(written):
     'pad_token': '<pad>',
     'unk_token': '<unk>',
   }
+
+
+def test_the_knob_takes_one(written, original):
+  source = weights.open_source(
+    'random', 'debug', written / 'tokenizer.json', seed=0, texts=()
+  )
+  _same_everywhere(source.tokenizer, original)
 
 
 # Other ways to write one.
