@@ -14,7 +14,7 @@ from mt import sizes
 
 Shape = tuple[int, ...]
 
-_ROWS_AT_ONCE = 8192  # Of the embedding.
+_AT_ONCE = 2**22  # Weights that are copied in one go.
 
 
 def stack(
@@ -23,8 +23,8 @@ def stack(
 ) -> model.Params:
   """The float32 parameters, read tensor by tensor.
 
-  Each is written into its place at once, on the device: besides the result only
-  one tensor of the file exists, in the file's own type.
+  Each is written into its place, on the device, before the next is read:
+  besides the result only one tensor exists, in the file's own type.
 
   Args:
     cfg: the model's shape.
@@ -33,37 +33,35 @@ def stack(
   """
   shapes = model.param_shapes(cfg)
 
-  def one(name, layer, shape):
-    x = leaf(name, layer, shape)
-    chex.assert_shape(x, shape)
-    return x
-
-  def outer(name):
-    x = one(name, None, shapes[name])
-    out = jnp.zeros(x.shape, jnp.float32)
-    for at in range(0, len(x), _ROWS_AT_ONCE):
-      out = _write(out, x[at : at + _ROWS_AT_ONCE], at)
+  def place(out, name, layer=None):
+    """Reads one tensor into `out`, or into out[layer]."""
+    x = leaf(name, layer, out.shape if layer is None else out.shape[1:])
+    chex.assert_shape(x, out.shape if layer is None else out.shape[1:])
+    lead = () if layer is None else (layer,)
+    rows = max(1, _AT_ONCE * len(x) // x.size)
+    for at in range(0, len(x), rows):
+      # A copy, as JAX holds on to what it is given for a while.
+      part = np.array(x[at : at + rows])
+      part = part.reshape((1,) * len(lead) + part.shape)
+      start = [*lead, at] + [0] * (x.ndim - 1)
+      out = _update(out, part, [np.int32(i) for i in start])
+      out.block_until_ready()
     return out
 
   layers = {}
   for name, shape in shapes['layers'].items():
     out = jnp.zeros(shape, jnp.float32)
     for i in range(cfg.num_layers):
-      out = _write(out, one(name, i, shape[1:])[None], i)
+      out = place(out, name, i)
     layers[name] = out
-  return {
-    'embedding': outer('embedding'),
-    'layers': layers,
-    'final_norm': outer('final_norm'),
+  rest = {
+    name: place(jnp.zeros(shapes[name], jnp.float32), name)
+    for name in ('embedding', 'final_norm')
   }
-
-
-def _write(out, rows, at):
-  # Waiting frees `rows` before the next tensor is read.
-  return _update(out, rows, np.int32(at)).block_until_ready()
+  return rest | {'layers': layers}
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _update(out, rows, at):
-  """`out` with `rows` from row `at` on, in the same memory."""
-  return lax.dynamic_update_slice_in_dim(out, rows.astype(out.dtype), at, 0)
+def _update(out, part, start):
+  """`out` with `part` from `start` on, in the same memory."""
+  return lax.dynamic_update_slice(out, part.astype(out.dtype), start)
