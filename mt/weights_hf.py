@@ -113,7 +113,7 @@ def _is_embedding(name):
 
 
 def _open_files(path):
-  """Name -> (opened file, path) of all tensors but those of vision."""
+  """Name -> (opened file, path); files of vision alone stay closed."""
   index = path / _INDEX
   if (path / 'model.safetensors').exists() or not index.exists():
     files = [path / 'model.safetensors']
@@ -134,8 +134,6 @@ def _open_files(path):
   for file in files:
     opened = _open_file(file)
     for name in opened.keys():  # noqa: SIM118  It is no dict.
-      if _is_vision(name):
-        continue
       if promised is not None and promised.get(name) != file.name:
         continue
       if name in tensors:
@@ -163,8 +161,7 @@ def _beside(index, file):
   """A plain file name beside the index; never a way out of the folder."""
   if (
     not isinstance(file, str)
-    or pathlib.PurePosixPath(file).name != file
-    or pathlib.PureWindowsPath(file).name != file
+    or pathlib.PureWindowsPath(file).name != file  # It knows / too.
     or not file.endswith('.safetensors')
     or not file.isprintable()
   ):

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from mt import model
 from mt import safetensors_out
 from mt import sizes
+from mt import stacking
 from mt import tokenizer
 from mt import weights_hf
 from tests import gguf_fixture
@@ -112,6 +113,13 @@ def test_links_into_a_cache_are_followed(tmp_path):
   for file in (tmp_path / 'blobs').iterdir():
     (tmp_path / 'snapshot' / file.name).symlink_to(file)
   hf_fixture.assert_same(hf_fixture.load(tmp_path / 'snapshot')[1], params)
+
+
+@pytest.mark.parametrize('at_once', (1, 100, 1000))
+def test_large_tensors_are_placed_in_parts(tmp_path, monkeypatch, at_once):
+  _, params = hf_fixture.write_folder(tmp_path)
+  monkeypatch.setattr(stacking, '_AT_ONCE', at_once)
+  hf_fixture.assert_same(hf_fixture.load(tmp_path)[1], params)
 
 
 def test_opening_reads_no_tensor(tmp_path, monkeypatch):
