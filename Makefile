@@ -6,7 +6,7 @@ CONFIG ?= configs/gemma3_270m.py
 ARGS ?=
 BIN = .venv/bin
 
-.PHONY: train test test-real lint
+.PHONY: train test test-real test-transformers lint
 
 train: .venv/installed
 	$(BIN)/python train.py --config=$(CONFIG) $(ARGS)
@@ -17,6 +17,9 @@ test: .venv/installed
 test-real: .venv/installed
 	$(BIN)/python -m pytest -m real $(ARGS)
 
+test-transformers: .venv/installed .venv-transformers/installed
+	$(BIN)/python -m pytest -m transformers $(ARGS)
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -26,4 +29,10 @@ lint: .venv/installed
 	  { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 …'; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements.txt
+	@touch $@
+
+# With dependencies: on some machines torch brings libraries of its own.
+.venv-transformers/installed: tests/requirements-transformers.txt
+	$(PYTHON) -m venv .venv-transformers
+	.venv-transformers/bin/python -m pip install --quiet -r $<
 	@touch $@

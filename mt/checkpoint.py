@@ -130,33 +130,47 @@ def restore(
   return restored, read.data['state']
 
 
-def load_finetuned(
+def open_source(
   workdir: pathlib.Path,
-) -> tuple[ml_collections.ConfigDict, weights.Source, model.Params]:
-  """The model of a run's newest checkpoint.
-
-  Returns:
-    The run's config, where its weights came from, and the parameters, low-rank
-    products added in.
+) -> tuple[ml_collections.ConfigDict, weights.Source]:
+  """The config of a run and the weights that it started from.
 
   Raises:
-    errors.UserError: no run there, no checkpoint, another model, or damaged.
+    errors.UserError: no run there, or its weights are gone.
   """
   config = workdir_lib.read_config(workdir)
-  manager = open_manager(workdir)
-  at = manager.latest_step()
-  if at is None:
-    raise errors.UserError(
-      f'{manager.directory}: no checkpoint; run train.py with this --workdir '
-      'first.'
-    )
-  source = weights.open_source(
+  return config, weights.open_source(
     config.weights.source,
     config.weights.size,
     workdir / 'tokenizer.model',
     seed=config.seed,
     texts=(),
   )
+
+
+def load_trained(
+  workdir: pathlib.Path,
+) -> tuple[
+  ml_collections.ConfigDict, weights.Source, trainable.Flat, trainable.Flat
+]:
+  """The newest checkpoint of a run.
+
+  Returns:
+    The run's config, where its weights came from, and the trained and the
+    frozen parameters, see mt/trainable.py.
+
+  Raises:
+    errors.UserError: no run there, no checkpoint, another model, or damaged.
+  """
+  manager = open_manager(workdir)
+  at = manager.latest_step()
+  if at is None:
+    workdir_lib.read_config(workdir)  # No run at all says more.
+    raise errors.UserError(
+      f'{manager.directory}: no checkpoint; run train.py with this --workdir '
+      'first.'
+    )
+  config, source = open_source(workdir)
   params = source.read()
   _check_identity(manager, at, identity(source, params))
   trained, frozen = trainable.split(
@@ -167,7 +181,22 @@ def load_finetuned(
   )
   del params
   args = ocp.args.StandardRestore(_abstract(trained))
-  trained = _read(manager, at, trained=args).trained
+  return config, source, _read(manager, at, trained=args).trained, frozen
+
+
+def load_finetuned(
+  workdir: pathlib.Path,
+) -> tuple[ml_collections.ConfigDict, weights.Source, model.Params]:
+  """The model of a run's newest checkpoint.
+
+  Returns:
+    The run's config, where its weights came from, and the parameters, low-rank
+    products added in.
+
+  Raises:
+    errors.UserError: see load_trained.
+  """
+  config, source, trained, frozen = load_trained(workdir)
   params = step.model_params(config.train, trained, frozen)
   return config, source, trainable.fold(params)
 

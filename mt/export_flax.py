@@ -1,14 +1,11 @@
 """Parameters -> Google's own Flax layout, see mt/weights_flax.py."""
 
 from collections.abc import Iterator
-import os
 import pathlib
-import shutil
 
 import chex
 import numpy as np
 
-from mt import errors
 from mt import flax_store
 from mt import model
 from mt import sizes
@@ -17,7 +14,7 @@ from mt import weights_flax
 
 
 def write(
-  folder: str | pathlib.Path,
+  folder: pathlib.Path,
   cfg: sizes.ModelConfig,
   params: model.Params,
   tok: tokenizer.Tokenizer,
@@ -25,43 +22,26 @@ def write(
 ) -> None:
   """Writes `folder` as Kaggle has it: tokenizer.model beside a checkpoint.
 
-  gemma.params and mt/weights_flax.py read it. It is written in the flat layout,
-  array by array, into a folder beside, which is renamed when it is whole.
+  gemma.params and mt/weights_flax.py read it: the flat layout, array by array.
 
   Args:
-    folder: must not exist, or be empty.
+    folder: exists and is empty.
     cfg: the model's shape.
     params: without low-rank factors, see trainable.fold.
     tok: written beside the checkpoint.
     dtype: of the arrays on disk; 'bfloat16' is what Google publishes.
 
   Raises:
-    errors.UserError: the folder holds something, is not writable, disk full.
+    OSError: the disk is full or not writable.
   """
   chex.assert_shape(params['embedding'], model.param_shapes(cfg)['embedding'])
-  folder = pathlib.Path(folder).absolute()
-  part = folder.with_name(f'{folder.name}.{os.getpid()}.part')
-  try:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-      raise errors.UserError(
-        f'{folder}: there is something already; give a folder that does not '
-        'exist or is empty.'
-      )
-    (part / 'checkpoint').mkdir(parents=True)
-    (part / 'tokenizer.model').write_bytes(tok.proto)
-    names = []
-    for keys, x in _leaves(cfg, params):
-      flax_store.write_array(part / 'checkpoint', keys, x, dtype)
-      names.append(keys)
-    flax_store.write_metadata(part / 'checkpoint', names)
-    os.replace(part, folder)
-  except OSError as e:
-    raise errors.UserError(
-      f'{folder}: cannot write the checkpoint ({e.strerror}); give a folder '
-      'with space that you may write to.'
-    ) from None
-  finally:
-    shutil.rmtree(part, ignore_errors=True)
+  (folder / 'checkpoint').mkdir()
+  (folder / 'tokenizer.model').write_bytes(tok.proto)
+  names = []
+  for keys, x in _leaves(cfg, params):
+    flax_store.write_array(folder / 'checkpoint', keys, x, dtype)
+    names.append(keys)
+  flax_store.write_metadata(folder / 'checkpoint', names)
 
 
 def is_transposed(cfg: sizes.ModelConfig) -> bool:

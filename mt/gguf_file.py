@@ -32,6 +32,7 @@ _SCALARS = {
   12: '<f8',
 }
 _STRING, _ARRAY = 8, 9
+_AT_ONCE = 2**20  # Weights that are dequantised in one go.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,17 +199,34 @@ def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
       f'{file.path}: no tensor {name!r}; the file is not a complete Gemma.'
     )
   t = file.tensors[name]
-  raw = np.frombuffer(file.data, np.uint8, t.nbytes, t.offset)
+  try:
+    # Not out of the map: its pages would stay in this process's memory.
+    raw = np.fromfile(file.path, np.uint8, t.nbytes, offset=t.offset)
+  except OSError as e:
+    raise errors.UserError(
+      f'{file.path}: cannot read {name} ({e.strerror}); fetch it again.'
+    ) from None
+  if raw.size != t.nbytes:
+    raise errors.UserError(
+      f'{file.path}: {name} is cut short; the file changed while it was read: '
+      'start again.'
+    )
   if t.kind == gguf.GGMLQuantizationType.F32:
     return raw.view('<f4').reshape(t.shape)
   if t.kind == gguf.GGMLQuantizationType.F16:
     return raw.view('<f2').reshape(t.shape).astype(np.float32)
   block, size = gguf.GGML_QUANT_SIZES[t.kind]
-  rows = raw.reshape(*t.shape[:-1], t.shape[-1] // block * size)
+  rows = raw.reshape(-1, t.shape[-1] // block * size)
+  out = np.empty((len(rows), t.shape[-1]), np.float32)
+  step = max(1, _AT_ONCE // t.shape[-1])
   try:
-    return gguf.dequantize(rows, t.kind)
+    # The library holds everything twice, in small pieces that stay with the
+    # process: a few rows at a time do not matter.
+    for at in range(0, len(rows), step):
+      out[at : at + step] = gguf.dequantize(rows[at : at + step], t.kind)
   except NotImplementedError:
     raise errors.UserError(
       f'{file.path}: the gguf library cannot dequantise {t.kind.name} '
       f'({name}); use a Q4_K_M, Q8_0, F16 or BF16 file.'
     ) from None
+  return out.reshape(t.shape)

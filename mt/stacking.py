@@ -1,15 +1,20 @@
 """Tensors of one layer each, as files have them -> the stacked pytree."""
 
 from collections.abc import Callable
+import functools
 
 import chex
 import jax
+from jax import lax
+import jax.numpy as jnp
 import numpy as np
 
 from mt import model
 from mt import sizes
 
 Shape = tuple[int, ...]
+
+_AT_ONCE = 2**22  # Weights that are copied in one go.
 
 
 def stack(
@@ -18,35 +23,45 @@ def stack(
 ) -> model.Params:
   """The float32 parameters, read tensor by tensor.
 
+  Each is written into its place, on the device, before the next is read:
+  besides the result only one tensor exists, in the file's own type.
+
   Args:
     cfg: the model's shape.
-    leaf: (our name, layer or None, shape) -> that tensor, turned as ours is.
+    leaf: (our name, layer or None, shape) -> that tensor, of any float type,
+      turned as ours is.
   """
   shapes = model.param_shapes(cfg)
 
-  def one(name, layer, shape):
-    x = leaf(name, layer, shape)
-    chex.assert_shape(x, shape)
-    return x
+  def place(out, name, layer=None):
+    """Reads one tensor into `out`, or into out[layer]."""
+    x = leaf(name, layer, out.shape if layer is None else out.shape[1:])
+    chex.assert_shape(x, out.shape if layer is None else out.shape[1:])
+    lead = () if layer is None else (layer,)
+    rows = max(1, _AT_ONCE * len(x) // x.size)
+    for at in range(0, len(x), rows):
+      # A copy, as JAX holds on to what it is given for a while.
+      part = np.array(x[at : at + rows])
+      part = part.reshape((1,) * len(lead) + part.shape)
+      start = [*lead, at] + [0] * (x.ndim - 1)
+      out = _update(out, part, [np.int32(i) for i in start])
+      out.block_until_ready()
+    return out
 
   layers = {}
   for name, shape in shapes['layers'].items():
-    stacked = np.empty(shape, np.float32)
+    out = jnp.zeros(shape, jnp.float32)
     for i in range(cfg.num_layers):
-      stacked[i] = one(name, i, shape[1:])
-    layers[name] = _to_device(stacked)
-    del stacked
-  outer = {
-    name: _to_device(np.asarray(one(name, None, shapes[name]), np.float32))
+      out = place(out, name, i)
+    layers[name] = out
+  rest = {
+    name: place(jnp.zeros(shapes[name], jnp.float32), name)
     for name in ('embedding', 'final_norm')
   }
-  return {'layers': layers} | outer
+  return rest | {'layers': layers}
 
 
-def _to_device(x: np.ndarray) -> jax.Array:
-  """A copy that is finished when this returns, so that `x` can go.
-
-  jnp.asarray needs three times the memory for a moment, and lets go of its
-  argument only later. A buffer shared with numpy could not be donated.
-  """
-  return jax.block_until_ready(jax.device_put(x, may_alias=False))
+@functools.partial(jax.jit, donate_argnums=0)
+def _update(out, part, start):
+  """`out` with `part` from `start` on, in the same memory."""
+  return lax.dynamic_update_slice(out, part.astype(out.dtype), start)

