@@ -130,6 +130,22 @@ def restore(
   return restored, read.data['state']
 
 
+def newest_step(workdir: pathlib.Path) -> int:
+  """Of the checkpoints of a run.
+
+  Raises:
+    errors.UserError: there is none.
+  """
+  manager = open_manager(workdir)
+  at = manager.latest_step()
+  if at is None:
+    raise errors.UserError(
+      f'{manager.directory}: no checkpoint; run train.py with this --workdir '
+      'first.'
+    )
+  return at
+
+
 def load_finetuned(
   workdir: pathlib.Path,
 ) -> tuple[ml_collections.ConfigDict, weights.Source, model.Params]:
@@ -143,13 +159,8 @@ def load_finetuned(
     errors.UserError: no run there, no checkpoint, another model, or damaged.
   """
   config = workdir_lib.read_config(workdir)
+  at = newest_step(workdir)
   manager = open_manager(workdir)
-  at = manager.latest_step()
-  if at is None:
-    raise errors.UserError(
-      f'{manager.directory}: no checkpoint; run train.py with this --workdir '
-      'first.'
-    )
   source = weights.open_source(
     config.weights.source,
     config.weights.size,
