@@ -24,7 +24,14 @@
   loop        a run from config to scores, in one fixed order
   decode      greedy decoding with a key/value cache
   translate   text to text; `python -m mt.translate`
-  evaluate    BLEU, chrF, samples
+  noise       what is noisy about a sentence: classes found by rules
+  scores      BLEU and chrF: of all, by noise, of two systems
+  evaluate    `python -m mt.evaluate`: a run's translations, scored, compared
+
+  report      report.html: a run on one page
+  sentences   texts side by side with their differences marked
+  chart       curves as SVG
+  events      metrics for TensorBoard
 
   compiling   compile once, keep what was compiled
   journal     metrics.jsonl, progress bar, lines
@@ -32,5 +39,5 @@
   errors      one sentence for the person at the terminal
 
 To change the prompt: configs/. The data: corpus, lines. The loss: loss, step.
-What is trained: trainable. The optimizer: step. The search: decode.
+What is trained: trainable. The optimizer: step. The search: decode. The page: report.
 """

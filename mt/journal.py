@@ -24,14 +24,9 @@ def cut_metrics(path: pathlib.Path, last_step: int) -> None:
 
   A line that a crash left unfinished goes too.
   """
-  if not path.exists():
-    return
-  kept = []
-  for line in path.read_text(encoding='utf-8').splitlines():
-    with contextlib.suppress(ValueError):
-      if json.loads(line)['step'] <= last_step:
-        kept.append(line + '\n')
-  workdir_lib.write(path, ''.join(kept))
+  if path.exists():
+    kept = [x for x in read_metrics(path) if x['step'] <= last_step]
+    workdir_lib.write(path, ''.join(json.dumps(x) + '\n' for x in kept))
 
 
 def add_metrics(path: pathlib.Path, line: dict[str, Any]) -> None:
@@ -44,6 +39,16 @@ def add_metrics(path: pathlib.Path, line: dict[str, Any]) -> None:
       f'{path}: cannot write metrics ({e.strerror}); the last checkpoint is '
       'whole: make room and start again.'
     ) from None
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of metrics.jsonl that are whole; none where there is no file."""
+  lines = []
+  if path.exists():
+    for line in path.read_text(encoding='utf-8').splitlines():
+      with contextlib.suppress(ValueError):
+        lines.append(json.loads(line))
+  return lines
 
 
 class Progress:
