@@ -39,5 +39,6 @@
   errors      one sentence for the person at the terminal
 
 To change the prompt: configs/. The data: corpus, lines. The loss: loss, step.
-What is trained: trainable. The optimizer: step. The search: decode. The page: report.
+What is trained: trainable. The optimizer: step. The search: decode.
+The page of a run: report.
 """

@@ -66,9 +66,9 @@ _MARKUP = regex.compile(
 # What is in there is nobody's spelling.
 _NOT_PROSE = regex.compile(r'https?://\S+|www\.\S+|(?<!\w)/?[ru]/\w+|`[^`]*`')
 _STRETCHED = regex.compile(
-  # Roman numerals and www are not; a kana stands three times in some words.
-  r'(\p{Latin})(?<![IiVvXxWw])\1{2,}|(?:ha|ah|he|eh|lo){3,}|'
-  r'([\p{Hiragana}\p{Katakana}])\2{3,}|ー{2,}',
+  # III, www and RRR are not; a kana stands three times in some words.
+  r'\b(?!(\p{L})\1*\b)\w*(\p{Latin})(?<![IiVvXxWw])\2{2,}|'
+  r'(?:ha|ah|he|eh|lo){3,}|([\p{Hiragana}\p{Katakana}])\3{3,}|ー{2,}',
   regex.I,
 )
 
@@ -174,7 +174,7 @@ _TYPOS = {
       "pécunier aréoport infractus si_j'aurais si_j'aurai ils_croivent "
       "il_a_était à_était c'était_il ces_pas c'est_moi_qui_a c_pas ont_est "
       "ont_a je_c j'ai_manger a_manger a_coté à_coté je_doit tu_est tu_a "
-      'tu_peut tu_veut je_veut je_peut je_fait tu_fait on_as il_as vous_avait '
+      'tu_peut tu_veut je_veut je_peut je_fait tu_fait on_as il_as '
       'le_le de_de et_et des_des que_que je_je pour_pour dans_dans les_les '
       'est_est avec_avec sur_sur une_une à_à'
     ),

@@ -120,6 +120,7 @@ def test_slang(text, language):
     ('Vitamin U and the R language', 'en'),
     ('World War III and www.example.com', 'en'),
     ('a lollipop', 'en'),
+    ('The RRR has an AAA rating', 'en'),
     ('see r/lol', 'en'),
     ('Ben est au PQ', 'fr'),
     ('Le chat dort sur le canapé.', 'fr'),
