@@ -256,6 +256,8 @@ def test_long_runs_have_small_pages(folder):
     ('', 'chat', '<mark>chat</mark>'),
     ('l’ami', "l'ami", 'l&#x27;ami'),
     ('l’ami', "l'amie", 'l&#x27;<mark>amie</mark>'),
+    ("l'ami", 'l’ami', 'l’ami'),
+    ('de ' * 300 + 'x', 'de ' * 300 + 'y', 'de ' * 300 + '<mark>y</mark>'),
     ('私は猫が好き', '私は犬が好き', '私は<mark>犬</mark>が好き'),
     ('a', '<b>', '<mark>&lt;b&gt;</mark>'),
     ('a 😂', 'a 😭 ', 'a <mark>😭</mark> '),
