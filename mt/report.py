@@ -55,7 +55,8 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:left;
 vertical-align:top;overflow-wrap:anywhere}
 th{font-weight:600}thead th{color:var(--dim);font-size:.85rem}
-.num{text-align:right}.numbers{max-width:40rem}.numbers th,.numbers td{white-space:nowrap}
+.num{text-align:right}.numbers{max-width:40rem}
+.numbers th,.numbers td{white-space:nowrap}
 @media(max-width:30rem){.numbers th,.numbers td{padding:.3rem .2rem;
 font-size:.85rem}}
 .up{color:var(--good)}.down{color:var(--bad)}
