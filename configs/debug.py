@@ -14,6 +14,7 @@ def get_config():
   c.optim.learning_rate = 1e-2
   c.eval.every = 10
   c.eval.loss_pairs = 16
+  c.eval.chrf_pairs = 2
   c.eval.translate_pairs = 8
   c.checkpoint.every = 5
   c.log.every = 5

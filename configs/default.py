@@ -124,6 +124,9 @@ def get_config() -> ml_collections.ConfigDict:
   e.loss_pairs = 0
   # Batches in the validation loss, the first ones; 0 for all.
   e.loss_batches = 0
+  # Pairs, the first ones of the split, that are translated at each validation,
+  # for a curve of chrF; 0 for none. At most eval.translate_pairs.
+  e.chrf_pairs = 0
   # Pairs that are translated and scored before and after training; 0 for all.
   e.translate_pairs = 0
   # Score the test split too, before and after, instead of at no time.

@@ -31,10 +31,17 @@
   loop        a run from config to scores, in one fixed order
   decode      greedy decoding with a key/value cache
   translate   text to text; `python -m mt.translate`
-  evaluate    BLEU, chrF, samples
+  noise       what is noisy about a sentence: classes found by rules
+  scores      BLEU and chrF: of all, by noise, of two systems
+  evaluate    `python -m mt.evaluate`: a run's translations, scored, compared
   export_flax  parameters -> Google's own Flax layout
   weights_peft  LoRA factors -> an adapter folder of PEFT's
   export      a run's model for other programs; `python -m mt.export`
+
+  report      report.html: a run on one page
+  sentences   texts side by side with their differences marked
+  chart       curves as SVG
+  events      metrics for TensorBoard
 
   compiling   compile once, keep what was compiled
   journal     metrics.jsonl, progress bar, lines
@@ -43,4 +50,5 @@
 
 To change the prompt: configs/. The data: corpus, lines. The loss: loss, step.
 What is trained: trainable. The optimizer: step. The search: decode.
+The page of a run: report.
 """

@@ -130,6 +130,23 @@ def restore(
   return restored, read.data['state']
 
 
+def newest_step(workdir: pathlib.Path) -> int:
+  """Of the checkpoints of a run.
+
+  Raises:
+    errors.UserError: there is no run, or no checkpoint.
+  """
+  manager = open_manager(workdir)
+  at = manager.latest_step()
+  if at is None:
+    workdir_lib.read_config(workdir)  # No run at all says more.
+    raise errors.UserError(
+      f'{manager.directory}: no checkpoint; run train.py with this --workdir '
+      'first.'
+    )
+  return at
+
+
 def open_source(
   workdir: pathlib.Path,
 ) -> tuple[ml_collections.ConfigDict, weights.Source]:
@@ -162,14 +179,8 @@ def load_trained(
   Raises:
     errors.UserError: no run there, no checkpoint, another model, or damaged.
   """
+  at = newest_step(workdir)
   manager = open_manager(workdir)
-  at = manager.latest_step()
-  if at is None:
-    workdir_lib.read_config(workdir)  # No run at all says more.
-    raise errors.UserError(
-      f'{manager.directory}: no checkpoint; run train.py with this --workdir '
-      'first.'
-    )
   config, source = open_source(workdir)
   params = source.read()
   _check_identity(manager, at, identity(source, params))

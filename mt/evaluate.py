@@ -1,50 +1,45 @@
-"""Scores of translations, as sacreBLEU has them, and samples to read."""
+"""What a run translates, scored, compared and shown.
+
+  python -m mt.evaluate --workdir=W --split=test [--against=W2]
+
+scores what the newest checkpoint of a run makes of a split. What the run itself
+has translated with it is not translated again. W/evaluation/ has then
+
+  SPLIT.json          scores, chrF by class of noise (see mt/noise.py), and the
+                      comparison, if there was one
+  SPLIT.*.txt         source, reference and hypothesis, one a line
+"""
 
 from collections.abc import Callable
 from collections.abc import Sequence
 import contextlib
+import dataclasses
 import hashlib
 import inspect
 import json
 import pathlib
 from typing import Any
 
+from absl import flags
 import chex
+import ml_collections
 import numpy as np
-import sacrebleu
 
+from mt import checkpoint
+from mt import compiling
+from mt import corpus
 from mt import decode
 from mt import errors
 from mt import journal
 from mt import model
+from mt import noise
+from mt import report
+from mt import scores
 from mt import template
 from mt import tokenizer
 from mt import translate
 from mt import weights
 from mt import workdir as workdir_lib
-
-
-def score(
-  hypotheses: Sequence[str], references: Sequence[str]
-) -> dict[str, Any]:
-  """BLEU (tokenisers 13a and intl) and chrF2, 0 to 100, with signatures.
-
-  Args:
-    hypotheses: detokenised translations.
-    references: one for each.
-  """
-  chex.assert_equal(len(hypotheses), len(references))
-  metrics = {
-    'bleu': sacrebleu.BLEU(),
-    'bleu_intl': sacrebleu.BLEU(tokenize='intl'),
-    'chrf': sacrebleu.CHRF(),
-  }
-  out = {'sentences': len(references)}
-  for name, metric in metrics.items():
-    result = metric.corpus_score(list(hypotheses), [list(references)])
-    out[name] = round(result.score, 2)
-    out[f'{name}_signature'] = str(metric.get_signature())
-  return out
 
 
 def remember(key: Any, make: Callable[[], list[str]]) -> list[str]:
@@ -105,3 +100,200 @@ def samples(
       f'after      {after[i]}\n'
     )
   return '\n'.join(out)
+
+
+def made_by(
+  step: int, decode_config: ml_collections.ConfigDict, sources: Sequence[str]
+) -> dict[str, Any]:
+  """What a run's translations depend on, as JSON: equal here, equal there.
+
+  Args:
+    step: of the checkpoint.
+    decode_config: `config.decode`.
+    sources: what is translated.
+  """
+  digest = hashlib.sha256(json.dumps(list(sources)).encode()).hexdigest()
+  made = {'step': step, 'decode': decode_config.to_dict(), 'sources': digest}
+  return json.loads(json.dumps(made))  # Tuples become lists.
+
+
+def keep(
+  path: pathlib.Path, made: dict[str, Any], texts: Sequence[str]
+) -> None:
+  """Writes translations to a .txt and, last, `made` to the .json beside it."""
+  workdir_lib.write_lines(path, texts)
+  workdir_lib.write_json(path.with_suffix('.json'), made)
+
+
+def _kept(path, made) -> list[str] | None:
+  with contextlib.suppress(errors.UserError):  # Missing or damaged.
+    if workdir_lib.read_json(path.with_suffix('.json')) == made:
+      return workdir_lib.read_lines(path)
+  return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+  """A split, translated by a run.
+
+  Attributes:
+    config: the run's.
+    step: of the checkpoint.
+    sources, references, hypotheses: of each pair.
+  """
+
+  config: ml_collections.ConfigDict
+  step: int
+  sources: list[str]
+  references: list[str]
+  hypotheses: list[str]
+
+  @property
+  def language(self) -> str:
+    return self.config.data.pair.split('-')[0].lower()
+
+
+def translate_split(
+  workdir: pathlib.Path, split: str, pairs: int | None = None
+) -> Evaluated:
+  """Translates a split with a run's newest checkpoint, if that is not done.
+
+  Args:
+    workdir: of the run.
+    split: valid or test.
+    pairs: the first ones of the split, 0 for all; None for as many as the run
+      itself translates.
+
+  Raises:
+    errors.UserError: no run, no checkpoint, no such split, or what
+      checkpoint.load_finetuned raises.
+  """
+  config = workdir_lib.read_config(workdir)
+  step = checkpoint.newest_step(workdir)
+  number = config.eval.translate_pairs if pairs is None else pairs
+  chosen = corpus.read_splits(config.data, [split])[split][0].read()
+  chosen = chosen[: number or None]
+  sources = [p.source for p in chosen]
+  references = [p.target for p in chosen]
+  made = made_by(step, config.decode, sources)
+  path = workdir / 'evaluation' / f'{split}.hypothesis.txt'
+  texts = _kept(workdir / 'translations' / f'{split}.after.txt', made)
+  texts = _kept(path, made) if texts is None else texts
+  if texts is None:
+    config, source, params = checkpoint.load_finetuned(workdir)
+    progress = journal.Progress(f'translating {split}', len(sources))
+    translator = translate.from_config(config, source)
+    texts = translator(params, sources, progress.update)
+    progress.close()
+  for name, lines in (('source', sources), ('reference', references)):
+    workdir_lib.write_lines(path.with_name(f'{split}.{name}.txt'), lines)
+  keep(path, made, texts)
+  return Evaluated(config, step, sources, references, texts)
+
+
+def evaluate(
+  workdir: pathlib.Path,
+  split: str,
+  against: pathlib.Path | None = None,
+  pairs: int | None = None,
+) -> dict[str, Any]:
+  """Scores a run's newest checkpoint, and leaves W/evaluation/SPLIT.json.
+
+  Args:
+    workdir: of the run.
+    split: valid or test.
+    against: the folder of another run, to compare with.
+    pairs: see translate_split.
+
+  Returns:
+    What SPLIT.json holds.
+
+  Raises:
+    errors.UserError: see translate_split; or the runs have other sentences.
+  """
+  own = translate_split(workdir, split, pairs)
+  out = {
+    'step': own.step,
+    'scores': scores.score(own.hypotheses, own.references),
+    'noise': scores.by_noise(
+      own.sources, own.hypotheses, own.references, own.language
+    ),
+  }
+  if against:
+    other = translate_split(against, split, pairs)
+    if (other.sources, other.references) != (own.sources, own.references):
+      raise errors.UserError(
+        f'{against}: its {split} split has other sentences '
+        f'({len(other.sources)}) than that of {workdir} ({len(own.sources)}); '
+        'compare runs with the same data, and give both --pairs.'
+      )
+    out['against'] = {
+      'workdir': str(against),
+      'step': other.step,
+      'scores': scores.compare(
+        other.hypotheses, own.hypotheses, own.references
+      ),
+    }
+  workdir_lib.write_json(workdir / 'evaluation' / f'{split}.json', out)
+  return out
+
+
+def describe(result: dict[str, Any]) -> str:
+  """What `evaluate` returns, as lines to read."""
+  found = result['scores']
+  out = [f'step {result["step"]}, {found["sentences"]:,} sentences']
+  for name in scores.NAMES:
+    out.append(f'{name:10} {found[name]:6.2f}  {found[name + "_signature"]}')
+  out.append('chrF by noise (a sentence may be in several classes)')
+  for name in (*noise.CLASSES, scores.NO_CLASS):
+    row = result['noise'].get(name)
+    if row is None:
+      text = '     -  no rule for the source language'
+    elif not row['sentences']:
+      text = '     0  no sentence'
+    else:
+      text = f'{row["sentences"]:6,}  {row["chrf"]:6.2f}'
+    out.append(f'  {name:14}{text}')
+  if 'against' in result:
+    other = result['against']
+    out.append(f'against {other["workdir"]}, step {other["step"]}')
+    for name in scores.NAMES:
+      row = other['scores'][name]
+      out.append(
+        f'{name:10} {row["baseline"]:6.2f} ±{row["baseline_interval"]:.2f} -> '
+        f'{row["score"]:6.2f} ±{row["interval"]:.2f}  '
+        f'({row["score"] - row["baseline"]:+.2f}, p = {row["p"]:.4f})  '
+        f'{row["signature"]}'
+      )
+  return '\n'.join(out)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise errors.UserError(
+      f'{argv[1]!r} is no flag; write --workdir=W --split=valid, with dashes.'
+    )
+  given = flags.FLAGS
+  compiling.keep_compiled_programs()
+  workdir = pathlib.Path(given.workdir)
+  against = pathlib.Path(given.against) if given.against else None
+  result = evaluate(workdir, given.split, against, given.pairs)
+  print(describe(result))
+  report.write(workdir)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('workdir', None, 'Folder of a run of train.py.')
+  flags.DEFINE_enum('split', 'valid', ['valid', 'test'], 'What is scored.')
+  flags.DEFINE_string(
+    'against', '', 'Folder of another run, compared by paired bootstrap.'
+  )
+  flags.DEFINE_integer(
+    'pairs',
+    None,
+    'The first ones of the split, 0 for all; as many as the run translates '
+    'where none is given.',
+    lower_bound=0,
+  )
+  flags.mark_flag_as_required('workdir')
+  errors.run(main)

@@ -27,14 +27,9 @@ def cut_metrics(path: pathlib.Path, last_step: int) -> None:
 
   A line that a crash left unfinished goes too.
   """
-  if not path.exists():
-    return
-  kept = []
-  for line in path.read_text(encoding='utf-8').splitlines():
-    with contextlib.suppress(ValueError):
-      if json.loads(line)['step'] <= last_step:
-        kept.append(line + '\n')
-  workdir_lib.write(path, ''.join(kept))
+  if path.exists():
+    kept = [x for x in read_metrics(path) if x['step'] <= last_step]
+    workdir_lib.write(path, ''.join(json.dumps(x) + '\n' for x in kept))
 
 
 def add_metrics(path: pathlib.Path, line: dict[str, Any]) -> None:
@@ -70,7 +65,7 @@ def table_line(
   if not step:
     return f'Start, validation loss: {valid}'
   losses = []
-  for line in map(json.loads, path.read_text('utf-8').splitlines()):
+  for line in read_metrics(path):
     losses = [] if 'valid_loss' in line else losses + [line['loss']]
   train = _float32(np.mean(losses))
   return f'STEP {step} training loss: {train} - eval loss: {valid}'
@@ -78,6 +73,16 @@ def table_line(
 
 def _float32(x: float) -> float:
   return float(np.float32(x))
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of metrics.jsonl that are whole; none where there is no file."""
+  lines = []
+  if path.exists():
+    for line in path.read_text(encoding='utf-8').splitlines():
+      with contextlib.suppress(ValueError):
+        lines.append(json.loads(line))
+  return lines
 
 
 class Progress:

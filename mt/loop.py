@@ -21,8 +21,11 @@ from mt import compiling
 from mt import corpus
 from mt import data as data_lib
 from mt import evaluate
+from mt import events
 from mt import journal
 from mt import model
+from mt import report as report_lib
+from mt import scores as scores_lib
 from mt import settings
 from mt import step
 from mt import trainable
@@ -44,6 +47,7 @@ class Run:
     identity: of the pretrained model, see checkpoint.identity.
     checkpoints: Orbax's manager.
     translator: see translate.make_translator.
+    events: the TensorBoard writer, see mt/events.py.
     started: time.monotonic() at the start.
   """
 
@@ -53,6 +57,7 @@ class Run:
   identity: dict[str, Any]
   checkpoints: ocp.CheckpointManager
   translator: translate.Translator
+  events: events.Writer
   started: float
 
   @property
@@ -101,9 +106,11 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
     identity=checkpoint.identity(source, params),
     checkpoints=checkpoint.open_manager(workdir, config.checkpoint.keep),
     translator=translate.from_config(config, source),
+    events=events.open_writer(workdir),
     started=started,
   )
   state, resumed = start_or_resume(run, params)
+  events.replay(run.events, run.metrics_path)
   del params
   eval_step = step.make_eval_step(source.config, config.train)
   if not resumed:
@@ -121,6 +128,8 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
     evaluate.show_texts(
       run.translator, folded(run, state), config.eval.texts, workdir
     )
+  run.events.close()
+  report_lib.write(workdir)
   journal.say(f'done in {time.monotonic() - started:.0f} s: {workdir}')
 
 
@@ -178,22 +187,37 @@ def start_or_resume(
   return state, restored is not None
 
 
+def record(run: Run, line: dict[str, Any]) -> None:
+  """Writes the metrics of a step where they are kept."""
+  journal.add_metrics(run.metrics_path, line)
+  events.add(run.events, line)
+
+
 def validate(run: Run, eval_step, state: step.TrainState) -> None:
-  """Mean loss in nats per target token over the validation batches."""
+  """Mean loss in nats per target token over the validation batches.
+
+  With `eval.chrf_pairs`, chrF of the first pairs too.
+  """
   chex.assert_rank(state.step, 0)
   start = time.monotonic()
   sums = [eval_step(state, batch) for batch in run.data.valid]
   sums = [{k: float(v) for k, v in m.items()} for m in sums]
   nll, targets = (sum(m[k] for m in sums) for k in ('nll', 'targets'))
   loss, at = nll / targets, int(state.step)
-  line = (
-    f'step {at}: validation loss {loss:.4f} '
-    f'({targets:.0f} targets, {time.monotonic() - start:.0f} s)'
-  )
+  line = {'step': at, 'valid_loss': loss}
+  text = f'step {at}: validation loss {loss:.4f} ({targets:.0f} targets'
+  if number := run.config.eval.chrf_pairs:
+    pairs = run.data.scored['valid'][:number]
+    sources, references = [p.source for p in pairs], [p.target for p in pairs]
+    made = run.translator(folded(run, state), sources)
+    line['valid_chrf'] = scores_lib.score(made, references)['chrf']
+    text += f'), chrF {line["valid_chrf"]:.2f} ({len(pairs)} pairs'
+  text += f', {time.monotonic() - start:.0f} s)'
   if run.config.log.table:
-    line = journal.table_line(run.metrics_path, at, sums)
-  journal.add_metrics(run.metrics_path, {'step': at, 'valid_loss': loss})
-  journal.say(line)
+    text = journal.table_line(run.metrics_path, at, sums)
+  record(run, line)
+  report_lib.write(run.workdir)
+  journal.say(text)
 
 
 def train(
@@ -221,7 +245,7 @@ def train(
     line = {'step': at, 'loss': loss, 'targets_per_s': round(speed, 1)}
     line['data_wait_s'] = round(waited, 4)
     line |= {k: metrics[k] for k in ('targets', 'tokens', 'grad_norm')}
-    journal.add_metrics(run.metrics_path, line)
+    record(run, line)
     if at == first + 1:
       journal.say(f'first step after {now - run.started:.1f} s')
     progress.update(at, f'loss {loss:.3f}  {speed:.0f} target tokens/s')
@@ -290,8 +314,10 @@ def translate_splits(run: Run, when: str, state: step.TrainState) -> None:
       f'{time.monotonic() - start:.0f} s'
     )
     columns = {'source': sources, 'reference': [p.target for p in pairs]}
-    for name, lines in (columns | {when: texts}).items():
+    for name, lines in columns.items():
       workdir_lib.write_lines(_translations(run, split, name), lines)
+    made = evaluate.made_by(int(state.step), config.decode, sources)
+    evaluate.keep(_translations(run, split, when), made, texts)
 
 
 def _translations(run, split, name):
@@ -306,17 +332,21 @@ def report(run: Run) -> None:
       when: workdir_lib.read_lines(_translations(run, split, when))
       for when in ('before', 'after')
     }
+    sources = [p.source for p in pairs]
     references = [p.target for p in pairs]
-    scores[split] = {
-      when: evaluate.score(lines, references) for when, lines in texts.items()
-    }
+    language = run.config.data.pair.split('-')[0].lower()
+    scores[split] = {}
+    for when, lines in texts.items():
+      scores[split][when] = scores_lib.score(lines, references) | {
+        'noise': scores_lib.by_noise(sources, lines, references, language)
+      }
     if split == 'valid':
-      text = evaluate.samples([p.source for p in pairs], references, **texts)
+      text = evaluate.samples(sources, references, **texts)
       workdir_lib.write(run.workdir / 'samples.txt', text)
       journal.say('\n' + text)
   workdir_lib.write_json(run.scores_path, scores)
   for split, both in scores.items():
-    for name in ('bleu', 'bleu_intl', 'chrf'):
+    for name in scores_lib.NAMES:
       before, after = both['before'][name], both['after'][name]
       journal.say(
         f'{split} {name:9} {before:6.2f} -> {after:6.2f} '

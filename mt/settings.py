@@ -88,6 +88,7 @@ _RULES = {
   'eval.every': _at_least(1),
   'eval.loss_pairs': _at_least(0),
   'eval.loss_batches': _at_least(0),
+  'eval.chrf_pairs': _at_least(0),
   'eval.translate_pairs': _at_least(0),
   'eval.texts': (
     lambda v: all(isinstance(t, str) and t.strip() for t in v),
@@ -119,6 +120,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f'template.target_prefix is {config.template.target_prefix!r}, but with '
       "template.chat the model's turn begins with the text itself; '' expected."
+    )
+  eval_ = config.eval
+  if eval_.translate_pairs and eval_.chrf_pairs > eval_.translate_pairs:
+    raise errors.UserError(
+      f'eval.chrf_pairs is {eval_.chrf_pairs}, more than the '
+      f'eval.translate_pairs={eval_.translate_pairs} that are scored at the '
+      'end; as many or fewer expected.'
     )
   if config.optim.warmup_steps > config.train.max_steps:
     raise errors.UserError(

@@ -4,12 +4,16 @@ config.json        the resolved config
 environment.json   versions, devices
 tokenizer.model    SentencePiece
 metrics.jsonl      a line for each step and each validation
-scores.json        BLEU and chrF, before and after
+tensorboard/       the same for TensorBoard, see mt/events.py
+scores.json        BLEU and chrF, before and after, and chrF by noise
 translations/      SPLIT.{source,reference,before,after}.txt
-samples.md         eight sentences, before and after
+samples.txt        eight sentences, before and after
+report.html        all of this on one page, see mt/report.py
+evaluation/        see mt/evaluate.py
 checkpoints/       see mt/checkpoint.py
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence
 import importlib.metadata
 import json
@@ -60,7 +64,13 @@ def write_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
 
 def _read(path):
   try:
-    return path.read_text(encoding='utf-8')
+    # Not read_text: it takes a carriage return inside a line for its end.
+    return path.read_bytes().decode()
+  except UnicodeDecodeError as e:
+    raise errors.UserError(
+      f'{path}: damaged (not UTF-8 at byte {e.start}); delete it and run the '
+      'command that wrote it again.'
+    ) from None
   except OSError as e:
     raise errors.UserError(
       f'{path}: cannot read it ({e.strerror}); --workdir must name the folder '
@@ -111,7 +121,7 @@ def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
       _remove(workdir / name)
   if path.exists():
     old = read_config(workdir)
-    for knob, was, now in _differences(old.to_dict(), config.to_dict()):
+    for knob, was, now in differences(old.to_dict(), config.to_dict()):
       if not knob.startswith(_FREE):
         raise errors.UserError(
           f'{workdir} holds a run with {knob}={was!r}, this one has {now!r}; '
@@ -131,11 +141,14 @@ def _remove(path):
     ) from None
 
 
-def _differences(old, new, prefix=''):
+def differences(
+  old: dict[str, Any], new: dict[str, Any], prefix: str = ''
+) -> Iterator[tuple[str, Any, Any]]:
+  """Knobs of two configs that differ: their name, the old and the new value."""
   for key in sorted(old.keys() | new.keys()):
     was, now = old.get(key), new.get(key)
     if isinstance(was, dict) and isinstance(now, dict):
-      yield from _differences(was, now, f'{prefix}{key}.')
+      yield from differences(was, now, f'{prefix}{key}.')
     elif was != now:
       yield prefix + key, was, now
 

@@ -55,6 +55,7 @@ def _assert_same_run(one, other):
 
 def test_a_run_leaves_everything(debug_config, tmp_path, capsys):
   debug_config.eval.test = True
+  debug_config.eval.chrf_pairs = 2
   loop.run(debug_config, tmp_path)
   steps = [m['step'] for m in _metrics(tmp_path) if 'loss' in m]
   assert steps == [1, 2, 3, 4, 5, 6]
@@ -71,6 +72,16 @@ def test_a_run_leaves_everything(debug_config, tmp_path, capsys):
   assert config['train']['max_steps'] == 6
   environment = json.loads((tmp_path / 'environment.json').read_text())
   assert environment['packages']['jax']
+  assert scores['valid']['after']['noise']['emoji'].keys() == {
+    'sentences',
+    'chrf',
+  }
+  curve = [m['valid_chrf'] for m in _metrics(tmp_path) if 'valid_loss' in m]
+  assert len(curve) == 3
+  page = (tmp_path / 'report.html').read_text('utf-8')
+  assert 'step 6 of 6, done' in page and 'Sentences: test' in page
+  (events,) = (tmp_path / 'tensorboard').iterdir()
+  assert b'valid_chrf' in events.read_bytes()
   out = capsys.readouterr().out
   assert 'valid chrf' in out and 'source ' in out and 'before ' in out
   assert '3 dropped' in out or ' dropped (more than' in out
@@ -80,6 +91,32 @@ def test_a_run_leaves_everything(debug_config, tmp_path, capsys):
   loop.run(debug_config, tmp_path)
   assert (tmp_path / 'metrics.jsonl').read_bytes() == before
   assert 'valid chrf' in capsys.readouterr().out
+
+
+def test_the_curve_of_chrf_is_of_the_first_pairs(debug_config, tmp_path):
+  debug_config.eval.chrf_pairs = debug_config.eval.translate_pairs = 3
+  debug_config.train.max_steps = 1
+  loop.run(debug_config, tmp_path / 'on')
+  scores = json.loads((tmp_path / 'on' / 'scores.json').read_text())['valid']
+  assert [
+    m['valid_chrf'] for m in _metrics(tmp_path / 'on') if 'valid_chrf' in m
+  ] == [
+    scores['before']['chrf'],
+    scores['after']['chrf'],
+  ]
+  debug_config.eval.chrf_pairs = 0
+  loop.run(debug_config, tmp_path / 'off')
+  assert not any('valid_chrf' in m for m in _metrics(tmp_path / 'off'))
+
+
+def test_the_page_is_there_before_the_end(debug_config, tmp_path, monkeypatch):
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(loop, 'translate_splits', stop)
+  with pytest.raises(KeyboardInterrupt):
+    loop.run(debug_config, tmp_path)
+  assert 'step 0 of 6, running' in (tmp_path / 'report.html').read_text('utf-8')
 
 
 def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
@@ -176,6 +213,7 @@ def _stop_at(workdir, flags, step, sent):
 
 def test_killed_twice_and_the_same_command_again(tmp_path):
   flags = ('--config.data.length=128', '--config.eval.translate_pairs=2')
+  flags += ('--config.eval.chrf_pairs=0',)
   whole, cut = tmp_path / 'whole', tmp_path / 'cut'
   subprocess.run(_command(whole, *flags), check=True, capture_output=True)
   code, text = _stop_at(cut, flags, 3, signal.SIGINT)

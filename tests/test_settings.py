@@ -67,6 +67,7 @@ def test_shipped_configs_are_valid_and_locked(module):
     ('eval.texts', ('',)),
     ('eval.texts', ('a', ' ')),
     ('eval.texts', (3,)),
+    ('eval.chrf_pairs', -1),
     ('decode.max_extra', 0),
     ('checkpoint.keep', 0),
     ('log.every', 0),
@@ -109,6 +110,10 @@ def test_impossible_values_name_the_knob(knob, value):
     (
       {'data.source': 'x.{split}.{lang}', 'data.columns': (1, 2)},
       ('data.columns', 'aligned'),
+    ),
+    (
+      {'eval.translate_pairs': 3, 'eval.chrf_pairs': 4},
+      ('eval.chrf_pairs is 4', 'eval.translate_pairs=3'),
     ),
     ({'template.chat': True}, ('template.chat', 'template.target_prefix')),
   ],

@@ -1,0 +1,49 @@
+"""metrics.jsonl for TensorBoard: event files, without TensorFlow.
+
+  tensorboard --logdir=runs
+
+The event files of a run hold what metrics.jsonl holds: each start of the run
+writes them anew, so that a resumed run has every step once. Steps that are
+written again get the time of the restart.
+"""
+
+import pathlib
+from typing import Any
+
+import tensorboardX
+
+from mt import errors
+from mt import journal
+
+Writer = tensorboardX.SummaryWriter
+
+
+def open_writer(workdir: pathlib.Path) -> Writer:
+  """Begins the event file of a run, and removes those of earlier starts.
+
+  Raises:
+    errors.UserError: the folder is not writable, the disk is full.
+  """
+  folder = workdir / 'tensorboard'
+  try:
+    for old in folder.glob('events.out.tfevents.*'):
+      old.unlink()
+    return Writer(str(folder), flush_secs=10)
+  except OSError as e:
+    raise errors.UserError(
+      f'{folder}: cannot write event files ({e.strerror}); give --workdir a '
+      'folder with space that you may write to.'
+    ) from None
+
+
+def replay(writer: Writer, metrics: pathlib.Path) -> None:
+  """Adds what metrics.jsonl holds already."""
+  for line in journal.read_metrics(metrics):
+    add(writer, line)
+
+
+def add(writer: Writer, line: dict[str, Any]) -> None:
+  """Adds the numbers of one line of metrics.jsonl, under its step."""
+  for name, value in line.items():
+    if name != 'step' and isinstance(value, int | float):
+      writer.add_scalar(name, value, line['step'])
