@@ -22,8 +22,11 @@
   step        TrainState, optimizer, train_step, eval_step
   checkpoint  Orbax: state and data position, and whose they are
   loop        a run from config to scores, in one fixed order
-  decode      greedy decoding with a key/value cache
-  translate   text to text; `python -m mt.translate`
+  decode      the model with a key/value cache
+  search      greedy, sampled and beam search
+  pool        prompts through a batch whose free rows are filled again
+  translate   text to text
+  terminal    `python -m mt.translate`: lines, files, JSON, a prompt
   evaluate    BLEU, chrF, samples
 
   compiling   compile once, keep what was compiled
@@ -32,5 +35,5 @@
   errors      one sentence for the person at the terminal
 
 To change the prompt: configs/. The data: corpus, lines. The loss: loss, step.
-What is trained: trainable. The optimizer: step. The search: decode.
+What is trained: trainable. The optimizer: step. The search: search.
 """

@@ -131,24 +131,35 @@ def restore(
 
 
 def load_finetuned(
-  workdir: pathlib.Path,
+  workdir: pathlib.Path, at: int | None = None
 ) -> tuple[ml_collections.ConfigDict, weights.Source, model.Params]:
-  """The model of a run's newest checkpoint.
+  """The model of one of a run's checkpoints.
+
+  Args:
+    workdir: the run's folder.
+    at: the checkpoint's step; the newest where none is given.
 
   Returns:
     The run's config, where its weights came from, and the parameters, low-rank
     products added in.
 
   Raises:
-    errors.UserError: no run there, no checkpoint, another model, or damaged.
+    errors.UserError: no run there, no such checkpoint, another model, or
+      damaged.
   """
   config = workdir_lib.read_config(workdir)
   manager = open_manager(workdir)
-  at = manager.latest_step()
-  if at is None:
+  steps = sorted(manager.all_steps())
+  if not steps:
     raise errors.UserError(
       f'{manager.directory}: no checkpoint; run train.py with this --workdir '
       'first.'
+    )
+  at = steps[-1] if at is None else at
+  if at not in steps:
+    raise errors.UserError(
+      f'{manager.directory}: there is no checkpoint of step {at}; one of '
+      f'{", ".join(map(str, steps))} expected.'
     )
   source = weights.open_source(
     config.weights.source,

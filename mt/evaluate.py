@@ -15,6 +15,8 @@ import sacrebleu
 from mt import decode
 from mt import errors
 from mt import model
+from mt import pool
+from mt import search
 from mt import template
 from mt import tokenizer
 from mt import translate
@@ -55,7 +57,7 @@ def remember(key: Any, make: Callable[[], list[str]]) -> list[str]:
     key: JSON; the code of the decoder is added.
     make: () -> translations.
   """
-  modules = (model, decode, translate, template, tokenizer)
+  modules = (model, decode, search, pool, translate, template, tokenizer)
   code = [inspect.getsource(m) for m in modules]
   digest = hashlib.sha256(json.dumps([key, code]).encode()).hexdigest()
   path = weights.cache_dir() / 'translations' / f'{digest}.json'

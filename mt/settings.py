@@ -89,6 +89,8 @@ _RULES = {
   'eval.loss_pairs': _at_least(0),
   'eval.translate_pairs': _at_least(0),
   'decode.batch_size': _at_least(1),
+  'decode.beam': _at_least(1),
+  'decode.length_penalty': _at_least(0),
   'decode.max_ratio': _POSITIVE,
   'decode.max_extra': _at_least(1),
   'checkpoint.every': _at_least(1),
