@@ -155,7 +155,7 @@ def make_decoder(
 
     def run(batch, params, floor):
       step = functools.partial(decode.step, cfg, params)
-      return search_lib.run(search, step, *batch, jnp.asarray(stops), floor)
+      return search_lib.run(search, step, *batch, stops, floor)
 
     return compiling.jit_once(run, donate_argnums=0)
 

@@ -291,7 +291,7 @@ def beam(
   """
   chex.assert_shape(logits, (None, state.last.size))
   b, w = state.live.shape
-  norm = jax.nn.logsumexp(logits, 0)
+  stop_ids, norm = jnp.asarray(stop_ids), jax.nn.logsumexp(logits, 0)
   ends = logits[stop_ids]
   end_token = stop_ids[jnp.argmax(ends, 0)].reshape(b, w)
   end_gain = (jnp.max(ends, 0) - norm).reshape(b, w)
