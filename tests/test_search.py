@@ -164,6 +164,17 @@ def test_a_beam_ends_as_soon_as_the_best_is_certain():
     assert _found(search, state, row)[0] == _found(search, wanted, row)[0]
 
 
+def test_a_wider_beam_finds_better_scores():
+  """What beam search is for."""
+
+  def mean(beam):
+    search = Search(beam=beam, length_penalty=0.0)
+    state = _run(search, [6] * B)
+    return np.mean([_found(search, state, row)[0][0] for row in range(B)])
+
+  assert mean(12) >= mean(3) > mean(1)
+
+
 def test_a_beam_of_one_is_greedy():
   limits = np.array([6, 6, 3, 0], np.int32)
   numbers = np.arange(B, dtype=np.int32)
