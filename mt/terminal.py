@@ -134,7 +134,7 @@ def main(argv) -> None:
       f'{argv[1]!r} is no flag; give the text on standard input or as --input.'
     )
   try:
-    _translate(flags.FLAGS)
+    run(flags.FLAGS.flag_values_dict())
   except BrokenPipeError:  # The reader has what it wanted.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except KeyboardInterrupt:
@@ -142,29 +142,34 @@ def main(argv) -> None:
     sys.exit(130)
 
 
-def _translate(f):
-  workdir = pathlib.Path(f.workdir)
-  config = workdir_lib.read_config(workdir)
-  search = read_search(f.flag_values_dict(), config.decode)
-  at = None if f.checkpoint == 'last' else int(f.checkpoint)
+def run(values: dict[str, Any]) -> None:
+  """Translates line by line.
+
+  Args:
+    values: of the flags by name, see define_flags.
+
+  Raises:
+    errors.UserError: bad flags, text or files, no such run or checkpoint.
+  """
+  workdir = pathlib.Path(values['workdir'])
+  search = read_search(values, workdir_lib.read_config(workdir).decode)
+  asked = values['checkpoint']
   with (
-    _open_input(f.input) as (lines, at_once),
-    _open_output(f.output) as write,
+    _open_input(values['input']) as (lines, at_once),
+    _open_output(values['output']) as write,
   ):
     compiling.keep_compiled_programs()
-    config, source, params = checkpoint.load_finetuned(workdir, at)
+    config, source, params = checkpoint.load_finetuned(
+      workdir, None if asked == 'last' else int(asked)
+    )
     params = decode.unstack(params)  # Once, and not for every chunk.
     nbest = translate.nbest_from_config(config, source, search)
     done = 0
     while chunk := list(itertools.islice(lines, at_once)):
       found = nbest(params, chunk, first=done)
       done += len(chunk)
-      write(
-        [
-          _as_json(text, translations) if f.json else translations[0].text
-          for text, translations in zip(chunk, found, strict=True)
-        ]
-      )
+      both = zip(chunk, found, strict=True)
+      write([_as_json(*x) if values['json'] else x[1][0].text for x in both])
 
 
 def _as_json(source, translations) -> str:

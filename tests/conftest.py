@@ -10,6 +10,18 @@ os.environ['XDG_CACHE_HOME'] = _CACHE.name
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 
+@pytest.fixture(scope='module')
+def quick_compilation():
+  """For tests that mostly compile: without optimising, it takes less."""
+  import jax
+
+  name = 'jax_disable_most_optimizations'
+  before = jax.config.read(name)
+  jax.config.update(name, True)
+  yield
+  jax.config.update(name, before)
+
+
 @pytest.fixture
 def debug_config():
   """configs/debug.py cut down to seconds: tiny rows, few sentences."""

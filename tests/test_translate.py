@@ -31,14 +31,7 @@ PLAIN = template_lib.Template('English: {source}\nFrench:', ' ')
 BARE = template_lib.Template('{source}\n')
 
 
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-  """Compiling is most of what these tests take: without optimising, less."""
-  name = 'jax_disable_most_optimizations'
-  before = jax.config.read(name)
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @functools.cache
