@@ -317,6 +317,17 @@ def test_draws_depend_on_seed_number_and_place():
   assert len({tuple(t) for t in one.tokens.reshape(-1, 6).tolist()}) > B
 
 
+def test_each_step_draws_anew():
+  """Two draws out of five equal tokens agree in a fifth of all cases."""
+  search, n = Search(temperature=1.0), 1000
+  ones, logits = jnp.ones(n, jnp.int32), jnp.zeros((V, n))
+  state = search_lib.start(search, jnp.arange(n), ones, ones, 2 * ones, 2)
+  for _ in range(2):
+    state, _ = search_lib.advance(search, state, logits, jnp.array([-1]))
+  same = np.mean(state.tokens[:, 0, 0] == state.tokens[:, 0, 1])
+  assert abs(same - 0.2) < 0.05
+
+
 def test_drawn_from_one_token_is_greedy():
   want = _run(Search(), [6] * B)
   for search in (
