@@ -177,6 +177,14 @@ def test_few_rows_move_into_a_smaller_batch(work):
   assert work['steps'] == [16] * 4 + [1] * 96
 
 
+def test_a_row_that_fills_up_a_batch_is_not_waited_for(work):
+  """Three move into four rows, the long one first."""
+  prompts = _prompts([(3, 50), (50, 10), (50, 12)] + [(60, 4)] * 13)
+  _endless(batch_size=16)(_params(), prompts)
+  jax.effects_barrier()
+  assert work['steps'] == [16] * 4 + [4] * 8 + [1] * 38
+
+
 def test_few_prompts_take_few_rows(work):
   _endless(batch_size=16)(_params(), _prompts([(5, 3)]))
   _endless(batch_size=16)(_params(), _prompts([(5, 3)] * 3))

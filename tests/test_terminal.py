@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import pty
+import select
 import subprocess
 import sys
 import types
@@ -298,22 +299,26 @@ def test_a_prompt_on_a_terminal(workdir):
   def until(text):
     nonlocal seen
     while text not in seen:
+      assert select.select([ours], [], [], 120)[0], seen
       part = os.read(ours, 4096)
       assert part, seen
       seen += part
     seen = seen.split(text, 1)[1]
 
-  until(b'> ')
-  os.write(ours, 'Hé 🔥\n'.encode())
-  # Answered at once, while the terminal is still open.
-  until('{"source": "Hé 🔥", "translations"'.encode())
-  until(b'> ')
-  os.write(ours, b'\n')
-  until(b'{"source": "", "translations"')
-  until(b'> ')
-  os.write(ours, b'\x04')  # Ctrl-D.
-  assert process.wait(60) == 0
-  os.close(ours)
+  try:
+    until(b'> ')
+    os.write(ours, 'Hé 🔥\n'.encode())
+    # Answered at once, while the terminal is still open.
+    until('{"source": "Hé 🔥", "translations"'.encode())
+    until(b'> ')
+    os.write(ours, b'\n')
+    until(b'{"source": "", "translations"')
+    until(b'> ')
+    os.write(ours, b'\x04')  # Ctrl-D.
+    assert process.wait(60) == 0
+  finally:
+    process.kill()
+    os.close(ours)
 
 
 def test_a_run_from_before_there_were_beams(workdir, tmp_path):
