@@ -136,8 +136,15 @@ def get_config() -> ml_collections.ConfigDict:
   e.texts = ()
 
   c.decode = d = ml_collections.ConfigDict()
-  # Sentences translated at once.
+  # Sentences translated at once; fewer where they are long or the beam is wide:
+  # the cache has room for 1,024 tokens times this number.
   d.batch_size = 16
+  # Hypotheses that beam search keeps of each sentence; 1 is greedy search. Time
+  # and memory grow with it.
+  d.beam = 1
+  # Beam search ranks by log-probability / tokens^length_penalty: 0 favours
+  # short translations, 1 compares means, more favours long ones.
+  d.length_penalty = 1.0
   # A translation ends after max_ratio * source tokens + max_extra tokens.
   d.max_ratio = 2.0
   d.max_extra = 16

@@ -29,8 +29,11 @@
   step        TrainState, optimizer, train_step, eval_step
   checkpoint  Orbax: state and data position, and whose they are
   loop        a run from config to scores, in one fixed order
-  decode      greedy decoding with a key/value cache
-  translate   text to text; `python -m mt.translate`
+  decode      the model with a key/value cache
+  search      greedy, sampled and beam search
+  pool        prompts through a batch whose free rows are filled again
+  translate   text to text
+  terminal    `python -m mt.translate`: lines, files, JSON, a prompt
   noise       what is noisy about a sentence: classes found by rules
   scores      BLEU and chrF: of all, by noise, of two systems
   evaluate    `python -m mt.evaluate`: a run's translations, scored, compared
@@ -49,6 +52,6 @@
   errors      one sentence for the person at the terminal
 
 To change the prompt: configs/. The data: corpus, lines. The loss: loss, step.
-What is trained: trainable. The optimizer: step. The search: decode.
+What is trained: trainable. The optimizer: step. The search: search.
 The page of a run: report.
 """

@@ -130,19 +130,25 @@ def restore(
   return restored, read.data['state']
 
 
-def newest_step(workdir: pathlib.Path) -> int:
-  """Of the checkpoints of a run.
+def find_step(workdir: pathlib.Path, at: int | None = None) -> int:
+  """The step of a run's checkpoint: this one, or the newest.
 
   Raises:
-    errors.UserError: there is no run, or no checkpoint.
+    errors.UserError: there is no run, or no such checkpoint.
   """
   manager = open_manager(workdir)
-  at = manager.latest_step()
-  if at is None:
+  steps = sorted(manager.all_steps())
+  if not steps:
     workdir_lib.read_config(workdir)  # No run at all says more.
     raise errors.UserError(
       f'{manager.directory}: no checkpoint; run train.py with this --workdir '
       'first.'
+    )
+  at = steps[-1] if at is None else at
+  if at not in steps:
+    raise errors.UserError(
+      f'{manager.directory}: there is no checkpoint of step {at}; one of '
+      f'{", ".join(map(str, steps))} expected.'
     )
   return at
 
@@ -166,20 +172,25 @@ def open_source(
 
 
 def load_trained(
-  workdir: pathlib.Path,
+  workdir: pathlib.Path, at: int | None = None
 ) -> tuple[
   ml_collections.ConfigDict, weights.Source, trainable.Flat, trainable.Flat
 ]:
-  """The newest checkpoint of a run.
+  """One of a run's checkpoints.
+
+  Args:
+    workdir: the run's folder.
+    at: the checkpoint's step; the newest where none is given.
 
   Returns:
     The run's config, where its weights came from, and the trained and the
     frozen parameters, see mt/trainable.py.
 
   Raises:
-    errors.UserError: no run there, no checkpoint, another model, or damaged.
+    errors.UserError: no run there, no such checkpoint, another model, or
+      damaged.
   """
-  at = newest_step(workdir)
+  at = find_step(workdir, at)
   manager = open_manager(workdir)
   config, source = open_source(workdir)
   params = source.read()
@@ -196,9 +207,13 @@ def load_trained(
 
 
 def load_finetuned(
-  workdir: pathlib.Path,
+  workdir: pathlib.Path, at: int | None = None
 ) -> tuple[ml_collections.ConfigDict, weights.Source, model.Params]:
-  """The model of a run's newest checkpoint.
+  """The model of one of a run's checkpoints.
+
+  Args:
+    workdir: the run's folder.
+    at: the checkpoint's step; the newest where none is given.
 
   Returns:
     The run's config, where its weights came from, and the parameters, low-rank
@@ -207,7 +222,7 @@ def load_finetuned(
   Raises:
     errors.UserError: see load_trained.
   """
-  config, source, trained, frozen = load_trained(workdir)
+  config, source, trained, frozen = load_trained(workdir, at)
   params = step.model_params(config.train, trained, frozen)
   return config, source, trainable.fold(params)
 

@@ -33,8 +33,10 @@ from mt import errors
 from mt import journal
 from mt import model
 from mt import noise
+from mt import pool
 from mt import report
 from mt import scores
+from mt import search
 from mt import template
 from mt import tokenizer
 from mt import translate
@@ -52,7 +54,7 @@ def remember(key: Any, make: Callable[[], list[str]]) -> list[str]:
     key: JSON; the code of the decoder is added.
     make: () -> translations.
   """
-  modules = (model, decode, translate, template, tokenizer)
+  modules = (model, decode, search, pool, translate, template, tokenizer)
   code = [inspect.getsource(m) for m in modules]
   digest = hashlib.sha256(json.dumps([key, code]).encode()).hexdigest()
   path = weights.cache_dir() / 'translations' / f'{digest}.json'
@@ -169,7 +171,7 @@ def translate_split(
       checkpoint.load_finetuned raises.
   """
   config = workdir_lib.read_config(workdir)
-  step = checkpoint.newest_step(workdir)
+  step = checkpoint.find_step(workdir)
   number = config.eval.translate_pairs if pairs is None else pairs
   chosen = corpus.read_splits(config.data, [split])[split][0].read()
   chosen = chosen[: number or None]

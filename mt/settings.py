@@ -95,6 +95,8 @@ _RULES = {
     'texts with something in each',
   ),
   'decode.batch_size': _at_least(1),
+  'decode.beam': _at_least(1),
+  'decode.length_penalty': _at_least(0),
   'decode.max_ratio': _POSITIVE,
   'decode.max_extra': _at_least(1),
   'checkpoint.every': _at_least(1),

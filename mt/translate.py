@@ -1,41 +1,44 @@
-"""Text to text: batches of prompts through the greedy decoder.
-
-  python -m mt.translate --workdir=W < in.txt > out.txt
-
-One line in, one line out, in order. An empty line stays empty.
-"""
+"""Text to text: `python -m mt.translate`, whose flags are in mt/terminal.py."""
 
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Sequence
-import functools
-import itertools
-import os
-import pathlib
-import sys
+import dataclasses
 
-from absl import flags
 import chex
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mt import checkpoint
-from mt import compiling
 from mt import decode
 from mt import errors
 from mt import model
+from mt import pool
+from mt import search as search_lib
 from mt import sizes
 from mt import template as template_lib
 from mt import tokenizer
 from mt import weights
 
-Translator = Callable[..., list[str]]  # See make_translator.
+# (params, texts, on_progress) -> translations; see make_translator.
+Translator = Callable[..., list[str]]
+# (params, texts, on_progress, first) -> n translations of each; see make_nbest.
+NBest = Callable[..., list[list['Translation']]]
 
-_SMALLEST_BUCKET = 32
-_FULL_BATCH = 256  # The widest bucket with batch_size rows.
-_LINES_AT_ONCE = 1024  # Sorted by length among themselves.
+
+@dataclasses.dataclass(frozen=True)
+class Translation:
+  """A text and how sure the model is of it.
+
+  Attributes:
+    text: one line.
+    score: what the search ranks by, see Search.length_penalty.
+    log_probability: natural, of all its tokens and of the one that ends it.
+  """
+
+  text: str
+  score: float
+  log_probability: float
 
 
 def stop_ids(
@@ -54,13 +57,7 @@ def stop_ids(
   return np.array([*sorted(ends), *newlines], np.int32)
 
 
-def bucket(length: int) -> int:
-  """The padded prompt length: the next power of two, 32 at least."""
-  chex.assert_scalar_positive(length)
-  return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
-
-
-def make_translator(
+def make_nbest(
   cfg: sizes.ModelConfig,
   tok: tokenizer.Tokenizer,
   template: template_lib.Template,
@@ -68,85 +65,79 @@ def make_translator(
   batch_size: int,
   max_ratio: float,
   max_extra: int,
+  search: search_lib.Search | None = None,
   dtype: jnp.dtype = jnp.float32,
-) -> Translator:
-  """A function (params, texts, on_progress=…) -> translations.
+) -> NBest:
+  """A function (params, texts, on_progress=…, first=0) -> translations.
 
-  It compiles once per bucket, and calls on_progress with the number of
-  sentences done. Sentences are sorted by length, so that a batch holds prompts
-  of one bucket and ends at about the same step; the order of the result is that
-  of `texts`.
+  The result has a list for each text, best first, in the order of `texts`; that
+  of an empty text is an empty text with probability 1. `on_progress` is called
+  with the number of texts that are done. `first` is the number of the first
+  text, on which its samples depend.
 
   Args:
     cfg: the model's shape.
     tok: its tokenizer.
     template: the one that the model was trained with.
-    batch_size: B; less in buckets wider than 256 tokens.
+    batch_size: most texts at once, see pool.make_decoder.
     max_ratio: a translation ends at max_ratio * source tokens + max_extra.
     max_extra: see max_ratio.
+    search: greedy where none is given.
     dtype: of the activations.
   """
   chex.assert_scalar_positive(batch_size)
   chex.assert_scalar_positive(max_ratio)
-  stops = stop_ids(tok, template)
+  chex.assert_scalar_positive(max_extra)
+  search = search or search_lib.Search()
+  decoder = pool.make_decoder(
+    cfg, search, stop_ids(tok, template), batch_size=batch_size, dtype=dtype
+  )
   unstack = jax.jit(decode.unstack)
-
-  def limit(source_tokens: int) -> int:
-    return int(max_ratio * source_tokens) + max_extra
-
-  @functools.cache
-  def decoder(width: int):
-    def greedy(params, tokens, lengths, limits):
-      return decode.greedy(
-        cfg,
-        params,
-        tokens,
-        lengths,
-        limits,
-        jnp.asarray(stops),
-        max_new=limit(width),
-        dtype=dtype,
-      )
-
-    return compiling.jit_once(greedy)
 
   def translate(
     params: model.Params,
     texts: Sequence[str],
     on_progress: Callable[[int], None] = lambda done: None,
-  ) -> list[str]:
-    params = unstack(params)
-    out = [''] * len(texts)
+    first: int = 0,
+  ) -> list[list[Translation]]:
+    if not isinstance(params['layers'], tuple):
+      params = unstack(params)
+    out = [[Translation('', 0.0, 0.0)] for _ in texts]
     prompts = {
-      i: template_lib.prompt_ids(text, tok, template)
+      i: pool.Prompt(
+        template_lib.prompt_ids(text, tok, template),
+        limit=int(max_ratio * len(tok.encode(text))) + max_extra,
+        number=first + i,
+      )
       for i, text in enumerate(texts)
       if text.strip()
     }
-    limits = {i: limit(len(tok.encode(texts[i]))) for i in prompts}
-    groups: dict[int, list[int]] = {}
-    for i in sorted(prompts, key=lambda i: len(prompts[i])):
-      groups.setdefault(bucket(len(prompts[i])), []).append(i)
-    done = len(texts) - len(prompts)
-    for width, members in groups.items():
-      # Attention takes memory by rows * width^2: fewer rows for long texts.
-      size = max(1, min(batch_size, batch_size * _FULL_BATCH // width))
-      for at in range(0, len(members), size):
-        chosen = members[at : at + size]
-        tokens = np.zeros((size, width), np.int32)
-        lengths, most = np.ones(size, np.int32), np.zeros(size, np.int32)
-        for row, i in enumerate(chosen):
-          tokens[row, : len(prompts[i])] = prompts[i]
-          lengths[row], most[row] = len(prompts[i]), limits[i]
-        made, counts = decoder(width)(params, tokens, lengths, most)
-        for i, ids, count in zip(
-          chosen, np.asarray(made), np.asarray(counts), strict=False
-        ):
-          out[i] = _clean(tok.decode(ids[:count].tolist()), template)
-        done += len(chosen)
-        on_progress(done)
+    empty = len(texts) - len(prompts)
+    found = decoder(
+      params, list(prompts.values()), lambda done: on_progress(empty + done)
+    )
+    for i, hypotheses in zip(prompts, found, strict=True):
+      out[i] = [
+        Translation(_clean(tok.decode(h.tokens), template), h.score, h.logp)
+        for h in hypotheses
+      ]
     return out
 
   return translate
+
+
+def best_of(nbest: NBest) -> Translator:
+  """The best text of each."""
+
+  def translate(params, texts, on_progress=lambda done: None) -> list[str]:
+    return [best.text for best, *_ in nbest(params, texts, on_progress)]
+
+  return translate
+
+
+def make_translator(*args, **kwargs) -> Translator:
+  """make_nbest, and of its translations the best texts."""
+  return best_of(make_nbest(*args, **kwargs))
 
 
 def _clean(text: str, template: template_lib.Template) -> str:
@@ -154,55 +145,35 @@ def _clean(text: str, template: template_lib.Template) -> str:
   return ' '.join(text.splitlines()).strip()
 
 
-def from_config(
-  config: ml_collections.ConfigDict, source: weights.Source
-) -> Translator:
-  """The translator of `config.decode`."""
-  return make_translator(
+def nbest_from_config(
+  config: ml_collections.ConfigDict,
+  source: weights.Source,
+  search: search_lib.Search,
+) -> NBest:
+  """make_nbest with the limits of `config.decode`."""
+  return make_nbest(
     source.config,
     source.tokenizer,
     template_lib.from_config(config),
     batch_size=config.decode.batch_size,
     max_ratio=config.decode.max_ratio,
     max_extra=config.decode.max_extra,
+    search=search,
     dtype=jnp.dtype(config.train.dtype),
   )
 
 
-def _read_lines(stream) -> Iterator[str]:
-  """Lines of UTF-8, ended by LF or CRLF and nothing else."""
-  for number, line in enumerate(stream, 1):
-    try:
-      text = line.decode()
-    except UnicodeDecodeError as e:
-      raise errors.UserError(
-        f'standard input, line {number}: not UTF-8 ({e.reason} at byte '
-        f'{e.start}); convert it to UTF-8.'
-      ) from None
-    yield text.removesuffix('\n').removesuffix('\r')
-
-
-def main(argv):
-  if len(argv) > 1:
-    raise errors.UserError(
-      f'{argv[1]!r} is no flag; give the text on standard input.'
-    )
-  compiling.keep_compiled_programs()
-  config, source, params = checkpoint.load_finetuned(
-    pathlib.Path(flags.FLAGS.workdir)
-  )
-  translator = from_config(config, source)
-  lines = _read_lines(sys.stdin.buffer)
-  try:
-    while chunk := list(itertools.islice(lines, _LINES_AT_ONCE)):
-      for text in translator(params, chunk):
-        sys.stdout.buffer.write(text.encode() + b'\n')
-      sys.stdout.buffer.flush()
-  except BrokenPipeError:  # The reader has what it wanted.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def from_config(
+  config: ml_collections.ConfigDict, source: weights.Source
+) -> Translator:
+  """The translator of `config.decode`, its search included."""
+  d = config.decode
+  search = search_lib.Search(beam=d.beam, length_penalty=d.length_penalty)
+  return best_of(nbest_from_config(config, source, search))
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', None, 'Folder of a run of train.py.')
-  flags.mark_flag_as_required('workdir')
-  errors.run(main)
+  from mt import terminal
+
+  terminal.define_flags()
+  errors.run(terminal.main)

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from configs import default
 from mt import errors
 
 # Knobs that may change between two starts of one run. None changes what a step
@@ -96,8 +97,14 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config that a run was started with."""
-  return ml_collections.ConfigDict(_tuples(read_json(workdir / 'config.json')))
+  """The config that a run was started with.
+
+  A knob that there was not yet has its default.
+  """
+  config = default.get_config()
+  with config.unlocked():
+    config.update(_tuples(read_json(workdir / 'config.json')))
+  return config
 
 
 def _tuples(value):

@@ -10,6 +10,22 @@ os.environ['XDG_CACHE_HOME'] = _CACHE.name
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 
+@pytest.fixture(scope='module')
+def quick_compilation():
+  """For tests that mostly compile: without optimising, it takes less."""
+  import jax
+
+  name = 'jax_disable_most_optimizations'
+  before = jax.config.read(name)
+  jax.config.update(name, True)
+  # What other tests have compiled rounds differently, random weights too: a
+  # process of its own, started by a test, would not get the same ones.
+  jax.clear_caches()
+  yield
+  jax.config.update(name, before)
+  jax.clear_caches()
+
+
 @pytest.fixture
 def debug_config():
   """configs/debug.py cut down to seconds: tiny rows, few sentences."""

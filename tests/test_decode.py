@@ -1,4 +1,4 @@
-"""Greedy decoding with a cache against the whole forward pass at every step."""
+"""The cache against the whole forward pass at every step."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ import pytest
 
 from mt import decode
 from mt import model
+from mt import search as search_lib
 from mt import sizes
 
 VOCAB = 97
@@ -51,8 +52,7 @@ each_family = pytest.mark.parametrize('name', FAMILIES)
 LENGTHS = np.array([9, 1, 3, 6], np.int32)
 WIDTH = 9  # P.
 NEW = 12
-ALL = np.full(4, NEW, np.int32)
-NO_STOP = np.array([-1, -1], np.int32)
+NO_STOP = np.array([-1], np.int32)
 
 # Compiling is most of what these tests take: without optimising, half of it.
 _jit = functools.partial(
@@ -97,16 +97,30 @@ def _prompts(seed=3):
   return tokens
 
 
+def _continue(cfg, params, tokens, lengths, slots=WIDTH + NEW):
+  """Greedy search after a prefill: the final State."""
+  tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
+  search, b = search_lib.Search(), len(lengths)
+  cache = decode.prefill(cfg, params, tokens, jnp.float32)
+  more = ((0, 0), (0, slots - tokens.shape[1]), (0, 0), (0, 0))
+  # What has not been written yet is not seen, whatever it is.
+  cache = jax.tree.map(lambda x: jnp.pad(x, more, constant_values=99.0), cache)
+  last = tokens[jnp.arange(b), lengths - 1]
+  numbers, limits = jnp.zeros(b, jnp.int32), jnp.full(b, NEW, jnp.int32)
+  state = search_lib.start(search, numbers, last, lengths, limits, NEW)
+  step = functools.partial(decode.step, cfg, params)
+  return search_lib.run(search, step, cache, state, NO_STOP)[1]
+
+
 @functools.cache
 def _greedy(name):
-  run = functools.partial(decode.greedy, FAMILIES[name], max_new=NEW)
-  compiled = _jit(run)
+  compiled = _jit(functools.partial(_continue, FAMILIES[name]))
   params = decode.unstack(_params(name))
 
-  def call(tokens, lengths=LENGTHS, limits=ALL, stop_ids=NO_STOP):
-    out, counts = compiled(params, tokens, lengths, limits, stop_ids)
-    assert out.dtype == counts.dtype == jnp.int32
-    return np.asarray(out), np.asarray(counts)
+  def call(tokens, lengths=LENGTHS):
+    state = compiled(params, tokens, lengths)
+    assert state.counts.ravel().tolist() == [NEW] * 4
+    return np.asarray(state.tokens[:, 0])
 
   return call
 
@@ -151,9 +165,8 @@ def _expected(name):
 
 @each_family
 def test_the_cache_changes_nothing(name):
-  out, counts = _greedy(name)(_prompts())
+  out = _greedy(name)(_prompts())
   np.testing.assert_array_equal(out, _expected(name))
-  np.testing.assert_array_equal(counts, ALL)
   # A model that says one word over and over would prove little.
   assert all(len(set(row)) >= 4 for row in out.tolist())
 
@@ -161,90 +174,27 @@ def test_the_cache_changes_nothing(name):
 @each_family
 def test_neighbours_change_nothing(name):
   """Neither the other rows, nor how far the batch is padded."""
-  out, _ = _greedy(name)(_prompts())
+  out = _greedy(name)(_prompts())
   others = _prompts(seed=4)
   others[2] = _prompts()[2]
   lengths = np.array([2, 9, LENGTHS[2], 8], np.int32)
-  mixed, _ = _greedy(name)(others, lengths)
+  mixed = _greedy(name)(others, lengths)
   np.testing.assert_array_equal(mixed[2], out[2])
   assert not np.array_equal(mixed[0], out[0])
   # What stands in the padding does not matter.
   dirty = _prompts()
   dirty[np.arange(WIDTH) >= LENGTHS[:, None]] = 55
-  np.testing.assert_array_equal(_greedy(name)(dirty)[0], out)
+  np.testing.assert_array_equal(_greedy(name)(dirty), out)
 
 
 def test_alone_and_without_padding():
   row, n = 2, LENGTHS[2]
-  out, counts = _jit(functools.partial(decode.greedy, _GEMMA3, max_new=NEW))(
+  state = _jit(functools.partial(_continue, _GEMMA3, slots=n + NEW))(
     decode.unstack(_params('gemma3')),
     _prompts()[row : row + 1, :n],
     LENGTHS[row : row + 1],
-    ALL[:1],
-    NO_STOP,
   )
-  np.testing.assert_array_equal(out[0], _expected('gemma3')[row])
-  assert counts.tolist() == [NEW]
-
-
-@each_family
-def test_a_stop_token_ends_its_row_and_is_left_out(name):
-  full = _expected(name)
-  stops = np.array([full[0, 5], full[1, 0]], np.int32)  # The second at once.
-  out, counts = _greedy(name)(_prompts(), stop_ids=stops)
-  for row in range(4):
-    stopped = np.isin(full[row], stops)
-    n = stopped.argmax() if stopped.any() else NEW
-    assert counts[row] == n
-    np.testing.assert_array_equal(out[row, :n], full[row, :n])
-    assert not out[row, n:].any()
-  assert counts[0] <= 5 and counts[1] == 0
-
-
-@each_family
-def test_each_row_has_its_own_limit(name):
-  limits = np.array([0, NEW, 1, 5], np.int32)
-  out, counts = _greedy(name)(_prompts(), limits=limits)
-  np.testing.assert_array_equal(counts, limits)
-  want = np.where(np.arange(NEW) < limits[:, None], _expected(name), 0)
-  np.testing.assert_array_equal(out, want)
-
-
-def test_rows_that_only_fill_up_the_batch():
-  out, counts = _greedy('gemma3')(_prompts(), limits=np.zeros(4, np.int32))
-  assert not out.any() and not counts.any()
-  # A stop token does not bring a row back to life after its limit.
-  full = _expected('gemma3')
-  stops = np.array([full[3, 4], -1], np.int32)
-  limits = np.array([0, 0, 0, 2], np.int32)
-  out, counts = _greedy('gemma3')(_prompts(), limits=limits, stop_ids=stops)
-  assert counts.tolist() == [0, 0, 0, min(2, full[3].tolist().index(stops[0]))]
-
-
-def test_the_loop_ends_with_the_last_row(monkeypatch):
-  steps = []
-  real = decode.step
-
-  def counted(*args):
-    jax.debug.callback(lambda: steps.append(1))
-    return real(*args)
-
-  monkeypatch.setattr(decode, 'step', counted)
-  run = _jit(functools.partial(decode.greedy, _GEMMA1, max_new=NEW))
-  run = functools.partial(run, decode.unstack(_params('gemma1')))
-
-  def steps_of(limits):
-    steps.clear()
-    jax.block_until_ready(
-      run(_prompts(), LENGTHS, np.array(limits, np.int32), NO_STOP)
-    )
-    jax.effects_barrier()
-    return len(steps)
-
-  assert steps_of([0, 0, 0, 0]) == 0
-  # The prefill makes the first token; a limit is noticed one step later.
-  assert steps_of([2, 4, 0, 1]) in (3, 4)
-  assert steps_of([NEW] * 4) == NEW - 1
+  np.testing.assert_array_equal(state.tokens[0, 0], _expected('gemma3')[row])
 
 
 @each_family
@@ -255,77 +205,96 @@ def test_hidden_states_are_those_of_the_forward_pass(name):
   tokens = tokens.astype(np.int32)
   want = np.asarray(_forward(name)(tokens, LENGTHS + NEW))
   params = decode.unstack(_params(name))
-  slots, rows = WIDTH + NEW, np.arange(4)
+  rows = np.arange(4)
 
   @_jit
   def run(params):
-    hidden, cache = decode.prefill(
-      cfg, params, tokens[:, :WIDTH], LENGTHS, slots, jnp.float32
+    """Reads each row's prompt, then a token at a time, then two."""
+    cache = decode.empty_cache(cfg, 4, WIDTH + NEW, jnp.float32)
+    zeros = jnp.zeros(4, jnp.int32)
+    prompt, cache = decode.extend(
+      cfg, params, cache, jnp.array(tokens)[:, :WIDTH], zeros
     )
 
     def step(cache, t):
       at = LENGTHS + t
-      hidden, cache = decode.step(
-        cfg,
-        params,
-        cache,
-        jnp.array(tokens)[rows, at],
-        at,
-        WIDTH + t,
-        jnp.float32,
-      )
-      return cache, hidden
+      token = jnp.array(tokens)[rows, at]
+      hidden, cache = decode.extend(cfg, params, cache, token[:, None], at)
+      return cache, hidden[:, 0]
 
-    cache, steps = jax.lax.scan(step, cache, jnp.arange(NEW))
-    return hidden, steps, cache
+    cache, steps = jax.lax.scan(step, cache, jnp.arange(NEW - 2))
+    at = LENGTHS + NEW - 2
+    two = jnp.array(tokens)[rows[:, None], at[:, None] + jnp.arange(2)]
+    last, _ = decode.extend(cfg, params, cache, two, at)
+    return prompt, steps, last
 
-  hidden, steps, cache = run(params)
-  got = [np.asarray(hidden), *np.asarray(steps)]
-  for t, x in enumerate(got):
-    exact = want[rows, LENGTHS + t - 1]
-    error = np.linalg.norm(x - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
-    assert np.max(error) < 1e-5, t
-  # What the cache says of its slots: prompt, gap, new tokens.
+  prompt, steps, last = map(np.asarray, run(params))
   for row, n in enumerate(LENGTHS):
-    valid = [1] * n + [0] * (WIDTH - n) + [1] * NEW
-    assert cache['valid'][row].tolist() == valid
-    positions = np.asarray(cache['positions'][row])[np.array(valid) == 1]
-    assert positions.tolist() == list(range(n + NEW))
+    got = [*prompt[row, :n], *steps[:, row], *last[row]]
+    exact = want[row, : n + NEW]
+    error = np.linalg.norm(got - exact, axis=-1)
+    assert np.max(error / np.linalg.norm(exact, axis=-1)) < 1e-5
+
+
+def test_a_long_prompt_is_read_in_parts(monkeypatch):
+  tokens = np.random.default_rng(9).integers(0, VOCAB, (2, 12), np.int32)
+  params = decode.unstack(_params('gemma3'))
+
+  def caches(chunk):
+    monkeypatch.setattr(decode, '_CHUNK', chunk)
+    return _jit(lambda p: decode.prefill(_GEMMA3, p, tokens, jnp.float32))(
+      params
+    )
+
+  whole = caches(12)
+  assert len(jax.tree.leaves(whole)) == 2 * _GEMMA3.num_layers
+  for a, b in zip(
+    jax.tree.leaves(whole), jax.tree.leaves(caches(4)), strict=True
+  ):
+    assert a.shape == (2, 12, 2, 8)
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  with pytest.raises(AssertionError):
+    caches(5)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_cache_and_activations_have_the_asked_dtype(dtype):
   params = decode.unstack(_params('gemma3'))
-  args = (_prompts(), LENGTHS, WIDTH + NEW, dtype)
-  hidden, cache = jax.eval_shape(
-    lambda p: decode.prefill(_GEMMA3, p, *args), params
-  )
-  assert hidden.dtype == dtype and hidden.shape == (4, 24)
+
+  def run(params):
+    cache = decode.prefill(_GEMMA3, params, _prompts(), dtype)
+    hidden, cache = decode.extend(
+      _GEMMA3, params, cache, _prompts()[:, :1], jnp.asarray(LENGTHS - 1)
+    )
+    logits, _ = decode.step(
+      _GEMMA3, params, cache, jnp.asarray(_prompts()[:, 0]), LENGTHS - 1
+    )
+    return hidden, logits, cache
+
+  hidden, logits, cache = jax.eval_shape(run, params)
+  assert hidden.dtype == dtype and hidden.shape == (4, 1, 24)
+  assert logits.dtype == jnp.float32 and logits.shape == (VOCAB, 4)
   assert len(cache['k']) == len(cache['v']) == _GEMMA3.num_layers
   for x in (*cache['k'], *cache['v']):
-    assert x.dtype == dtype and x.shape == (4, WIDTH + NEW, 2, 8)
+    assert x.dtype == dtype and x.shape == (4, WIDTH, 2, 8)
 
 
-def test_final_softcap_comes_before_the_maximum():
-  """A cap so low that many logits reach it: the first of them is chosen.
+def test_logits_are_those_of_the_vocabulary():
+  """Softcap keeps the order, so that only the values show it."""
+  name, cfg = 'gemma2', _GEMMA2
+  hidden = np.asarray(_forward(name)(_prompts(), LENGTHS))
+  want = hidden[np.arange(4), LENGTHS - 1] @ _params(name)['embedding'].T
+  assert np.abs(want).max() > 1.1 * cfg.final_softcap, 'the cap should matter'
+  want = np.asarray(model.softcap(want, cfg.final_softcap))
 
-  Softcap keeps the order of all others, so that only float32's saturation shows
-  whether it is there.
-  """
-  cfg = dataclasses.replace(_GEMMA1, final_softcap=1e-3)
-  logits = np.asarray(_forward('gemma1')(_prompts(), LENGTHS))
-  logits = logits[np.arange(4), LENGTHS - 1] @ _params('gemma1')['embedding'].T
-  capped = np.asarray(model.softcap(jnp.asarray(logits), cfg.final_softcap))
-  want = capped.argmax(-1)
-  assert np.all(want != logits.argmax(-1)), 'the cap should matter'
-  out, _ = _jit(functools.partial(decode.greedy, cfg, max_new=1))(
-    decode.unstack(_params('gemma1')),
-    _prompts(),
-    LENGTHS,
-    np.ones(4, np.int32),
-    NO_STOP,
-  )
-  np.testing.assert_array_equal(out[:, 0], want)
+  @_jit
+  def run(params):
+    cache = decode.prefill(cfg, params, _prompts(), jnp.float32)
+    last = jnp.asarray(_prompts())[np.arange(4), LENGTHS - 1]
+    return decode.step(cfg, params, cache, last, jnp.asarray(LENGTHS - 1))[0]
+
+  got = run(decode.unstack(_params(name)))
+  np.testing.assert_allclose(got.T, want, rtol=1e-3, atol=1e-4)
 
 
 def test_unstack_parts_the_layers():

@@ -1,12 +1,9 @@
 """Text in, text out, and the scores of it."""
 
 import functools
-import io
 import math
 import pathlib
-import sys
 import types
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +16,10 @@ from mt import bitext
 from mt import compiling
 from mt import corpus
 from mt import decode
-from mt import errors
 from mt import evaluate
 from mt import model
+from mt import pool
+from mt import search as search_lib
 from mt import sizes
 from mt import template as template_lib
 from mt import tokenizer
@@ -32,14 +30,7 @@ PLAIN = template_lib.Template('English: {source}\nFrench:', ' ')
 BARE = template_lib.Template('{source}\n')
 
 
-@pytest.fixture(autouse=True, scope='module')
-def quick_compilation():
-  """Compiling is most of what these tests take: without optimising, less."""
-  name = 'jax_disable_most_optimizations'
-  before = jax.config.read(name)
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @functools.cache
@@ -152,6 +143,26 @@ def test_the_prefix_is_taken_off_once():
   assert _answer(template, *_bonjour(), tok.eos_id) == ['onj']
 
 
+def test_n_best_translations_with_scores():
+  nbest = translate.make_nbest(
+    sizes.SIZES['debug'],
+    _tokenizer(),
+    BARE,
+    batch_size=4,
+    max_ratio=0.1,
+    max_extra=5,
+    search=search_lib.Search(beam=3, n_best=3, length_penalty=2.0),
+  )
+  one, empty = nbest(_random_params(), ['why', ' '])
+  assert empty == [translate.Translation('', 0.0, 0.0)]
+  assert len({t.text for t in one}) == 3
+  assert [t.score for t in one] == sorted((t.score for t in one), reverse=True)
+  for t in one:
+    lengths = [(t.log_probability / t.score) ** 0.5]
+    np.testing.assert_allclose(lengths, np.round(lengths), rtol=1e-4)
+    assert 1 <= lengths[0] < 6.5
+
+
 def test_length_is_limited_by_the_source():
   """A model that never stops, the symptom of an EOS that was not learned."""
   tok = _with_newlines()
@@ -218,7 +229,7 @@ def _alone():
 
 def _buckets(texts):
   prompts = [template_lib.prompt_ids(t, _tokenizer(), BARE) for t in texts]
-  return [translate.bucket(len(p)) for p in prompts]
+  return [pool.bucket(len(p)) for p in prompts]
 
 
 def test_one_line_in_one_line_out_in_order():
@@ -257,7 +268,9 @@ def test_a_very_long_text():
 
 
 def test_nothing_to_translate(monkeypatch):
-  monkeypatch.setattr(decode, 'greedy', None)  # Nothing may be compiled for it.
+  # Nothing may be compiled for it.
+  monkeypatch.setattr(decode, 'prefill', None)
+  monkeypatch.setattr(decode, 'step', None)
   translator = translate.make_translator(
     sizes.SIZES['debug'],
     _tokenizer(),
@@ -274,63 +287,36 @@ def test_progress_counts_every_sentence():
   seen = []
   _random(4)(_random_params(), TEXTS, seen.append)
   assert seen == sorted(set(seen)) and seen[-1] == len(TEXTS)
-  assert len(seen) == 4  # Batches: 9 sentences of one bucket, 1 of the other.
-  assert seen[0] == len(EMPTY) + 4
+  assert len(seen) >= 4 and seen[0] > len(EMPTY)
 
 
-def test_a_bucket_is_traced_once(monkeypatch):
-  traces = []
-  real = decode.greedy
-
-  def counted(cfg, params, tokens, *args, **kwargs):
-    traces.append(tokens.shape)
-    return real(cfg, params, tokens, *args, **kwargs)
-
-  monkeypatch.setattr(decode, 'greedy', counted)
-  tok = _with_newlines()
-  translator = translate.make_translator(
-    _SCRIPT_SIZE, tok, BARE, batch_size=3, max_ratio=0.5, max_extra=2
-  )
-  params = _script(tok.encode('\n')[-1], _piece('e'), tok.eos_id)
-  # Every length that a bucket can have, and every number of rows in a batch.
-  lengths = [*range(1, 31), 31, 40, 60]
-  texts = ['x' * n for n in lengths]
-  assert {len(tok.encode(t)) for t in texts} == set(lengths)
-  for _ in range(2):
-    assert translator(params, texts) == ['e'] * len(texts)
-    assert translator(params, texts[:2]) == ['e'] * 2
-  assert traces == [(3, 32), (3, 64)]
-  # A trace that should not be is an error and no silent compilation.
-  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  with pytest.raises(AssertionError, match='traced'):
-    translator(half, texts[:1])
-
-
-def test_rows_that_fill_up_a_batch_ask_for_nothing(monkeypatch):
-  """The loop ends with the last row, so that one of them would prolong it."""
+def test_limits_are_of_the_source_alone(monkeypatch):
+  """BOS and the newline are no part of it."""
   seen = []
-
-  def nothing(cfg, params, tokens, lengths, limits, stop_ids, **kwargs):
-    jax.debug.callback(lambda *x: seen.append(x), lengths, limits)
-    return jnp.zeros((3, kwargs['max_new']), jnp.int32), jnp.zeros(3, int)
-
-  monkeypatch.setattr(decode, 'greedy', nothing)
-  translator = translate.make_translator(
+  monkeypatch.setattr(
+    pool,
+    'make_decoder',
+    lambda *_, **__: (
+      lambda params, prompts, on_done: (
+        seen.extend(prompts) or [[pool.Hypothesis([], 1, 0.0, 0.0)]] * 2
+      )
+    ),
+  )
+  translator = translate.make_nbest(
     _SCRIPT_SIZE,
     _with_newlines(),
     BARE,
     batch_size=3,
-    max_ratio=1.0,
+    max_ratio=1.5,
     max_extra=2,
   )
-  assert translator(_script(5, 6), ['a', '', 'lol']) == [''] * 3
-  jax.effects_barrier()
-  ((lengths, limits),) = seen
-  # Shortest first; BOS and the newline are no part of the source.
-  sources = [len(_with_newlines().encode(text)) for text in ('a', 'lol')]
-  assert limits.tolist() == [n + 2 for n in sources] + [0]
-  # At least 1, as the decoder wants it of every row.
-  assert lengths.tolist() == [n + 2 for n in sources] + [1]
+  out = translator(_script(5, 6), ['a', '', 'lol'], first=100)
+  assert [[t.text for t in n] for n in out] == [['']] * 3
+  for prompt, text, number in zip(seen, ('a', 'lol'), (100, 102), strict=True):
+    source = _with_newlines().encode(text)
+    ids = template_lib.prompt_ids(text, _with_newlines(), BARE)
+    assert len(source) == len(ids) - 2
+    assert prompt == pool.Prompt(ids, int(1.5 * len(source)) + 2, number)
 
 
 def test_jit_once():
@@ -345,14 +331,6 @@ def test_jit_once():
     with pytest.raises(AssertionError, match='traced'):
       one(changed)
   assert one(np.ones(3)).tolist() == [2] * 3  # It can still be used.
-
-
-@pytest.mark.parametrize(
-  ('length', 'width'),
-  [(1, 32), (32, 32), (33, 64), (64, 64), (65, 128), (1000, 1024)],
-)
-def test_bucket(length, width):
-  assert translate.bucket(length) == width
 
 
 def test_stop_ids():
@@ -382,15 +360,26 @@ def test_stop_ids_of_gemma():
 
 def test_the_translator_of_a_config(monkeypatch):
   seen = {}
+  best, other = (translate.Translation(t, -1.0, -2.0) for t in ('a', 'b'))
   monkeypatch.setattr(
-    translate, 'make_translator', lambda *args, **kw: seen.update(kw, args=args)
+    translate,
+    'make_nbest',
+    lambda *args, **kw: (
+      seen.update(kw, args=args) or (lambda *_: [[best, other]])
+    ),
   )
   config = default.get_config()
   config.template.target_bos = True
   config.train.dtype = 'bfloat16'
-  config.decode = {'batch_size': 5, 'max_ratio': 1.25, 'max_extra': 7}
+  config.decode = {
+    'batch_size': 5,
+    'max_ratio': 1.25,
+    'max_extra': 7,
+    'beam': 3,
+    'length_penalty': 0.5,
+  }
   source = types.SimpleNamespace(config='the size', tokenizer='the tokenizer')
-  translate.from_config(config, source)
+  translator = translate.from_config(config, source)
   template = template_lib.Template(
     'English: {source}\nFrench:', config.template.target_prefix, target_bos=True
   )
@@ -399,48 +388,10 @@ def test_the_translator_of_a_config(monkeypatch):
     'batch_size': 5,
     'max_ratio': 1.25,
     'max_extra': 7,
+    'search': search_lib.Search(beam=3, length_penalty=0.5),
     'dtype': jnp.bfloat16,
   }
-
-
-# The command.
-
-
-def _command(monkeypatch, given):
-  """Runs main on bytes with a translator that shouts."""
-  out, calls = io.BytesIO(), []
-
-  def translator(params, texts):
-    calls.append(len(texts))
-    return [text.upper() for text in texts]
-
-  for module, name, stand_in in (
-    (translate.checkpoint, 'load_finetuned', lambda folder: (None, None, None)),
-    (translate, 'from_config', lambda config, source: translator),
-    (translate.compiling, 'keep_compiled_programs', lambda: None),
-    (translate, 'flags', types.SimpleNamespace(FLAGS=mock.Mock(workdir='w'))),
-    (sys, 'stdin', types.SimpleNamespace(buffer=io.BytesIO(given))),
-    (sys, 'stdout', types.SimpleNamespace(buffer=out)),
-  ):
-    monkeypatch.setattr(module, name, stand_in)
-  translate.main(['translate.py'])
-  return out.getvalue().decode(), calls
-
-
-@pytest.mark.parametrize('end', ['\n', '\r\n'])
-def test_the_command_keeps_lines_apart(monkeypatch, end):
-  monkeypatch.setattr(translate, '_LINES_AT_ONCE', 2)
-  lines = ['a\u2028b\x85c\x0c', '', ' é "\t', 'd\re', 'last']
-  out, calls = _command(monkeypatch, end.join(lines).encode())
-  assert out == ''.join(line.upper() + '\n' for line in lines)
-  assert calls == [2, 2, 1]
-  assert _command(monkeypatch, b'') == ('', [])
-  assert _command(monkeypatch, b'\n\n') == ('\n\n', [2])
-
-
-def test_the_command_names_a_bad_line(monkeypatch):
-  with pytest.raises(errors.UserError, match='line 2: not UTF-8'):
-    _command(monkeypatch, 'a\ncafé\n'.encode('latin-1'))
+  assert translator(None, ['x']) == ['a']
 
 
 # What the pretrained model said, remembered.
@@ -479,7 +430,7 @@ def test_whatever_decides_the_texts_makes_another_key(cache, monkeypatch):
     assert evaluate.remember(key, other) == [str(n)] and other.calls == 1
   assert evaluate.remember([1, 'x'], make) == ['a'] and make.calls == 1
   # The code of the decoder, of the model or of the translator.
-  for changed in (decode, model, translate):
+  for changed in (decode, model, pool, search_lib, translate):
     real = evaluate.inspect.getsource
     with monkeypatch.context() as m:
       m.setattr(

@@ -1,0 +1,341 @@
+"""Greedy, sampled and beam search, as pure functions.
+
+Of the model they know one function, which reads a token of each row and gives
+logits and a cache; of the cache, that its arrays lead with the rows.
+
+  B sentences, W hypotheses of each, M = B * W rows of the model, V vocabulary,
+  T the most tokens that a hypothesis may have.
+
+Beam search is the one whose beam shrinks (Marian, arXiv 1804.00344): at every
+step the W - f best continuations stay, f being the hypotheses that have ended.
+Those keep their places. A sentence is done when all have ended, or earlier,
+when no living one can still come among the n best: its log-probability only
+falls, so that it cannot exceed log-probability / limit^length_penalty.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+Cache = Any
+Step = Callable[
+  [Cache, jax.Array, jax.Array],  # cache, tokens [M], positions [M] ->
+  tuple[jax.Array, Cache],  # logits [V, M] float32, cache.
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """How the next tokens are chosen.
+
+  Attributes:
+    beam: hypotheses at once; 1 is greedy.
+    length_penalty: a hypothesis of n tokens, the one that ends it included, has
+      the score log-probability / n^length_penalty.
+    n_best: hypotheses wanted; at most `beam`, unless they are sampled.
+    temperature: 0 takes the most probable token; above, tokens are drawn with
+      probabilities proportional to p^(1 / temperature).
+    top_k: drawn from so many most probable tokens only; 0 for all.
+    top_p: drawn from the fewest tokens that have at least this probability
+      together, after temperature and top_k.
+    seed: of the draws. They depend on the sentence's number and on nothing that
+      stands in the batch with it.
+  """
+
+  beam: int = 1
+  length_penalty: float = 1.0
+  n_best: int = 1
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int = 0
+
+  @property
+  def width(self) -> int:
+    """W."""
+    return self.n_best if self.temperature else self.beam
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+  """Where a search has got to.
+
+  Attributes:
+    numbers: [B] int32, of the sentences, for their draws.
+    start: [B] int32, position of the prompt's last token.
+    limits: [B] int32, most tokens of a hypothesis; 0 for a row without one.
+    made: [B] int32, steps so far.
+    last: [B, W] int32, the token to be read next.
+    tokens: [B, W, T] int32, zero after the end.
+    counts: [B, W] int32, tokens of each, the one that ends it included.
+    logp: [B, W] float32, natural log-probability of those; -inf where there is
+      no hypothesis.
+    live: [B, W] bool, not ended yet.
+  """
+
+  numbers: jax.Array
+  start: jax.Array
+  limits: jax.Array
+  made: jax.Array
+  last: jax.Array
+  tokens: jax.Array
+  counts: jax.Array
+  logp: jax.Array
+  live: jax.Array
+
+
+def start(
+  search: Search,
+  numbers: jax.Array,
+  last: jax.Array,
+  lengths: jax.Array,
+  limits: jax.Array,
+  width: int,
+) -> State:
+  """Before the first step.
+
+  Args:
+    search: see Search.
+    numbers: [B] int32, of the sentences.
+    last: [B] int32, the last token of each prompt.
+    lengths: [B] int32, tokens of each prompt, at least 1.
+    limits: [B] int32, at most `width`; 0 for a row that only fills up.
+    width: T.
+  """
+  chex.assert_rank([numbers, last, lengths, limits], 1)
+  chex.assert_equal_shape([numbers, last, lengths, limits])
+  b, w = len(last), search.width
+  # A beam's first step has one hypothesis to go on from, the empty one.
+  place = jnp.arange(w) < (w if search.temperature else 1)
+  live = place & (limits > 0)[:, None]
+  return State(
+    numbers=numbers,
+    start=lengths - 1,
+    limits=limits,
+    made=jnp.zeros(b, jnp.int32),
+    last=jnp.repeat(last[:, None], w, 1),
+    tokens=jnp.zeros((b, w, width), jnp.int32),
+    counts=jnp.zeros((b, w), jnp.int32),
+    logp=jnp.where(live, jnp.float32(0), -jnp.inf),
+    live=live,
+  )
+
+
+def running(state: State) -> jax.Array:
+  """Sentences that are not done: [B] bool."""
+  return jnp.any(state.live, axis=1)
+
+
+def score(search: Search, logp: jax.Array, counts: jax.Array) -> jax.Array:
+  """What hypotheses are ranked by; see Search.length_penalty."""
+  chex.assert_equal_shape([logp, counts])
+  return logp / jnp.maximum(counts, 1).astype(float) ** search.length_penalty
+
+
+def run(
+  search: Search,
+  step: Step,
+  cache: Cache,
+  state: State,
+  stop_ids: jax.Array,
+  floor: jax.Array | int = 0,
+) -> tuple[Cache, State]:
+  """Takes steps until at most `floor` sentences are running.
+
+  Args:
+    search: see Search.
+    step: the model.
+    cache: its arrays lead with M rows.
+    state: see State.
+    stop_ids: [n] int32, tokens that end a hypothesis, n at least 1.
+    floor: a number of sentences.
+  """
+  chex.assert_rank(stop_ids, 1)
+
+  def condition(carry):
+    return jnp.sum(running(carry[1])) > floor
+
+  def body(carry):
+    cache, state = carry
+    positions = jnp.repeat(state.start + state.made, state.last.shape[1])
+    logits, cache = step(cache, state.last.reshape(-1), positions)
+    state, parents = advance(search, state, logits, stop_ids)
+    if parents is not None:
+      cache = jax.tree.map(lambda x: x[parents], cache)
+    return cache, state
+
+  return lax.while_loop(condition, body, (cache, state))
+
+
+def advance(
+  search: Search, state: State, logits: jax.Array, stop_ids: jax.Array
+) -> tuple[State, jax.Array | None]:
+  """One step of whichever search it is.
+
+  Args:
+    search: see Search.
+    state: see State.
+    logits: [V, M] float32.
+    stop_ids: [n] int32.
+
+  Returns:
+    The state, and for each row the row [M] whose cache it goes on with, or None
+    where each goes on with its own.
+  """
+  chex.assert_shape(logits, (None, state.last.size))
+  if search.temperature:
+    return _append(state, logits, _draw(search, state, logits), stop_ids), None
+  if search.beam == 1:
+    return greedy(state, logits, stop_ids), None
+  return beam(search, state, logits, stop_ids)
+
+
+def greedy(state: State, logits: jax.Array, stop_ids: jax.Array) -> State:
+  """Each hypothesis goes on with its most probable token."""
+  chex.assert_shape(logits, (None, state.last.size))
+  return _append(state, logits, jnp.argmax(logits, 0), stop_ids)
+
+
+def _append(state, logits, tokens, stop_ids):
+  """Adds a token [M] to each living hypothesis."""
+  gain = jnp.take_along_axis(logits, tokens[None], 0)[0]
+  gain = (gain - jax.nn.logsumexp(logits, 0)).reshape(state.live.shape)
+  tokens = tokens.reshape(state.live.shape).astype(jnp.int32)
+  made = state.made + running(state)
+  ended = jnp.isin(tokens, stop_ids) | (made >= state.limits)[:, None]
+  return dataclasses.replace(
+    state,
+    made=made,
+    last=tokens,
+    tokens=_write(state, state.tokens, tokens, state.live),
+    counts=state.counts + state.live,
+    logp=jnp.where(state.live, state.logp + gain, state.logp),
+    live=state.live & ~ended,
+  )
+
+
+def _write(state, tokens, new, where):
+  at = jnp.arange(tokens.shape[-1]) == state.made[:, None, None]
+  return jnp.where(at & where[..., None], new[..., None], tokens)
+
+
+def _draw(search, state, logits):
+  """[V, M] -> [M], by numbers that depend on sentence, place and step alone."""
+
+  def key(number, place, made):
+    k = jax.random.fold_in(jax.random.key(search.seed), number)
+    return jax.random.fold_in(jax.random.fold_in(k, place), made)
+
+  b, w = state.live.shape
+  keys = jax.vmap(key)(
+    jnp.repeat(state.numbers, w),
+    jnp.tile(jnp.arange(w), b),
+    jnp.repeat(state.made, w),
+  )
+  kept = keep_probable(logits / search.temperature, search.top_k, search.top_p)
+  return jax.vmap(jax.random.categorical)(keys, kept.T)
+
+
+def keep_probable(
+  logits: jax.Array, top_k: int = 0, top_p: float = 1.0
+) -> jax.Array:
+  """Logits [V, M] with -inf for what is not to be drawn.
+
+  Args:
+    logits: [V, M] float32.
+    top_k: see Search; tokens as probable as the last of them stay too.
+    top_p: see Search, and Holtzman et al., arXiv 1904.09751; likewise.
+  """
+  chex.assert_rank(logits, 2)
+  if 0 < top_k < len(logits):
+    least = lax.top_k(logits.T, top_k)[0][:, -1]
+    logits = jnp.where(logits >= least, logits, -jnp.inf)
+  if top_p == 1.0:
+    return logits
+  # A token stays if those more probable than it have less than top_p together.
+  # The least probability for which this holds is found by bisection over the
+  # bits of float32, which are ordered as the numbers are: 30 passes, exact, and
+  # much faster than sorting a large vocabulary.
+  probs = jax.nn.softmax(logits, 0)
+
+  def halve(_, bounds):
+    low, high = bounds
+    middle = (low + high) // 2
+    level = lax.bitcast_convert_type(middle, jnp.float32)
+    stays = jnp.sum(jnp.where(probs > level, probs, 0.0), 0) < top_p
+    return jnp.where(stays, low, middle + 1), jnp.where(stays, middle, high)
+
+  one = lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32)
+  m = logits.shape[1]
+  bounds = jnp.zeros(m, jnp.int32), jnp.full(m, one)
+  _, least = lax.fori_loop(0, 30, halve, bounds)
+  least = lax.bitcast_convert_type(least, jnp.float32)
+  return jnp.where(probs >= least, logits, -jnp.inf)
+
+
+def beam(
+  search: Search, state: State, logits: jax.Array, stop_ids: jax.Array
+) -> tuple[State, jax.Array]:
+  """The best continuations of all hypotheses of a sentence.
+
+  Of the tokens that end a hypothesis only the most probable one counts, so that
+  no text comes twice.
+
+  Args, result: see `advance`.
+  """
+  chex.assert_shape(logits, (None, state.last.size))
+  b, w = state.live.shape
+  stop_ids, norm = jnp.asarray(stop_ids), jax.nn.logsumexp(logits, 0)
+  ends = logits[stop_ids]
+  end_token = stop_ids[jnp.argmax(ends, 0)].reshape(b, w)
+  end_gain = (jnp.max(ends, 0) - norm).reshape(b, w)
+  k = min(w, len(logits))
+  gain, token = lax.top_k(logits.at[stop_ids].set(-jnp.inf).T, k)
+  gain = (gain - norm[:, None]).reshape(b, w, k)
+
+  # Candidates, [B, W + W + W*k]: the ended, those that end now, the longer.
+  alive = jnp.where(state.live, state.logp, -jnp.inf)
+  grown = (alive[..., None] + gain).reshape(b, w * k)
+  logp = jnp.concatenate([state.logp, alive + end_gain, grown], 1)
+  has_ended = ~state.live & (state.logp > -jnp.inf)
+  kept = jnp.where(has_ended, jnp.inf, -jnp.inf)
+  _, chosen = lax.top_k(jnp.concatenate([kept, logp[:, w:]], 1), w)
+  place = jnp.arange(w)
+  parent = jnp.concatenate([place, place, jnp.repeat(place, k)])[chosen]
+
+  def pick(*candidates):
+    return jnp.take_along_axis(jnp.concatenate(candidates, 1), chosen, 1)
+
+  def inherit(x):
+    return jnp.take_along_axis(x, parent, 1)
+
+  logp = jnp.where((chosen >= w) | inherit(has_ended), pick(logp), -jnp.inf)
+  token = pick(state.last, end_token, token.reshape(b, w * k))
+  longer = (chosen >= w) & (logp > -jnp.inf)
+  made = state.made + running(state)
+  counts = inherit(state.counts) + longer
+  tokens = jnp.take_along_axis(state.tokens, parent[..., None], 1)
+  live = longer & (chosen >= 2 * w) & (made < state.limits)[:, None]
+
+  # Done early, if the n best cannot change any more.
+  ended = jnp.where(live, -jnp.inf, score(search, logp, counts))
+  last_wanted = lax.top_k(ended, search.n_best)[0][:, -1]
+  limits = jnp.broadcast_to(state.limits[:, None], (b, w))
+  bound = jnp.where(live, score(search, logp, limits), -jnp.inf)
+  hopeless = live & (last_wanted >= jnp.max(bound, 1))[:, None]
+  state = dataclasses.replace(
+    state,
+    made=made,
+    last=token,
+    tokens=_write(state, tokens, token, longer),
+    counts=counts,
+    logp=jnp.where(hopeless, -jnp.inf, logp),
+    live=live & ~hopeless,
+  )
+  return state, (jnp.arange(b)[:, None] * w + parent).reshape(-1)

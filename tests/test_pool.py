@@ -1,0 +1,324 @@
+"""Prompts through a batch that is filled again, with a small random Gemma."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mt import decode
+from mt import loss
+from mt import model
+from mt import pool
+from mt import search as search_lib
+from mt import sizes
+from mt.search import Search
+
+CFG = sizes.SIZES['debug']
+STOPS = [1, 7, 20, 50, 60, 70]
+SEARCHES = {
+  'greedy': Search(),
+  'beam': Search(beam=3, n_best=2),
+  'sample': Search(temperature=1.0, top_k=40, top_p=0.9, n_best=2),
+}
+each_search = pytest.mark.parametrize('name', SEARCHES)
+
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
+@functools.cache
+def _stacked():
+  params = model.init_params(CFG, jax.random.key(1))
+  # What the layers add outweighs the embedding of the last token, which a model
+  # with tied embeddings would only repeat.
+  for name in ('post_attn_norm', 'post_ffw_norm'):
+    params['layers'][name] += 8.0
+  return params
+
+
+@functools.cache
+def _params():
+  return decode.unstack(_stacked())
+
+
+def _prompts(shapes, seed=0):
+  """Prompts of these (tokens, limit)."""
+  rng = np.random.default_rng(seed)
+  return [
+    pool.Prompt(rng.integers(80, CFG.vocab_size, n).tolist(), limit, number)
+    for number, (n, limit) in enumerate(shapes)
+  ]
+
+
+@functools.cache
+def _decoder(name):
+  return pool.make_decoder(CFG, SEARCHES[name], STOPS, batch_size=8)
+
+
+# All at once: two widths of prompts, two lengths of the cache.
+MIXED = _prompts(
+  [(20, 9), (3, 30), (33, 4), (1, 12), (40, 100), (9, 1), (64, 3), (5, 40)]
+  + [(12, n) for n in range(2, 13)]
+)
+
+
+def _assert_same(one, other):
+  assert len(one) == len(other)
+  for a, b in zip(one, other, strict=True):
+    assert [(h.tokens, h.end) for h in a] == [(h.tokens, h.end) for h in b]
+    np.testing.assert_allclose(
+      [h.logp for h in a], [h.logp for h in b], rtol=1e-4
+    )
+
+
+@each_search
+def test_batched_is_alone(name):
+  done = []
+  out = _decoder(name)(_params(), MIXED, done.append)
+  alone = [_decoder(name)(_params(), [p])[0] for p in MIXED]
+  _assert_same(out, alone)
+  assert done == sorted(done) and done[-1] == len(MIXED)
+  assert all(len(h) == SEARCHES[name].n_best for h in out)
+  # Another order is another make-up of the batch.
+  order = np.random.default_rng(1).permutation(len(MIXED))
+  mixed = _decoder(name)(_params(), [MIXED[i] for i in order])
+  _assert_same(mixed, [out[i] for i in order])
+  # Were they all the same, or all at their limits, it would prove little.
+  assert len({tuple(h[0].tokens) for h in out}) > len(MIXED) * 0.8
+  assert {h[0].end is None for h in out} == {True, False}
+
+
+@each_search
+def test_scores_are_those_of_the_training_loss(name):
+  search = SEARCHES[name]
+  out = _decoder(name)(_params(), MIXED)
+  checked = 0
+  for prompt, found in zip(MIXED, out, strict=True):
+    assert found == sorted(found, key=lambda h: -h.score)
+    for h in found:
+      end = [] if h.end is None else [h.end]
+      assert h.end in [None, *STOPS] and not set(h.tokens) & set(STOPS)
+      assert len(h.tokens) + len(end) <= prompt.limit
+      assert end or len(h.tokens) == prompt.limit
+      n = len(h.tokens) + len(end)
+      want = -_nll(prompt.tokens, h.tokens + end)
+      np.testing.assert_allclose(h.logp, want, rtol=1e-3, atol=1e-3)
+      np.testing.assert_allclose(h.score, h.logp / n**search.length_penalty)
+      checked += 1
+  assert checked == len(MIXED) * search.n_best
+
+
+@jax.jit
+def _row_nll(params, tokens, mask):
+  at = jnp.arange(tokens.shape[1])[None]
+  hidden = model.forward(CFG, params, tokens, at, jnp.ones_like(tokens))
+  return loss.target_nll(hidden, params['embedding'], tokens, mask)
+
+
+def _nll(prompt, target):
+  """The training loss of one pair, in nats."""
+  tokens = np.zeros((1, 192), np.int32)
+  tokens[0, : len(prompt) + len(target)] = prompt + target
+  at = np.arange(192)[None]
+  mask = (at >= len(prompt)) & (at < len(prompt) + len(target))
+  return float(_row_nll(_stacked(), tokens, mask))
+
+
+# What finished rows cost.
+
+
+@pytest.fixture
+def work(monkeypatch):
+  """The number of rows of each step, and the shape of each prefill."""
+  seen = {'steps': [], 'prefills': []}
+  step, prefill = decode.step, decode.prefill
+
+  def counted_step(cfg, params, cache, tokens, positions):
+    jax.debug.callback(lambda: seen['steps'].append(len(positions)))
+    return step(cfg, params, cache, tokens, positions)
+
+  def counted_prefill(cfg, params, tokens, dtype):
+    jax.debug.callback(lambda: seen['prefills'].append(tokens.shape))
+    return prefill(cfg, params, tokens, dtype)
+
+  monkeypatch.setattr(decode, 'step', counted_step)
+  monkeypatch.setattr(decode, 'prefill', counted_prefill)
+  return seen
+
+
+def _endless(**kwargs):
+  """A decoder in which only limits end anything."""
+  return pool.make_decoder(CFG, Search(), [511], **kwargs)
+
+
+def test_free_rows_take_the_next_prompts(work):
+  """Short and long ones in turns, which nobody can tell apart beforehand."""
+  limits = [4, 36] * 12
+  prompts = _prompts([(45 - n, n) for n in limits])
+  _endless(batch_size=8)(_params(), prompts)
+  jax.effects_barrier()
+  # Batch after batch it would be 3 * 36 steps of 8 rows.
+  assert sum(work['steps']) < 0.75 * 3 * 36 * 8
+  # Two are read at a time, and none for nothing.
+  assert work['prefills'] == [(2, 64)] * 12
+
+
+def test_few_rows_move_into_a_smaller_batch(work):
+  """One long sentence among short ones."""
+  prompts = _prompts([(5, 4)] * 15 + [(5, 100)])
+  _endless(batch_size=16)(_params(), prompts)
+  jax.effects_barrier()
+  assert work['steps'] == [16] * 4 + [1] * 96
+
+
+def test_a_row_that_fills_up_a_batch_is_not_waited_for(work):
+  """Three move into four rows, the long one first."""
+  prompts = _prompts([(3, 50), (50, 10), (50, 12)] + [(60, 4)] * 13)
+  _endless(batch_size=16)(_params(), prompts)
+  jax.effects_barrier()
+  assert work['steps'] == [16] * 4 + [4] * 8 + [1] * 38
+
+
+def test_few_prompts_take_few_rows(work):
+  _endless(batch_size=16)(_params(), _prompts([(5, 3)]))
+  _endless(batch_size=16)(_params(), _prompts([(5, 3)] * 3))
+  jax.effects_barrier()
+  assert work['steps'] == [1] * 3 + [4] * 3
+
+
+def test_long_prompts_are_fewer_at_once(work, monkeypatch):
+  """The cache stays below batch_size * 1024 slots, those that run included."""
+  monkeypatch.setattr(pool, '_SLOTS_EACH', 128)
+  prompts = _prompts([(5, 90)] * 4 + [(100, 30)] * 2 + [(400, 5)])
+  out = _endless(batch_size=4)(_params(), prompts)
+  jax.effects_barrier()
+  assert work['prefills'] == [(1, 32)] * 4 + [(1, 128)] * 2 + [(1, 512)]
+  assert [len(h[0].tokens) for h in out] == [90] * 4 + [30] * 2 + [5]
+  # Four of 128 slots; of 256, or 512, but one.
+  assert work['steps'] == [4] * 90 + [1] * 65
+
+
+def test_beams_take_slots_too(monkeypatch):
+  """Four sentences of 16 hypotheses would need twice 4 * 1024 slots."""
+  shapes = []
+  real = search_lib.run
+
+  def run(search, step, cache, *args):
+    shapes.append(jax.tree.leaves(cache)[0].shape[:2])
+    return real(search, step, cache, *args)
+
+  monkeypatch.setattr(search_lib, 'run', run)
+  decoder = pool.make_decoder(CFG, Search(beam=16), STOPS, batch_size=4)
+  decoder(_params(), _prompts([(5, 4)] * 4))
+  assert shapes == [(16, 128)]
+
+
+def test_each_shape_is_compiled_once(monkeypatch):
+  traces = []
+  for module, name in ((decode, 'prefill'), (search_lib, 'run')):
+    real = getattr(module, name)
+
+    def counted(*args, real=real, name=name):
+      if name == 'prefill':
+        traces.append((name, args[2].shape))
+      else:
+        traces.append((name, jax.tree.leaves(args[2])[0].shape[:2]))
+      return real(*args)
+
+    monkeypatch.setattr(module, name, counted)
+  decoder = pool.make_decoder(CFG, Search(), STOPS, batch_size=8)
+  for prompts in (MIXED, MIXED[:3], MIXED[::-1], MIXED[4:5], MIXED):
+    decoder(_params(), prompts)
+  assert len(traces) == len(set(traces))
+  assert {t for t in traces if t[0] == 'run'} <= {
+    ('run', (rows, slots)) for rows in (8, 2, 1) for slots in (128, 256)
+  }
+  assert {t for t in traces if t[0] == 'prefill'} <= {
+    ('prefill', (rows, width)) for rows in (2, 1) for width in (32, 64)
+  }
+  # A trace that should not be is an error and no silent compilation.
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _params())
+  with pytest.raises(AssertionError, match='traced'):
+    decoder(half, MIXED[:1])
+
+
+def test_nothing_to_do():
+  assert _decoder('greedy')(_params(), []) == []
+
+
+@pytest.mark.parametrize(
+  ('length', 'width'),
+  [(1, 32), (32, 32), (33, 64), (64, 64), (65, 128), (1000, 1024)],
+)
+def test_bucket(length, width):
+  assert pool.bucket(length) == width
+
+
+def test_batch_sizes():
+  assert pool.batch_sizes(16) == [16, 4, 1]
+  assert pool.batch_sizes(3) == [3, 1]
+  assert pool.batch_sizes(1) == [1]
+
+
+_SHARDED = """
+import functools
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from mt import decode
+from mt import search as search_lib
+from tests import test_pool
+
+assert len(jax.devices()) == 8
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ('rows',))
+tokens = jnp.array(np.random.default_rng(0).integers(80, 500, (8, 16)))
+tokens = tokens.astype(jnp.int32)
+numbers = jnp.arange(8, dtype=jnp.int32)
+search = test_pool.SEARCHES['beam']
+
+def run(params, tokens):
+  cache = decode.prefill(test_pool.CFG, params, tokens, jnp.float32)
+  more = ((0, 0), (0, 16), (0, 0), (0, 0))
+  cache = jax.tree.map(
+    lambda x: jnp.repeat(jnp.pad(x, more), search.width, 0), cache)
+  state = search_lib.start(
+    search, numbers, tokens[:, -1], numbers * 0 + 16, numbers + 5, 16)
+  step = functools.partial(decode.step, test_pool.CFG, params)
+  return search_lib.run(search, step, cache, state, np.array(test_pool.STOPS))
+
+params = test_pool._params()
+_, one = jax.jit(run)(params, tokens)
+whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P('rows'))
+cache, many = jax.jit(run, out_shardings=rows)(
+  jax.device_put(params, whole), jax.device_put(tokens, rows))
+for x in (many.tokens, cache['k'][0]):
+  assert {s.data.shape[0] for s in x.addressable_shards} == {len(x) // 8}
+np.testing.assert_array_equal(one.tokens, many.tokens)
+np.testing.assert_array_equal(one.counts, many.counts)
+np.testing.assert_allclose(one.logp, many.logp, rtol=1e-4)
+assert len(set(np.asarray(one.counts)[:, 0].tolist())) > 2
+print('same')
+"""
+
+
+def test_rows_on_eight_devices():
+  done = subprocess.run(
+    [sys.executable, '-c', _SHARDED],
+    cwd=pathlib.Path(__file__).parents[1],
+    env=os.environ
+    | {
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+      'JAX_PLATFORMS': 'cpu',
+    },
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout == 'same\n', done.stderr
