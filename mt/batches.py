@@ -145,11 +145,6 @@ class Rows:
       self._prepared.add(part)
       self.store.prepare(self._block(part))
 
-  def epoch_size(self, epoch: int) -> int:
-    """Number of rows in an epoch; it differs a little between them."""
-    first = epoch * len(self.store)
-    return sum(len(self.part(first + i)[1]) for i in range(len(self.store)))
-
   def _block(self, part: int) -> int:
     epoch, position = divmod(part, len(self.store))
     rng = np.random.default_rng([self.seed, epoch])

@@ -142,8 +142,7 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
     errors.UserError: what a run with this config would say.
   """
   settings.check(config)
-  splits = ('train', 'valid', 'test')[: 3 if config.eval.test else 2]
-  texts = corpus.read_splits(config.data, splits)
+  texts = corpus.read_splits(config.data, corpus.splits(config))
   random = config.weights.source == 'random'
   tok = weights.open_source(
     config.weights.source,

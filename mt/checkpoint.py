@@ -136,10 +136,10 @@ def find_step(workdir: pathlib.Path, at: int | None = None) -> int:
   Raises:
     errors.UserError: there is no run, or no such checkpoint.
   """
+  workdir_lib.read_config(workdir)  # Orbax would make the folder.
   manager = open_manager(workdir)
   steps = sorted(manager.all_steps())
   if not steps:
-    workdir_lib.read_config(workdir)  # No run at all says more.
     raise errors.UserError(
       f'{manager.directory}: no checkpoint; run train.py with this --workdir '
       'first.'

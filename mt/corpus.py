@@ -26,6 +26,11 @@ from mt import mtnt
 SAMPLE = pathlib.Path(__file__).parent / 'sample'
 
 
+def splits(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """What a run reads."""
+  return ('train', 'valid', 'test') if config.eval.test else ('train', 'valid')
+
+
 def sources(data: ml_collections.ConfigDict) -> list[str]:
   """The training sources of `config.data`."""
   return [s.strip() for s in data.source.split(',')]

@@ -28,12 +28,11 @@ from mt import report as report_lib
 from mt import scores as scores_lib
 from mt import settings
 from mt import step
+from mt import template as template_lib
 from mt import trainable
 from mt import translate
 from mt import weights
 from mt import workdir as workdir_lib
-
-SPLITS = ('train', 'valid', 'test')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +88,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   workdir_lib.open_run(workdir, config)
   compiling.keep_compiled_programs()
 
-  texts = corpus.read_splits(
-    config.data, SPLITS if config.eval.test else SPLITS[:2]
-  )
+  texts = corpus.read_splits(config.data, corpus.splits(config))
   source = open_weights(config, workdir, texts['train'][0])
   data = data_lib.read(config, source.tokenizer, texts)
   params = source.read()
@@ -304,7 +301,9 @@ def translate_splits(run: Run, when: str, state: step.TrainState) -> None:
 
     start = time.monotonic()
     if when == 'before':
-      key = [run.identity, config.template.to_dict(), config.decode.to_dict()]
+      # With the languages' names, which come from data.pair.
+      template = dataclasses.asdict(template_lib.from_config(config))
+      key = [run.identity, template, config.decode.to_dict()]
       texts = evaluate.remember([*key, config.train.dtype, sources], work)
     else:
       texts = work()

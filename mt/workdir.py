@@ -32,6 +32,7 @@ from mt import errors
 # Knobs that may change between two starts of one run. None changes what a step
 # computes, but for max_steps under a schedule that ends with it.
 _FREE = ('eval.', 'decode.', 'checkpoint.', 'log.')
+_FREE += ('data.max_bad_fraction', 'data.workers')
 _FREE += ('train.max_steps', 'weights.force_download')
 
 

@@ -282,6 +282,7 @@ def test_no_run_there_is_refused(tmp_path):
       tmp_path / 'config.json',
       '--workdir',
     )
+  assert not any(tmp_path.iterdir())  # Nothing is made where nothing is.
 
 
 def test_only_lora_gives_an_adapter(tmp_path, run):

@@ -15,10 +15,13 @@ import pytest
 from mt import checkpoint
 from mt import corpus
 from mt import errors
+from mt import evaluate
 from mt import journal
 from mt import loop
 from mt import sizes
 from mt import step
+from mt import workdir as workdir_lib
+from tests.refusal import refusal
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -383,3 +386,32 @@ def test_translate_without_a_run(tmp_path):
   assert done.returncode == 2
   assert done.stderr.decode().count('\n') == 1
   assert b'config.json' in done.stderr
+
+
+def test_remembered_translations_are_of_one_pair_of_languages(
+  debug_config, tmp_path, monkeypatch
+):
+  """The same English may have to become German, with the same template."""
+  keys = []
+  monkeypatch.setattr(
+    evaluate, 'remember', lambda key, make: keys.append(key) or make()
+  )
+  debug_config.train.max_steps = 1
+  texts = tmp_path / 'x.tsv'
+  sample = (corpus.SAMPLE / 'train' / 'train.en-fr.tsv').read_text('utf-8')
+  texts.write_text('\n'.join(sample.split('\n')[:30]), 'utf-8')
+  debug_config.data.source = debug_config.data.valid = str(texts)
+  for pair in ('en-fr', 'en-de'):
+    debug_config.data.pair = pair
+    loop.run(debug_config, tmp_path / pair)
+  assert len(keys) == 2 and keys[0] != keys[1]
+
+
+def test_a_run_goes_on_with_other_workers(debug_config, tmp_path):
+  """Which the sentence about a worker that was killed advises."""
+  workdir_lib.open_run(tmp_path, debug_config)
+  (tmp_path / 'checkpoints' / 'step_1').mkdir(parents=True)
+  debug_config.data.workers, debug_config.data.max_bad_fraction = 2, 0.5
+  workdir_lib.open_run(tmp_path, debug_config)
+  debug_config.data.length += 1
+  refusal(lambda: workdir_lib.open_run(tmp_path, debug_config), 'data.length')
