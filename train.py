@@ -13,6 +13,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   'workdir', '', 'Folder of the run; runs/CONFIG where none is given.'
 )
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  '',
+  'Of several processes: HOST:PORT of process 0, or auto on a cluster.',
+)
+_PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes.')
+_PROCESS = flags.DEFINE_integer('process', -1, 'Which of them this is, from 0.')
 
 
 def main(argv):
@@ -23,9 +30,14 @@ def main(argv):
   path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
   if not path.is_file():
     raise errors.UserError(f'--config={path}: no such file; see configs/.')
-  from mt import loop  # After the flags: --help takes no seconds.
+  from mt import distributed  # After the flags: --help takes no seconds.
 
-  loop.run(_CONFIG.value, _WORKDIR.value or pathlib.Path('runs') / path.stem)
+  distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  from mt import loop
+
+  folder = _WORKDIR.value or pathlib.Path('runs') / path.stem
+  with distributed.together():
+    loop.run(_CONFIG.value, folder)
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ from configs import default
 from configs import gemma3_270m
 from mt import errors
 from mt import settings
+from tests.refusal import refusal
 
 
 def _knobs(config, prefix=''):
@@ -40,7 +41,12 @@ def test_shipped_configs_are_valid_and_locked(module):
     ('template.prompt', '{source}{source}'),
     ('train.max_steps', 0),
     ('train.batch_size', 0),
-    ('train.parts', 'everything'),
+    ('train.micro_batches', 0),
+    ('train.parts', ''),
+    ('train.remat', 'half'),
+    ('train.frozen_dtype', 'float16'),
+    ('train.max_skipped', 0),
+    ('train.lora_targets', ''),
     ('train.lora_rank', 0),
     ('train.lora_alpha', 0.0),
     ('train.dtype', 'float16'),
@@ -51,6 +57,7 @@ def test_shipped_configs_are_valid_and_locked(module):
     ('optim.schedule', 'cosin'),
     ('optim.beta2', 1.0),
     ('optim.clip_norm', -1.0),
+    ('optim.ema_decay', 1.0),
     ('eval.every', 0),
     ('decode.max_extra', 0),
     ('checkpoint.keep', 0),
@@ -73,6 +80,16 @@ def test_values_that_contradict_each_other():
   with pytest.raises(errors.UserError, match=r'warmup_steps.*max_steps'):
     settings.check(config)
   config = default.get_config()
+  config.train.batch_size, config.train.micro_batches = 6, 4
+  with pytest.raises(errors.UserError, match=r'batch_size.*micro_batches'):
+    settings.check(config)
+  config = default.get_config()
   config.optim.name, config.optim.weight_decay = 'sgd', 0.1
   with pytest.raises(errors.UserError, match=r'weight_decay.*sgd'):
     settings.check(config)
+
+
+def test_float16_is_refused_with_its_reason():
+  config = default.get_config()
+  config.train.dtype = 'float16'
+  refusal(lambda: settings.check(config), 'train.dtype', 'overflows')

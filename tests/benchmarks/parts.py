@@ -12,6 +12,7 @@ import numpy as np
 from configs import gemma3_270m
 from mt import batches
 from mt import corpus
+from mt import optimizer as optimizer_lib
 from mt import step
 from mt import weights
 
@@ -32,11 +33,11 @@ def main():
   for size in [int(x) for x in sys.argv[1:]] or [1]:
     for parts in ('lora', 'blocks', 'all'):
       config.train.parts = parts
-      optimizer = step.make_optimizer(config.optim, 100)
+      optimizer = optimizer_lib.make_optimizer(config.optim, 100)
       state = step.init_state(
-        source.read(), config.train, optimizer, jax.random.key(0)
+        source.config, source.read(), config, optimizer, jax.random.key(0)
       )
-      train_step = step.make_train_step(source.config, config.train, optimizer)
+      train_step = step.make_train_step(source.config, config, optimizer)
       rows = batches.PackedRows(examples, config.data.length, 0, 100 * size)
       iterator = batches.train_iterator(rows, size)
       speeds = []
