@@ -20,6 +20,9 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes.')
 _PROCESS = flags.DEFINE_integer('process', -1, 'Which of them this is, from 0.')
+_PLAN = flags.DEFINE_bool(
+  'plan', False, 'Only says what the run would take; reads no weights.'
+)
 
 
 def main(argv):
@@ -30,7 +33,12 @@ def main(argv):
   path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
   if not path.is_file():
     raise errors.UserError(f'--config={path}: no such file; see configs/.')
-  from mt import distributed  # After the flags: --help takes no seconds.
+  if _PLAN.value:
+    from mt import plan  # After the flags: --help takes no seconds.
+
+    plan.run(_CONFIG.value)
+    return
+  from mt import distributed
 
   distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   from mt import loop

@@ -19,6 +19,8 @@
   distributed  several processes of one run
   step        TrainState, accumulation, train_step, eval_step
   checkpoint  Orbax: state and data position, and whose they are
+  hlo         work and traffic of a compiled program
+  plan        `--plan`: memory, work and traffic of a run before it starts
   loop        a run from config to scores, in one fixed order
   decode      greedy decoding with a key/value cache
   translate   text to text; `python -m mt.translate`
