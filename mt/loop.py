@@ -240,6 +240,7 @@ def start_or_resume(
     jax.random.key(config.seed),
     run.mesh,
   )
+  state = state if run.mesh else sharding.to_device(state)
   journal.say(
     f'training: {config.train.parts}, {_millions(state.trained)} parameters, '
     f'{config.train.max_steps} steps'

@@ -1,10 +1,10 @@
+import importlib
 import math
+import pathlib
 
 import pytest
 
-from configs import debug
 from configs import default
-from configs import gemma3_270m
 from mt import errors
 from mt import settings
 from tests.refusal import refusal
@@ -18,9 +18,14 @@ def _knobs(config, prefix=''):
       yield prefix + key
 
 
-@pytest.mark.parametrize('module', [default, debug, gemma3_270m])
-def test_shipped_configs_are_valid_and_locked(module):
-  config = module.get_config()
+CONFIGS = [
+  p.stem for p in (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py')
+]
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_shipped_configs_are_valid_and_locked(name):
+  config = importlib.import_module(f'configs.{name}').get_config()
   settings.check(config)
   with pytest.raises(AttributeError):
     config.optim.no_such_knob = 1

@@ -5,6 +5,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
@@ -241,6 +242,23 @@ def test_what_is_left_and_what_is_not_used():
   assert dict(_mesh(2, -1, 1).shape) == {'data': 2, 'fsdp': 4, 'tensor': 1}
   assert _mesh(1, 2, 1).size == 2
   assert _mesh(1, 1, 1) is None
+
+
+def test_what_was_read_on_the_host_goes_to_the_device():
+  here, there = jnp.ones(3), jax.device_put(jnp.ones(3), jax.devices()[5])
+  moved = sharding.to_device({'here': here, 'there': there})
+  assert moved['here'] is here
+  assert moved['there'].devices() == {jax.devices()[0]}
+  made = sharding.on_host(lambda: jnp.ones(3))
+  assert made.devices() == {jax.local_devices(backend='cpu')[0]}
+
+
+def test_rows_of_a_process():
+  """All of them in one process, whatever the mesh."""
+  for shape in ((8, 1, 1), (2, 2, 2), (1, 1, 8)):
+    np.testing.assert_array_equal(
+      sharding.own_rows(_mesh(*shape), 16), np.arange(16)
+    )
 
 
 def test_rows_that_do_not_divide_are_refused():
