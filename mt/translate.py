@@ -18,6 +18,7 @@ from absl import flags
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
@@ -26,6 +27,7 @@ from mt import compiling
 from mt import decode
 from mt import errors
 from mt import model
+from mt import sharding
 from mt import sizes
 from mt import template as template_lib
 from mt import tokenizer
@@ -69,6 +71,7 @@ def make_translator(
   max_ratio: float,
   max_extra: int,
   dtype: jnp.dtype = jnp.float32,
+  mesh: Mesh | None = None,
 ) -> Translator:
   """A function (params, texts, on_progress=…) -> translations.
 
@@ -85,6 +88,7 @@ def make_translator(
     max_ratio: a translation ends at max_ratio * source tokens + max_extra.
     max_extra: see max_ratio.
     dtype: of the activations.
+    mesh: where the parameters are, if not on one device.
   """
   chex.assert_scalar_positive(batch_size)
   chex.assert_scalar_positive(max_ratio)
@@ -108,7 +112,9 @@ def make_translator(
         dtype=dtype,
       )
 
-    return compiling.jit_once(greedy)
+    # Every process reads what comes out.
+    places = None if mesh is None else sharding.whole(mesh)
+    return compiling.jit_once(greedy, out_shardings=places)
 
   def translate(
     params: model.Params,
@@ -155,7 +161,9 @@ def _clean(text: str, template: template_lib.Template) -> str:
 
 
 def from_config(
-  config: ml_collections.ConfigDict, source: weights.Source
+  config: ml_collections.ConfigDict,
+  source: weights.Source,
+  mesh: Mesh | None = None,
 ) -> Translator:
   """The translator of `config.decode`."""
   return make_translator(
@@ -166,6 +174,7 @@ def from_config(
     max_ratio=config.decode.max_ratio,
     max_extra=config.decode.max_extra,
     dtype=jnp.dtype(config.train.dtype),
+    mesh=mesh,
   )
 
 
