@@ -117,6 +117,7 @@ class Rows:
   _parts: dict[int, tuple[store_lib.Examples, list]] = dataclasses.field(
     default_factory=dict, init=False
   )
+  _prepared: set[int] = dataclasses.field(default_factory=set, init=False)
 
   def __len__(self) -> int:
     return self.num_rows
@@ -134,10 +135,15 @@ class Rows:
     part = bisect.bisect_right(self._starts, index) - 1
     examples, plan = self.part(part)
     row = index - self._starts[part]
-    if row == len(plan) // 2 and len(self.store) > 1:
-      self.store.prepare(self._block(part + 1))
+    if len(self.store) > 1 and row >= len(plan) // 2:
+      self._prepare(part + 1)
     items, width = plan[row]
     return build_row(examples, items, width)
+
+  def _prepare(self, part: int) -> None:
+    if part not in self._prepared:
+      self._prepared.add(part)
+      self.store.prepare(self._block(part))
 
   def epoch_size(self, epoch: int) -> int:
     """Number of rows in an epoch; it differs a little between them."""
