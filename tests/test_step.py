@@ -225,8 +225,8 @@ def _run(config, optimizer, state, batches):
 
 def _assert_near(got, want, rtol):
   for name, value in want.items():
-    worst = np.max(np.abs(np.asarray(got[name]) - np.asarray(value)))
-    assert worst <= rtol * np.max(np.abs(value)), name
+    error = np.linalg.norm(np.asarray(got[name]) - np.asarray(value))
+    assert error <= rtol * np.linalg.norm(value), name
 
 
 @pytest.mark.parametrize('parts', ['all', 'lora'])
