@@ -9,13 +9,32 @@ from mt import errors
 _WORKDIR = flags.DEFINE_string(
   'workdir', '', 'Folder of the run; runs/CONFIG where none is given.'
 )
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  '',
+  'Of several processes: HOST:PORT of process 0, or auto on a cluster.',
+)
+_PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes.')
+_PROCESS = flags.DEFINE_integer('process', -1, 'Which of them this is, from 0.')
+_PLAN = flags.DEFINE_bool(
+  'plan', False, 'Only says what the run would take; reads no weights.'
+)
 
 
 def main(argv):
   config, path = errors.read_config(argv)
-  from mt import loop  # After the flags: --help takes no seconds.
+  if _PLAN.value:
+    from mt import plan  # After the flags: --help takes no seconds.
 
-  loop.run(config, _WORKDIR.value or pathlib.Path('runs') / path.stem)
+    plan.run(config)
+    return
+  from mt import distributed
+
+  distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  from mt import loop
+
+  with distributed.together():
+    loop.run(config, _WORKDIR.value or pathlib.Path('runs') / path.stem)
 
 
 if __name__ == '__main__':

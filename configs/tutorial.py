@@ -21,6 +21,7 @@ def get_config():
   c.train.max_steps = 100
   c.train.batch_size = 1
   c.train.parts = 'all'
+  c.mesh.data = 1
   c.optim.name = 'sgd'
   c.optim.learning_rate = 1e-4
   c.optim.clip_norm = 0.0

@@ -25,9 +25,15 @@
   stacking    tensors of single layers -> the stacked pytree
   model       the Gemma forward pass over a plain pytree
   loss        cross-entropy over a large vocabulary
-  trainable   all weights, blocks, or LoRA: what is trained, what is frozen
-  step        TrainState, optimizer, train_step, eval_step
+  precision   which numbers are float32, which may be bfloat16
+  trainable   all weights, a part, or LoRA: what is trained, what is frozen
+  optimizer   learning rate, SGD, AdamW, Adafactor, clipping
+  sharding    arrays over a mesh of devices
+  distributed  several processes of one run
+  step        TrainState, accumulation, train_step, eval_step
   checkpoint  Orbax: state and data position, and whose they are
+  hlo         work and traffic of a compiled program
+  plan        `--plan`: memory, work and traffic of a run before it starts
   loop        a run from config to scores, in one fixed order
   decode      the model with a key/value cache
   search      greedy, sampled and beam search

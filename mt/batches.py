@@ -263,8 +263,7 @@ def train_iterator(
   batch_size: int,
   num_batches: int,
   *,
-  process: int = 0,
-  processes: int = 1,
+  own: Sequence[int] | None = None,
   workers: int = 0,
 ) -> TrainIterator:
   """Batches of the sources' rows, mixed in proportion to the weights.
@@ -272,17 +271,15 @@ def train_iterator(
   Args:
     sources: with enough rows each.
     weights: one for each.
-    batch_size: rows in a batch of all processes together; a multiple of
-      `processes`.
+    batch_size: rows in a batch, of all processes together.
     num_batches: after so many the iterator ends.
-    process: which of the processes reads here.
-    processes: how many there are; each gets batch_size / processes rows.
+    own: which rows of each batch are read here; None for all.
     workers: processes of Grain's that read here; 0 is a thread.
   """
   chex.assert_scalar_positive(batch_size)
-  chex.assert_equal(batch_size % processes, 0)
   chex.assert_equal(len(sources), len(weights))
-  local = batch_size // processes
+  own = range(batch_size) if own is None else [int(i) for i in own]
+  local = len(own)
 
   def dataset_from(first):
     # Copies have nothing cached that would have to travel to the workers, and
@@ -292,7 +289,7 @@ def train_iterator(
 
     def row(number):
       batch, at = divmod(number, local)
-      return rows[batch * batch_size + process * local + at]
+      return rows[batch * batch_size + own[at]]
 
     numbers = grain.MapDataset.range(first * local, num_batches * local)
     batched = numbers.map(row).batch(local, drop_remainder=True)

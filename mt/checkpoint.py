@@ -54,7 +54,7 @@ def open_manager(
   return ocp.CheckpointManager(
     (workdir / 'checkpoints').absolute(),
     options=options,
-    item_names=('trained', 'rest', 'data', 'identity'),
+    item_names=('trained', 'ema', 'rest', 'data', 'identity'),
   )
 
 
@@ -68,23 +68,28 @@ def save(
 
   Args:
     manager: see open_manager.
-    state: to be saved under its step.
+    state: to be saved under its step, finite in every number.
     data_state: of the loader, after the last batch that the state has seen.
     who: see `identity`.
 
   Raises:
-    errors.UserError: the disk is full or not writable.
+    errors.UserError: the disk is full or not writable, or the state is not
+      finite and would take the place of a good one.
   """
-  try:
-    manager.save(
-      int(state.step),
-      args=ocp.args.Composite(
-        trained=ocp.args.StandardSave(state.trained),
-        rest=ocp.args.StandardSave(_rest(state)),
-        data=ocp.args.JsonSave({'state': data_state}),
-        identity=ocp.args.JsonSave(who),
-      ),
+  if not step.all_finite(state):
+    raise errors.UserError(
+      f'step {int(state.step)}: not all weights are finite any more, so they '
+      f'are not saved; the newest checkpoint in {manager.directory} is of step '
+      f'{manager.latest_step()}; lower optim.learning_rate.'
     )
+  items = {
+    'data': ocp.args.JsonSave({'state': data_state}),
+    'identity': ocp.args.JsonSave(who),
+  }
+  for name, tree in _arrays(state).items():
+    items[name] = ocp.args.StandardSave(tree)
+  try:
+    manager.save(int(state.step), args=ocp.args.Composite(**items))
   except OSError as e:
     raise errors.UserError(
       f'{manager.directory}: cannot save step {int(state.step)} ({e}); the '
@@ -92,8 +97,14 @@ def save(
     ) from None
 
 
-def _rest(state):
-  return {'step': state.step, 'opt_state': state.opt_state}
+def _arrays(state):
+  """What is saved of a state; {} for EMA would be no item of Orbax."""
+  names = ('step', 'skipped', 'skipped_in_a_row', 'opt_state')
+  ema = {'ema': state.ema} if state.ema else {}
+  return ema | {
+    'trained': state.trained,
+    'rest': {name: getattr(state, name) for name in names},
+  }
 
 
 def restore(
@@ -118,14 +129,13 @@ def restore(
   if at is None:
     return None
   _check_identity(manager, at, who)
-  read = _read(
-    manager,
-    at,
-    trained=ocp.args.StandardRestore(_abstract(state.trained)),
-    rest=ocp.args.StandardRestore(_abstract(_rest(state))),
-    data=ocp.args.JsonRestore(),
-  )
-  restored = dataclasses.replace(state, trained=read.trained, **read.rest)
+  args = {
+    name: ocp.args.StandardRestore(_abstract(tree))
+    for name, tree in _arrays(state).items()
+  }
+  read = _read(manager, at, data=ocp.args.JsonRestore(), **args)
+  found = {name: read[name] for name in args}
+  restored = dataclasses.replace(state, **found.pop('rest'), **found)
   chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
   return restored, read.data['state']
 
@@ -195,21 +205,20 @@ def load_trained(
   config, source = open_source(workdir)
   params = source.read()
   _check_identity(manager, at, identity(source, params))
-  trained, frozen = trainable.split(
-    params,
-    config.train.parts,
-    rank=config.train.lora_rank,
-    key=jax.random.key(0),
+  trained, frozen = step.split_params(
+    source.config, params, config.train, jax.random.key(0)
   )
   del params
+  name = 'ema' if config.optim.ema_decay else 'trained'
   args = ocp.args.StandardRestore(_abstract(trained))
-  return config, source, _read(manager, at, trained=args).trained, frozen
+  trained = _read(manager, at, **{name: args})[name]
+  return config, source, trained, frozen
 
 
 def load_finetuned(
   workdir: pathlib.Path, at: int | None = None
 ) -> tuple[ml_collections.ConfigDict, weights.Source, model.Params]:
-  """The model of one of a run's checkpoints.
+  """The model of one of a run's checkpoints, its EMA if it has one.
 
   Args:
     workdir: the run's folder.

@@ -6,13 +6,14 @@ import hashlib
 import json
 import time
 
-import jax
+from jax.sharding import Mesh
 import ml_collections
 
 from mt import batches
 from mt import bitext
 from mt import journal
 from mt import lines
+from mt import sharding
 from mt import store
 from mt import template as template_lib
 from mt import tokenizer
@@ -79,6 +80,7 @@ def read(
   config: ml_collections.ConfigDict,
   tok: tokenizer.Tokenizer,
   texts: dict[str, list[bitext.Bitext]],
+  mesh: Mesh | None = None,
 ) -> Data:
   """Tokenises the splits and says what became of them.
 
@@ -86,6 +88,7 @@ def read(
     config: see configs/default.py.
     tok: the model's.
     texts: see corpus.read_splits.
+    mesh: decides which rows of a training batch this process reads.
 
   Raises:
     errors.UserError: no pair of a split fits into a row.
@@ -121,8 +124,7 @@ def read(
       shares,
       size,
       config.train.max_steps,
-      process=jax.process_index(),
-      processes=jax.process_count(),
+      own=None if mesh is None else sharding.own_rows(mesh, size),
       workers=config.data.workers,
     ),
     train_digest=hashlib.sha256(identity.encode()).hexdigest(),

@@ -29,6 +29,7 @@ from mt import checkpoint
 from mt import compiling
 from mt import corpus
 from mt import decode
+from mt import distributed
 from mt import errors
 from mt import journal
 from mt import model
@@ -58,9 +59,12 @@ def remember(key: Any, make: Callable[[], list[str]]) -> list[str]:
   code = [inspect.getsource(m) for m in modules]
   digest = hashlib.sha256(json.dumps([key, code]).encode()).hexdigest()
   path = weights.cache_dir() / 'translations' / f'{digest}.json'
-  if path.exists():
+  texts = None
+  if distributed.is_first() and path.exists():
     with contextlib.suppress(errors.UserError):  # Damaged: made once more.
-      return workdir_lib.read_json(path)
+      texts = workdir_lib.read_json(path)
+  if distributed.agree(texts is not None):
+    return texts or []  # Only the first process has a use for them.
   texts = make()
   workdir_lib.write_json(path, texts)
   return texts

@@ -12,10 +12,11 @@ from typing import Any
 
 import tensorboardX
 
+from mt import distributed
 from mt import errors
 from mt import journal
 
-Writer = tensorboardX.SummaryWriter
+Writer = tensorboardX.SummaryWriter | None  # The first process has one.
 
 
 def open_writer(workdir: pathlib.Path) -> Writer:
@@ -24,11 +25,13 @@ def open_writer(workdir: pathlib.Path) -> Writer:
   Raises:
     errors.UserError: the folder is not writable, the disk is full.
   """
+  if not distributed.is_first():
+    return None
   folder = workdir / 'tensorboard'
   try:
     for old in folder.glob('events.out.tfevents.*'):
       old.unlink()
-    return Writer(str(folder), flush_secs=10)
+    return tensorboardX.SummaryWriter(str(folder), flush_secs=10)
   except OSError as e:
     raise errors.UserError(
       f'{folder}: cannot write event files ({e.strerror}); give --workdir a '
@@ -44,6 +47,6 @@ def replay(writer: Writer, metrics: pathlib.Path) -> None:
 
 def add(writer: Writer, line: dict[str, Any]) -> None:
   """Adds the numbers of one line of metrics.jsonl, under its step."""
-  for name, value in line.items():
+  for name, value in line.items() if writer else ():
     if name != 'step' and isinstance(value, int | float):
       writer.add_scalar(name, value, line['step'])

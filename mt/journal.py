@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import contextlib
 import json
+import math
 import pathlib
 import sys
 import time
@@ -12,12 +13,18 @@ import chex
 import numpy as np
 import tqdm
 
+from mt import distributed
 from mt import errors
 from mt import workdir as workdir_lib
 
 
 def say(text: str) -> None:
-  """A line on stdout that leaves a progress bar in one piece."""
+  """A line on stdout that leaves a progress bar in one piece.
+
+  Of several processes the first one speaks; so for everything in this file.
+  """
+  if not distributed.is_first():
+    return
   tqdm.tqdm.write(text)
   sys.stdout.flush()
 
@@ -27,13 +34,22 @@ def cut_metrics(path: pathlib.Path, last_step: int) -> None:
 
   A line that a crash left unfinished goes too.
   """
-  if path.exists():
+  if distributed.is_first() and path.exists():
     kept = [x for x in read_metrics(path) if x['step'] <= last_step]
     workdir_lib.write(path, ''.join(json.dumps(x) + '\n' for x in kept))
 
 
 def add_metrics(path: pathlib.Path, line: dict[str, Any]) -> None:
-  """Appends one JSON object; `step` says how many steps were done."""
+  """Appends one JSON object; `step` says how many steps were done.
+
+  JSON has no infinity and no NaN: they become null.
+  """
+  if not distributed.is_first():
+    return
+  line = {
+    k: None if isinstance(v, float) and not math.isfinite(v) else v
+    for k, v in line.items()
+  }
   try:
     with open(path, 'a', encoding='utf-8') as f:
       f.write(json.dumps(line) + '\n')
@@ -92,7 +108,7 @@ class Progress:
     self.what, self.total, self.every = what, total, every
     self.first, self.start = done, time.monotonic()
     self.done = done
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr.isatty() and distributed.is_first()
     self.bar = tqdm.tqdm(
       desc=what,
       total=total,

@@ -6,27 +6,35 @@ checkpoint of step n, so that a resumed run neither misses nor repeats it.
 """
 
 import dataclasses
+import math
 import pathlib
 import time
 from typing import Any
 
 import chex
 import jax
+from jax.sharding import Mesh
 import ml_collections
 import orbax.checkpoint as ocp
 
+from mt import batches
 from mt import bitext
 from mt import checkpoint
 from mt import compiling
 from mt import corpus
 from mt import data as data_lib
+from mt import distributed
+from mt import errors
 from mt import evaluate
 from mt import events
 from mt import journal
 from mt import model
+from mt import optimizer as optimizer_lib
 from mt import report as report_lib
 from mt import scores as scores_lib
 from mt import settings
+from mt import sharding
+from mt import sizes
 from mt import step
 from mt import template as template_lib
 from mt import trainable
@@ -47,6 +55,7 @@ class Run:
     checkpoints: Orbax's manager.
     translator: see translate.make_translator.
     events: the TensorBoard writer, see mt/events.py.
+    mesh: of several devices, or None.
     started: time.monotonic() at the start.
   """
 
@@ -57,6 +66,7 @@ class Run:
   checkpoints: ocp.CheckpointManager
   translator: translate.Translator
   events: events.Writer
+  mesh: Mesh | None
   started: float
 
   @property
@@ -84,32 +94,38 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   """
   started = time.monotonic()
   settings.check(config)
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_rows(mesh, config.train)
   workdir = pathlib.Path(folder)
-  workdir_lib.open_run(workdir, config)
+  if distributed.is_first():
+    workdir_lib.open_run(workdir, config)
   compiling.keep_compiled_programs()
 
-  texts = corpus.read_splits(config.data, corpus.splits(config))
-  source = open_weights(config, workdir, texts['train'][0])
-  data = data_lib.read(config, source.tokenizer, texts)
-  params = source.read()
+  texts, source = distributed.first_first(lambda: open_inputs(config, workdir))
+  data = data_lib.read(config, source.tokenizer, texts, mesh)
+  params = sharding.on_host(source.read)
   journal.say(
     f'model: {config.weights.source}, {_millions(params)} parameters; '
     f'read after {time.monotonic() - started:.1f} s'
   )
+  if mesh is not None:
+    shape = ' x '.join(f'{k} {n}' for k, n in mesh.shape.items())
+    journal.say(f'mesh: {shape}; {jax.process_count()} processes')
   run = Run(
     config=config,
     workdir=workdir,
     data=data,
     identity=checkpoint.identity(source, params),
     checkpoints=checkpoint.open_manager(workdir, config.checkpoint.keep),
-    translator=translate.from_config(config, source),
+    translator=translate.from_config(config, source, mesh),
     events=events.open_writer(workdir),
+    mesh=mesh,
     started=started,
   )
-  state, resumed = start_or_resume(run, params)
+  state, resumed = start_or_resume(run, source.config, params)
   events.replay(run.events, run.metrics_path)
   del params
-  eval_step = step.make_eval_step(source.config, config.train)
+  eval_step = step.make_eval_step(source.config, config, mesh)
   if not resumed:
     validate(run, eval_step, state)
     translate_splits(run, 'before', state)
@@ -118,20 +134,31 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   finally:
     run.data.train.close()
   run.checkpoints.close()
-  if not run.scores_path.exists():
+  if not distributed.agree(run.scores_path.exists()):
     translate_splits(run, 'after', state)
-  report(run)
+  if distributed.is_first():
+    report(run)
   if config.eval.texts:
     evaluate.show_texts(
       run.translator, folded(run, state), config.eval.texts, workdir
     )
-  run.events.close()
-  report_lib.write(workdir)
+  if distributed.is_first():
+    run.events.close()
+    report_lib.write(workdir)
+  distributed.sync('end')
   journal.say(f'done in {time.monotonic() - started:.0f} s: {workdir}')
 
 
 def _millions(tree) -> str:
   return f'{sum(x.size for x in jax.tree.leaves(tree)) / 1e6:.1f}M'
+
+
+def open_inputs(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> tuple[dict[str, list[bitext.Bitext]], weights.Source]:
+  """The texts of each split, and the pretrained model."""
+  texts = corpus.read_splits(config.data, corpus.splits(config))
+  return texts, open_weights(config, workdir, texts['train'][0])
 
 
 def open_weights(
@@ -156,17 +183,23 @@ def open_weights(
 
 
 def start_or_resume(
-  run: Run, params: model.Params
+  run: Run, model_config: sizes.ModelConfig, params: model.Params
 ) -> tuple[step.TrainState, bool]:
   """The newest checkpoint's state (and True), or one that starts from `params`.
 
   The loader and metrics.jsonl are put back to the same step.
   """
   config = run.config
-  optimizer = step.make_optimizer(config.optim, config.train.max_steps)
+  optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
   state = step.init_state(
-    params, config.train, optimizer, jax.random.key(config.seed)
+    model_config,
+    params,
+    config,
+    optimizer,
+    jax.random.key(config.seed),
+    run.mesh,
   )
+  state = state if run.mesh else sharding.to_device(state)
   journal.say(
     f'training: {config.train.parts}, {_millions(state.trained)} parameters, '
     f'{config.train.max_steps} steps'
@@ -179,7 +212,7 @@ def start_or_resume(
     run.data.train.set_state(data_state)
     journal.cut_metrics(run.metrics_path, int(state.step))
     journal.say(f'resumed: {run.workdir} at step {int(state.step)}')
-  if int(state.step) < config.train.max_steps:
+  if int(state.step) < config.train.max_steps and distributed.is_first():
     run.scores_path.unlink(missing_ok=True)  # They are of fewer steps.
   return state, restored is not None
 
@@ -190,14 +223,24 @@ def record(run: Run, line: dict[str, Any]) -> None:
   events.add(run.events, line)
 
 
-def validate(run: Run, eval_step, state: step.TrainState) -> None:
+def on_mesh(run: Run, batch: batches.Batch) -> batches.Batch:
+  """A batch [B, L], all of which each process has, where the steps want it."""
+  if run.mesh is None:
+    return batch
+  size = run.config.train.batch_size
+  own = sharding.own_rows(run.mesh, size)
+  rows = {k: v[own] for k, v in batch.items()}
+  return sharding.put_rows(run.mesh, rows, size)
+
+
+def validate(run: Run, eval_step, state: step.TrainState) -> float:
   """Mean loss in nats per target token over the validation batches.
 
-  With `eval.chrf_pairs`, chrF of the first pairs too.
+  With `eval.chrf_pairs`, chrF of the first pairs is recorded too.
   """
   chex.assert_rank(state.step, 0)
   start = time.monotonic()
-  sums = [eval_step(state, batch) for batch in run.data.valid]
+  sums = [eval_step(state, on_mesh(run, batch)) for batch in run.data.valid]
   sums = [{k: float(v) for k, v in m.items()} for m in sums]
   nll, targets = (sum(m[k] for m in sums) for k in ('nll', 'targets'))
   loss, at = nll / targets, int(state.step)
@@ -213,8 +256,10 @@ def validate(run: Run, eval_step, state: step.TrainState) -> None:
   if run.config.log.table:
     text = journal.table_line(run.metrics_path, at, sums)
   record(run, line)
-  report_lib.write(run.workdir)
+  if distributed.is_first():
+    report_lib.write(run.workdir)
   journal.say(text)
+  return loss
 
 
 def train(
@@ -224,9 +269,13 @@ def train(
   chex.assert_rank(state.step, 0)
   config = run.config
   first, last = int(state.step), config.train.max_steps
-  optimizer = step.make_optimizer(config.optim, last)
+  optimizer = optimizer_lib.make_optimizer(config.optim, last)
   train_step = step.make_train_step(
-    model_config, config.train, optimizer, shapes=1 + len(config.data.buckets)
+    model_config,
+    config,
+    optimizer,
+    run.mesh,
+    shapes=1 + len(config.data.buckets),
   )
   progress = journal.Progress('step', last, first, config.log.every)
   clock = time.monotonic()
@@ -241,8 +290,10 @@ def train(
     loss = metrics['nll'] / max(1.0, metrics['targets'])
     line = {'step': at, 'loss': loss, 'targets_per_s': round(speed, 1)}
     line['data_wait_s'] = round(waited, 4)
-    line |= {k: metrics[k] for k in ('targets', 'tokens', 'grad_norm')}
+    names = ('targets', 'tokens', 'grad_norm', 'skipped')
+    line |= {k: metrics[k] for k in names}
     record(run, line)
+    _check_finite(run, at, int(metrics['skipped_in_a_row']))
     if at == first + 1:
       journal.say(f'first step after {now - run.started:.1f} s')
     progress.update(at, f'loss {loss:.3f}  {speed:.0f} target tokens/s')
@@ -254,19 +305,18 @@ def train(
     if done > first and (evaluating or saving):
       log()
       if evaluating:
-        validate(run, eval_step, state)
+        loss = validate(run, eval_step, state)
       if saving:
-        checkpoint.save(
-          run.checkpoints,
-          state,
-          run.data.train.get_state(),
-          run.checkpoint_identity,
-        )
+        if not evaluating:
+          batch = on_mesh(run, run.data.valid[0])
+          loss = float(eval_step(state, batch)['nll'])
+        save(run, state, loss)
       clock = time.monotonic()
     if done < last:
       asked = time.monotonic()
-      batch = next(run.data.train)
+      rows = next(run.data.train)
       waited = time.monotonic() - asked
+      batch = sharding.put_rows(run.mesh, rows, config.train.batch_size)
       state, metrics = train_step(state, batch)
       if pending:
         log()
@@ -278,8 +328,49 @@ def train(
 def folded(run: Run, state: step.TrainState) -> model.Params:
   """The parameters that translate: low-rank products added in."""
   return trainable.fold(
-    step.model_params(run.config.train, state.trained, state.frozen)
+    step.model_params(run.config.train, state.best, state.frozen)
   )
+
+
+def save(run: Run, state: step.TrainState, loss: float) -> None:
+  """A checkpoint of a state that is worth it.
+
+  Args:
+    run: the run.
+    state: to be saved.
+    loss: of this very state, on validation text.
+
+  Raises:
+    errors.UserError: the loss is not finite; see also checkpoint.save.
+  """
+  if not math.isfinite(loss):
+    raise errors.UserError(
+      f'step {int(state.step)}: the validation loss is {loss}, so the state is '
+      f'not saved; {_newest(run)}: lower optim.learning_rate.'
+    )
+  checkpoint.save(
+    run.checkpoints,
+    state,
+    run.data.train.get_state(),
+    run.checkpoint_identity,
+  )
+
+
+def _newest(run):
+  at = run.checkpoints.latest_step()
+  if at is None:
+    return 'there is no checkpoint'
+  return f'the newest checkpoint is of step {at}'
+
+
+def _check_finite(run, at, in_a_row):
+  """Stops a run that gets nowhere; its newest checkpoint is a good state."""
+  if in_a_row >= run.config.train.max_skipped:
+    raise errors.UserError(
+      f'step {at}: loss or gradients were not finite for {in_a_row} steps in a '
+      f'row, train.max_skipped={run.config.train.max_skipped} of which end a '
+      f'run; {_newest(run)}: lower optim.learning_rate.'
+    )
 
 
 def translate_splits(run: Run, when: str, state: step.TrainState) -> None:

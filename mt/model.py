@@ -25,19 +25,36 @@ with the modules of the `gemma` package.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec
 
+from mt import sharding
 from mt.sizes import ModelConfig
 
 Params = dict[str, Any]
 
+# What of a layer's forward pass is kept for the backward pass: everything; the
+# results of products with weights; nothing but what goes into the layer.
+REMAT = {
+  'none': lambda body: body,
+  'dots': functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    prevent_cse=False,  # Not needed inside a scan.
+  ),
+  'full': functools.partial(jax.checkpoint, prevent_cse=False),
+}
+
 MASKED = -2.3819763e38  # Gemma's own "minus infinity" for attention logits.
 _GLOBAL_WINDOW = 2**30  # Wider than any sequence.
+_ACTIVATIONS = ('rows', 'length', 'width')
 
 
 def param_shapes(cfg: ModelConfig) -> Params:
@@ -234,12 +251,43 @@ def block(
   return x + y, extra
 
 
-def embed(params: Params, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def embed(
+  params: Params,
+  tokens: jax.Array,
+  dtype: jnp.dtype,
+  mesh: Mesh | None = None,
+) -> jax.Array:
   """Token vectors times sqrt(D): [B, L] int32 -> [B, L, D]."""
   chex.assert_rank(tokens, 2)
   table = params['embedding']
   scale = jnp.sqrt(float(table.shape[-1])).astype(dtype)
-  return table[tokens].astype(dtype) * scale
+  vocab = sharding.split_over(mesh, 'vocab', table.shape[0])
+  if not vocab:
+    return table[tokens].astype(dtype) * scale
+  rows = sharding.split_over(mesh, 'rows', tokens.shape[0])
+  shared = tuple(a for a in vocab if a in rows)
+  others = tuple(a for a in vocab if a not in rows)
+
+  def look_up(part, tokens):
+    # The table stays where it is. Each device looks for the tokens of all who
+    # share its rows; one of them finds a token, all others add zeros.
+    if shared:
+      tokens = lax.all_gather(tokens, shared, tiled=True)
+    at = tokens - lax.axis_index(vocab) * part.shape[0]
+    here = (at >= 0) & (at < part.shape[0])
+    x = part[jnp.where(here, at, 0)].astype(dtype)
+    x = jnp.where(here[..., None], x, 0)
+    if shared:
+      x = lax.psum_scatter(x, shared, tiled=True)
+    return lax.psum(x, others)
+
+  look_up = jax.shard_map(
+    look_up,
+    mesh=mesh,
+    in_specs=(PartitionSpec(vocab), PartitionSpec(rows)),
+    out_specs=PartitionSpec(rows),
+  )
+  return look_up(table, tokens) * scale
 
 
 def forward(
@@ -250,7 +298,8 @@ def forward(
   segment_ids: jax.Array,
   *,
   dtype: jnp.dtype = jnp.float32,
-  remat: bool = False,
+  remat: str = 'none',
+  mesh: Mesh | None = None,
 ) -> jax.Array:
   """Tokens to final hidden states; logits are left to the loss (mt/loss.py).
 
@@ -261,7 +310,8 @@ def forward(
     positions: [B, L] int32, from 0 in each segment.
     segment_ids: [B, L] int32, 0 for padding, 1, 2, … for packed examples.
     dtype: of the activations.
-    remat: recompute each layer in the backward pass, keeping [N, B, L, D] only.
+    remat: what the backward pass recomputes, a key of REMAT.
+    mesh: of several devices, see mt/sharding.py.
 
   Returns:
     [B, L, D], after the final norm.
@@ -276,11 +326,13 @@ def forward(
       positions, positions, segment_ids, segment_ids, window
     )
     angles = positions[..., None].astype(jnp.float32) * rate
-    return block(
+    x, _ = block(
       cfg, layer, x, angles, lambda q, k, v: (attend(cfg, q, k, v, mask), None)
     )
+    return sharding.constrain(x, mesh, _ACTIVATIONS), None
 
-  x = embed(params, tokens, dtype)
-  body = jax.checkpoint(body) if remat else body
-  x, _ = lax.scan(body, x, (params['layers'], *layer_constants(cfg)))
+  x = embed(params, tokens, dtype, mesh)
+  x = sharding.constrain(x, mesh, _ACTIVATIONS)
+  per_layer = params['layers'], *layer_constants(cfg)
+  x, _ = lax.scan(REMAT[remat](body), x, per_layer)
   return rms_norm(x, params['final_norm'])

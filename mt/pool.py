@@ -19,12 +19,14 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from mt import compiling
 from mt import decode
 from mt import model
 from mt import search as search_lib
+from mt import sharding
 from mt import sizes
 
 _SMALLEST_WIDTH = 32
@@ -99,6 +101,7 @@ def make_decoder(
   *,
   batch_size: int,
   dtype: jnp.dtype = jnp.float32,
+  mesh: Mesh | None = None,
 ) -> Decoder:
   """See Decoder; each shape is compiled once.
 
@@ -109,6 +112,8 @@ def make_decoder(
     batch_size: most prompts at once. They are fewer where
       prompts * search.width * slots would exceed 1024 * batch_size.
     dtype: of the activations and the cache.
+    mesh: where the parameters are, if not on one device. The cache is split
+      over it; every process has all of what is decoded.
   """
   stops = np.array(stop_ids, np.int32)
   chex.assert_rank(stops, 1)
@@ -118,12 +123,21 @@ def make_decoder(
     most = batch_size * _SLOTS_EACH // (slots * search.width)
     return next((n for n in steps if n <= most), 1)
 
+  def places(size, slots):
+    """Where a batch lives, for jax.jit."""
+    if mesh is None:
+      return {}
+    rows = size * search.width
+    axes, units = ('rows', 'slots', 'kv_heads', 'head'), cfg.num_kv_heads
+    cache = sharding.place(mesh, axes, (rows, slots, units, cfg.head_dim))
+    return {'out_shardings': (cache, sharding.whole(mesh))}
+
   @functools.cache
   def maker(size, slots):
     def empty():
       return _empty(cfg, search, size, slots, dtype)
 
-    return compiling.jit_once(empty)
+    return compiling.jit_once(empty, **places(size, slots))
 
   @functools.cache
   def reader(group, width):
@@ -136,28 +150,26 @@ def make_decoder(
 
   @functools.cache
   def putter(size, slots, group, width):
-    del size, slots, group, width
-    put = functools.partial(_put, search)
-    return compiling.jit_once(functools.wraps(_put)(put), donate_argnums=0)
+    del group, width
+    put = functools.wraps(_put)(functools.partial(_put, search))
+    return compiling.jit_once(put, donate_argnums=0, **places(size, slots))
 
   @functools.cache
   def mover(size, slots, new_size, new_slots):
-    del size, slots, new_size
+    del size, slots
 
     def move(batch, rows, taken):
       return _move(search, batch, rows, taken, new_slots)
 
-    return compiling.jit_once(move)
+    return compiling.jit_once(move, **places(new_size, new_slots))
 
   @functools.cache
   def stepper(size, slots):
-    del size, slots
-
     def run(batch, params, floor):
       step = functools.partial(decode.step, cfg, params)
       return search_lib.run(search, step, *batch, stops, floor)
 
-    return compiling.jit_once(run, donate_argnums=0)
+    return compiling.jit_once(run, donate_argnums=0, **places(size, slots))
 
   def fill(params, batch, shape, chosen, free, group):
     """Reads the chosen prompts and puts them into free rows."""

@@ -8,8 +8,10 @@ from typing import Any
 import ml_collections
 
 from mt import errors
+from mt import model
+from mt import optimizer
+from mt import precision
 from mt import sizes
-from mt import trainable
 
 
 def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
@@ -34,6 +36,11 @@ def _is_column(v: Any) -> bool:
 
 _POSITIVE = (lambda v: 0 < v < math.inf, 'more than 0')
 _TEXT = (bool, 'some text')
+_MESH = (lambda v: v == -1 or v >= 1, '1 or more, or -1 for what is left')
+_FORMAT = (
+  lambda v: v in precision.CHOICES,
+  "float32 or bfloat16 (float16 overflows in Gemma's activations)",
+)
 
 # Knob -> (test, what is expected). What is missing here takes any value of its
 # type: ml_collections checks types.
@@ -69,22 +76,28 @@ _RULES = {
   ),
   'train.max_steps': _at_least(1),
   'train.batch_size': _at_least(1),
-  'train.parts': _one_of(*trainable.MODES),
+  'train.micro_batches': _at_least(1),
+  'train.parts': _TEXT,
   'train.lora_rank': _at_least(1),
   'train.lora_alpha': _POSITIVE,
-  'train.dtype': (
-    lambda v: v in ('float32', 'bfloat16'),
-    "float32 or bfloat16 (float16 overflows in Gemma's activations)",
-  ),
-  'optim.name': _one_of('adamw', 'sgd'),
+  'train.lora_targets': _TEXT,
+  'train.dtype': _FORMAT,
+  'train.frozen_dtype': _FORMAT,
+  'train.remat': _one_of(*model.REMAT),
+  'train.max_skipped': _at_least(1),
+  'mesh.data': _MESH,
+  'mesh.fsdp': _MESH,
+  'mesh.tensor': _MESH,
+  'optim.name': _one_of(*optimizer.NAMES),
   'optim.learning_rate': _POSITIVE,
   'optim.warmup_steps': _at_least(0),
-  'optim.schedule': _one_of('constant', 'linear', 'cosine'),
+  'optim.schedule': _one_of(*optimizer.SCHEDULES),
   'optim.weight_decay': _at_least(0),
   'optim.beta1': _fraction(),
   'optim.beta2': _fraction(),
   'optim.epsilon': _POSITIVE,
   'optim.clip_norm': _at_least(0),
+  'optim.ema_decay': _fraction(),
   'eval.every': _at_least(1),
   'eval.loss_pairs': _at_least(0),
   'eval.loss_batches': _at_least(0),
@@ -134,6 +147,12 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f'optim.warmup_steps is {config.optim.warmup_steps}, more than the '
       f'train.max_steps={config.train.max_steps} in all.'
+    )
+  if config.train.batch_size % config.train.micro_batches:
+    raise errors.UserError(
+      f'train.batch_size is {config.train.batch_size}, which does not divide '
+      f'into train.micro_batches={config.train.micro_batches}; a multiple of '
+      'it expected.'
     )
   if config.optim.weight_decay and config.optim.name != 'adamw':
     raise errors.UserError(

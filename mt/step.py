@@ -9,17 +9,23 @@ import dataclasses
 
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import ml_collections
 import optax
 
 from mt import compiling
 from mt import loss
 from mt import model
+from mt import optimizer as optimizer_lib
+from mt import precision
+from mt import sharding
 from mt import sizes
 from mt import trainable
 
 Metrics = dict[str, jax.Array]
+Batch = dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -28,78 +34,93 @@ class TrainState:
   """All that training changes or reads, in one immutable pytree.
 
   Attributes:
-    step: int32 scalar, steps done.
+    step: int32 scalar, steps done, the skipped ones included.
+    skipped: int32 scalar, steps skipped for numbers that are not finite.
+    skipped_in_a_row: int32 scalar, those up to the last step; 0 after a good
+      one.
     trained: float32 parameters by path, see mt/trainable.py.
     frozen: the other parameters by path.
     opt_state: of the optimizer, for `trained` alone.
+    ema: moving averages of `trained`, float32; {} where optim.ema_decay is 0.
   """
 
   step: jax.Array
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
   trained: trainable.Flat
   frozen: trainable.Flat
   opt_state: optax.OptState
+  ema: trainable.Flat
 
-
-def make_schedule(
-  optim: ml_collections.ConfigDict, max_steps: int
-) -> optax.Schedule:
-  """Learning rate by step (0 is the first): warm-up, then the schedule."""
-  chex.assert_scalar_positive(max_steps)
-  peak, rest = optim.learning_rate, max(1, max_steps - optim.warmup_steps)
-  after = {
-    'constant': lambda: optax.constant_schedule(peak),
-    'linear': lambda: optax.linear_schedule(peak, 0.0, rest),
-    'cosine': lambda: optax.cosine_decay_schedule(peak, rest),
-  }[optim.schedule]()
-  if not optim.warmup_steps:
-    return after
-
-  def warmup(step):  # The first step already learns.
-    return peak * (step + 1) / (optim.warmup_steps + 1)
-
-  return optax.join_schedules([warmup, after], [optim.warmup_steps])
-
-
-def make_optimizer(
-  optim: ml_collections.ConfigDict, max_steps: int
-) -> optax.GradientTransformation:
-  """The optimizer of `config.optim`."""
-  schedule = make_schedule(optim, max_steps)
-  if optim.name == 'sgd':
-    update = optax.sgd(schedule)
-  else:
-    update = optax.adamw(
-      schedule,
-      b1=optim.beta1,
-      b2=optim.beta2,
-      eps=optim.epsilon,
-      weight_decay=optim.weight_decay,
-      mask=lambda flat: {name: 'norm' not in name for name in flat},
-    )
-  if not optim.clip_norm:
-    return update
-  return optax.chain(optax.clip_by_global_norm(optim.clip_norm), update)
+  @property
+  def best(self) -> trainable.Flat:
+    """What is evaluated, translates and is exported: EMA if there is one."""
+    return self.ema or self.trained
 
 
 def init_state(
+  cfg: sizes.ModelConfig,
   params: model.Params,
-  train: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict,
   optimizer: optax.GradientTransformation,
   key: chex.PRNGKey,
+  mesh: Mesh | None = None,
 ) -> TrainState:
   """The state before the first step.
 
   Args:
+    cfg: the model's shape.
     params: pretrained; the state takes them over.
-    train: `config.train`.
-    optimizer: see make_optimizer.
+    config: for `train` and `optim`.
+    optimizer: see mt/optimizer.py.
     key: for the random half of LoRA's factors.
+    mesh: where the state shall be; on a single device where None.
+
+  Raises:
+    errors.UserError: train.parts or train.lora_targets names nothing.
   """
+  trained, frozen = split_params(cfg, params, config.train, key, mesh)
+
+  def rest(trained):
+    ema = jax.tree.map(jnp.copy, trained) if config.optim.ema_decay else {}
+    counts = dict.fromkeys(('step', 'skipped', 'skipped_in_a_row'), 0)
+    counts = {k: jnp.int32(v) for k, v in counts.items()}
+    return counts | {'opt_state': optimizer.init(trained), 'ema': ema}
+
+  if mesh is not None:
+    places = sharding.of_tree(cfg, mesh, jax.eval_shape(rest, trained))
+    rest = jax.jit(rest, out_shardings=places)
+  return TrainState(trained=trained, frozen=frozen, **rest(trained))
+
+
+def split_params(
+  cfg: sizes.ModelConfig,
+  params: model.Params,
+  train: ml_collections.ConfigDict,
+  key: chex.PRNGKey,
+  mesh: Mesh | None = None,
+) -> tuple[trainable.Flat, trainable.Flat]:
+  """The parameters as (trained, frozen), each where and as it is kept."""
+  policy = precision.make_policy(train)
   trained, frozen = trainable.split(
-    params, train.parts, rank=train.lora_rank, key=key
+    params,
+    train.parts,
+    rank=train.lora_rank,
+    targets=train.lora_targets,
+    key=key,
   )
-  chex.assert_type(list(trained.values()), jnp.float32)
-  return TrainState(jnp.int32(0), trained, frozen, optimizer.init(trained))
+  formats = dict.fromkeys(frozen, policy.frozen)
+  formats |= dict.fromkeys(trained, policy.master)
+
+  def kept(path, x):
+    x = x.astype(formats[path])
+    if mesh is None:
+      return x
+    return sharding.put(x, sharding.of_parameter(cfg, mesh, path, x.shape))
+
+  return tuple(
+    {k: kept(k, v) for k, v in flat.items()} for flat in (trained, frozen)
+  )
 
 
 def model_params(
@@ -115,8 +136,9 @@ def model_params(
 def batch_nll(
   cfg: sizes.ModelConfig,
   params: model.Params,
-  batch: dict[str, jax.Array],
+  batch: Batch,
   train: ml_collections.ConfigDict,
+  mesh: Mesh | None = None,
 ) -> jax.Array:
   """Sum of the target tokens' negative log-likelihoods, in nats.
 
@@ -125,16 +147,19 @@ def batch_nll(
     params: see mt/model.py.
     batch: tokens, positions, segment_ids [B, L] int32, target_mask [B, L] bool.
     train: `config.train`, for dtype and remat.
+    mesh: of several devices, see mt/sharding.py.
   """
   chex.assert_rank(list(batch.values()), 2)
+  policy = precision.make_policy(train)
   hidden = model.forward(
     cfg,
     params,
     batch['tokens'],
     batch['positions'],
     batch['segment_ids'],
-    dtype=jnp.dtype(train.dtype),
+    dtype=policy.compute,
     remat=train.remat,
+    mesh=mesh,
   )
   return loss.target_nll(
     hidden,
@@ -142,60 +167,144 @@ def batch_nll(
     batch['tokens'],
     batch['target_mask'],
     final_softcap=cfg.final_softcap,
+    logits_dtype=policy.logits,
+    mesh=mesh,
   )
+
+
+def micro_batches(batch: Batch, number: int) -> Batch:
+  """[B, L] -> [number, B / number, L]; the first has rows 0, number, …"""
+  chex.assert_is_divisible(jax.tree.leaves(batch)[0].shape[0], number)
+  return jax.tree.map(
+    lambda x: x.reshape(-1, number, *x.shape[1:]).swapaxes(0, 1), batch
+  )
+
+
+def gradients(
+  cfg: sizes.ModelConfig,
+  train: ml_collections.ConfigDict,
+  trained: trainable.Flat,
+  frozen: trainable.Flat,
+  batch: Batch,
+  mesh: Mesh | None = None,
+) -> tuple[trainable.Flat, jax.Array]:
+  """Of the mean over all target tokens of the batch; and the sum of their nll.
+
+  With train.micro_batches above 1 they are summed over parts of the batch, one
+  after the other. Each part is divided by the targets of the whole batch, so
+  that a token counts the same wherever it stands.
+  """
+  targets = jnp.maximum(jnp.sum(batch['target_mask']), 1)
+
+  def mean_nll(trained, rows):
+    params = model_params(train, trained, frozen)
+    nll = batch_nll(cfg, params, rows, train, mesh)
+    return nll / targets, nll
+
+  of_rows = jax.grad(mean_nll, has_aux=True)
+  if train.micro_batches == 1:
+    return of_rows(trained, batch)
+
+  def at_home(grads):
+    if mesh is None:
+      return grads
+    places = sharding.of_tree(cfg, mesh, grads)
+    return jax.lax.with_sharding_constraint(grads, places)
+
+  def add(total, rows):
+    grads, nll = of_rows(trained, rows)
+    total = jax.tree.map(jnp.add, total, (at_home(grads), nll))
+    return total, None
+
+  zeros = at_home(jax.tree.map(jnp.zeros_like, trained)), jnp.float32(0)
+  return lax.scan(add, zeros, micro_batches(batch, train.micro_batches))[0]
 
 
 def make_train_step(
   cfg: sizes.ModelConfig,
-  train: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict,
   optimizer: optax.GradientTransformation,
+  mesh: Mesh | None = None,
   shapes: int = 1,
-) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """A jitted step; it consumes (donates) the state that it is given.
 
   It compiles once for each of `shapes` shapes of a batch.
 
-  The loss is the mean over the target tokens of the whole batch.
-  Metrics: nll (sum), targets, tokens (padding excluded), grad_norm.
+  The loss is the mean over the target tokens of the whole batch. If it or the
+  gradients are not finite, the step is skipped: it is counted, and nothing else
+  of the state changes, so that the schedule waits too.
+
+  Metrics: nll (sum), targets, tokens (padding excluded), grad_norm, and the
+  state's skipped and skipped_in_a_row.
   """
+  decay = config.optim.ema_decay
 
   def train_step(state, batch):
-    targets = jnp.sum(batch['target_mask'])
+    grads, nll = gradients(
+      cfg, config.train, state.trained, state.frozen, batch, mesh
+    )
+    grad_norm = optax.tree.norm(grads)
+    good = jnp.isfinite(nll) & jnp.isfinite(grad_norm)
 
-    def mean_nll(trained):
-      params = model_params(train, trained, state.frozen)
-      nll = batch_nll(cfg, params, batch, train)
-      return nll / jnp.maximum(targets, 1), nll
+    def update(trained, opt_state, ema):
+      clipped = optimizer_lib.clip(grads, grad_norm, config.optim.clip_norm)
+      updates, opt_state = optimizer.update(clipped, opt_state, trained)
+      trained = optax.apply_updates(trained, updates)
+      ema = {k: decay * v + (1 - decay) * trained[k] for k, v in ema.items()}
+      return trained, opt_state, ema
 
-    grads, nll = jax.grad(mean_nll, has_aux=True)(state.trained)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+    def skip(trained, opt_state, ema):
+      return trained, opt_state, ema
+
+    # Not a `where` for each array: that would keep two of them in memory.
+    trained, opt_state, ema = lax.cond(
+      good, update, skip, state.trained, state.opt_state, state.ema
+    )
     new = TrainState(
       step=state.step + 1,
-      trained=optax.apply_updates(state.trained, updates),
+      skipped=state.skipped + ~good,
+      skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
+      trained=trained,
       frozen=state.frozen,
       opt_state=opt_state,
+      ema=ema,
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    if mesh is not None:
+      places = sharding.of_tree(cfg, mesh, new)
+      new = jax.lax.with_sharding_constraint(new, places)
     return new, {
       'nll': nll,
-      'targets': targets,
+      'targets': jnp.sum(batch['target_mask']),
       'tokens': jnp.sum(batch['segment_ids'] > 0),
-      'grad_norm': optax.tree.norm(grads),
+      'grad_norm': grad_norm,
+      'skipped': new.skipped,
+      'skipped_in_a_row': new.skipped_in_a_row,
     }
 
   return compiling.jit_once(train_step, shapes, donate_argnums=0)
 
 
 def make_eval_step(
-  cfg: sizes.ModelConfig, train: ml_collections.ConfigDict
-) -> Callable[[TrainState, dict], Metrics]:
+  cfg: sizes.ModelConfig,
+  config: ml_collections.ConfigDict,
+  mesh: Mesh | None = None,
+) -> Callable[[TrainState, Batch], Metrics]:
   """A jitted step without gradients. Metrics: nll (sum), targets."""
 
   def eval_step(state, batch):
-    params = model_params(train, state.trained, state.frozen)
+    params = model_params(config.train, state.best, state.frozen)
     return {
-      'nll': batch_nll(cfg, params, batch, train),
+      'nll': batch_nll(cfg, params, batch, config.train, mesh),
       'targets': jnp.sum(batch['target_mask']),
     }
 
   return compiling.jit_once(eval_step)
+
+
+@jax.jit
+def all_finite(state: TrainState) -> jax.Array:
+  """Whether every number that training changes is one: bool scalar."""
+  leaves = jax.tree.leaves((state.trained, state.opt_state, state.ema))
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))

@@ -7,6 +7,7 @@ import dataclasses
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
@@ -67,6 +68,7 @@ def make_nbest(
   max_extra: int,
   search: search_lib.Search | None = None,
   dtype: jnp.dtype = jnp.float32,
+  mesh: Mesh | None = None,
 ) -> NBest:
   """A function (params, texts, on_progress=…, first=0) -> translations.
 
@@ -84,13 +86,19 @@ def make_nbest(
     max_extra: see max_ratio.
     search: greedy where none is given.
     dtype: of the activations.
+    mesh: where the parameters are, if not on one device.
   """
   chex.assert_scalar_positive(batch_size)
   chex.assert_scalar_positive(max_ratio)
   chex.assert_scalar_positive(max_extra)
   search = search or search_lib.Search()
   decoder = pool.make_decoder(
-    cfg, search, stop_ids(tok, template), batch_size=batch_size, dtype=dtype
+    cfg,
+    search,
+    stop_ids(tok, template),
+    batch_size=batch_size,
+    dtype=dtype,
+    mesh=mesh,
   )
   unstack = jax.jit(decode.unstack)
 
@@ -149,6 +157,7 @@ def nbest_from_config(
   config: ml_collections.ConfigDict,
   source: weights.Source,
   search: search_lib.Search,
+  mesh: Mesh | None = None,
 ) -> NBest:
   """make_nbest with the limits of `config.decode`."""
   return make_nbest(
@@ -160,16 +169,19 @@ def nbest_from_config(
     max_extra=config.decode.max_extra,
     search=search,
     dtype=jnp.dtype(config.train.dtype),
+    mesh=mesh,
   )
 
 
 def from_config(
-  config: ml_collections.ConfigDict, source: weights.Source
+  config: ml_collections.ConfigDict,
+  source: weights.Source,
+  mesh: Mesh | None = None,
 ) -> Translator:
   """The translator of `config.decode`, its search included."""
   d = config.decode
   search = search_lib.Search(beam=d.beam, length_penalty=d.length_penalty)
-  return best_of(nbest_from_config(config, source, search))
+  return best_of(nbest_from_config(config, source, search, mesh))
 
 
 if __name__ == '__main__':

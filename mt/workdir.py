@@ -27,21 +27,28 @@ import jax
 import ml_collections
 
 from configs import default
+from mt import distributed
 from mt import errors
 
 # Knobs that may change between two starts of one run. None changes what a step
-# computes, but for max_steps under a schedule that ends with it.
-_FREE = ('eval.', 'decode.', 'checkpoint.', 'log.')
+# computes by more than rounding, but for max_steps under a schedule that ends
+# with it.
+_FREE = ('eval.', 'decode.', 'checkpoint.', 'log.', 'mesh.')
 _FREE += ('data.max_bad_fraction', 'data.workers')
-_FREE += ('train.max_steps', 'weights.force_download')
+_FREE += ('train.max_steps', 'train.max_skipped', 'train.micro_batches')
+_FREE += ('train.remat', 'weights.force_download')
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
   """Writes a file whole or not at all; text as UTF-8.
 
+  Of several processes the first one writes, and the others do nothing.
+
   Raises:
     errors.UserError: the folder is not writable, the disk is full.
   """
+  if not distributed.is_first():
+    return
   part = path.with_name(f'{path.name}.{os.getpid()}.part')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from mt import checkpoint
 from mt import export
+from mt import optimizer as optimizer_lib
 from mt import step
 from mt import weights
 from mt import workdir as workdir_lib
@@ -43,8 +44,10 @@ def write_run(folder, source, tok_proto, rank=4, alpha=12.0):
   workdir_lib.write(folder / 'tokenizer.model', tok_proto)
   _, opened = checkpoint.open_source(folder)
   params = opened.read()
-  optimizer = step.make_optimizer(config.optim, config.train.max_steps)
-  state = step.init_state(params, config.train, optimizer, jax.random.key(0))
+  optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
+  state = step.init_state(
+    opened.config, params, config, optimizer, jax.random.key(0)
+  )
   rng = np.random.default_rng(0)
   trained = {
     k: jnp.asarray(rng.normal(size=v.shape, scale=1 / 16), jnp.float32)

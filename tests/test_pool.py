@@ -1,13 +1,11 @@
 """Prompts through a batch that is filled again, with a small random Gemma."""
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
@@ -16,6 +14,7 @@ from mt import loss
 from mt import model
 from mt import pool
 from mt import search as search_lib
+from mt import sharding
 from mt import sizes
 from mt.search import Search
 
@@ -266,59 +265,25 @@ def test_batch_sizes():
   assert pool.batch_sizes(1) == [1]
 
 
-_SHARDED = """
-import functools
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from mt import decode
-from mt import search as search_lib
-from tests import test_pool
-
-assert len(jax.devices()) == 8
-mesh = jax.sharding.Mesh(np.array(jax.devices()), ('rows',))
-tokens = jnp.array(np.random.default_rng(0).integers(80, 500, (8, 16)))
-tokens = tokens.astype(jnp.int32)
-numbers = jnp.arange(8, dtype=jnp.int32)
-search = test_pool.SEARCHES['beam']
-
-def run(params, tokens):
-  cache = decode.prefill(test_pool.CFG, params, tokens, jnp.float32)
-  more = ((0, 0), (0, 16), (0, 0), (0, 0))
-  cache = jax.tree.map(
-    lambda x: jnp.repeat(jnp.pad(x, more), search.width, 0), cache)
-  state = search_lib.start(
-    search, numbers, tokens[:, -1], numbers * 0 + 16, numbers + 5, 16)
-  step = functools.partial(decode.step, test_pool.CFG, params)
-  return search_lib.run(search, step, cache, state, np.array(test_pool.STOPS))
-
-params = test_pool._params()
-_, one = jax.jit(run)(params, tokens)
-whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P('rows'))
-cache, many = jax.jit(run, out_shardings=rows)(
-  jax.device_put(params, whole), jax.device_put(tokens, rows))
-for x in (many.tokens, cache['k'][0]):
-  assert {s.data.shape[0] for s in x.addressable_shards} == {len(x) // 8}
-np.testing.assert_array_equal(one.tokens, many.tokens)
-np.testing.assert_array_equal(one.counts, many.counts)
-np.testing.assert_allclose(one.logp, many.logp, rtol=1e-4)
-assert len(set(np.asarray(one.counts)[:, 0].tolist())) > 2
-print('same')
-"""
-
-
-def test_rows_on_eight_devices():
-  done = subprocess.run(
-    [sys.executable, '-c', _SHARDED],
-    cwd=pathlib.Path(__file__).parents[1],
-    env=os.environ
-    | {
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-      'JAX_PLATFORMS': 'cpu',
-    },
-    capture_output=True,
-    text=True,
-  )
-  assert done.stdout == 'same\n', done.stderr
+@pytest.mark.parametrize('shape', [(8, 1, 1), (2, 2, 2)])
+def test_eight_devices_decode_as_one(shape):
+  axes = dict(zip(('data', 'fsdp', 'tensor'), shape, strict=True))
+  mesh = sharding.make_mesh(ml_collections.ConfigDict(axes))
+  flat = {
+    k: sharding.put(v, sharding.of_parameter(CFG, mesh, k, v.shape))
+    for k, v in traverse_util.flatten_dict(_stacked(), sep='/').items()
+  }
+  params = traverse_util.unflatten_dict(flat, sep='/')
+  params = jax.jit(decode.unstack)(params)
+  prompts = _prompts([(5, 6), (12, 20), (3, 9), (30, 4), (7, 30), (9, 9)] * 3)
+  for search in (SEARCHES['greedy'], SEARCHES['beam']):
+    one = pool.make_decoder(CFG, search, STOPS, batch_size=8)
+    many = pool.make_decoder(CFG, search, STOPS, batch_size=8, mesh=mesh)
+    want = one(_params(), prompts)
+    got = many(params, prompts)
+    assert [[h.tokens for h in hs] for hs in got] == (
+      [[h.tokens for h in hs] for hs in want]
+    )
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_allclose(a[0].logp, b[0].logp, rtol=1e-4)
+    assert len({len(hs[0].tokens) for hs in want}) > 2

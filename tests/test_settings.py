@@ -1,11 +1,10 @@
+import importlib
 import math
+import pathlib
 
 import pytest
 
-from configs import debug
 from configs import default
-from configs import gemma3_270m
-from configs import tutorial
 from mt import errors
 from mt import settings
 from tests.refusal import refusal
@@ -19,9 +18,14 @@ def _knobs(config, prefix=''):
       yield prefix + key
 
 
-@pytest.mark.parametrize('module', [default, debug, gemma3_270m, tutorial])
-def test_shipped_configs_are_valid_and_locked(module):
-  config = module.get_config()
+CONFIGS = [
+  p.stem for p in (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py')
+]
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_shipped_configs_are_valid_and_locked(name):
+  config = importlib.import_module(f'configs.{name}').get_config()
   settings.check(config)
   with pytest.raises(AttributeError):
     config.optim.no_such_knob = 1
@@ -51,7 +55,12 @@ def test_shipped_configs_are_valid_and_locked(module):
     ('template.prompt', '{source}{source}'),
     ('train.max_steps', 0),
     ('train.batch_size', 0),
-    ('train.parts', 'everything'),
+    ('train.micro_batches', 0),
+    ('train.parts', ''),
+    ('train.remat', 'half'),
+    ('train.frozen_dtype', 'float16'),
+    ('train.max_skipped', 0),
+    ('train.lora_targets', ''),
     ('train.lora_rank', 0),
     ('train.lora_alpha', 0.0),
     ('train.dtype', 'float16'),
@@ -62,6 +71,7 @@ def test_shipped_configs_are_valid_and_locked(module):
     ('optim.schedule', 'cosin'),
     ('optim.beta2', 1.0),
     ('optim.clip_norm', -1.0),
+    ('optim.ema_decay', 1.0),
     ('eval.every', 0),
     ('eval.loss_batches', -1),
     ('eval.texts', ('',)),
@@ -91,6 +101,10 @@ def test_impossible_values_name_the_knob(knob, value):
   [
     ({'optim.warmup_steps': 1001}, ('optim.warmup_steps', 'train.max_steps')),
     ({'optim.name': 'sgd', 'optim.weight_decay': 0.1}, ('weight_decay', 'sgd')),
+    (
+      {'train.batch_size': 6, 'train.micro_batches': 4},
+      ('train.batch_size', 'train.micro_batches'),
+    ),
     ({'data.source': 'sample,'}, ('data.source', "'sample,'")),
     ({'data.weights': (1, 2)}, ('data.weights', '2 numbers', '1 sources')),
     ({'data.buckets': (32,)}, ('data.buckets', 'data.packing=False')),
@@ -125,3 +139,9 @@ def test_values_that_contradict_each_other(values, words):
   config = default.get_config()
   config.update_from_flattened_dict(values)
   refusal(lambda: settings.check(config), *words)
+
+
+def test_float16_is_refused_with_its_reason():
+  config = default.get_config()
+  config.train.dtype = 'float16'
+  refusal(lambda: settings.check(config), 'train.dtype', 'overflows')

@@ -1,6 +1,7 @@
 """The optimizer, the state, and what a jitted step does with them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import optax
 import pytest
 
 from configs import debug
+from mt import loss
 from mt import model
+from mt import optimizer as optimizer_lib
 from mt import sizes
 from mt import step
 
@@ -29,13 +32,14 @@ def _batch(seed=0, b=3, l=20):
   }
 
 
-def _setup(parts='all', **optim):
+def _setup(parts='all', train=None, **optim):
   config = debug.get_config()
   config.train.parts, config.train.lora_rank = parts, 4
   config.optim.update(optim)
-  optimizer = step.make_optimizer(config.optim, config.train.max_steps)
+  config.train.update(train or {})
+  optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
   params = model.init_params(CFG, jax.random.key(1))
-  state = step.init_state(params, config.train, optimizer, jax.random.key(2))
+  state = step.init_state(CFG, params, config, optimizer, jax.random.key(2))
   return config, optimizer, state
 
 
@@ -57,9 +61,7 @@ def test_sgd_step_is_the_hand_computed_one():
   grads = jax.grad(lambda t: _mean_nll(config, t, {}, batch))(state.trained)
   want = jax.tree.map(lambda p, g: np.array(p - 0.1 * g), state.trained, grads)
   norm = float(optax.tree.norm(grads))
-  new, metrics = step.make_train_step(CFG, config.train, optimizer)(
-    state, batch
-  )
+  new, metrics = step.make_train_step(CFG, config, optimizer)(state, batch)
   for name, value in want.items():
     np.testing.assert_allclose(new.trained[name], value, rtol=1e-5, atol=1e-7)
   assert int(new.step) == 1
@@ -73,9 +75,7 @@ def test_clipping_scales_the_step_to_the_norm():
     name='sgd', learning_rate=1.0, clip_norm=0.01
   )
   old = _copy(state.trained)
-  new, metrics = step.make_train_step(CFG, config.train, optimizer)(
-    state, _batch()
-  )
+  new, metrics = step.make_train_step(CFG, config, optimizer)(state, _batch())
   assert float(metrics['grad_norm']) > 0.01
   moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, new.trained, old))
   assert float(moved) == pytest.approx(0.01, rel=1e-3)
@@ -88,7 +88,7 @@ def test_adamw_is_optax_with_decay_on_matrices_only():
   batch = _batch()
   old = _copy(state.trained)
   grads = jax.grad(lambda t: _mean_nll(config, t, {}, batch))(state.trained)
-  new, _ = step.make_train_step(CFG, config.train, optimizer)(state, batch)
+  new, _ = step.make_train_step(CFG, config, optimizer)(state, batch)
   for name, p in old.items():
     g = np.array(grads[name])
     # Step 1 of Adam: both averages are unbiased to g and g^2.
@@ -109,7 +109,7 @@ def test_schedules():
 
   def rates(schedule):
     optim.schedule = schedule
-    made = step.make_schedule(optim, 14)
+    made = optimizer_lib.make_schedule(optim, 14)
     return [float(made(i)) for i in range(14)]
 
   for name in ('constant', 'linear', 'cosine'):
@@ -127,14 +127,14 @@ def test_schedules():
 def test_state_is_donated_and_aliased(parts):
   config, optimizer, state = _setup(parts)
   compiled = (
-    step.make_train_step(CFG, config.train, optimizer)
+    step.make_train_step(CFG, config, optimizer)
     .lower(state, _batch())
     .compile()
   )
   size = sum(x.nbytes for x in jax.tree.leaves(state))
   assert compiled.memory_analysis().alias_size_in_bytes == size
   leaves = jax.tree.leaves(state)
-  new, _ = step.make_train_step(CFG, config.train, optimizer)(state, _batch())
+  new, _ = step.make_train_step(CFG, config, optimizer)(state, _batch())
   assert all(x.is_deleted() for x in leaves)
   assert not any(x.is_deleted() for x in jax.tree.leaves(new))
 
@@ -143,7 +143,7 @@ def test_state_is_donated_and_aliased(parts):
 def test_only_the_trained_part_moves(parts):
   config, optimizer, state = _setup(parts)
   trained, frozen = _copy(state.trained), _copy(state.frozen)
-  train_step = step.make_train_step(CFG, config.train, optimizer)
+  train_step = step.make_train_step(CFG, config, optimizer)
   for seed in (0, 1):  # LoRA's A moves from the second step on.
     state, _ = train_step(state, _batch(seed))
   for name, old in frozen.items():
@@ -159,7 +159,7 @@ def test_only_the_trained_part_moves(parts):
 
 def test_a_second_shape_is_refused():
   config, optimizer, state = _setup()
-  train_step = step.make_train_step(CFG, config.train, optimizer)
+  train_step = step.make_train_step(CFG, config, optimizer)
   state, _ = train_step(state, _batch(l=20))
   state, _ = train_step(state, _batch(1, l=20))
   with pytest.raises(AssertionError, match='trace'):
@@ -169,7 +169,7 @@ def test_a_second_shape_is_refused():
 def test_every_row_counts():
   """The tutorial's loss reads row 0 only."""
   config, _, state = _setup()
-  eval_step = step.make_eval_step(CFG, config.train)
+  eval_step = step.make_eval_step(CFG, config)
   batch = _batch()
   rows = []
   for i in range(3):
@@ -188,22 +188,18 @@ def test_a_batch_without_targets_changes_nothing():
   old = _copy(state.trained)
   batch = _batch()
   batch['target_mask'] = np.zeros_like(batch['target_mask'])
-  new, metrics = step.make_train_step(CFG, config.train, optimizer)(
-    state, batch
-  )
+  new, metrics = step.make_train_step(CFG, config, optimizer)(state, batch)
   assert float(metrics['nll']) == 0 and int(metrics['targets']) == 0
   for name, value in old.items():
     np.testing.assert_array_equal(new.trained[name], value)
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
 def test_bfloat16_keeps_a_float32_state(remat):
   config, optimizer, state = _setup()
   config.train.dtype, config.train.remat = 'bfloat16', remat
   exact = float(_mean_nll(debug.get_config(), state.trained, {}, _batch()))
-  new, metrics = step.make_train_step(CFG, config.train, optimizer)(
-    state, _batch()
-  )
+  new, metrics = step.make_train_step(CFG, config, optimizer)(state, _batch())
   assert all(x.dtype == jnp.float32 for x in new.trained.values())
   loss = float(metrics['nll']) / float(metrics['targets'])
   assert loss == pytest.approx(exact, rel=2e-2)
@@ -212,9 +208,222 @@ def test_bfloat16_keeps_a_float32_state(remat):
 
 def test_training_learns():
   config, optimizer, state = _setup('lora', learning_rate=3e-2)
-  train_step = step.make_train_step(CFG, config.train, optimizer)
+  train_step = step.make_train_step(CFG, config, optimizer)
   losses = []
   for _ in range(30):
     state, metrics = train_step(state, _batch())
     losses.append(float(metrics['nll']))
   assert losses[-1] < 0.5 * losses[0]
+
+
+def _run(config, optimizer, state, batches):
+  train_step = step.make_train_step(CFG, config, optimizer)
+  for batch in batches:
+    state, metrics = train_step(state, batch)
+  return state, metrics
+
+
+def _assert_near(got, want, rtol):
+  for name, value in want.items():
+    error = np.linalg.norm(np.asarray(got[name]) - np.asarray(value))
+    assert error <= rtol * np.linalg.norm(value), name
+
+
+@pytest.mark.parametrize('parts', ['all', 'lora'])
+def test_micro_batches_are_the_one_large_batch(parts):
+  """Rows of 1, 14, 0, 3, 6, 2 targets: means of means would be far off."""
+  batch = _batch()
+  batch = {k: np.concatenate([v, v[::-1]]) for k, v in batch.items()}
+  batch['tokens'] = _batch(7, b=3)['tokens'].repeat(2, 0)
+  mask = np.zeros_like(batch['target_mask'])
+  for row, count in enumerate((1, 14, 0, 3, 6, 2)):
+    mask[row, 3 : 3 + count] = True
+  batch['target_mask'] = mask
+
+  def gradients(number):
+    config, _, state = _setup(parts, {'micro_batches': number})
+    compiled = jax.jit(functools.partial(step.gradients, CFG, config.train))
+    return compiled(state.trained, state.frozen, batch)
+
+  sgd = {'name': 'sgd', 'learning_rate': 0.1}
+  grads, nll = gradients(1)
+  want, want_metrics = _run(*_setup(parts, **sgd), [batch])
+  got_grads, got_nll = gradients(3)
+  assert float(got_nll) == pytest.approx(float(nll), rel=1e-6)
+  _assert_near(got_grads, grads, 1e-6)
+  got, metrics = _run(*_setup(parts, {'micro_batches': 3}, **sgd), [batch])
+  for name, value in want.trained.items():
+    np.testing.assert_allclose(got.trained[name], value, atol=1e-7)
+  for key in ('nll', 'grad_norm', 'targets', 'tokens'):
+    assert float(metrics[key]) == pytest.approx(
+      float(want_metrics[key]), rel=1e-6
+    ), key
+
+
+def test_micro_batches_take_less_memory():
+  def temporary(number):
+    config, optimizer, state = _setup('lora', {'micro_batches': number})
+    batch = {k: np.tile(v, (8, 4)) for k, v in _batch(b=2).items()}
+    lowered = step.make_train_step(CFG, config, optimizer).lower(state, batch)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  assert temporary(8) < 0.4 * temporary(1)
+
+
+def test_remat_trades_memory_for_time():
+  batch = {k: np.tile(v, (2, 8)) for k, v in _batch().items()}
+  memory, flops = {}, {}
+  for remat in ('none', 'dots', 'full'):
+    config, optimizer, state = _setup('lora', {'remat': remat})
+    lowered = step.make_train_step(CFG, config, optimizer).lower(state, batch)
+    compiled = lowered.compile()
+    memory[remat] = compiled.memory_analysis().temp_size_in_bytes
+    flops[remat] = compiled.cost_analysis()['flops']
+  assert memory['full'] < 0.5 * memory['none']
+  assert memory['full'] < memory['dots'] < 0.8 * memory['none']
+  assert flops['none'] < flops['dots'] < flops['full']
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('parts', ['lora', 'layers/(q|v)'])
+def test_frozen_weights_may_be_bfloat16(parts, dtype):
+  config, optimizer, state = _setup(
+    parts, {'frozen_dtype': 'bfloat16', 'dtype': dtype}
+  )
+  exact = float(_mean_nll(debug.get_config(), *_joined(_setup()[2]), _batch()))
+  new, metrics = _run(config, optimizer, state, [_batch(), _batch()])
+  assert {x.dtype for x in new.frozen.values()} == {jnp.dtype('bfloat16')}
+  floats = [
+    x
+    for x in jax.tree.leaves((new.trained, new.opt_state))
+    if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+  assert {x.dtype for x in floats} == {jnp.dtype('float32')}
+  assert float(metrics['nll']) / float(metrics['targets']) < exact
+
+
+def _joined(state):
+  return state.trained, state.frozen
+
+
+def test_adafactor_is_optax_and_small():
+  config, optimizer, state = _setup(
+    name='adafactor', learning_rate=1e-2, clip_norm=0.0
+  )
+  batch = _batch()
+  old = _copy(state.trained)
+  grads = jax.grad(lambda t: _mean_nll(config, t, {}, batch))(state.trained)
+  new, _ = _run(config, optimizer, state, [batch])
+  for name in ('layers/q', 'final_norm'):
+    g, p = np.array(grads[name]), old[name]
+    # Step 1: the average is the square itself (decay 1 - 1^-0.8 = 0), nothing
+    # is factored below 128 columns, so the update is g / |g| with RMS 1, times
+    # the RMS of the weights (1e-3 at least).
+    scale = max(1e-3, np.sqrt(np.mean(p**2)))
+    want = p - 1e-2 * scale * np.sign(g)
+    sure = np.abs(g) > 1e-6
+    assert sure.mean() > 0.2
+    np.testing.assert_allclose(
+      np.array(new.trained[name])[sure], want[sure], rtol=1e-3, atol=1e-6
+    )
+  # Rows and columns instead of a number for each weight.
+  shapes = {'w': jnp.zeros((3, 256, 512))}
+  numbers = sum(x.size for x in jax.tree.leaves(optimizer.init(shapes)))
+  assert numbers < 0.01 * 3 * 256 * 512
+
+
+@pytest.mark.parametrize('largest', [0.0, 0.3, 30.0])
+def test_clip_is_the_one_of_optax(largest):
+  grads = {'a': jnp.arange(5.0), 'b': -jnp.ones((2, 3))}
+  norm = optax.tree.norm(grads)
+  got = optimizer_lib.clip(grads, norm, largest)
+  want = grads
+  if largest:
+    want, _ = optax.clip_by_global_norm(largest).update(grads, None)
+  for name, value in want.items():
+    np.testing.assert_allclose(got[name], value, rtol=1e-6)
+
+
+def test_ema_is_the_hand_computed_one():
+  config, optimizer, state = _setup(ema_decay=0.75, learning_rate=1e-2)
+  want = _copy(state.trained)
+  train_step = step.make_train_step(CFG, config, optimizer)
+  for seed in range(3):
+    state, _ = train_step(state, _batch(seed))
+    want = {k: 0.75 * v + 0.25 * state.trained[k] for k, v in want.items()}
+  for name, value in want.items():
+    np.testing.assert_allclose(state.ema[name], value, rtol=1e-5, atol=1e-7)
+    assert not np.array_equal(state.ema[name], state.trained[name])
+  # It is what is evaluated.
+  got = step.make_eval_step(CFG, config)(state, _batch())
+  mean = float(got['nll']) / float(got['targets'])
+  of_ema = float(_mean_nll(config, want, {}, _batch()))
+  assert mean == pytest.approx(of_ema, rel=1e-5)
+  of_trained = float(_mean_nll(config, state.trained, {}, _batch()))
+  assert abs(of_ema - of_trained) > 1e-3
+
+
+@jax.custom_vjp
+def _with_gradient(x, gradient):
+  del gradient
+  return x
+
+
+_with_gradient.defvjp(lambda x, g: (x, g), lambda g, upper: (upper * g, None))
+
+
+@pytest.mark.parametrize('name', ['adamw', 'adafactor', 'sgd'])
+@pytest.mark.parametrize('bad', ['loss', 'gradient'])
+def test_a_step_that_is_not_finite_is_skipped(name, bad, monkeypatch):
+  config, optimizer, state = _setup(name=name, ema_decay=0.5)
+  # A row with one token more than the rest becomes the poisoned one.
+  real = loss.target_nll
+
+  def poisoned(hidden, embedding, tokens, *args, **kwargs):
+    nll = real(hidden, embedding, tokens, *args, **kwargs)
+    here = jnp.any(tokens == 95)
+    if bad == 'loss':
+      return jnp.where(here, jnp.inf, nll)
+    return _with_gradient(nll, jnp.where(here, jnp.nan, 1.0))
+
+  monkeypatch.setattr(loss, 'target_nll', poisoned)
+  good = [_batch(seed) for seed in range(3)]
+  for batch in good:
+    batch['tokens'][batch['tokens'] == 95] = 94
+  evil = _batch(9)
+  evil['tokens'][0, 0] = 95
+  train_step = step.make_train_step(CFG, config, optimizer)
+  state, metrics = train_step(state, good[0])
+  assert int(metrics['skipped']) == 0
+  before = _copy(state)
+  for count in (1, 2):
+    state, metrics = train_step(state, evil)
+    assert int(metrics['skipped']) == count
+    assert int(metrics['skipped_in_a_row']) == count
+  assert int(state.step) == 3
+  after = dataclasses.replace(
+    state, **{k: getattr(before, k) for k in ('step', 'skipped')}
+  )
+  after = dataclasses.replace(after, skipped_in_a_row=np.int32(0))
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+  # As if it had not been: the next good step is the second good one.
+  state, metrics = train_step(state, good[1])
+  assert int(metrics['skipped']) == 2 and int(metrics['skipped_in_a_row']) == 0
+  other = _setup(name=name, ema_decay=0.5)[2]
+  for batch in good[:2]:
+    other, _ = train_step(other, batch)
+  for part in ('trained', 'opt_state', 'ema'):
+    jax.tree.map(
+      np.testing.assert_array_equal, getattr(state, part), getattr(other, part)
+    )
+
+
+def test_all_finite_looks_at_everything():
+  *_, state = _setup(ema_decay=0.5)
+  assert step.all_finite(state)
+  for part in ('trained', 'opt_state', 'ema'):
+    leaves, treedef = jax.tree.flatten(getattr(state, part))
+    at = next(i for i, x in enumerate(leaves) if x.ndim == 3)
+    leaves[at] = leaves[at].at[-1, -1, -1].set(jnp.nan)
+    bad = dataclasses.replace(state, **{part: treedef.unflatten(leaves)})
+    assert not step.all_finite(bad), part

@@ -11,6 +11,7 @@ import pytest
 from mt import model
 from mt import sizes
 from mt import trainable
+from tests.refusal import refusal
 
 CFG = sizes.ModelConfig(
   vocab_size=61,
@@ -111,7 +112,7 @@ def _paths(params):
   return set(traverse_util.flatten_dict(params, sep='/'))
 
 
-@pytest.mark.parametrize('mode', trainable.MODES)
+@pytest.mark.parametrize('mode', ['all', 'blocks', 'lora', 'layers/(q|v)'])
 def test_parts_are_disjoint_and_complete(mode):
   base = _base()
   trained, frozen = trainable.split(base, mode, rank=RANK, key=KEY)
@@ -139,12 +140,47 @@ def test_what_each_mode_trains():
   assert set(split('lora')[1]) == everything
 
 
-@pytest.mark.parametrize('mode', ['lora ', 'none', ''])
-def test_an_unknown_mode_is_named(mode):
-  with pytest.raises(ValueError, match=repr(mode)) as error:
-    trainable.split(_base(), mode, rank=RANK, key=KEY)
-  for known in trainable.MODES:
-    assert repr(known) in str(error.value)
+@pytest.mark.parametrize('parts', ['lora ', 'none', 'layers', 'layers/(q'])
+def test_parts_that_fit_nothing_are_refused(parts):
+  names = ('all', 'lora') if '(' not in parts else ('regular expression',)
+  refusal(
+    lambda: trainable.split(_base(), parts, rank=RANK, key=KEY),
+    'train.parts',
+    repr(parts),
+    *names,
+  )
+
+
+def test_a_pattern_trains_what_it_fits():
+  base = _base()
+  trained, frozen = trainable.split(
+    base, r'layers/(q|.*norm)|final_norm', rank=RANK, key=KEY
+  )
+  norms = ('attn_norm', 'ffw_norm', 'post_attn_norm', 'post_ffw_norm')
+  want = {f'layers/{n}' for n in (*norms, 'q_norm', 'k_norm', 'q')}
+  assert set(trained) == want | {'final_norm'}
+  assert set(frozen) == _paths(base) - set(trained)
+
+
+def test_lora_targets_choose_matrices():
+  trained, frozen = trainable.split(
+    _base(), 'lora', rank=RANK, targets='q|v', key=KEY
+  )
+  names = {f'layers/{m}_lora_{x}' for m in 'qv' for x in 'ab'}
+  assert set(trained) == names and set(frozen) == _paths(_base())
+  every, _ = _lora()
+  for name in names:  # The choice of the others decides nothing.
+    np.testing.assert_array_equal(trained[name], every[name])
+  joined = trainable.join(_with_random_b(trained), frozen, lora_scale=SCALE)
+  folded = trainable.fold(joined)
+  assert _relative_error(_forward(folded), _forward(joined)) < 1e-5
+  np.testing.assert_array_equal(folded['layers']['k'], frozen['layers/k'])
+  refusal(
+    lambda: trainable.split(_base(), 'lora', rank=RANK, targets='w', key=KEY),
+    'train.lora_targets',
+    "'w'",
+    'gate',
+  )
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])

@@ -379,7 +379,7 @@ def test_the_translator_of_a_config(monkeypatch):
     'length_penalty': 0.5,
   }
   source = types.SimpleNamespace(config='the size', tokenizer='the tokenizer')
-  translator = translate.from_config(config, source)
+  translator = translate.from_config(config, source, 'the mesh')
   template = template_lib.Template(
     'English: {source}\nFrench:', config.template.target_prefix, target_bos=True
   )
@@ -390,6 +390,7 @@ def test_the_translator_of_a_config(monkeypatch):
     'max_extra': 7,
     'search': search_lib.Search(beam=3, length_penalty=0.5),
     'dtype': jnp.bfloat16,
+    'mesh': 'the mesh',
   }
   assert translator(None, ['x']) == ['a']
 

@@ -13,6 +13,7 @@ from configs import gemma3_270m
 from mt import batches
 from mt import corpus
 from mt import data
+from mt import optimizer as optimizer_lib
 from mt import step
 from mt import weights
 
@@ -26,11 +27,11 @@ def main():
   for size in [int(x) for x in sys.argv[1:]] or [1]:
     for parts in ('lora', 'blocks', 'all'):
       config.train.parts = parts
-      optimizer = step.make_optimizer(config.optim, 100)
+      optimizer = optimizer_lib.make_optimizer(config.optim, 100)
       state = step.init_state(
-        source.read(), config.train, optimizer, jax.random.key(0)
+        source.config, source.read(), config, optimizer, jax.random.key(0)
       )
-      train_step = step.make_train_step(source.config, config.train, optimizer)
+      train_step = step.make_train_step(source.config, config, optimizer)
       config.train.batch_size = size
       rows, shares = data.training_rows(config, source.tokenizer, texts)
       iterator = batches.train_iterator(rows, shares, size, STEPS + 1)

@@ -1,0 +1,19 @@
+"""Gemma 3 12B, LoRA over bfloat16 weights, on a v5e-8: 8 TPUs of 16 GB."""
+
+from configs import default
+
+
+def get_config():
+  c = default.get_config()
+  c.weights.source = 'kaggle:google/gemma-3/flax/gemma3-12b'
+  c.weights.size = 'gemma3_12b'
+  c.data.length = 512
+  c.train.batch_size = 32
+  c.train.dtype = 'bfloat16'
+  c.train.frozen_dtype = 'bfloat16'
+  c.train.remat = 'full'
+  c.mesh.data, c.mesh.fsdp = 1, 8
+  c.optim.learning_rate = 2e-4
+  c.optim.schedule = 'cosine'
+  c.optim.warmup_steps = 50
+  return c

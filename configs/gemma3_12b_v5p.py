@@ -1,0 +1,19 @@
+"""Gemma 3 12B, all weights, on a v5p-16: 8 TPUs of 95 GB."""
+
+from configs import default
+
+
+def get_config():
+  c = default.get_config()
+  c.weights.source = 'kaggle:google/gemma-3/flax/gemma3-12b'
+  c.weights.size = 'gemma3_12b'
+  c.data.length = 1024
+  c.train.parts = 'all'
+  c.train.batch_size = 64
+  c.train.dtype = 'bfloat16'
+  c.train.remat = 'full'
+  c.mesh.data, c.mesh.fsdp = 1, 8
+  c.optim.learning_rate = 1e-5
+  c.optim.schedule = 'cosine'
+  c.optim.warmup_steps = 50
+  return c

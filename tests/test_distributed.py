@@ -1,0 +1,135 @@
+"""Two real processes on one machine: one run, whoever starts or dies."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mt import distributed
+from tests.refusal import refusal
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def _start(workdir, processes, *flags):
+  """Processes of one run, each with two devices."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{s.getsockname()[1]}'
+  started = []
+  for i in range(processes):
+    of_several = [f'--coordinator={address}', f'--processes={processes}']
+    command = [
+      sys.executable,
+      str(ROOT / 'train.py'),
+      f'--config={ROOT}/configs/debug.py',
+      f'--workdir={workdir}',
+      *(of_several + [f'--process={i}'] if processes > 1 else []),
+      '--config.data.length=128',
+      '--config.eval.translate_pairs=2',
+      '--config.eval.loss_pairs=4',
+      '--config.eval.every=2',
+      '--config.checkpoint.every=2',
+      '--config.decode.max_ratio=0.1',
+      *flags,
+    ]
+    flags_of_xla = '--xla_force_host_platform_device_count=2'
+    started.append(
+      subprocess.Popen(
+        command,
+        env=os.environ | {'XLA_FLAGS': flags_of_xla},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    )
+  return started
+
+
+def _run(workdir, processes, *flags):
+  started = _start(workdir, processes, *flags)
+  outs = [p.communicate(timeout=600) for p in started]
+  for p, (_, err) in zip(started, outs, strict=True):
+    assert p.returncode == 0, err
+  return [out for out, _ in outs]
+
+
+def _losses(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  lines = [json.loads(x) for x in lines]
+  return {
+    (x['step'], kind): x[kind]
+    for x in lines
+    for kind in ('loss', 'valid_loss')
+    if kind in x
+  }
+
+
+def test_two_processes_are_one_run(tmp_path):
+  """From two to one, and from one to two, in the middle of a run."""
+  one, two = '--config.mesh.data=1', '--config.mesh.data=-1'
+  fsdp, half = '--config.mesh.fsdp=2', '--config.train.max_steps=2'
+  whole = '--config.train.max_steps=4'
+  _run(tmp_path / 'whole', 1, one, whole)
+  outs = _run(tmp_path / 'fewer', 2, two, fsdp, half)
+  assert 'data 2 x fsdp 2' in outs[0] and '2 processes' in outs[0]
+  # Process 0 speaks for both; the other's lines are Gloo's own.
+  assert 'step' in outs[0] and 'step' not in outs[1]
+  assert 'resumed' in _run(tmp_path / 'fewer', 1, one, whole)[0]
+  _run(tmp_path / 'more', 1, one, half)
+  outs = _run(tmp_path / 'more', 2, two, fsdp, whole)
+  assert 'resumed' in outs[0] and 'valid chrf' in outs[0]
+  want = _losses(tmp_path / 'whole')
+  assert len(want) == 4 + 3
+  for name in ('fewer', 'more'):
+    got = _losses(tmp_path / name)
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+      np.testing.assert_allclose(got[key], value, rtol=1e-5, err_msg=str(key))
+
+
+@pytest.mark.parametrize('lost', [0, 1])
+def test_if_one_dies_the_other_ends(tmp_path, lost):
+  many = '--config.train.max_steps=100000'
+  started = _start(tmp_path, 2, '--config.mesh.data=-1', many)
+  path = tmp_path / 'metrics.jsonl'
+  deadline = time.monotonic() + 300
+  while not (path.exists() and '"step": 3,' in path.read_text()):
+    assert time.monotonic() < deadline
+    assert all(p.poll() is None for p in started), started[0].stderr.read()
+    time.sleep(0.05)
+  started[lost].send_signal(signal.SIGKILL)
+  _, err = started[1 - lost].communicate(timeout=60)
+  assert started[1 - lost].returncode != 0
+  assert 'error' in err.lower() or 'terminat' in err.lower()
+  started[lost].communicate()
+
+
+@pytest.mark.parametrize(
+  'flags, env, words',
+  [
+    (('', 2, -1), {}, ('--coordinator', '--processes=2')),
+    (('127.0.0.1:1', 0, -1), {}, ('--process=-1', '--processes=0')),
+    (('127.0.0.1:1', 2, 2), {}, ('--process=2', '--processes=2')),
+    (('127.0.0.1:1', 2, -1), {'JAX_PROCESS_ID': '2'}, ('--process=2',)),
+    (('127.0.0.1:1', 2, -1), {'JAX_PROCESS_ID': 'x'}, ('JAX_PROCESS_ID',)),
+    (('', 0, -1), {'JAX_COORDINATOR_ADDRESS': 'h:1'}, ('--processes=0',)),
+  ],
+)
+def test_incomplete_addresses_are_refused(monkeypatch, flags, env, words):
+  for name, value in env.items():
+    monkeypatch.setenv(name, value)
+  refusal(lambda: distributed.start(*flags), *words)
+
+
+def test_a_single_process_needs_nothing():
+  distributed.start('', 0, -1)
+  assert distributed.is_first() and distributed.agree(True)
+  assert distributed.first_first(lambda: 3) == 3
