@@ -8,9 +8,9 @@ round; medians over the rounds are reported. All train on the same pairs, so
 that the losses, with a learning rate near zero, must agree; all continue the
 same prompts, so that greedy tokens must.
 
-A row that could not be measured says why, and the exit code is 1 if it was for
-another reason than an environment that is not there. One JSON object a process
-is left in runs/bench/answers.jsonl.
+A row that could not be measured says why. The exit code is 1 if it was for
+another reason than an environment that is not there, or if losses differ. One
+JSON object a process is left in runs/bench/answers.jsonl.
 """
 
 import json
@@ -196,8 +196,11 @@ def main(argv):
       said = answer.get('failed', f'{time.monotonic() - start:.0f} s')
       print(f'round {number}, {name}: {said}', flush=True)
   print('\n' + table.report(cfg, job, answers))
+  wrong = table.disagreements(answers)
+  print(*wrong, sep='\n')
   every = [a for found in answers.values() for a in found]
-  sys.exit(any('failed' in a and 'absent' not in a for a in every))
+  failed = any('failed' in a and 'absent' not in a for a in every)
+  sys.exit(failed or bool(wrong))
 
 
 if __name__ == '__main__':

@@ -90,6 +90,19 @@ def agreement(made: list[list[int]], theirs: list[list[int]]) -> float:
   return float(np.mean([a == b for a, b in zip(made, theirs, strict=True)]))
 
 
+def disagreements(answers: Answers) -> list[str]:
+  """A line for each loss that is another than the first: of other pairs."""
+  losses = {
+    n: a['loss'] for n, all in answers.items() for a in all if 'loss' in a
+  }
+  (first, expected), *others = losses.items() or [(None, None)]
+  return [
+    f'{name}: its loss is {loss:.4f}, that of {first} {expected:.4f}.'
+    for name, loss in others
+    if abs(loss - expected) > 1e-3 * expected
+  ]
+
+
 def report(cfg: sizes.ModelConfig, job: dict, answers: Answers) -> str:
   """The tables, out of what there is."""
   out, roof = [], roof_of(answers)
