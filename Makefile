@@ -6,7 +6,7 @@ CONFIG ?= configs/gemma3_270m.py
 ARGS ?=
 BIN = .venv/bin
 
-.PHONY: train test test-real test-transformers bench lint
+.PHONY: train test test-real test-heavy test-transformers bench lint
 
 train: .venv/installed
 	$(BIN)/python train.py --config=$(CONFIG) $(ARGS)
@@ -16,6 +16,9 @@ test: .venv/installed
 
 test-real: .venv/installed
 	$(BIN)/python -m pytest -m real $(ARGS)
+
+test-heavy: .venv/installed
+	$(BIN)/python -m pytest -m heavy $(ARGS)
 
 test-transformers: .venv/installed .venv-transformers/installed
 	$(BIN)/python -m pytest -m transformers $(ARGS)
