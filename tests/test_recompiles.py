@@ -22,7 +22,7 @@ def test_a_thousand_sentences_of_like_lengths_share_their_programs():
   """Sources of 56 lengths, 1 to 92 tokens; and no program more the next time.
 
   The narrow model has the vocabulary, the tokens and the shapes of the real
-  one. It was 22 programs when this was written, most of them near the end, where
+  one. It was 22 programs when this was written, most near the end, where
   the long sentences are.
   """
   texts = recompiles.sources(_FILE)[:1000]
