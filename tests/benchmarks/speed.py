@@ -197,7 +197,8 @@ def main(argv):
       print(f'round {number}, {name}: {said}', flush=True)
   print('\n' + table.report(cfg, job, answers))
   wrong = table.disagreements(answers)
-  print(*wrong, sep='\n')
+  for line in wrong:
+    print(line)
   every = [a for found in answers.values() for a in found]
   failed = any('failed' in a and 'absent' not in a for a in every)
   sys.exit(failed or bool(wrong))
