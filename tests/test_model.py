@@ -123,7 +123,7 @@ def _examples_in(array, layout):
   return [array[row, start:end] for row, start, end, _, _ in places]
 
 
-def kinds(cfg):
+def layer_kinds(cfg):
   pattern = cfg.attention * cfg.num_layers
   return pattern[: cfg.num_layers]
 
@@ -196,7 +196,7 @@ def _oracle_logits(cfg, params, tokens, positions, mask):
   embedder = gemma_modules.Embedder(cfg.vocab_size, cfg.embed_dim)
   table = {'params': {'input_embedding': params['embedding']}}
   x = embedder.apply(table, tokens, method='encode')
-  for n, kind in enumerate(kinds(cfg)):
+  for n, kind in enumerate(layer_kinds(cfg)):
     block = oracle_block(cfg, kind)
     weights = {'params': _oracle_layer(cfg, params['layers'], n)}
     _, x = block.apply(weights, x, positions, None, mask)
@@ -556,7 +556,7 @@ def test_sizes_are_the_packages(name, package_configs):
     post_norms=want.use_post_attn_norm and want.use_post_ffw_norm,
   )
   assert want.local_scale_factor == 1.0
-  assert dataclasses.replace(cfg, attention=kinds(cfg)) == theirs
+  assert dataclasses.replace(cfg, attention=layer_kinds(cfg)) == theirs
 
 
 _INT = np.zeros((2, 3), np.int32)

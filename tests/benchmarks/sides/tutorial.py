@@ -27,7 +27,7 @@ def _logits(cfg, params, tokens, positions, mask):
   embedder = gemma_modules.Embedder(cfg.vocab_size, cfg.embed_dim)
   table = {'params': params['embedder']}
   x = embedder.apply(table, tokens, method='encode')
-  for n, kind in enumerate(test_model.kinds(cfg)):
+  for n, kind in enumerate(test_model.layer_kinds(cfg)):
     block = test_model.oracle_block(cfg, kind)
     layer = {'params': params[f'layer_{n}']}
     _, x = block.apply(layer, x, positions, None, mask)
