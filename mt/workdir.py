@@ -36,7 +36,8 @@ from mt import errors
 _FREE = ('eval.', 'decode.', 'checkpoint.', 'log.', 'mesh.')
 _FREE += ('data.max_bad_fraction', 'data.workers')
 _FREE += ('train.max_steps', 'train.max_skipped', 'train.micro_batches')
-_FREE += ('train.remat', 'weights.force_download')
+_FREE += ('train.remat', 'train.loss_chunk', 'train.loss_tile')
+_FREE += ('weights.force_download',)
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
