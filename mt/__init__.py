@@ -34,7 +34,9 @@
   checkpoint  Orbax: state and data position, and whose they are
   hlo         work and traffic of a compiled program
   plan        `--plan`: memory, work and traffic of a run before it starts
+  run         what does not change while a run lasts
   loop        a run from config to scores, in one fixed order
+  results     translations before and after training, scored
   decode      the model with a key/value cache
   search      greedy, sampled and beam search
   pool        prompts through a batch whose free rows are filled again

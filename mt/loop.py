@@ -5,7 +5,6 @@ next batch, step, log. Whatever is evaluated at step n is on disk before the
 checkpoint of step n, so that a resumed run neither misses nor repeats it.
 """
 
-import dataclasses
 import math
 import pathlib
 import time
@@ -13,9 +12,7 @@ from typing import Any
 
 import chex
 import jax
-from jax.sharding import Mesh
 import ml_collections
-import orbax.checkpoint as ocp
 
 from mt import batches
 from mt import bitext
@@ -31,55 +28,17 @@ from mt import journal
 from mt import model
 from mt import optimizer as optimizer_lib
 from mt import report as report_lib
+from mt import results
+from mt import run as run_lib
 from mt import scores as scores_lib
 from mt import settings
 from mt import sharding
 from mt import sizes
 from mt import step
-from mt import template as template_lib
 from mt import trainable
 from mt import translate
 from mt import weights
 from mt import workdir as workdir_lib
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """What does not change while a run lasts.
-
-  Attributes:
-    config: see configs/default.py.
-    workdir: the run's folder.
-    data: see mt/data.py.
-    identity: of the pretrained model, see checkpoint.identity.
-    checkpoints: Orbax's manager.
-    translator: see translate.make_translator.
-    events: the TensorBoard writer, see mt/events.py.
-    mesh: of several devices, or None.
-    started: time.monotonic() at the start.
-  """
-
-  config: ml_collections.ConfigDict
-  workdir: pathlib.Path
-  data: data_lib.Data
-  identity: dict[str, Any]
-  checkpoints: ocp.CheckpointManager
-  translator: translate.Translator
-  events: events.Writer
-  mesh: Mesh | None
-  started: float
-
-  @property
-  def checkpoint_identity(self) -> dict[str, Any]:
-    return self.identity | {'data': self.data.train_digest}
-
-  @property
-  def metrics_path(self) -> pathlib.Path:
-    return self.workdir / 'metrics.jsonl'
-
-  @property
-  def scores_path(self) -> pathlib.Path:
-    return self.workdir / 'scores.json'
 
 
 def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
@@ -111,7 +70,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   if mesh is not None:
     shape = ' x '.join(f'{k} {n}' for k, n in mesh.shape.items())
     journal.say(f'mesh: {shape}; {jax.process_count()} processes')
-  run = Run(
+  run = run_lib.Run(
     config=config,
     workdir=workdir,
     data=data,
@@ -128,16 +87,16 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   eval_step = step.make_eval_step(source.config, config, mesh)
   if not resumed:
     validate(run, eval_step, state)
-    translate_splits(run, 'before', state)
+    results.translate_splits(run, 'before', folded(run, state), int(state.step))
   try:
     state = train(run, source.config, eval_step, state)
   finally:
     run.data.train.close()
   run.checkpoints.close()
   if not distributed.agree(run.scores_path.exists()):
-    translate_splits(run, 'after', state)
+    results.translate_splits(run, 'after', folded(run, state), int(state.step))
   if distributed.is_first():
-    report(run)
+    results.report(run)
   if config.eval.texts:
     evaluate.show_texts(
       run.translator, folded(run, state), config.eval.texts, workdir
@@ -183,7 +142,7 @@ def open_weights(
 
 
 def start_or_resume(
-  run: Run, model_config: sizes.ModelConfig, params: model.Params
+  run: run_lib.Run, model_config: sizes.ModelConfig, params: model.Params
 ) -> tuple[step.TrainState, bool]:
   """The newest checkpoint's state (and True), or one that starts from `params`.
 
@@ -217,13 +176,13 @@ def start_or_resume(
   return state, restored is not None
 
 
-def record(run: Run, line: dict[str, Any]) -> None:
+def record(run: run_lib.Run, line: dict[str, Any]) -> None:
   """Writes the metrics of a step where they are kept."""
   journal.add_metrics(run.metrics_path, line)
   events.add(run.events, line)
 
 
-def on_mesh(run: Run, batch: batches.Batch) -> batches.Batch:
+def on_mesh(run: run_lib.Run, batch: batches.Batch) -> batches.Batch:
   """A batch [B, L], all of which each process has, where the steps want it."""
   if run.mesh is None:
     return batch
@@ -233,7 +192,7 @@ def on_mesh(run: Run, batch: batches.Batch) -> batches.Batch:
   return sharding.put_rows(run.mesh, rows, size)
 
 
-def validate(run: Run, eval_step, state: step.TrainState) -> float:
+def validate(run: run_lib.Run, eval_step, state: step.TrainState) -> float:
   """Mean loss in nats per target token over the validation batches.
 
   With `eval.chrf_pairs`, chrF of the first pairs is recorded too.
@@ -263,7 +222,7 @@ def validate(run: Run, eval_step, state: step.TrainState) -> float:
 
 
 def train(
-  run: Run, model_config, eval_step, state: step.TrainState
+  run: run_lib.Run, model_config, eval_step, state: step.TrainState
 ) -> step.TrainState:
   """Takes the state to step `train.max_steps`."""
   chex.assert_rank(state.step, 0)
@@ -325,14 +284,14 @@ def train(
   return state
 
 
-def folded(run: Run, state: step.TrainState) -> model.Params:
+def folded(run: run_lib.Run, state: step.TrainState) -> model.Params:
   """The parameters that translate: low-rank products added in."""
   return trainable.fold(
     step.model_params(run.config.train, state.best, state.frozen)
   )
 
 
-def save(run: Run, state: step.TrainState, loss: float) -> None:
+def save(run: run_lib.Run, state: step.TrainState, loss: float) -> None:
   """A checkpoint of a state that is worth it.
 
   Args:
@@ -371,74 +330,3 @@ def _check_finite(run, at, in_a_row):
       f'row, train.max_skipped={run.config.train.max_skipped} of which end a '
       f'run; {_newest(run)}: lower optim.learning_rate.'
     )
-
-
-def translate_splits(run: Run, when: str, state: step.TrainState) -> None:
-  """Leaves translations of the scored splits in the workdir.
-
-  Args:
-    run: the run.
-    when: 'before' or 'after' training.
-    state: of the model that translates.
-  """
-  config = run.config
-  params = folded(run, state)
-  for split, pairs in run.data.scored.items():
-    sources = [p.source for p in pairs]
-    progress = journal.Progress(f'translating {split} ({when})', len(sources))
-
-    def work(sources=sources, progress=progress):
-      return run.translator(params, sources, progress.update)
-
-    start = time.monotonic()
-    if when == 'before':
-      # With the languages' names, which come from data.pair.
-      template = dataclasses.asdict(template_lib.from_config(config))
-      key = [run.identity, template, config.decode.to_dict()]
-      texts = evaluate.remember([*key, config.train.dtype, sources], work)
-    else:
-      texts = work()
-    progress.close()
-    journal.say(
-      f'translated {split} ({when}): {len(texts)} sentences, '
-      f'{time.monotonic() - start:.0f} s'
-    )
-    columns = {'source': sources, 'reference': [p.target for p in pairs]}
-    for name, lines in columns.items():
-      workdir_lib.write_lines(_translations(run, split, name), lines)
-    made = evaluate.made_by(int(state.step), config.decode, sources)
-    evaluate.keep(_translations(run, split, when), made, texts)
-
-
-def _translations(run, split, name):
-  return run.workdir / 'translations' / f'{split}.{name}.txt'
-
-
-def report(run: Run) -> None:
-  """Scores and samples out of the translations, on screen and on disk."""
-  scores = {}
-  for split, pairs in run.data.scored.items():
-    texts = {
-      when: workdir_lib.read_lines(_translations(run, split, when))
-      for when in ('before', 'after')
-    }
-    sources = [p.source for p in pairs]
-    references = [p.target for p in pairs]
-    language = run.config.data.pair.split('-')[0].lower()
-    scores[split] = {}
-    for when, lines in texts.items():
-      scores[split][when] = scores_lib.score(lines, references) | {
-        'noise': scores_lib.by_noise(sources, lines, references, language)
-      }
-    if split == 'valid':
-      text = evaluate.samples(sources, references, **texts)
-      workdir_lib.write(run.workdir / 'samples.txt', text)
-      journal.say('\n' + text)
-  workdir_lib.write_json(run.scores_path, scores)
-  for split, both in scores.items():
-    for name in scores_lib.NAMES:
-      before, after = both['before'][name], both['after'][name]
-      journal.say(
-        f'{split} {name:9} {before:6.2f} -> {after:6.2f} '
-        f'({after - before:+.2f})  {both["after"][name + "_signature"]}'
-      )
