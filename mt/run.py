@@ -10,6 +10,10 @@ import orbax.checkpoint as ocp
 
 from mt import data as data_lib
 from mt import events
+from mt import journal
+from mt import model
+from mt import step
+from mt import trainable
 from mt import translate
 
 
@@ -50,3 +54,16 @@ class Run:
   @property
   def scores_path(self) -> pathlib.Path:
     return self.workdir / 'scores.json'
+
+
+def record(run: Run, line: dict[str, Any]) -> None:
+  """Writes the metrics of a step where they are kept."""
+  journal.add_metrics(run.metrics_path, line)
+  events.add(run.events, line)
+
+
+def folded(run: Run, state: step.TrainState) -> model.Params:
+  """The parameters that translate: low-rank products added in."""
+  return trainable.fold(
+    step.model_params(run.config.train, state.best, state.frozen)
+  )
