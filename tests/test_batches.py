@@ -9,6 +9,7 @@ import os
 import pathlib
 import signal
 import time
+import types
 
 from absl import flags
 import grain
@@ -233,6 +234,19 @@ class _Store:
 
   def prepare(self, number):
     self.prepared.append(number)
+
+  def members(self, number):
+    """As if the text were the blocks, one after the other."""
+    first = sum(len(b) for b in self.blocks[:number])
+    return first + np.arange(len(self.blocks[number]))
+
+  @property
+  def bitext(self):
+    """Whose ids are the first tokens of its examples."""
+    flat = [b.tokens[b.offsets[i]] for b in self.blocks for i in range(len(b))]
+    pairs = [lines.Pair(str(token), '', '') for token in flat]
+    read = lambda which: [pairs[i] for i in which]  # noqa: E731
+    return types.SimpleNamespace(read=read, where='here')
 
 
 def _rows(
@@ -620,7 +634,7 @@ def test_whoever_reads_ahead_is_closed():
     def close(self):
       closed.append(self.at)
 
-  iterator = batches.TrainIterator(Reader)
+  iterator = batches.TrainIterator(Reader, None)
   assert [next(iterator), next(iterator)] == [1, 2] and closed == []
   iterator.set_state({'batches_taken': 7})
   assert closed == [2] and next(iterator) == 8
@@ -638,7 +652,8 @@ def test_no_batch_is_lost_by_an_error():
     return np.array(number)
 
   iterator = batches.TrainIterator(
-    lambda first: grain.MapDataset.range(first, 9).map(row).to_iter_dataset()
+    lambda first: grain.MapDataset.range(first, 9).map(row).to_iter_dataset(),
+    None,
   )
   assert [int(next(iterator)) for _ in range(2)] == [0, 1]
   for _ in range(2):
@@ -659,8 +674,18 @@ def test_a_process_that_was_killed_is_one_sentence():
   def reader(first):
     return grain.MapDataset.range(9).map(fail).to_iter_dataset()
 
-  iterator = batches.TrainIterator(reader)
+  iterator = batches.TrainIterator(reader, None)
   refusal(lambda: next(iterator), 'data.workers', 'exit code -9')
+
+
+@pytest.mark.parametrize('mixture', MIXTURES)
+def test_a_batch_knows_its_pairs(mixture):
+  """For a message; by what its tokens say, padding aside."""
+  iterator = _iterator(mixture)
+  for number, batch in enumerate(itertools.islice(iterator, 9)):
+    begins = (batch['positions'] == 0) & (batch['segment_ids'] > 0)
+    want = [str(token) for token in batch['tokens'][begins]]
+    assert iterator.pair_ids(number) == want and want
 
 
 @pytest.mark.parametrize('processes', [2, 4])
