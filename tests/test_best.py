@@ -183,12 +183,12 @@ def _after(kept):
 def test_a_run_killed_again_and_again_has_the_same_best_and_end(
   config, curve, tmp_path, monkeypatch
 ):
+  curve[8] = 7.0
   config.train.max_steps = 12
   config.eval.patience, config.eval.test = 2, True
   loop.run(config, tmp_path / 'whole')
-  # Step 8 is as good as step 4, which is no reason to go on.
   assert _metrics(tmp_path / 'whole')[-1]['step'] == 8
-  assert _steps(tmp_path / 'whole') == [8]
+  assert _steps(tmp_path / 'whole') == [4, 8]
   for death in (
     _a_line(4, 'valid_chrf'),  # The best's, whose checkpoint is to come.
     _saved(4),
@@ -208,15 +208,15 @@ def test_a_run_killed_again_and_again_has_the_same_best_and_end(
 def test_a_stopped_run_only_finishes_until_it_may_go_on(
   config, curve, tmp_path, monkeypatch, capsys
 ):
-  curve[8] = 7.0
   config.train.max_steps = 12
   config.eval.patience = 2
   loop.run(config, tmp_path)
   out = capsys.readouterr().out
   assert 'stopped at step 8 of 12: no better chrF in 2 translations' in out
-  assert _steps(tmp_path) == [4, 8]
+  # Step 8 is as good as step 4: no reason to go on, and the best from then on.
+  assert _steps(tmp_path) == [8]
   lines, scores = _metrics(tmp_path), _scored(tmp_path)
-  assert scores == {'valid': {'before': 0, 'after': 4}}
+  assert scores == {'valid': {'before': 0, 'after': 8}}
 
   def never(*args, **kwargs):
     raise AssertionError
@@ -230,6 +230,11 @@ def test_a_stopped_run_only_finishes_until_it_may_go_on(
   assert (_metrics(tmp_path), _scored(tmp_path)) == (lines, scores)
 
   config.eval.patience = 4
+  with monkeypatch.context() as m, pytest.raises(AssertionError):
+    m.setattr(step, 'make_train_step', never)
+    loop.run(config, tmp_path)
+  assert not (tmp_path / 'scores.json').exists()
+  assert not (tmp_path / 'translations' / 'valid.after.json').exists()
   loop.run(config, tmp_path)
   assert 'stopped at' not in capsys.readouterr().out
   assert _scored(tmp_path) == {'valid': {'before': 0, 'after': 12}}

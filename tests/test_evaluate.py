@@ -207,6 +207,8 @@ def test_the_command(run):
   assert done.stderr == ''
   result = json.loads((run / 'evaluation' / 'test.json').read_text())
   assert done.stdout == evaluate.describe(result) + '\n'
+  done = _command(f'--workdir={run}', '--checkpoint=7')
+  assert done.returncode == 2 and 'no checkpoint of step 7' in done.stderr
   page = (run / 'report.html').read_text()
   assert 'Evaluation: test' in page and f'against {run}' in page
 
