@@ -275,18 +275,23 @@ def test_other_translations_in_the_folder_are_not_taken_for_its_own(
   _assert_same(tmp_path / 'own', tmp_path / 'other')
 
 
-def test_what_is_compared_stays_the_same(config, curve, tmp_path):
-  config.train.max_steps = 2
-  loop.run(config, tmp_path)
-  config.eval.chrf_pairs = 1
-  refusal(lambda: loop.run(config, tmp_path), tmp_path, 'eval.chrf_pairs=0')
-  config.eval.chrf_pairs, config.decode.beam = 0, 2
-  refusal(lambda: loop.run(config, tmp_path), tmp_path, 'decode.beam=1')
-  # Where there is nothing to compare they may change.
-  config.eval.translate_every = 0
-  loop.run(config, tmp_path / 'off')
+def test_what_is_compared_stays_the_same(config, tmp_path):
+  (tmp_path / 'checkpoints' / 'step_1').mkdir(parents=True)
+
+  def again(**values):
+    config.update_from_flattened_dict(
+      {k.replace('_', '.', 1): v for k, v in values.items()}
+    )
+    workdir_lib.open_run(tmp_path, config)
+
+  again(eval_patience=3, eval_every=7, decode_batch_size=2)
+  refusal(lambda: again(eval_chrf_pairs=1), tmp_path, 'eval.chrf_pairs=0')
+  config.eval.chrf_pairs = 0
+  refusal(lambda: again(decode_beam=2), tmp_path, 'decode.beam=1')
   config.decode.beam = 1
-  loop.run(config, tmp_path / 'off')
+  # Where there is nothing to compare they may change.
+  again(eval_translate_every=0)
+  again(eval_chrf_pairs=1, decode_beam=2)
 
 
 def test_no_checkpoint_is_the_best(config, tmp_path):
