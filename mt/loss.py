@@ -29,7 +29,9 @@ from jax.sharding import PartitionSpec
 from mt import model
 from mt import sharding
 
-_WIDTHS = 12  # How many sizes of a chunk are compiled.
+# Sizes of a chunk: each is compiled, so there are few.
+_WIDTHS = 12
+_SMALLEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +85,10 @@ def chunk_widths(chunk: int, mesh: Mesh | None) -> list[int]:
   With one size on a mesh, where compiling takes longer.
   """
   chex.assert_scalar_positive(chunk)
-  sizes = 1 if mesh is not None else _WIDTHS
-  return sorted({-(-chunk * n // sizes) for n in range(1, sizes + 1)})
+  if mesh is not None:
+    return [chunk]
+  width = max(_SMALLEST, -(-chunk // _WIDTHS))
+  return [*range(width, chunk, width), chunk]
 
 
 def target_nll(

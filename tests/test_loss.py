@@ -364,7 +364,13 @@ def test_logits_of_all_places_are_never_built(shapes_of, cap):
     }
     widths = loss.chunk_widths(4, None)
     of_chunks = {s for w in widths for s in ((w, V), (1, w, V))}
-    assert vocabulary_wide <= of_chunks | {(V,), (D, V), (V, D), (1, D, V)}
+    assert vocabulary_wide <= of_chunks | {
+      (V,),
+      (1, V),
+      (D, V),
+      (V, D),
+      (1, D, V),
+    }
 
 
 @both_ways
