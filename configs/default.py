@@ -111,6 +111,11 @@ def get_config() -> ml_collections.ConfigDict:
   # weights (`dots`), which takes little time; or each layer (`full`), which
   # takes a third more and leaves [N, B, L, D] in memory.
   t.remat = 'none'
+  # Most target tokens that the loss takes at once, and most rows of the
+  # vocabulary in one product: small for the cache of a CPU, large for a GPU or
+  # TPU. A trained embedding takes loss_chunk * vocabulary numbers of memory.
+  t.loss_chunk = 192
+  t.loss_tile = 2048
   # A step whose loss or gradients are not finite changes no weight; after so
   # many of them in a row the run stops.
   t.max_skipped = 10
@@ -157,9 +162,22 @@ def get_config() -> ml_collections.ConfigDict:
   e.loss_pairs = 0
   # Batches in the validation loss, the first ones; 0 for all.
   e.loss_batches = 0
-  # Pairs, the first ones of the split, that are translated at each validation,
-  # for a curve of chrF; 0 for none. At most eval.translate_pairs.
+  # As many training pairs (at most as many as in the validation loss), drawn
+  # once by the seed, whose loss stands beside that of validation: it falls and
+  # falls when text is learned by heart. 0 turns it off.
+  e.minitrain_pairs = 0
+  # Steps between two translations of validation, for a curve of chrF; the last
+  # step is translated too. A checkpoint is saved each time, and the best of
+  # them is kept whatever checkpoint.keep says: it makes the scores at the end,
+  # and translates and is exported afterwards. 0 translates only before and
+  # after training, with the last state.
+  e.translate_every = 0
+  # Pairs of validation that are translated for it, the first ones; 0 for all of
+  # eval.translate_pairs. At most as many.
   e.chrf_pairs = 0
+  # Training stops after so many of these translations in a row without a better
+  # chrF; 0 for never.
+  e.patience = 0
   # Pairs that are translated and scored before and after training; 0 for all.
   e.translate_pairs = 0
   # Score the test split too, before and after, instead of at no time.
@@ -183,9 +201,10 @@ def get_config() -> ml_collections.ConfigDict:
   d.max_extra = 16
 
   c.checkpoint = k = ml_collections.ConfigDict()
-  # Steps between two checkpoints; the last step is always saved.
+  # Steps between two checkpoints; the last step is always saved, and each whose
+  # translations are scored (eval.translate_every).
   k.every = 100
-  # How many of them stay on disk.
+  # How many of them stay on disk, the newest ones, besides the best.
   k.keep = 2
 
   c.log = g = ml_collections.ConfigDict()

@@ -9,6 +9,8 @@ def get_config():
   c.weights.size = 'gemma3_4b'
   c.data.length = 512
   c.train.batch_size = 32
+  c.train.loss_chunk = 1024
+  c.train.loss_tile = 16384
   c.train.micro_batches = 4
   c.train.dtype = 'bfloat16'
   c.train.frozen_dtype = 'bfloat16'
@@ -17,4 +19,7 @@ def get_config():
   c.optim.learning_rate = 2e-4
   c.optim.schedule = 'cosine'
   c.optim.warmup_steps = 50
+  c.eval.minitrain_pairs = 200
+  c.eval.translate_every = 250
+  c.eval.chrf_pairs = 200
   return c

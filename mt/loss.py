@@ -29,15 +29,16 @@ from jax.sharding import PartitionSpec
 from mt import model
 from mt import sharding
 
-CHUNK = 192  # A packed row of 256 tokens has some 133 targets, seldom more.
+# Sizes of a chunk: each is compiled, so there are few.
 _WIDTHS = 12
-_TILE = 2048  # Rows of the vocabulary: its logits stay in a CPU's cache.
+_SMALLEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
   cap: float | None
   chunk: int
+  tile: int
   logits_dtype: jnp.dtype
   mesh: Mesh | None
   rows: int  # B, what a mesh may split of the M places.
@@ -84,8 +85,10 @@ def chunk_widths(chunk: int, mesh: Mesh | None) -> list[int]:
   With one size on a mesh, where compiling takes longer.
   """
   chex.assert_scalar_positive(chunk)
-  sizes = 1 if mesh is not None else _WIDTHS
-  return sorted({-(-chunk * n // sizes) for n in range(1, sizes + 1)})
+  if mesh is not None:
+    return [chunk]
+  width = max(_SMALLEST, -(-chunk // _WIDTHS))
+  return [*range(width, chunk, width), chunk]
 
 
 def target_nll(
@@ -96,7 +99,8 @@ def target_nll(
   *,
   weight: jax.Array | float = 1.0,
   final_softcap: float | None = None,
-  chunk: int = CHUNK,
+  chunk: int = 192,
+  tile: int = 2048,
   logits_dtype: jnp.dtype = jnp.float32,
   mesh: Mesh | None = None,
 ) -> jax.Array:
@@ -120,6 +124,7 @@ def target_nll(
       cost a pass over the embedding's gradient.
     final_softcap: the model's cap on logits.
     chunk: most targets at once; a trained embedding takes chunk * V * 4 bytes.
+    tile: most rows of the vocabulary in one product.
     logits_dtype: of logits and their exponentials.
     mesh: of several devices, see mt/sharding.py; `chunk` is of each.
 
@@ -135,7 +140,7 @@ def target_nll(
   targets = jnp.asarray(tokens)[:, 1:].reshape(-1)
   mask = jnp.asarray(target_mask)[:, 1:].reshape(-1).astype(bool)
   dtype = jnp.dtype(logits_dtype)
-  options = _Options(final_softcap, chunk, dtype, mesh, b)
+  options = _Options(final_softcap, chunk, tile, dtype, mesh, b)
   weight = jnp.asarray(weight, jnp.float32)
   return _masked_nll(inputs, embedding, targets, mask, weight, options)
 
@@ -240,10 +245,10 @@ class _Seen(NamedTuple):
   raw: jax.Array | tuple  # [V / tile, tile, t], logits before the cap.
 
 
-def _tiles(embedding):
-  """How many tiles of equal size, at most _TILE rows, there are."""
+def _tiles(options, embedding):
+  """How many tiles of equal size there are."""
   v = embedding.shape[0]
-  return next(n for n in range(-(-v // _TILE), v + 1) if v % n == 0)
+  return next(n for n in range(-(-v // options.tile), v + 1) if v % n == 0)
 
 
 def _first_row(group, embedding):
@@ -264,7 +269,7 @@ def _one_pass(options, want_d_h, want_raw, group, embedding, h, y) -> _Seen:
   and as values.
   """
   (t, d), cap = h.shape, options.cap
-  number = _tiles(embedding)
+  number = _tiles(options, embedding)
   tile = embedding.shape[0] // number
   offset = _first_row(group, embedding)
 

@@ -173,6 +173,8 @@ def batch_nll(
     batch['target_mask'],
     weight=weight,
     final_softcap=cfg.final_softcap,
+    chunk=train.loss_chunk,
+    tile=train.loss_tile,
     logits_dtype=policy.logits,
     mesh=mesh,
   )

@@ -100,9 +100,8 @@ def test_value_and_gradients_are_the_naive_ones(targets, chunk, cap):
 
 @pytest.mark.parametrize('cap', [None, 2.0])
 @pytest.mark.parametrize('targets', [0, 3, 14, 30])
-def test_tiles_of_the_vocabulary(monkeypatch, targets, cap):
+def test_tiles_of_the_vocabulary(targets, cap):
   """1,009 * 6 rows in tiles of 1,009: sums run relative to the top so far."""
-  monkeypatch.setattr(loss, '_TILE', 1100)
   rng = np.random.default_rng(1)
   hidden, _, _ = _inputs()
   embedding = rng.normal(scale=0.3, size=(6 * V, D)).astype(np.float32)
@@ -110,7 +109,7 @@ def test_tiles_of_the_vocabulary(monkeypatch, targets, cap):
   tokens = rng.integers(0, 6 * V, (B, L), np.int32)
   mask = _mask(targets)
   ours = functools.partial(
-    loss.target_nll, weight=0.25, final_softcap=cap, chunk=8
+    loss.target_nll, weight=0.25, final_softcap=cap, chunk=8, tile=1100
   )
   run = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))
   value, grads = run(hidden, embedding, tokens, mask)
@@ -365,7 +364,13 @@ def test_logits_of_all_places_are_never_built(shapes_of, cap):
     }
     widths = loss.chunk_widths(4, None)
     of_chunks = {s for w in widths for s in ((w, V), (1, w, V))}
-    assert vocabulary_wide <= of_chunks | {(V,), (D, V), (V, D), (1, D, V)}
+    assert vocabulary_wide <= of_chunks | {
+      (V,),
+      (1, V),
+      (D, V),
+      (V, D),
+      (1, D, V),
+    }
 
 
 @both_ways
