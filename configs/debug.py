@@ -15,7 +15,10 @@ def get_config():
   c.mesh.data = 1
   c.eval.every = 10
   c.eval.loss_pairs = 16
+  c.eval.minitrain_pairs = 8
+  c.eval.translate_every = 5
   c.eval.chrf_pairs = 2
+  c.eval.patience = 4  # More than there can be in 20 steps.
   c.eval.translate_pairs = 8
   c.checkpoint.every = 5
   c.log.every = 5

@@ -157,9 +157,22 @@ def get_config() -> ml_collections.ConfigDict:
   e.loss_pairs = 0
   # Batches in the validation loss, the first ones; 0 for all.
   e.loss_batches = 0
-  # Pairs, the first ones of the split, that are translated at each validation,
-  # for a curve of chrF; 0 for none. At most eval.translate_pairs.
+  # As many training pairs (at most as many as in the validation loss), drawn
+  # once by the seed, whose loss stands beside that of validation: it falls and
+  # falls when text is learned by heart. 0 turns it off.
+  e.minitrain_pairs = 0
+  # Steps between two translations of validation, for a curve of chrF; the last
+  # step is translated too. A checkpoint is saved each time, and the best of
+  # them is kept whatever checkpoint.keep says: it makes the scores at the end,
+  # and translates and is exported afterwards. 0 translates only before and
+  # after training, with the last state.
+  e.translate_every = 0
+  # Pairs of validation that are translated for it, the first ones; 0 for all of
+  # eval.translate_pairs. At most as many.
   e.chrf_pairs = 0
+  # Training stops after so many of these translations in a row without a better
+  # chrF; 0 for never.
+  e.patience = 0
   # Pairs that are translated and scored before and after training; 0 for all.
   e.translate_pairs = 0
   # Score the test split too, before and after, instead of at no time.
@@ -183,9 +196,10 @@ def get_config() -> ml_collections.ConfigDict:
   d.max_extra = 16
 
   c.checkpoint = k = ml_collections.ConfigDict()
-  # Steps between two checkpoints; the last step is always saved.
+  # Steps between two checkpoints; the last step is always saved, and each whose
+  # translations are scored (eval.translate_every).
   k.every = 100
-  # How many of them stay on disk.
+  # How many of them stay on disk, the newest ones, besides the best.
   k.keep = 2
 
   c.log = g = ml_collections.ConfigDict()

@@ -31,10 +31,13 @@
   sharding    arrays over a mesh of devices
   distributed  several processes of one run
   step        TrainState, accumulation, train_step, eval_step
-  checkpoint  Orbax: state and data position, and whose they are
+  checkpoint  Orbax: state and data position, and whose they are; the best
   hlo         work and traffic of a compiled program
   plan        `--plan`: memory, work and traffic of a run before it starts
+  run         what does not change while a run lasts
   loop        a run from config to scores, in one fixed order
+  validation  losses and chrF while training lasts
+  results     translations before and after training, scored
   decode      the model with a key/value cache
   search      greedy, sampled and beam search
   pool        prompts through a batch whose free rows are filled again

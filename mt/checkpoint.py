@@ -2,7 +2,8 @@
 
 Orbax writes each into a temporary folder and renames it when it is whole. The
 frozen parameters are not saved: they are the pretrained ones, known by their
-fingerprint.
+fingerprint. Where validation was translated, its chrF is in the checkpoint: so
+the folder tells which one is the best.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 from mt import errors
 from mt import model
@@ -47,9 +49,18 @@ def identity(source: weights.Source, params: model.Params) -> dict[str, Any]:
 def open_manager(
   workdir: pathlib.Path, keep: int | None = None
 ) -> ocp.CheckpointManager:
-  """The checkpoints of a run, the newest `keep` of them on disk."""
+  """The checkpoints of a run: the newest `keep` of them, and the best."""
+  kept = [
+    checkpoint_managers.LatestN(keep),
+    checkpoint_managers.BestN(
+      get_metric_fn=_chrf, n=1, keep_checkpoints_without_metrics=False
+    ),
+  ]
   options = ocp.CheckpointManagerOptions(
-    max_to_keep=keep, enable_async_checkpointing=False, step_prefix='step'
+    best_fn=_chrf,  # The latest of equals.
+    preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
+    enable_async_checkpointing=False,
+    step_prefix='step',
   )
   return ocp.CheckpointManager(
     (workdir / 'checkpoints').absolute(),
@@ -58,11 +69,22 @@ def open_manager(
   )
 
 
+def _chrf(metrics) -> float:
+  return metrics.get('valid_chrf', -1.0)  # Validation was not translated.
+
+
+def best_step(manager: ocp.CheckpointManager) -> int | None:
+  """Of the checkpoint with the best chrF; None where there is no chrF."""
+  at = manager.best_step()
+  return None if at is None or _chrf(manager.metrics(at)) < 0 else at
+
+
 def save(
   manager: ocp.CheckpointManager,
   state: step.TrainState,
   data_state: Any,
   who: dict[str, Any],
+  chrf: float | None = None,
 ) -> None:
   """Writes one checkpoint.
 
@@ -71,6 +93,7 @@ def save(
     state: to be saved under its step, finite in every number.
     data_state: of the loader, after the last batch that the state has seen.
     who: see `identity`.
+    chrf: of validation, if it was translated.
 
   Raises:
     errors.UserError: the disk is full or not writable, or the state is not
@@ -88,8 +111,10 @@ def save(
   }
   for name, tree in _arrays(state).items():
     items[name] = ocp.args.StandardSave(tree)
+  metrics = {} if chrf is None else {'valid_chrf': chrf}
+  args = ocp.args.Composite(**items)
   try:
-    manager.save(int(state.step), args=ocp.args.Composite(**items))
+    manager.save(int(state.step), args=args, metrics=metrics)
   except OSError as e:
     raise errors.UserError(
       f'{manager.directory}: cannot save step {int(state.step)} ({e}); the '
@@ -140,12 +165,42 @@ def restore(
   return restored, read.data['state']
 
 
-def find_step(workdir: pathlib.Path, at: int | None = None) -> int:
-  """The step of a run's checkpoint: this one, or the newest.
+def restore_model(
+  manager: ocp.CheckpointManager, state: step.TrainState, at: int
+) -> step.TrainState:
+  """`state` with the step and the model of a checkpoint, its EMA if it has one.
+
+  Such a state translates; what else training needs is not read.
+
+  Raises:
+    errors.UserError: the checkpoint is damaged.
+  """
+  name = 'ema' if state.ema else 'trained'
+  args = {name: ocp.args.StandardRestore(_abstract(state.best))}
+  found = {name: _read(manager, at, **args)[name]}
+  return dataclasses.replace(state, step=state.step * 0 + at, **found)
+
+
+# What --checkpoint of the commands is.
+WHICH = 'Which of its checkpoints: best, last or a step; if none is given, '
+WHICH += 'the best by chrF where validation was translated, else the last.'
+
+
+def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
+  """The step of one of a run's checkpoints, and what there is to say of it.
+
+  Args:
+    workdir: the run's folder.
+    which: `best`, `last`, a step, or '' for the best where there is one, else
+      the last.
 
   Raises:
     errors.UserError: there is no run, or no such checkpoint.
   """
+  if which not in ('', 'best', 'last') and not which.isdecimal():
+    raise errors.UserError(
+      f'--checkpoint is {which!r}; best, last or a step expected.'
+    )
   workdir_lib.read_config(workdir)  # Orbax would make the folder.
   manager = open_manager(workdir)
   steps = sorted(manager.all_steps())
@@ -154,13 +209,26 @@ def find_step(workdir: pathlib.Path, at: int | None = None) -> int:
       f'{manager.directory}: no checkpoint; run train.py with this --workdir '
       'first.'
     )
-  at = steps[-1] if at is None else at
+  best = best_step(manager)
+  if which == 'best' and best is None:
+    raise errors.UserError(
+      f'{manager.directory}: no checkpoint is the best, as '
+      'eval.translate_every=0 never translated validation; --checkpoint=last '
+      f'or one of {", ".join(map(str, steps))} expected.'
+    )
+  if which.isdecimal():
+    at = int(which)
+  else:
+    at = best if best is not None and which != 'last' else steps[-1]
   if at not in steps:
     raise errors.UserError(
       f'{manager.directory}: there is no checkpoint of step {at}; one of '
       f'{", ".join(map(str, steps))} expected.'
     )
-  return at
+  about = ['the last'] if at == steps[-1] else []
+  if at == best:
+    about.append(f'the best (chrF {_chrf(manager.metrics(at)):.2f})')
+  return at, ', '.join([f'step {at}', *about])
 
 
 def open_source(
@@ -190,7 +258,7 @@ def load_trained(
 
   Args:
     workdir: the run's folder.
-    at: the checkpoint's step; the newest where none is given.
+    at: the checkpoint's step; see find_step where none is given.
 
   Returns:
     The run's config, where its weights came from, and the trained and the
@@ -200,7 +268,7 @@ def load_trained(
     errors.UserError: no run there, no such checkpoint, another model, or
       damaged.
   """
-  at = find_step(workdir, at)
+  at, _ = find_step(workdir, '' if at is None else str(at))
   manager = open_manager(workdir)
   config, source = open_source(workdir)
   params = source.read()
@@ -222,7 +290,7 @@ def load_finetuned(
 
   Args:
     workdir: the run's folder.
-    at: the checkpoint's step; the newest where none is given.
+    at: the checkpoint's step; see find_step where none is given.
 
   Returns:
     The run's config, where its weights came from, and the parameters, low-rank

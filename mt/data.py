@@ -8,9 +8,11 @@ import time
 
 from jax.sharding import Mesh
 import ml_collections
+import numpy as np
 
 from mt import batches
 from mt import bitext
+from mt import errors
 from mt import journal
 from mt import lines
 from mt import sharding
@@ -27,12 +29,15 @@ class Data:
     train: iterator over all training batches.
     train_digest: changes with any training text, its tokens and its share.
     valid: batches of the validation loss.
+    minitrain: the same of some training pairs; none without
+      eval.minitrain_pairs.
     scored: split -> pairs to be translated and scored.
   """
 
   train: batches.TrainIterator
   train_digest: str
   valid: list[batches.Batch]
+  minitrain: list[batches.Batch]
   scored: dict[str, list[lines.Pair]]
 
 
@@ -76,6 +81,29 @@ def describe(rows: batches.Rows) -> str:
   )
 
 
+def draw(
+  texts: Sequence[bitext.Bitext],
+  shares: Sequence[float],
+  number: int,
+  seed: int,
+) -> list[lines.Pair]:
+  """A sample of training pairs, the same whenever the arguments are.
+
+  Args:
+    texts: the training texts.
+    shares: of each text.
+    number: of pairs; fewer where a text has fewer than its part.
+    seed: decides which.
+  """
+  rng = np.random.default_rng(seed)
+  parts = rng.multinomial(number, np.array(shares) / sum(shares))
+  out = []
+  for text, part in zip(texts, parts.tolist(), strict=True):
+    some = rng.choice(len(text), min(part, len(text)), replace=False)
+    out += text.read(np.sort(some).tolist())
+  return out
+
+
 def read(
   config: ml_collections.ConfigDict,
   tok: tokenizer.Tokenizer,
@@ -113,11 +141,31 @@ def read(
     f'valid: {len(chosen):,} pairs for the loss, {int((~fits).sum()):,} of '
     f'them dropped; data ready after {time.monotonic() - start:.1f} s'
   )
+  number = min(config.eval.minitrain_pairs, len(chosen))
+  mini = store.encode(
+    draw(texts['train'], shares, number, config.seed),
+    tok,
+    rows[0].store.template,
+  )
+  fits = mini.sizes <= length
+  if number:
+    journal.say(
+      f'minitrain: {len(mini)} training pairs for a loss beside that of valid, '
+      f'{int((~fits).sum())} of them dropped'
+    )
+    if not fits.any():
+      raise errors.UserError(
+        f'eval.minitrain_pairs is {number}, but none of the training pairs '
+        f'drawn fits into data.length={length} tokens; 0, or more of '
+        'both expected.'
+      )
   identity = json.dumps([[r.store.key for r in rows], shares, length])
   number = config.eval.translate_pairs or None
-  eval_batches = list(
-    batches.eval_batches(valid, length, size, config.data.packing)
-  )
+
+  def loss_batches(examples):
+    made = batches.eval_batches(examples, length, size, config.data.packing)
+    return list(made)[: config.eval.loss_batches or None]
+
   return Data(
     train=batches.train_iterator(
       rows,
@@ -128,6 +176,7 @@ def read(
       workers=config.data.workers,
     ),
     train_digest=hashlib.sha256(identity.encode()).hexdigest(),
-    valid=eval_batches[: config.eval.loss_batches or None],
+    valid=loss_batches(valid),
+    minitrain=loss_batches(mini),
     scored={split: pairs[:number] for split, pairs in scored.items()},
   )

@@ -97,11 +97,18 @@ def sync(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def agree(value: bool) -> bool:
-  """What process 0 says, in all of them."""
+def of_first(value: float) -> float:
+  """The number that process 0 has, in all of them, to the last bit."""
   if jax.process_count() == 1:
     return value
-  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+  halves = np.array([value], np.float64).view(np.uint32)  # JAX has no float64.
+  got = np.asarray(multihost_utils.broadcast_one_to_all(halves))
+  return float(got.astype(np.uint32).view(np.float64)[0])
+
+
+def agree(value: bool) -> bool:
+  """What process 0 says, in all of them."""
+  return bool(of_first(float(value)))
 
 
 def first_first(make: Callable[[], T]) -> T:

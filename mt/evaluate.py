@@ -2,8 +2,9 @@
 
   python -m mt.evaluate --workdir=W --split=test [--against=W2]
 
-scores what the newest checkpoint of a run makes of a split. What the run itself
-has translated with it is not translated again. W/evaluation/ has then
+scores what a run's best checkpoint makes of a split (--checkpoint=best, last or
+a step; see mt/checkpoint.py). What the run itself has translated with it is not
+translated again. W/evaluation/ has then
 
   SPLIT.json          scores, chrF by class of noise (see mt/noise.py), and the
                       comparison, if there was one
@@ -131,7 +132,8 @@ def keep(
   workdir_lib.write_json(path.with_suffix('.json'), made)
 
 
-def _kept(path, made) -> list[str] | None:
+def kept(path: pathlib.Path, made: dict[str, Any]) -> list[str] | None:
+  """The translations that `keep` wrote, if they were made like this."""
   with contextlib.suppress(errors.UserError):  # Missing or damaged.
     if workdir_lib.read_json(path.with_suffix('.json')) == made:
       return workdir_lib.read_lines(path)
@@ -160,22 +162,26 @@ class Evaluated:
 
 
 def translate_split(
-  workdir: pathlib.Path, split: str, pairs: int | None = None
+  workdir: pathlib.Path,
+  split: str,
+  pairs: int | None = None,
+  which: str = '',
 ) -> Evaluated:
-  """Translates a split with a run's newest checkpoint, if that is not done.
+  """Translates a split with a run's checkpoint, if that is not done.
 
   Args:
     workdir: of the run.
     split: valid or test.
     pairs: the first ones of the split, 0 for all; None for as many as the run
       itself translates.
+    which: of its checkpoints, see checkpoint.find_step.
 
   Raises:
     errors.UserError: no run, no checkpoint, no such split, or what
       checkpoint.load_finetuned raises.
   """
   config = workdir_lib.read_config(workdir)
-  step = checkpoint.find_step(workdir)
+  step, _ = checkpoint.find_step(workdir, which)
   number = config.eval.translate_pairs if pairs is None else pairs
   chosen = corpus.read_splits(config.data, [split])[split][0].read()
   chosen = chosen[: number or None]
@@ -183,10 +189,10 @@ def translate_split(
   references = [p.target for p in chosen]
   made = made_by(step, config.decode, sources)
   path = workdir / 'evaluation' / f'{split}.hypothesis.txt'
-  texts = _kept(workdir / 'translations' / f'{split}.after.txt', made)
-  texts = _kept(path, made) if texts is None else texts
+  texts = kept(workdir / 'translations' / f'{split}.after.txt', made)
+  texts = kept(path, made) if texts is None else texts
   if texts is None:
-    config, source, params = checkpoint.load_finetuned(workdir)
+    config, source, params = checkpoint.load_finetuned(workdir, step)
     progress = journal.Progress(f'translating {split}', len(sources))
     translator = translate.from_config(config, source)
     texts = translator(params, sources, progress.update)
@@ -202,14 +208,17 @@ def evaluate(
   split: str,
   against: pathlib.Path | None = None,
   pairs: int | None = None,
+  which: str = '',
 ) -> dict[str, Any]:
-  """Scores a run's newest checkpoint, and leaves W/evaluation/SPLIT.json.
+  """Scores one of a run's checkpoints, and leaves W/evaluation/SPLIT.json.
 
   Args:
     workdir: of the run.
     split: valid or test.
-    against: the folder of another run, to compare with.
+    against: the folder of another run, to compare with: with its best
+      checkpoint, or its last where there is no best one.
     pairs: see translate_split.
+    which: of the run's checkpoints, see checkpoint.find_step.
 
   Returns:
     What SPLIT.json holds.
@@ -217,7 +226,7 @@ def evaluate(
   Raises:
     errors.UserError: see translate_split; or the runs have other sentences.
   """
-  own = translate_split(workdir, split, pairs)
+  own = translate_split(workdir, split, pairs, which)
   out = {
     'step': own.step,
     'scores': scores.score(own.hypotheses, own.references),
@@ -283,13 +292,16 @@ def main(argv):
   compiling.keep_compiled_programs()
   workdir = pathlib.Path(given.workdir)
   against = pathlib.Path(given.against) if given.against else None
-  result = evaluate(workdir, given.split, against, given.pairs)
+  result = evaluate(
+    workdir, given.split, against, given.pairs, given.checkpoint
+  )
   print(describe(result))
   report.write(workdir)
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('workdir', None, 'Folder of a run of train.py.')
+  flags.DEFINE_string('checkpoint', '', checkpoint.WHICH)
   flags.DEFINE_enum('split', 'valid', ['valid', 'test'], 'What is scored.')
   flags.DEFINE_string(
     'against', '', 'Folder of another run, compared by paired bootstrap.'

@@ -68,16 +68,29 @@ def check_new(out: pathlib.Path) -> None:
     )
 
 
-def _load(workdir, base):
+def _step(workdir, which):
+  """The step of the checkpoint that is exported, which is said."""
+  at, about = checkpoint.find_step(workdir, which)
+  journal.say(f'checkpoint: {about}')
+  return at
+
+
+def _load(workdir, base, which):
   """Where a run's weights come from, and the parameters to be written."""
   if base:
     _, source = checkpoint.open_source(workdir)
     return source, source.read()
-  _, source, params = checkpoint.load_finetuned(workdir)
+  _, source, params = checkpoint.load_finetuned(workdir, _step(workdir, which))
   return source, params
 
 
-def to_hf(workdir: pathlib.Path, out: pathlib.Path, dtype: str, base: bool):
+def to_hf(
+  workdir: pathlib.Path,
+  out: pathlib.Path,
+  dtype: str,
+  base: bool,
+  which: str = '',
+) -> None:
   """Writes a folder of Hugging Face's.
 
   Args:
@@ -85,22 +98,35 @@ def to_hf(workdir: pathlib.Path, out: pathlib.Path, dtype: str, base: bool):
     out: a new folder.
     dtype: 'float32' or 'bfloat16', of the weights in the files.
     base: the weights that the run started from, instead of what it made.
+    which: of the run's checkpoints, see checkpoint.find_step.
   """
-  source, params = _load(workdir, base)
+  source, params = _load(workdir, base, which)
   with new_folder(out) as part:
     weights_hf.write(
       part, source.config, params, source.tokenizer, _DTYPES[dtype]
     )
 
 
-def to_gemma(workdir: pathlib.Path, out: pathlib.Path, dtype: str, base: bool):
+def to_gemma(
+  workdir: pathlib.Path,
+  out: pathlib.Path,
+  dtype: str,
+  base: bool,
+  which: str = '',
+) -> None:
   """Writes Google's own Flax layout; the arguments are those of to_hf."""
-  source, params = _load(workdir, base)
+  source, params = _load(workdir, base, which)
   with new_folder(out) as part:
     export_flax.write(part, source.config, params, source.tokenizer, dtype)
 
 
-def to_peft(workdir: pathlib.Path, out: pathlib.Path, dtype: str, base: bool):
+def to_peft(
+  workdir: pathlib.Path,
+  out: pathlib.Path,
+  dtype: str,
+  base: bool,
+  which: str = '',
+) -> None:
   """Writes an adapter folder of PEFT's; the arguments are those of to_hf."""
   if base:
     raise errors.UserError(
@@ -113,7 +139,8 @@ def to_peft(workdir: pathlib.Path, out: pathlib.Path, dtype: str, base: bool):
       f'{workdir}: train.parts is {parts!r}, and only lora gives an adapter; '
       'use --to=hf.'
     )
-  config, source, trained, _ = checkpoint.load_trained(workdir)
+  at = _step(workdir, which)
+  config, source, trained, _ = checkpoint.load_trained(workdir, at)
   with new_folder(out) as part:
     weights_peft.write(
       part,
@@ -125,7 +152,7 @@ def to_peft(workdir: pathlib.Path, out: pathlib.Path, dtype: str, base: bool):
     )
 
 
-# --to= -> (workdir, out, dtype, base) -> None.
+# --to= -> (workdir, out, dtype, base, which) -> None.
 _WRITERS = {'hf': to_hf, 'gemma': to_gemma, 'peft': to_peft}
 
 
@@ -137,12 +164,13 @@ def main(argv):
   f = flags.FLAGS
   out = pathlib.Path(f.out)
   check_new(out)
-  _WRITERS[f.to](pathlib.Path(f.workdir), out, f.dtype, f.base)
+  _WRITERS[f.to](pathlib.Path(f.workdir), out, f.dtype, f.base, f.checkpoint)
   journal.say(f'written: {out}')
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('workdir', None, 'Folder of a run of train.py.')
+  flags.DEFINE_string('checkpoint', '', checkpoint.WHICH)
   flags.DEFINE_enum('to', 'hf', sorted(_WRITERS), 'Format.')
   flags.DEFINE_string('out', None, 'New folder to be written.')
   flags.DEFINE_enum(

@@ -87,6 +87,17 @@ def table_line(
   return f'STEP {step} training loss: {train} - eval loss: {valid}'
 
 
+def since_best(path: pathlib.Path) -> int:
+  """Translated validations in a row without a better chrF than the one before.
+
+  Counted from the first that reached the highest `valid_chrf` in metrics.jsonl;
+  0 where there is none. The pretrained model, step 0, is no rival.
+  """
+  lines = [m for m in read_metrics(path) if m['step'] > 0]
+  found = [m['valid_chrf'] for m in lines if 'valid_chrf' in m]
+  return len(found) - 1 - found.index(max(found)) if found else 0
+
+
 def _float32(x: float) -> float:
   return float(np.float32(x))
 

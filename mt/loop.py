@@ -1,23 +1,20 @@
 """One run, from the config to the scores.
 
-The order is fixed: first validation; then, again and again, evaluate, save,
-next batch, step, log. Whatever is evaluated at step n is on disk before the
-checkpoint of step n, so that a resumed run neither misses nor repeats it.
+The order is fixed: first translations and validation; then, again and again,
+evaluate, save, next batch, step, log. Whatever is evaluated at step n is on
+disk before the checkpoint of step n, so that a resumed run neither misses nor
+repeats it. Which checkpoint is the best stands in the checkpoints, when to stop
+follows from metrics.jsonl: nothing else has to agree with them after a crash.
 """
 
-import dataclasses
 import math
 import pathlib
 import time
-from typing import Any
 
 import chex
 import jax
-from jax.sharding import Mesh
 import ml_collections
-import orbax.checkpoint as ocp
 
-from mt import batches
 from mt import bitext
 from mt import checkpoint
 from mt import compiling
@@ -31,55 +28,16 @@ from mt import journal
 from mt import model
 from mt import optimizer as optimizer_lib
 from mt import report as report_lib
-from mt import scores as scores_lib
+from mt import results
+from mt import run as run_lib
 from mt import settings
 from mt import sharding
 from mt import sizes
 from mt import step
-from mt import template as template_lib
-from mt import trainable
 from mt import translate
+from mt import validation
 from mt import weights
 from mt import workdir as workdir_lib
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """What does not change while a run lasts.
-
-  Attributes:
-    config: see configs/default.py.
-    workdir: the run's folder.
-    data: see mt/data.py.
-    identity: of the pretrained model, see checkpoint.identity.
-    checkpoints: Orbax's manager.
-    translator: see translate.make_translator.
-    events: the TensorBoard writer, see mt/events.py.
-    mesh: of several devices, or None.
-    started: time.monotonic() at the start.
-  """
-
-  config: ml_collections.ConfigDict
-  workdir: pathlib.Path
-  data: data_lib.Data
-  identity: dict[str, Any]
-  checkpoints: ocp.CheckpointManager
-  translator: translate.Translator
-  events: events.Writer
-  mesh: Mesh | None
-  started: float
-
-  @property
-  def checkpoint_identity(self) -> dict[str, Any]:
-    return self.identity | {'data': self.data.train_digest}
-
-  @property
-  def metrics_path(self) -> pathlib.Path:
-    return self.workdir / 'metrics.jsonl'
-
-  @property
-  def scores_path(self) -> pathlib.Path:
-    return self.workdir / 'scores.json'
 
 
 def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
@@ -111,7 +69,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   if mesh is not None:
     shape = ' x '.join(f'{k} {n}' for k, n in mesh.shape.items())
     journal.say(f'mesh: {shape}; {jax.process_count()} processes')
-  run = Run(
+  run = run_lib.Run(
     config=config,
     workdir=workdir,
     data=data,
@@ -122,25 +80,29 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
     mesh=mesh,
     started=started,
   )
-  state, resumed = start_or_resume(run, source.config, params)
-  events.replay(run.events, run.metrics_path)
+  state = start(run, source.config, params)
   del params
+  if run.checkpoints.latest_step() is None:
+    results.forget(run, '*')
+  results.translate_splits(run, 'before', lambda: run_lib.folded(run, state), 0)
+  state, resumed = resume(run, state)
+  events.replay(run.events, run.metrics_path)
   eval_step = step.make_eval_step(source.config, config, mesh)
   if not resumed:
-    validate(run, eval_step, state)
-    translate_splits(run, 'before', state)
+    validation.validate(run, eval_step, state, config.eval.translate_every > 0)
   try:
     state = train(run, source.config, eval_step, state)
   finally:
     run.data.train.close()
+  state = best(run, state)
   run.checkpoints.close()
-  if not distributed.agree(run.scores_path.exists()):
-    translate_splits(run, 'after', state)
+  at = int(state.step)
+  results.translate_splits(run, 'after', lambda: run_lib.folded(run, state), at)
   if distributed.is_first():
-    report(run)
+    results.report(run, at)
   if config.eval.texts:
     evaluate.show_texts(
-      run.translator, folded(run, state), config.eval.texts, workdir
+      run.translator, run_lib.folded(run, state), config.eval.texts, workdir
     )
   if distributed.is_first():
     run.events.close()
@@ -182,13 +144,10 @@ def open_weights(
   return source
 
 
-def start_or_resume(
-  run: Run, model_config: sizes.ModelConfig, params: model.Params
-) -> tuple[step.TrainState, bool]:
-  """The newest checkpoint's state (and True), or one that starts from `params`.
-
-  The loader and metrics.jsonl are put back to the same step.
-  """
+def start(
+  run: run_lib.Run, model_config: sizes.ModelConfig, params: model.Params
+) -> step.TrainState:
+  """The state before the first step, which translates as `params` do."""
   config = run.config
   optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
   state = step.init_state(
@@ -204,6 +163,17 @@ def start_or_resume(
     f'training: {config.train.parts}, {_millions(state.trained)} parameters, '
     f'{config.train.max_steps} steps'
   )
+  return state
+
+
+def resume(
+  run: run_lib.Run, state: step.TrainState
+) -> tuple[step.TrainState, bool]:
+  """The newest checkpoint's state and True, or the one given and False.
+
+  The loader and metrics.jsonl are put back to the same step.
+  """
+  chex.assert_rank(state.step, 0)
   restored = checkpoint.restore(run.checkpoints, state, run.checkpoint_identity)
   if restored is None:
     journal.cut_metrics(run.metrics_path, -1)
@@ -212,63 +182,49 @@ def start_or_resume(
     run.data.train.set_state(data_state)
     journal.cut_metrics(run.metrics_path, int(state.step))
     journal.say(f'resumed: {run.workdir} at step {int(state.step)}')
-  if int(state.step) < config.train.max_steps and distributed.is_first():
-    run.scores_path.unlink(missing_ok=True)  # They are of fewer steps.
+  if not ended(run, int(state.step)):
+    results.forget(run, 'after')  # It is of fewer steps.
   return state, restored is not None
 
 
-def record(run: Run, line: dict[str, Any]) -> None:
-  """Writes the metrics of a step where they are kept."""
-  journal.add_metrics(run.metrics_path, line)
-  events.add(run.events, line)
+def ended(run: run_lib.Run, done: int) -> bool:
+  """Whether nothing is left to train after so many steps."""
+  if done >= run.config.train.max_steps:
+    return True
+  patience = run.config.eval.patience
+  waited = journal.since_best(run.metrics_path)
+  return distributed.agree(0 < patience <= waited)
 
 
-def on_mesh(run: Run, batch: batches.Batch) -> batches.Batch:
-  """A batch [B, L], all of which each process has, where the steps want it."""
-  if run.mesh is None:
-    return batch
-  size = run.config.train.batch_size
-  own = sharding.own_rows(run.mesh, size)
-  rows = {k: v[own] for k, v in batch.items()}
-  return sharding.put_rows(run.mesh, rows, size)
+def best(run: run_lib.Run, state: step.TrainState) -> step.TrainState:
+  """The state that is scored: of the best checkpoint, where there is one.
 
-
-def validate(run: Run, eval_step, state: step.TrainState) -> float:
-  """Mean loss in nats per target token over the validation batches.
-
-  With `eval.chrf_pairs`, chrF of the first pairs is recorded too.
+  Otherwise the last one, which is given.
   """
   chex.assert_rank(state.step, 0)
-  start = time.monotonic()
-  sums = [eval_step(state, on_mesh(run, batch)) for batch in run.data.valid]
-  sums = [{k: float(v) for k, v in m.items()} for m in sums]
-  nll, targets = (sum(m[k] for m in sums) for k in ('nll', 'targets'))
-  loss, at = nll / targets, int(state.step)
-  line = {'step': at, 'valid_loss': loss}
-  text = f'step {at}: validation loss {loss:.4f} ({targets:.0f} targets'
-  if number := run.config.eval.chrf_pairs:
-    pairs = run.data.scored['valid'][:number]
-    sources, references = [p.source for p in pairs], [p.target for p in pairs]
-    made = run.translator(folded(run, state), sources)
-    line['valid_chrf'] = scores_lib.score(made, references)['chrf']
-    text += f'), chrF {line["valid_chrf"]:.2f} ({len(pairs)} pairs'
-  text += f', {time.monotonic() - start:.0f} s)'
-  if run.config.log.table:
-    text = journal.table_line(run.metrics_path, at, sums)
-  record(run, line)
-  if distributed.is_first():
-    report_lib.write(run.workdir)
-  journal.say(text)
-  return loss
+  at = checkpoint.best_step(run.checkpoints)
+  if at is None:
+    return state
+  chrf = run.checkpoints.metrics(at)['valid_chrf']
+  journal.say(
+    f'best: step {at} of {int(state.step)}, chrF {chrf:.2f} of '
+    'validation; it is scored'
+  )
+  if at == int(state.step):
+    return state
+  return checkpoint.restore_model(run.checkpoints, state, at)
 
 
 def train(
-  run: Run, model_config, eval_step, state: step.TrainState
+  run: run_lib.Run, model_config, eval_step, state: step.TrainState
 ) -> step.TrainState:
-  """Takes the state to step `train.max_steps`."""
+  """Takes the state to step `train.max_steps`, or until eval.patience ends."""
   chex.assert_rank(state.step, 0)
   config = run.config
   first, last = int(state.step), config.train.max_steps
+  if ended(run, first):
+    _say_if_early(run, first)
+    return state
   optimizer = optimizer_lib.make_optimizer(config.optim, last)
   train_step = step.make_train_step(
     model_config,
@@ -292,7 +248,7 @@ def train(
     line['data_wait_s'] = round(waited, 4)
     names = ('targets', 'tokens', 'grad_norm', 'skipped')
     line |= {k: metrics[k] for k in names}
-    record(run, line)
+    run_lib.record(run, line)
     _check_finite(run, at, int(metrics['skipped_in_a_row']))
     if at == first + 1:
       journal.say(f'first step after {now - run.started:.1f} s')
@@ -300,17 +256,22 @@ def train(
     pending = None
 
   for done in range(first, last + 1):
-    evaluating = done == last or done % config.eval.every == 0
-    saving = done == last or done % config.checkpoint.every == 0
+    every = config.eval.translate_every
+    translating = every > 0 and _due(done, last, every)
+    evaluating = translating or _due(done, last, config.eval.every)
+    saving = translating or _due(done, last, config.checkpoint.every)
     if done > first and (evaluating or saving):
       log()
       if evaluating:
-        loss = validate(run, eval_step, state)
+        found = validation.validate(run, eval_step, state, translating)
+      else:
+        batch = validation.on_mesh(run, run.data.valid[0])
+        found = {'valid_loss': float(eval_step(state, batch)['nll'])}
       if saving:
-        if not evaluating:
-          batch = on_mesh(run, run.data.valid[0])
-          loss = float(eval_step(state, batch)['nll'])
-        save(run, state, loss)
+        save(run, state, found['valid_loss'], found.get('valid_chrf'))
+      if translating and ended(run, done):
+        _say_if_early(run, done)
+        break
       clock = time.monotonic()
     if done < last:
       asked = time.monotonic()
@@ -325,20 +286,32 @@ def train(
   return state
 
 
-def folded(run: Run, state: step.TrainState) -> model.Params:
-  """The parameters that translate: low-rank products added in."""
-  return trainable.fold(
-    step.model_params(run.config.train, state.best, state.frozen)
-  )
+def _due(done, last, every):
+  return done == last or done % every == 0
 
 
-def save(run: Run, state: step.TrainState, loss: float) -> None:
+def _say_if_early(run, done):
+  if done < run.config.train.max_steps:
+    journal.say(
+      f'stopped at step {done} of {run.config.train.max_steps}: no better chrF '
+      f'in {journal.since_best(run.metrics_path)} translations, '
+      f'eval.patience={run.config.eval.patience}'
+    )
+
+
+def save(
+  run: run_lib.Run,
+  state: step.TrainState,
+  loss: float,
+  chrf: float | None = None,
+) -> None:
   """A checkpoint of a state that is worth it.
 
   Args:
     run: the run.
     state: to be saved.
     loss: of this very state, on validation text.
+    chrf: the same, if it was translated.
 
   Raises:
     errors.UserError: the loss is not finite; see also checkpoint.save.
@@ -353,6 +326,7 @@ def save(run: Run, state: step.TrainState, loss: float) -> None:
     state,
     run.data.train.get_state(),
     run.checkpoint_identity,
+    chrf,
   )
 
 
@@ -371,74 +345,3 @@ def _check_finite(run, at, in_a_row):
       f'row, train.max_skipped={run.config.train.max_skipped} of which end a '
       f'run; {_newest(run)}: lower optim.learning_rate.'
     )
-
-
-def translate_splits(run: Run, when: str, state: step.TrainState) -> None:
-  """Leaves translations of the scored splits in the workdir.
-
-  Args:
-    run: the run.
-    when: 'before' or 'after' training.
-    state: of the model that translates.
-  """
-  config = run.config
-  params = folded(run, state)
-  for split, pairs in run.data.scored.items():
-    sources = [p.source for p in pairs]
-    progress = journal.Progress(f'translating {split} ({when})', len(sources))
-
-    def work(sources=sources, progress=progress):
-      return run.translator(params, sources, progress.update)
-
-    start = time.monotonic()
-    if when == 'before':
-      # With the languages' names, which come from data.pair.
-      template = dataclasses.asdict(template_lib.from_config(config))
-      key = [run.identity, template, config.decode.to_dict()]
-      texts = evaluate.remember([*key, config.train.dtype, sources], work)
-    else:
-      texts = work()
-    progress.close()
-    journal.say(
-      f'translated {split} ({when}): {len(texts)} sentences, '
-      f'{time.monotonic() - start:.0f} s'
-    )
-    columns = {'source': sources, 'reference': [p.target for p in pairs]}
-    for name, lines in columns.items():
-      workdir_lib.write_lines(_translations(run, split, name), lines)
-    made = evaluate.made_by(int(state.step), config.decode, sources)
-    evaluate.keep(_translations(run, split, when), made, texts)
-
-
-def _translations(run, split, name):
-  return run.workdir / 'translations' / f'{split}.{name}.txt'
-
-
-def report(run: Run) -> None:
-  """Scores and samples out of the translations, on screen and on disk."""
-  scores = {}
-  for split, pairs in run.data.scored.items():
-    texts = {
-      when: workdir_lib.read_lines(_translations(run, split, when))
-      for when in ('before', 'after')
-    }
-    sources = [p.source for p in pairs]
-    references = [p.target for p in pairs]
-    language = run.config.data.pair.split('-')[0].lower()
-    scores[split] = {}
-    for when, lines in texts.items():
-      scores[split][when] = scores_lib.score(lines, references) | {
-        'noise': scores_lib.by_noise(sources, lines, references, language)
-      }
-    if split == 'valid':
-      text = evaluate.samples(sources, references, **texts)
-      workdir_lib.write(run.workdir / 'samples.txt', text)
-      journal.say('\n' + text)
-  workdir_lib.write_json(run.scores_path, scores)
-  for split, both in scores.items():
-    for name in scores_lib.NAMES:
-      before, after = both['before'][name], both['after'][name]
-      journal.say(
-        f'{split} {name:9} {before:6.2f} -> {after:6.2f} '
-        f'({after - before:+.2f})  {both["after"][name + "_signature"]}'
-      )

@@ -50,7 +50,8 @@ polyline.many{opacity:.6}
 polyline{fill:none;stroke-width:1.6;stroke-linejoin:round}
 polyline.series0,circle.series0{stroke:var(--a)}circle.series0{fill:var(--a)}
 polyline.series1,circle.series1{stroke:var(--b)}circle.series1{fill:var(--b)}
-.key0{color:var(--a)}.key1{color:var(--b)}
+polyline.series2,circle.series2{stroke:var(--good)}circle.series2{fill:var(--good)}
+.key0{color:var(--a)}.key1{color:var(--b)}.key2{color:var(--good)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:left;
 vertical-align:top;overflow-wrap:anywhere}
@@ -189,10 +190,15 @@ def _scores(both) -> str:
   head = (
     f'{both["after"]["sentences"]:,} sentences',
     'before',
-    'after',
+    f'after{_of_step(both["after"])}',
     'change',
   )
   return _table(head, rows, (1, 2, 3))
+
+
+def _of_step(scores) -> str:
+  """Runs of old have no step in their scores."""
+  return f', step {scores["step"]:,}' if 'step' in scores else ''
 
 
 def _signatures(scores) -> str:
@@ -220,10 +226,16 @@ def _curves(metrics, scores, steps) -> str:
     ]
 
   loss = [('training', curve('loss')), ('validation', curve('valid_loss'))]
-  chrf = [('validation, at each validation', curve('valid_chrf'))]
+  if minitrain := curve('minitrain_loss'):
+    loss.append(('minitrain: memorised?', minitrain))
+
+  def at(both, when):  # Runs of old have no step in their scores.
+    return both[when].get('step', {'before': 0, 'after': steps}[when])
+
+  chrf = [('validation', curve('valid_chrf'))]
   if not chrf[0][1]:
     chrf = [
-      (split, [(0, both['before']['chrf']), (steps, both['after']['chrf'])])
+      (split, [(at(both, when), both[when]['chrf']) for when in both])
       for split, both in scores.items()
     ]
   speed = [('target tokens per second', curve('targets_per_s'))]

@@ -101,7 +101,10 @@ _RULES = {
   'eval.every': _at_least(1),
   'eval.loss_pairs': _at_least(0),
   'eval.loss_batches': _at_least(0),
+  'eval.minitrain_pairs': _at_least(0),
+  'eval.translate_every': _at_least(0),
   'eval.chrf_pairs': _at_least(0),
+  'eval.patience': _at_least(0),
   'eval.translate_pairs': _at_least(0),
   'eval.texts': (
     lambda v: all(isinstance(t, str) and t.strip() for t in v),
@@ -137,6 +140,13 @@ def check(config: ml_collections.ConfigDict) -> None:
       "template.chat the model's turn begins with the text itself; '' expected."
     )
   eval_ = config.eval
+  for knob in ('chrf_pairs', 'patience'):
+    if eval_[knob] and not eval_.translate_every:
+      raise errors.UserError(
+        f'eval.{knob} is {eval_[knob]}, but eval.translate_every=0 translates '
+        'nothing while training lasts; 0, or eval.translate_every above 0 '
+        'expected.'
+      )
   if eval_.translate_pairs and eval_.chrf_pairs > eval_.translate_pairs:
     raise errors.UserError(
       f'eval.chrf_pairs is {eval_.chrf_pairs}, more than the '

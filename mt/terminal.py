@@ -48,7 +48,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
   'top_k': (lambda v: v >= 0, '0 or more'),
   'top_p': (lambda v: 0 < v <= 1, 'more than 0, at most 1'),
   'seed': (lambda v: 0 <= v < 2**32, 'from 0 to 4294967295'),
-  'checkpoint': (lambda v: v == 'last' or v.isdecimal(), 'last or a step'),
 }
 
 _OF_A_SEARCH = [f.name for f in dataclasses.fields(search_lib.Search)]
@@ -58,7 +57,7 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   text, number = flags.DEFINE_string, flags.DEFINE_integer
   text('workdir', None, 'Folder of a run of train.py.')
-  text('checkpoint', 'last', 'Which of its checkpoints: last, or a step.')
+  text('checkpoint', '', checkpoint.WHICH)
   text('input', '', 'File to translate, instead of standard input.')
   text('output', '', 'File for the translations, whole or not at all.')
   flags.DEFINE_bool('json', False, 'Write JSON lines, with scores.')
@@ -153,15 +152,14 @@ def run(values: dict[str, Any]) -> None:
   """
   workdir = pathlib.Path(values['workdir'])
   search = read_search(values, workdir_lib.read_config(workdir).decode)
-  asked = values['checkpoint']
+  at, about = checkpoint.find_step(workdir, values['checkpoint'])
   with (
     _open_input(values['input']) as (lines, at_once),
     _open_output(values['output']) as write,
   ):
     compiling.keep_compiled_programs()
-    config, source, params = checkpoint.load_finetuned(
-      workdir, None if asked == 'last' else int(asked)
-    )
+    print(f'checkpoint: {about}', file=sys.stderr)
+    config, source, params = checkpoint.load_finetuned(workdir, at)
     params = decode.unstack(params)  # Once, and not for every chunk.
     nbest = translate.nbest_from_config(config, source, search)
     done = 0

@@ -38,6 +38,11 @@ _FREE += ('data.max_bad_fraction', 'data.workers')
 _FREE += ('train.max_steps', 'train.max_skipped', 'train.micro_batches')
 _FREE += ('train.remat', 'weights.force_download')
 
+# But for these, where checkpoints are compared by chrF: it would be of other
+# sentences, or of another search.
+_OF_CHRF = ('eval.chrf_pairs', 'eval.translate_pairs', 'decode.beam')
+_OF_CHRF += ('decode.length_penalty', 'decode.max_ratio', 'decode.max_extra')
+
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
   """Writes a file whole or not at all; text as UTF-8.
@@ -133,11 +138,12 @@ def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   path = workdir / 'config.json'
   if not any((workdir / 'checkpoints').glob('step_*')):
     for name in ('config.json', 'tokenizer.model'):
-      _remove(workdir / name)
+      remove(workdir / name)
   if path.exists():
     old = read_config(workdir)
+    bound = _OF_CHRF if old.eval.translate_every else ()
     for knob, was, now in differences(old.to_dict(), config.to_dict()):
-      if not knob.startswith(_FREE):
+      if not knob.startswith(_FREE) or knob in bound:
         raise errors.UserError(
           f'{workdir} holds a run with {knob}={was!r}, this one has {now!r}; '
           'use another --workdir, or the config of that run.'
@@ -146,7 +152,16 @@ def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   write_json(workdir / 'environment.json', environment())
 
 
-def _remove(path):
+def remove(path: pathlib.Path) -> None:
+  """Removes a file, if it is there.
+
+  Of several processes the first one does it.
+
+  Raises:
+    errors.UserError: the folder is not writable.
+  """
+  if not distributed.is_first():
+    return
   try:
     path.unlink(missing_ok=True)
   except OSError as e:

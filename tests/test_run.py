@@ -18,6 +18,7 @@ from mt import errors
 from mt import evaluate
 from mt import journal
 from mt import loop
+from mt import results
 from mt import sizes
 from mt import step
 from mt import workdir as workdir_lib
@@ -116,7 +117,7 @@ def test_the_page_is_there_before_the_end(debug_config, tmp_path, monkeypatch):
   def stop(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(loop, 'translate_splits', stop)
+  monkeypatch.setattr(results, 'translate_splits', stop)
   with pytest.raises(KeyboardInterrupt):
     loop.run(debug_config, tmp_path)
   assert 'step 0 of 6, running' in (tmp_path / 'report.html').read_text('utf-8')
