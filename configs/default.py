@@ -65,6 +65,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Processes that prepare batches; 0 does it in a thread, which is enough up to
   # some 100,000 tokens a second.
   d.workers = 0
+  # Seconds that a batch may take until the run gives up: its disk hangs.
+  d.max_wait = 600.0
 
   c.template = t = ml_collections.ConfigDict()
   # What the model reads before the target; {source} stands in it once.

@@ -8,7 +8,8 @@
   tokenizer   SentencePiece: from a file, a GGUF vocabulary, or trained
   template    prompts: how a pair becomes tokens
   store       tokenised pairs on disk, mapped into memory
-  batches     examples -> packed or padded rows -> Grain iterator
+  batches     examples -> packed or padded rows -> Grain dataset
+  reader      batches read ahead, with a position; dead or silent readers
   data        all that a run reads
   card        `python -m mt.corpus`: the data, counted and shown
   sizes       the published Gemmas as data

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import difflib
+import os
 import pathlib
 import sys
 
@@ -19,6 +20,10 @@ class UserError(Exception):
   """Bad input; the message names what was found, expected and what to do."""
 
 
+class Stuck(UserError):
+  """Something does not come back, and an orderly end would wait for it."""
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """absl's app.run, with every UserError as one line on stderr.
 
@@ -30,6 +35,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       logging.set_verbosity(logging.WARNING)  # Orbax has much to tell.
     try:
       main(argv)
+    except Stuck as e:
+      _leave(e, EXIT_CODE, at_once=True)
     except UserError as e:
       _leave(e, EXIT_CODE)
     except KeyboardInterrupt:
@@ -66,9 +73,11 @@ def read_config(
   return flags.FLAGS.config, path
 
 
-def _leave(message, code):
+def _leave(message, code, at_once=False):
   sys.stdout.flush()
-  print(f'error: {message}', file=sys.stderr)
+  print(f'error: {message}', file=sys.stderr, flush=True)
+  if at_once:
+    os._exit(code)
   sys.exit(code)
 
 

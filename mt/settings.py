@@ -70,6 +70,7 @@ _RULES = {
     'numbers from 8 up',
   ),
   'data.workers': _at_least(0),
+  'data.max_wait': _POSITIVE,
   'template.prompt': (
     lambda v: v.count('{source}') == 1,
     'a text with {source} in it once',

@@ -34,7 +34,7 @@ from mt import errors
 # computes by more than rounding, but for max_steps under a schedule that ends
 # with it.
 _FREE = ('eval.', 'decode.', 'checkpoint.', 'log.', 'mesh.')
-_FREE += ('data.max_bad_fraction', 'data.workers')
+_FREE += ('data.max_bad_fraction', 'data.workers', 'data.max_wait')
 _FREE += ('train.max_steps', 'train.max_skipped', 'train.micro_batches')
 _FREE += ('train.remat', 'weights.force_download')
 

@@ -51,6 +51,7 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('data.length', 7),
     ('data.buckets', (4,)),
     ('data.workers', -1),
+    ('data.max_wait', 0.0),
     ('template.prompt', 'Translate this.'),
     ('template.prompt', '{source}{source}'),
     ('train.max_steps', 0),
