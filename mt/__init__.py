@@ -32,7 +32,9 @@
   sharding    arrays over a mesh of devices
   distributed  several processes of one run
   step        TrainState, accumulation, train_step, eval_step
+  manifest    damaged checkpoints found out and moved aside
   checkpoint  Orbax: state and data position, and whose they are; the best
+  warm_start  the trained weights of another run, and nothing else of it
   hlo         work and traffic of a compiled program
   plan        `--plan`: memory, work and traffic of a run before it starts
   run         what does not change while a run lasts

@@ -25,6 +25,7 @@ from mt import errors
 from mt import evaluate
 from mt import events
 from mt import journal
+from mt import manifest
 from mt import model
 from mt import optimizer as optimizer_lib
 from mt import report as report_lib
@@ -36,6 +37,7 @@ from mt import sizes
 from mt import step
 from mt import translate
 from mt import validation
+from mt import warm_start
 from mt import weights
 from mt import workdir as workdir_lib
 
@@ -57,6 +59,8 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   workdir = pathlib.Path(folder)
   if distributed.is_first():
     workdir_lib.open_run(workdir, config)
+    manifest.settle(workdir / 'checkpoints')
+  distributed.sync('settled')
   compiling.keep_compiled_programs()
 
   texts, source = distributed.first_first(lambda: open_inputs(config, workdir))
@@ -81,6 +85,8 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
     started=started,
   )
   state = start(run, source.config, params)
+  if config.weights.warm_start:
+    run, state = warm_start.begin(run, state)
   del params
   if run.checkpoints.latest_step() is None:
     results.forget(run, '*')

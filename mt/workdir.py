@@ -136,20 +136,35 @@ def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     errors.UserError: the folder holds a run with another config.
   """
   path = workdir / 'config.json'
-  if not any((workdir / 'checkpoints').glob('step_*')):
+  saved = (workdir / 'checkpoints').glob('*step_*')  # Damaged ones too.
+  if all('tmp' in path.name for path in saved):
     for name in ('config.json', 'tokenizer.model'):
       remove(workdir / name)
   if path.exists():
     old = read_config(workdir)
-    bound = _OF_CHRF if old.eval.translate_every else ()
+    also = _OF_CHRF if old.eval.translate_every else ()
     for knob, was, now in differences(old.to_dict(), config.to_dict()):
-      if not knob.startswith(_FREE) or knob in bound:
+      if not knob.startswith(_FREE) or knob in also:
         raise errors.UserError(
           f'{workdir} holds a run with {knob}={was!r}, this one has {now!r}; '
           'use another --workdir, or the config of that run.'
         )
   write_json(path, config.to_dict())
   write_json(workdir / 'environment.json', environment())
+
+
+def bound(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The knobs that decide what a step computes, as JSON gives them back."""
+  flat = json.loads(json.dumps(dict(_flat(config.to_dict()))))
+  return {k: v for k, v in flat.items() if not k.startswith(_FREE)}
+
+
+def _flat(config, prefix=''):
+  for key, value in config.items():
+    if isinstance(value, dict):
+      yield from _flat(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key, value
 
 
 def remove(path: pathlib.Path) -> None:
