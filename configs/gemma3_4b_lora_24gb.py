@@ -17,4 +17,7 @@ def get_config():
   c.optim.learning_rate = 2e-4
   c.optim.schedule = 'cosine'
   c.optim.warmup_steps = 50
+  c.eval.minitrain_pairs = 200
+  c.eval.translate_every = 250
+  c.eval.chrf_pairs = 200
   return c

@@ -138,18 +138,27 @@ class Rows:
       ) from e
 
   def _row(self, index):
+    examples, plan, row, part = self._find(index)
+    if len(self.store) > 1 and row >= len(plan) // 2:
+      self._prepare(part + 1)
+    items, width = plan[row]
+    return build_row(examples, items, width)
+
+  def pair_ids(self, index: int) -> list[str]:
+    """Of the pairs in a row, as the text has them."""
+    _, plan, row, part = self._find(index)
+    members = self.store.members(self._block(part))[plan[row][0]]
+    return [pair.id for pair in self.store.bitext.read(members)]
+
+  def _find(self, index):
+    """The part that a row is in, as `part` has it; its place; the part."""
     while self._starts[-1] <= index:
       part = len(self._starts) - 1
       self._starts.append(self._starts[-1] + len(self.part(part)[1]))
       if part % len(self.store) == len(self.store) - 1:
         self._check_epoch(part)
     part = bisect.bisect_right(self._starts, index) - 1
-    examples, plan = self.part(part)
-    row = index - self._starts[part]
-    if len(self.store) > 1 and row >= len(plan) // 2:
-      self._prepare(part + 1)
-    items, width = plan[row]
-    return build_row(examples, items, width)
+    return *self.part(part), index - self._starts[part], part
 
   def _prepare(self, part: int) -> None:
     if part not in self._prepared:
@@ -218,6 +227,19 @@ def no_pair_fits(where: str, length: int, shortest: int) -> errors.UserError:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class PairIds:
+  """The same source, with the pairs' ids instead of the rows."""
+
+  rows: Rows
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getitem__(self, index) -> list[str]:
+    return self.rows.pair_ids(int(index))
+
+
 def train_iterator(
   sources: Sequence[Rows],
   weights: Sequence[float],
@@ -247,11 +269,19 @@ def train_iterator(
   own = range(batch_size) if own is None else [int(i) for i in own]
   local = len(own)
 
-  def dataset_from(first):
+  def mixed(kind=lambda rows: rows):
     # Copies have nothing cached that would have to travel to the workers, and
     # nothing in common with those that a closed iterator's thread still reads.
-    parts = [grain.MapDataset.source(dataclasses.replace(s)) for s in sources]
-    rows = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+    copies = [kind(dataclasses.replace(s)) for s in sources]
+    parts = [grain.MapDataset.source(s) for s in copies]
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+
+  def pair_ids(number):
+    of_rows, first = mixed(PairIds), number * batch_size
+    return [x for i in range(first, first + batch_size) for x in of_rows[i]]
+
+  def dataset_from(first):
+    rows = mixed()
 
     def row(number):
       batch, at = divmod(number, local)
@@ -268,8 +298,12 @@ def train_iterator(
       reader.begin_worker,
     )
 
+<<<<<<< HEAD
   where = ' and '.join(dict.fromkeys(s.store.bitext.where for s in sources))
-  return reader.Reader(dataset_from, num_batches, where, max_wait)
+  return reader.Reader(dataset_from, num_batches, where, pair_ids, max_wait)
+=======
+  return TrainIterator(dataset_from, pair_ids)
+>>>>>>> inloop
 
 
 def eval_batches(

@@ -7,6 +7,7 @@ writes them anew, so that a resumed run has every step once. Steps that are
 written again get the time of the restart.
 """
 
+import math
 import pathlib
 from typing import Any
 
@@ -48,5 +49,6 @@ def replay(writer: Writer, metrics: pathlib.Path) -> None:
 def add(writer: Writer, line: dict[str, Any]) -> None:
   """Adds the numbers of one line of metrics.jsonl, under its step."""
   for name, value in line.items() if writer else ():
-    if name != 'step' and isinstance(value, int | float):
+    number = isinstance(value, int | float) and math.isfinite(value)
+    if name != 'step' and number:
       writer.add_scalar(name, value, line['step'])

@@ -41,6 +41,8 @@ from mt import warm_start
 from mt import weights
 from mt import workdir as workdir_lib
 
+_SHOWN = 20  # Ids of pairs in a message.
+
 
 def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   """Trains, or goes on training, and leaves scores in `folder`.
@@ -346,8 +348,12 @@ def _newest(run):
 def _check_finite(run, at, in_a_row):
   """Stops a run that gets nowhere; its newest checkpoint is a good state."""
   if in_a_row >= run.config.train.max_skipped:
+    ids = run.data.train.pair_ids(at - 1)
+    more = f' and {len(ids) - _SHOWN} more' if len(ids) > _SHOWN else ''
     raise errors.UserError(
       f'step {at}: loss or gradients were not finite for {in_a_row} steps in a '
       f'row, train.max_skipped={run.config.train.max_skipped} of which end a '
-      f'run; {_newest(run)}: lower optim.learning_rate.'
+      f'run; {_newest(run)}; the last batch has the training pairs '
+      f'{", ".join(ids[:_SHOWN])}{more}: lower optim.learning_rate, or look at '
+      'them.'
     )

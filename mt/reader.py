@@ -32,6 +32,7 @@ class Reader:
     dataset_from: Callable[[int], Iterable],
     num_batches: int,
     where: str,
+    pair_ids: Callable[[int], list[str]] | None = None,
     max_wait: float = math.inf,
   ):
     """A reader at position 0; nothing is read yet.
@@ -40,11 +41,13 @@ class Reader:
       dataset_from: the batches from a position on.
       num_batches: after so many the iterator ends.
       where: the texts that are read.
+      pair_ids: number of a batch -> ids of all pairs in it.
       max_wait: seconds that a batch may take.
     """
     self._dataset_from, self._last = dataset_from, num_batches
     self._where, self._max_wait = where, max_wait
     self._taken, self._batches = 0, None
+    self.pair_ids = pair_ids
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
     return self

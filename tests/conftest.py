@@ -39,7 +39,9 @@ def debug_config():
   config.train.batch_size = 2
   config.eval.every = 3
   config.eval.loss_pairs = 4
-  config.eval.chrf_pairs = 0
+  config.eval.translate_every = config.eval.chrf_pairs = 0
+  config.eval.patience = 0
+  config.eval.minitrain_pairs = 0
   config.eval.translate_pairs = 3
   config.decode.max_ratio = 0.1
   config.checkpoint.every = 2

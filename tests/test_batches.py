@@ -9,6 +9,7 @@ import os
 import pathlib
 import signal
 import time
+import types
 
 from absl import flags
 from hypothesis import given
@@ -237,6 +238,19 @@ class _Store:
 
   def prepare(self, number):
     self.prepared.append(number)
+
+  def members(self, number):
+    """As if the text were the blocks, one after the other."""
+    first = sum(len(b) for b in self.blocks[:number])
+    return first + np.arange(len(self.blocks[number]))
+
+  @property
+  def bitext(self):
+    """Whose ids are the first tokens of its examples."""
+    flat = [b.tokens[b.offsets[i]] for b in self.blocks for i in range(len(b))]
+    pairs = [lines.Pair(str(token), '', '') for token in flat]
+    read = lambda which: [pairs[i] for i in which]  # noqa: E731
+    return types.SimpleNamespace(read=read, where='here')
 
 
 def _rows(
@@ -604,6 +618,16 @@ def test_closing_keeps_the_position():
   used.close()
   used.close()
   _equal(next(used), whole[1])
+
+
+@pytest.mark.parametrize('mixture', MIXTURES)
+def test_a_batch_knows_its_pairs(mixture):
+  """For a message; by what its tokens say, padding aside."""
+  iterator = _iterator(mixture)
+  for number, batch in enumerate(itertools.islice(iterator, 9)):
+    begins = (batch['positions'] == 0) & (batch['segment_ids'] > 0)
+    want = [str(token) for token in batch['tokens'][begins]]
+    assert iterator.pair_ids(number) == want and want
 
 
 @pytest.mark.parametrize('processes', [2, 4])

@@ -1,6 +1,7 @@
 """All that a run reads: rows, validation batches, and what says who it was."""
 
 import functools
+import pathlib
 
 import jax
 import numpy as np
@@ -288,3 +289,43 @@ def test_one_source_of_several_of_which_nothing_fits(config, tmp_path):
   path = tmp_path / 'long.tsv'
   config.data.source += ',' + _write(path, [200, 100])
   refusal(lambda: _read(config), path, 'none of its pairs fits')
+
+
+# The sample of training pairs.
+
+
+def test_a_sample_of_training_pairs(config):
+  assert _read(config).minitrain == []
+  config.eval.minitrain_pairs = 5
+  first, again = _read(config).minitrain, _read(config).minitrain
+  _equal(first, again)
+  assert sum(int(b['segment_ids'].max(1).sum()) for b in first) == 5
+  config.seed = 1
+  other = _read(config).minitrain
+  assert not np.array_equal(first[0]['tokens'], other[0]['tokens'])
+  config.eval.minitrain_pairs, config.eval.loss_pairs = 30, 4
+  capped = _read(config).minitrain
+  assert sum(int(b['segment_ids'].max(1).sum()) for b in capped) == 4
+
+
+def test_the_sample_is_drawn_by_share(tmp_path):
+  texts = [
+    bitext.open_bitext(
+      [_write(tmp_path / f'{word}.tsv', range(50), word)], 'en-fr'
+    )
+    for word in ('mot', 'motus')
+  ]
+  pairs = data.draw(texts, [0.9, 0.1], 40, seed=0)
+  assert len(pairs) == len(set(pairs)) == 40
+  own = [{p.target for p in text.read()} for text in texts]
+  counts = [sum(p.target in o - {'0'} for p in pairs) for o in own]
+  assert counts[0] > 25 and 0 < counts[1] < 15
+  assert len(data.draw(texts, [1.0, 0.0], 80, seed=0)) == 50
+
+
+def test_a_sample_that_does_not_fit(config):
+  config.data.source = _write(
+    pathlib.Path(config.data.source), [1] + [300] * 40
+  )
+  config.eval.minitrain_pairs = 1
+  refusal(lambda: _read(config), 'eval.minitrain_pairs is 1', 'data.length=64')

@@ -36,6 +36,7 @@ def _start(workdir, processes, *flags):
       '--config.eval.translate_pairs=2',
       '--config.eval.loss_pairs=4',
       '--config.eval.every=2',
+      '--config.eval.translate_every=2',
       '--config.checkpoint.every=2',
       '--config.decode.max_ratio=0.1',
       *flags,
@@ -61,14 +62,11 @@ def _run(workdir, processes, *flags):
   return [out for out, _ in outs]
 
 
-def _losses(workdir):
+def _numbers(workdir, *kinds):
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   lines = [json.loads(x) for x in lines]
   return {
-    (x['step'], kind): x[kind]
-    for x in lines
-    for kind in ('loss', 'valid_loss')
-    if kind in x
+    (x['step'], kind): x[kind] for x in lines for kind in kinds if kind in x
   }
 
 
@@ -86,13 +84,43 @@ def test_two_processes_are_one_run(tmp_path):
   _run(tmp_path / 'more', 1, one, half)
   outs = _run(tmp_path / 'more', 2, two, fsdp, whole)
   assert 'resumed' in outs[0] and 'valid chrf' in outs[0]
-  want = _losses(tmp_path / 'whole')
-  assert len(want) == 4 + 3
+  scored = json.loads((tmp_path / 'more' / 'scores.json').read_text())['valid']
+  curve = _numbers(tmp_path / 'more', 'valid_chrf')
+  chosen = max((chrf, at) for (at, _), chrf in curve.items() if at)[1]
+  assert scored['after']['step'] == chosen
+  assert f'best: step {chosen} of 4' in outs[0] and 'best' not in outs[1]
+  kinds = 'loss', 'valid_loss', 'minitrain_loss'
+  want = _numbers(tmp_path / 'whole', *kinds)
+  assert len(want) == 4 + 3 + 3
   for name in ('fewer', 'more'):
-    got = _losses(tmp_path / name)
+    got = _numbers(tmp_path / name, *kinds)
     assert got.keys() == want.keys()
     for key, value in want.items():
       np.testing.assert_allclose(got[key], value, rtol=1e-5, err_msg=str(key))
+
+
+def test_the_first_process_decides():
+  """A third is no float32, and what the other process has does not matter."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{s.getsockname()[1]}'
+  code = (
+    'import sys; from mt import distributed as d; i = int(sys.argv[1]); '
+    f'd.start({address!r}, 2, i); '
+    'print("got", d.of_first(1 / 3 + i), d.agree(i == 0), d.agree(i == 1))'
+  )
+  started = [
+    subprocess.Popen(
+      [sys.executable, '-c', code, str(i)],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  for process in started:
+    out, _ = process.communicate(timeout=300)
+    assert f'got {1 / 3} True False' in out
 
 
 @pytest.mark.parametrize('lost', [0, 1])

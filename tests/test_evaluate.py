@@ -29,7 +29,8 @@ def finished(tmp_path_factory):
   config.train.batch_size = 2
   config.eval.every = 2
   config.eval.loss_pairs = 4
-  config.eval.chrf_pairs = 0
+  config.eval.translate_every = config.eval.chrf_pairs = 0
+  config.eval.patience = 0
   config.eval.translate_pairs = 3
   config.eval.test = True
   config.decode.max_ratio = 0.1
@@ -60,9 +61,9 @@ def translations(monkeypatch):
   folders = []
   real = checkpoint.load_finetuned
 
-  def load(folder):
+  def load(folder, at):
     folders.append(folder)
-    return real(folder)
+    return real(folder, at)
 
   monkeypatch.setattr(checkpoint, 'load_finetuned', load)
   return folders
@@ -78,8 +79,8 @@ def test_what_the_run_translated_is_not_translated_again(
   assert _lines(run, f'evaluation/{split}.hypothesis') == after
   own = workdir_lib.read_json(run / 'scores.json')[split]['after']
   noise = own.pop('noise')
+  assert own.pop('step') == got['step'] == 2
   assert (got['scores'], got['noise']) == (own, noise)
-  assert got['step'] == 2
   assert workdir_lib.read_json(run / 'evaluation' / f'{split}.json') == got
 
 
@@ -206,6 +207,8 @@ def test_the_command(run):
   assert done.stderr == ''
   result = json.loads((run / 'evaluation' / 'test.json').read_text())
   assert done.stdout == evaluate.describe(result) + '\n'
+  done = _command(f'--workdir={run}', '--checkpoint=7')
+  assert done.returncode == 2 and 'no checkpoint of step 7' in done.stderr
   page = (run / 'report.html').read_text()
   assert 'Evaluation: test' in page and f'against {run}' in page
 

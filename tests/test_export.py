@@ -117,6 +117,13 @@ def test_the_command_writes_the_model_of_the_run(tmp_path, run, finetuned):
   }
 
 
+@pytest.mark.parametrize('to', ['hf', 'gemma', 'peft'])
+def test_the_checkpoint_is_chosen_by_flag(tmp_path, run, to):
+  flags = f'--to={to}', f'--out={tmp_path / "o"}', '--checkpoint=7'
+  done = _command(f'--workdir={run}', *flags)
+  assert done.returncode == 2 and 'no checkpoint of step 7' in done.stderr
+
+
 def test_the_official_layout(tmp_path, run, finetuned):
   done = _command(f'--workdir={run}', '--to=gemma', f'--out={tmp_path / "o"}')
   assert done.returncode == 0, done.stderr

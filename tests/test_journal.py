@@ -38,3 +38,27 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
   silent = journal.Progress('translating', 3)
   silent.update(3)
   assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize(
+  'scores, waited',
+  [
+    ([], 0),
+    ([1.0], 0),
+    ([1.0, 2.0], 0),
+    ([2.0, 1.0], 1),
+    ([1.0, 2.0, 2.0, 1.5], 2),  # As good is not better.
+    ([2.0, 1.0, 2.5, 2.0], 1),
+    ([0.0, 0.0], 1),
+  ],
+)
+def test_validations_without_a_better_chrf(tmp_path, scores, waited):
+  path = tmp_path / 'metrics.jsonl'
+  assert journal.since_best(path) == 0
+  # The pretrained model was better than all of them.
+  journal.add_metrics(path, {'step': 0, 'valid_loss': 1.0, 'valid_chrf': 99.0})
+  for i, chrf in enumerate(scores):
+    journal.add_metrics(path, {'step': 2 * i + 1, 'loss': 1.0})
+    journal.add_metrics(path, {'step': 2 * i + 2, 'valid_loss': 1.0})
+    journal.add_metrics(path, {'step': 2 * i + 2, 'valid_chrf': chrf})
+  assert journal.since_best(path) == waited

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +10,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mt import checkpoint
+from mt import corpus
+from mt import data
 from mt import errors
 from mt import loop
 from mt import loss
 from mt import step
+from mt import tokenizer
 from tests.refusal import refusal
 
 
@@ -40,6 +44,17 @@ def test_steps_that_are_not_finite_end_a_run(
   debug_config.train.max_skipped = 3
   debug_config.checkpoint.every = 100
   text = _refused(debug_config, tmp_path)
+  # The third batch's pairs, by what its tokens say.
+  found = re.search(r'training pairs (.*?)(?: and \d+ more)?: lower', text)
+  texts = corpus.read_splits(debug_config.data, corpus.splits(debug_config))
+  tok = tokenizer.from_file(tmp_path / 'tokenizer.model')
+  train = data.read(debug_config, tok, texts).train
+  batch = [next(train) for _ in range(3)][2]
+  train.close()
+  said = ' '.join(tok.decode(row.tolist()) for row in batch['tokens'])
+  sources = {p.id: p.source for p in texts['train'][0].read()}
+  ids = found[1].split(', ')
+  assert ids and all(sources[i] in said for i in ids)
   assert 'step 3' in text and '3 steps in a row' in text
   assert 'train.max_skipped=3' in text and 'no checkpoint' in text
   lines = [m for m in _metrics(tmp_path) if 'loss' in m]

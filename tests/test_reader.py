@@ -28,7 +28,7 @@ def _reader(row, last=9, max_wait=60.0):
   def dataset_from(first):
     return grain.MapDataset.range(first, 9).map(row).to_iter_dataset()
 
-  return reader.Reader(dataset_from, last, 'a.tsv and b.tsv', max_wait)
+  return reader.Reader(dataset_from, last, 'a.tsv and b.tsv', None, max_wait)
 
 
 def test_whoever_reads_ahead_is_closed():
@@ -111,7 +111,7 @@ from mt import errors
 from mt import reader
 def main(_):
   rows = grain.MapDataset.range(9).map(lambda _: time.sleep(1000))
-  next(reader.Reader(lambda _: rows.to_iter_dataset(), 9, 'a.tsv', 0.5))
+  next(reader.Reader(lambda _: rows.to_iter_dataset(), 9, 'a.tsv', None, 0.5))
 errors.run(main)
 """
 

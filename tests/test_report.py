@@ -171,6 +171,25 @@ def test_curves(folder):
   assert classes == ['series0', 'series1', 'series0', 'series0']
 
 
+def test_the_loss_of_training_pairs_has_a_curve_of_its_own(folder):
+  for step in (0, 10):
+    line = {'step': step, 'valid_loss': 3.0, 'minitrain_loss': 2.0}
+    journal.add_metrics(folder / 'metrics.jsonl', line)
+  page = _page(folder)
+  classes = [a.get('class') for tag, a in page.tags if tag == 'polyline']
+  assert classes == ['series0', 'series1', 'series2', 'series0']
+  assert 'minitrain: memorised?' in page.text('span')
+
+
+def test_the_step_that_was_scored_is_named(folder):
+  found = _finish(folder)
+  assert 'after, step' not in _page(folder).text('th')  # A run of old.
+  found['before']['step'], found['after']['step'] = 0, 10
+  workdir_lib.write_json(folder / 'scores.json', {'valid': found})
+  page = _page(folder)
+  assert 'after, step 10' in page.text('th')
+
+
 def test_chrf_before_and_after_is_a_curve_of_two_points(folder):
   _finish(folder)
   page = _page(folder)

@@ -17,9 +17,9 @@ from mt import errors
 from mt import evaluate
 from mt import journal
 from mt import loop
-from mt import results
 from mt import sizes
 from mt import step
+from mt import validation
 from mt import workdir as workdir_lib
 from tests.refusal import refusal
 
@@ -52,13 +52,16 @@ def _assert_same_run(one, other):
   assert a.keys() == b.keys()
   for name in a:
     np.testing.assert_array_equal(a[name], b[name])
+  steps = [sorted((d / 'checkpoints').glob('step_*')) for d in (one, other)]
+  assert [p.name for p in steps[0]] == [p.name for p in steps[1]]
   for name in ('scores.json', 'samples.txt', 'translations/valid.after.txt'):
     assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_a_run_leaves_everything(debug_config, tmp_path, capsys):
   debug_config.eval.test = True
-  debug_config.eval.chrf_pairs = 2
+  debug_config.eval.translate_every, debug_config.eval.chrf_pairs = 6, 2
+  debug_config.eval.minitrain_pairs = 4
   loop.run(debug_config, tmp_path)
   steps = [m['step'] for m in _metrics(tmp_path) if 'loss' in m]
   assert steps == [1, 2, 3, 4, 5, 6]
@@ -79,13 +82,20 @@ def test_a_run_leaves_everything(debug_config, tmp_path, capsys):
     'sentences',
     'chrf',
   }
-  curve = [m['valid_chrf'] for m in _metrics(tmp_path) if 'valid_loss' in m]
-  assert len(curve) == 3
+  curve = [m['step'] for m in _metrics(tmp_path) if 'valid_chrf' in m]
+  assert curve == [0, 6]
+  assert all(
+    'minitrain_loss' in m for m in _metrics(tmp_path) if 'valid_loss' in m
+  )
   page = (tmp_path / 'report.html').read_text('utf-8')
   assert 'step 6 of 6, done' in page and 'Sentences: test' in page
   (events,) = (tmp_path / 'tensorboard').iterdir()
-  assert b'valid_chrf' in events.read_bytes()
+  for name in (b'valid_chrf', b'minitrain_loss'):
+    assert name in events.read_bytes()
+  assert 'key2">● minitrain' in page
   out = capsys.readouterr().out
+  assert 'best: step 6 of 6' in out and ', minitrain ' in out
+  assert f', chrF {_metrics(tmp_path)[-1]["valid_chrf"]:.2f}, ' in out
   assert 'valid chrf' in out and 'source ' in out and 'before ' in out
   assert '3 dropped' in out or ' dropped (more than' in out
 
@@ -98,7 +108,7 @@ def test_a_run_leaves_everything(debug_config, tmp_path, capsys):
 
 def test_the_curve_of_chrf_is_of_the_first_pairs(debug_config, tmp_path):
   debug_config.eval.chrf_pairs = debug_config.eval.translate_pairs = 3
-  debug_config.train.max_steps = 1
+  debug_config.eval.translate_every = debug_config.train.max_steps = 1
   loop.run(debug_config, tmp_path / 'on')
   scores = json.loads((tmp_path / 'on' / 'scores.json').read_text())['valid']
   assert [
@@ -107,7 +117,7 @@ def test_the_curve_of_chrf_is_of_the_first_pairs(debug_config, tmp_path):
     scores['before']['chrf'],
     scores['after']['chrf'],
   ]
-  debug_config.eval.chrf_pairs = 0
+  debug_config.eval.translate_every = debug_config.eval.chrf_pairs = 0
   loop.run(debug_config, tmp_path / 'off')
   assert not any('valid_chrf' in m for m in _metrics(tmp_path / 'off'))
 
@@ -116,7 +126,7 @@ def test_the_page_is_there_before_the_end(debug_config, tmp_path, monkeypatch):
   def stop(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(results, 'translate_splits', stop)
+  monkeypatch.setattr(loop, 'train', stop)
   with pytest.raises(KeyboardInterrupt):
     loop.run(debug_config, tmp_path)
   assert 'step 0 of 6, running' in (tmp_path / 'report.html').read_text('utf-8')
@@ -136,7 +146,13 @@ def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, name, wrapped)
 
-  spy(loop, 'validate', lambda run, fn, state: f'validate {state.step}')
+  spy(
+    validation,
+    'validate',
+    lambda run, fn, state, translating: (
+      f'validate {state.step}{" in words" * translating}'
+    ),
+  )
   spy(checkpoint, 'save', lambda m, state, *_: f'save {state.step}')
   spy(
     journal,
@@ -157,7 +173,16 @@ def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
   monkeypatch.setattr(step, 'make_train_step', make_train_step)
   debug_config.train.max_steps = 5
   debug_config.eval.every, debug_config.checkpoint.every = 3, 4
+  debug_config.eval.translate_every = 2
   loop.run(debug_config, tmp_path)
+  assert ', '.join(events) == (
+    'validate 0 in words, step 1, step 2, log 1, log 2, validate 2 in words, '
+    'save 2, step 3, log 3, validate 3, step 4, log 4, validate 4 in words, '
+    'save 4, step 5, log 5, validate 5 in words, save 5'
+  )
+  events.clear()
+  debug_config.eval.translate_every = 0
+  loop.run(debug_config, tmp_path / 'off')
   assert ', '.join(events) == (
     'validate 0, step 1, step 2, log 1, step 3, log 2, log 3, validate 3, '
     'step 4, log 4, save 4, step 5, log 5, validate 5, save 5'
@@ -216,7 +241,6 @@ def _stop_at(workdir, flags, step, sent):
 
 def test_killed_twice_and_the_same_command_again(tmp_path):
   flags = ('--config.data.length=128', '--config.eval.translate_pairs=2')
-  flags += ('--config.eval.chrf_pairs=0',)
   whole, cut = tmp_path / 'whole', tmp_path / 'cut'
   subprocess.run(_command(whole, *flags), check=True, capture_output=True)
   code, text = _stop_at(cut, flags, 3, signal.SIGINT)

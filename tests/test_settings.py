@@ -79,6 +79,9 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('eval.texts', ('a', ' ')),
     ('eval.texts', (3,)),
     ('eval.chrf_pairs', -1),
+    ('eval.minitrain_pairs', -1),
+    ('eval.translate_every', -1),
+    ('eval.patience', -1),
     ('decode.beam', 0),
     ('decode.length_penalty', -0.5),
     ('decode.length_penalty', math.nan),
@@ -130,9 +133,15 @@ def test_impossible_values_name_the_knob(knob, value):
       ('data.columns', 'aligned'),
     ),
     (
-      {'eval.translate_pairs': 3, 'eval.chrf_pairs': 4},
+      {
+        'eval.translate_every': 1,
+        'eval.translate_pairs': 3,
+        'eval.chrf_pairs': 4,
+      },
       ('eval.chrf_pairs is 4', 'eval.translate_pairs=3'),
     ),
+    ({'eval.chrf_pairs': 4}, ('eval.chrf_pairs is 4', 'translate_every=0')),
+    ({'eval.patience': 2}, ('eval.patience is 2', 'translate_every=0')),
     ({'template.chat': True}, ('template.chat', 'template.target_prefix')),
   ],
 )

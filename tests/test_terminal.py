@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 QUICK = os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
 VALUES = {
   'workdir': 'w',
-  'checkpoint': 'last',
+  'checkpoint': '',
   'input': '',
   'output': '',
   'json': False,
@@ -71,6 +71,11 @@ def command(monkeypatch):
       config = default.get_config()
       for module, name, stand_in in (
         (terminal.workdir_lib, 'read_config', lambda folder: config),
+        (
+          terminal.checkpoint,
+          'find_step',
+          lambda folder, which: (7, 'step 7, the last'),
+        ),
         (
           terminal.checkpoint,
           'load_finetuned',
@@ -191,8 +196,6 @@ def test_flags_come_before_the_config():
     ({'top_p': 0.0}, ('--top_p is 0.0', 'at most 1')),
     ({'top_p': 1.1}, ('--top_p is 1.1',)),
     ({'seed': -1}, ('--seed is -1',)),
-    ({'checkpoint': 'best'}, ("--checkpoint is 'best'", 'last')),
-    ({'checkpoint': '-3'}, ("--checkpoint is '-3'",)),
     ({'top_k': 5}, ('--top_k is 5', '--temperature')),
     ({'top_p': 0.5}, ('--top_p', '--temperature')),
     ({'seed': 1, 'temperature': 0.0}, ('--seed', '--temperature')),
@@ -215,6 +218,8 @@ def workdir(tmp_path_factory, quick_compilation):
   config.train.batch_size = 2
   config.optim.learning_rate = 0.1  # So that checkpoints differ.
   config.eval.loss_pairs = config.eval.translate_pairs = 2
+  config.eval.translate_every = config.eval.chrf_pairs = 0
+  config.eval.patience = 0
   config.decode.max_ratio = 0.02
   config.checkpoint.every = 2
   folder = tmp_path_factory.mktemp('run')
@@ -264,7 +269,11 @@ def test_checkpoints_and_samples_by_flag(workdir, tmp_path):
   assert say(checkpoint='4') == last != say(checkpoint='2')
   drawn = say(temperature=2.0, seed=1)
   assert drawn != last and drawn == say(temperature=2.0, seed=1)
+  assert say(checkpoint='last') == last
   refusal(lambda: say(checkpoint='3'), workdir, 'step 3', '2, 4 expected')
+  refusal(lambda: say(checkpoint='-3'), "--checkpoint is '-3'", 'best, last')
+  words = 'eval.translate_every=0', '--checkpoint=last', '2, 4 expected'
+  refusal(lambda: say(checkpoint='best'), workdir, *words)
 
 
 def test_a_reader_that_leaves(workdir):
@@ -280,7 +289,8 @@ def test_a_reader_that_leaves(workdir):
       stdout=out,
       stderr=subprocess.PIPE,
     )
-  assert (done.returncode, done.stderr) == (0, b'')
+  told = b'checkpoint: step 4, the last\n'
+  assert (done.returncode, done.stderr) == (0, told)
 
 
 def test_a_prompt_on_a_terminal(workdir):
