@@ -61,6 +61,7 @@
   compiling   compile once, keep what was compiled
   journal     metrics.jsonl, progress bar, lines
   workdir     the other files of a run
+  signals     SIGINT and SIGTERM: save and leave
   errors      one sentence for the person at the terminal
 
 To change the prompt: configs/. The data: corpus, lines. The loss: loss, step.

@@ -298,12 +298,8 @@ def train_iterator(
       reader.begin_worker,
     )
 
-<<<<<<< HEAD
   where = ' and '.join(dict.fromkeys(s.store.bitext.where for s in sources))
   return reader.Reader(dataset_from, num_batches, where, pair_ids, max_wait)
-=======
-  return TrainIterator(dataset_from, pair_ids)
->>>>>>> inloop
 
 
 def eval_batches(

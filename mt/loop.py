@@ -33,6 +33,7 @@ from mt import results
 from mt import run as run_lib
 from mt import settings
 from mt import sharding
+from mt import signals
 from mt import sizes
 from mt import step
 from mt import translate
@@ -99,7 +100,8 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   if not resumed:
     validation.validate(run, eval_step, state, config.eval.translate_every > 0)
   try:
-    state = train(run, source.config, eval_step, state)
+    with signals.listening() as listener:
+      state = train(run, source.config, eval_step, state, listener)
   finally:
     run.data.train.close()
   state = best(run, state)
@@ -224,9 +226,16 @@ def best(run: run_lib.Run, state: step.TrainState) -> step.TrainState:
 
 
 def train(
-  run: run_lib.Run, model_config, eval_step, state: step.TrainState
+  run: run_lib.Run,
+  model_config,
+  eval_step,
+  state: step.TrainState,
+  listener: signals.Listener,
 ) -> step.TrainState:
-  """Takes the state to step `train.max_steps`, or until eval.patience ends."""
+  """Takes the state to step `train.max_steps`, or until eval.patience ends.
+
+  A signal that the listener has heard ends it too, with a checkpoint.
+  """
   chex.assert_rank(state.step, 0)
   config = run.config
   first, last = int(state.step), config.train.max_steps
@@ -264,10 +273,12 @@ def train(
     pending = None
 
   for done in range(first, last + 1):
+    asked_to_leave = listener.asked() if done < last else 0
     every = config.eval.translate_every
     translating = every > 0 and _due(done, last, every)
     evaluating = translating or _due(done, last, config.eval.every)
     saving = translating or _due(done, last, config.checkpoint.every)
+    saving = saving or asked_to_leave > 0
     if done > first and (evaluating or saving):
       log()
       if evaluating:
@@ -281,6 +292,9 @@ def train(
         _say_if_early(run, done)
         break
       clock = time.monotonic()
+    if asked_to_leave:
+      progress.close()
+      signals.leave(asked_to_leave, done)
     if done < last:
       asked = time.monotonic()
       rows = next(run.data.train)

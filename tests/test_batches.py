@@ -224,11 +224,6 @@ class _Store:
 
   blocks: tuple[store.Examples, ...]
   prepared: list[int] = dataclasses.field(default_factory=list)
-  where = 'numbers'
-
-  @property
-  def bitext(self):
-    return self
 
   def __len__(self):
     return len(self.blocks)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mt import errors
 from mt import evaluate
 from mt import journal
 from mt import loop
+from mt import manifest
 from mt import sizes
 from mt import step
 from mt import validation
@@ -245,6 +247,8 @@ def test_killed_twice_and_the_same_command_again(tmp_path):
   subprocess.run(_command(whole, *flags), check=True, capture_output=True)
   code, text = _stop_at(cut, flags, 3, signal.SIGINT)
   assert code == 130 and text.count('\n') == 1 and 'interrupted' in text
+  at = int(re.search(r'at step (\d+), which is saved', text)[1])
+  assert at == manifest.steps(cut / 'checkpoints')[-1]
   code, _ = _stop_at(cut, flags, 7, signal.SIGKILL)
   assert code == -signal.SIGKILL
   done = subprocess.run(
