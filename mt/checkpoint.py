@@ -26,6 +26,7 @@ from mt import trainable
 from mt import weights
 from mt import workdir as workdir_lib
 
+_SLACK = 200_000  # Bytes of a checkpoint that are no array.
 VERSION = 1  # Of what a checkpoint holds; to be raised when that changes.
 
 
@@ -114,20 +115,25 @@ def save(
       f'are not saved; the newest checkpoint in {manager.directory} is of step '
       f'{manager.latest_step()}; lower optim.learning_rate.'
     )
+  arrays = _arrays(state)
+  need = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _SLACK
+  manifest.check_space(pathlib.Path(manager.directory), need)
   items = {
     'data': ocp.args.JsonSave({'state': data_state}),
     'identity': ocp.args.JsonSave(who),
   }
-  for name, tree in _arrays(state).items():
+  for name, tree in arrays.items():
     items[name] = ocp.args.StandardSave(tree)
   metrics = {} if chrf is None else {'valid_chrf': chrf}
   args = ocp.args.Composite(**items)
   try:
     manager.save(int(state.step), args=args, metrics=metrics)
-  except OSError as e:
-    raise errors.UserError(
-      f'{manager.directory}: cannot save step {int(state.step)} ({e}); the '
-      'checkpoints before it are whole: free some space and start again.'
+  except (OSError, ValueError) as e:  # ValueError: of tensorstore.
+    # Orbax's other writers are still at it.
+    raise errors.Stuck(
+      f'{manager.directory}: cannot save step {int(state.step)} '
+      f'({" ".join(str(e).split())[:300]}); the checkpoints before it are '
+      'whole: free some space and start again.'
     ) from None
 
 

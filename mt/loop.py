@@ -60,6 +60,11 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_rows(mesh, config.train)
   workdir = pathlib.Path(folder)
+  with workdir_lib.locked(workdir):
+    _run(config, workdir, mesh, started)
+
+
+def _run(config, workdir, mesh, started):
   if distributed.is_first():
     workdir_lib.open_run(workdir, config)
     manifest.settle(workdir / 'checkpoints')

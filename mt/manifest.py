@@ -117,6 +117,26 @@ def check(checkpoints: pathlib.Path, at: int) -> None:
     )
 
 
+def check_space(checkpoints: pathlib.Path, need: int) -> None:
+  """Refuses to begin a checkpoint that the disk has no room for, in bytes.
+
+  Half of one would fill it.
+
+  Raises:
+    errors.UserError: with what is free.
+  """
+  try:
+    free = shutil.disk_usage(checkpoints).free
+  except OSError:
+    return  # Writing will tell.
+  if free < need:
+    raise errors.UserError(
+      f'{checkpoints}: a checkpoint takes {need / 1e6:,.1f} MB, and '
+      f'{free / 1e6:,.1f} MB are free; the checkpoints before it are whole: '
+      'free some space and start again.'
+    )
+
+
 def settle(checkpoints: pathlib.Path) -> None:
   """Moves aside what is damaged, so that the newest checkpoint is whole.
 

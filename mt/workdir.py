@@ -11,10 +11,13 @@ samples.txt        eight sentences, before and after
 report.html        all of this on one page, see mt/report.py
 evaluation/        see mt/evaluate.py
 checkpoints/       see mt/checkpoint.py
+lock               held while a run is at work
 """
 
 from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -60,10 +63,9 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)
   except OSError as e:
-    raise errors.UserError(
-      f'{path}: cannot write it ({e.strerror}); give --workdir a folder with '
-      'space that you may write to.'
-    ) from None
+    with contextlib.suppress(OSError):
+      part.unlink(missing_ok=True)  # It may be what fills the disk.
+    raise _unwritable(path, e) from None
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -125,6 +127,42 @@ def _tuples(value):
   if isinstance(value, dict):
     return {k: _tuples(v) for k, v in value.items()}
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+  """A folder for one run at a time; whoever dies gives it free.
+
+  Raises:
+    errors.UserError: a run is at work there, or the folder is not writable.
+  """
+  if not distributed.is_first():
+    yield
+    return
+  path = workdir / 'lock'
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115 Closed below.
+  except OSError as e:
+    raise _unwritable(path, e) from None
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise errors.UserError(
+        f'{workdir}: another run is at work in it; wait for its end, or give '
+        'another --workdir.'
+      ) from None
+    except OSError as e:
+      raise _unwritable(path, e) from None
+    yield
+
+
+def _unwritable(path, e):
+  return errors.UserError(
+    f'{path}: cannot write it ({e.strerror}); give --workdir a folder with '
+    'space that you may write to.'
+  )
 
 
 def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
