@@ -112,8 +112,12 @@ def test_full_during_each_kind_of_file_and_then_not(
   test_run._assert_same_run(tmp_path / 'whole', workdir)
   assert not list(workdir.rglob('*.part'))
 
-  subprocess.run(['mount', '-o', 'remount,ro', str(disk)], check=True)
-  refusal(lambda: loop.run(config, workdir), workdir, 'Read-only')
+
+def test_a_folder_that_is_only_to_be_read(config, disk):
+  (disk / 'w').mkdir()
+  command = ['mount', '-o', 'remount,ro', str(disk)]
+  subprocess.run(command, check=True)
+  refusal(lambda: loop.run(config, disk / 'w'), disk, 'Read-only', '--workdir')
 
 
 _HOLDER = """
