@@ -26,6 +26,7 @@ from mt import evaluate
 from mt import events
 from mt import journal
 from mt import manifest
+from mt import memory
 from mt import model
 from mt import optimizer as optimizer_lib
 from mt import report as report_lib
@@ -72,6 +73,7 @@ def _run(config, workdir, mesh, started):
   compiling.keep_compiled_programs()
 
   texts, source = distributed.first_first(lambda: open_inputs(config, workdir))
+  memory.check(source.config, config, mesh)
   data = data_lib.read(config, source.tokenizer, texts, mesh)
   params = sharding.on_host(source.read)
   journal.say(
