@@ -69,7 +69,7 @@ _RULES = {
     _each(lambda v: isinstance(v, int) and v >= 8),
     'numbers from 8 up',
   ),
-  'data.workers': _at_least(0),
+  'data.workers': (lambda v: 0 <= v <= 256, 'from 0 to 256'),
   'data.max_wait': _POSITIVE,
   'template.prompt': (
     lambda v: v.count('{source}') == 1,
@@ -128,6 +128,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     errors.UserError: naming the knob, its value and what is expected.
   """
+  _check_storable(config)
   for knob, (test, expected) in _RULES.items():
     value = config
     for part in knob.split('.'):
@@ -170,6 +171,29 @@ def check(config: ml_collections.ConfigDict) -> None:
       f'optim.weight_decay is {config.optim.weight_decay}, but '
       f'optim.name={config.optim.name!r} has no decay; 0 or adamw expected.'
     )
+
+
+def _check_storable(config, prefix=''):
+  """Texts that are text, and whole numbers of 32 bits, as JAX has them.
+
+  A command line may have bytes that are no text.
+  """
+  for key, value in config.items():
+    knob = f'{prefix}{key}'
+    if isinstance(value, ml_collections.ConfigDict):
+      _check_storable(value, f'{knob}.')
+      continue
+    try:
+      str(value).encode()
+    except UnicodeEncodeError:
+      raise errors.UserError(
+        f'{knob} is {value!a}; text in UTF-8 expected.'
+      ) from None
+    each = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(v, int) and abs(v) >= 2**31 for v in each):
+      raise errors.UserError(
+        f'{knob} is {value!r}; whole numbers below 2^31 expected.'
+      )
 
 
 def _check_data(data):

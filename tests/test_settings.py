@@ -51,6 +51,9 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('data.length', 7),
     ('data.buckets', (4,)),
     ('data.workers', -1),
+    ('data.workers', 257),
+    ('seed', 2**31),
+    ('data.columns', (1, 2**31)),
     ('data.max_wait', 0.0),
     ('template.prompt', 'Translate this.'),
     ('template.prompt', '{source}{source}'),
@@ -149,6 +152,12 @@ def test_values_that_contradict_each_other(values, words):
   config = default.get_config()
   config.update_from_flattened_dict(values)
   refusal(lambda: settings.check(config), *words)
+
+
+def test_bytes_that_are_no_text_are_refused():
+  config = default.get_config()
+  config.eval.texts = ('Hello', '\udcff')
+  refusal(lambda: settings.check(config), 'eval.texts', 'UTF-8')
 
 
 def test_float16_is_refused_with_its_reason():
