@@ -117,6 +117,11 @@ def get_config() -> ml_collections.ConfigDict:
   # weights (`dots`), which takes little time; or each layer (`full`), which
   # takes a third more and leaves [N, B, L, D] in memory.
   t.remat = 'none'
+  # Most target tokens that the loss takes at once, and most rows of the
+  # vocabulary in one product: small for the cache of a CPU, large for a GPU or
+  # TPU. A trained embedding takes loss_chunk * vocabulary numbers of memory.
+  t.loss_chunk = 192
+  t.loss_tile = 2048
   # A step whose loss or gradients are not finite changes no weight; after so
   # many of them in a row the run stops.
   t.max_skipped = 10

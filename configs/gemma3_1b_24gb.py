@@ -11,6 +11,8 @@ def get_config():
   c.train.parts = 'all'
   # No micro-batches: the sum of their gradients would take 4 GB more.
   c.train.batch_size = 8
+  c.train.loss_chunk = 1024
+  c.train.loss_tile = 16384
   c.train.dtype = 'bfloat16'
   c.train.remat = 'full'
   c.mesh.data = 1

@@ -9,6 +9,8 @@ def get_config():
   c.weights.size = 'gemma3_27b'
   c.data.length = 512
   c.train.batch_size = 16
+  c.train.loss_chunk = 1024
+  c.train.loss_tile = 16384
   c.train.dtype = 'bfloat16'
   c.train.frozen_dtype = 'bfloat16'
   c.train.remat = 'full'

@@ -10,6 +10,8 @@ def get_config():
   c.data.length = 1024
   c.train.parts = 'all'
   c.train.batch_size = 128
+  c.train.loss_chunk = 1024
+  c.train.loss_tile = 16384
   c.train.dtype = 'bfloat16'
   c.train.remat = 'full'
   c.mesh.data, c.mesh.fsdp = 1, 32

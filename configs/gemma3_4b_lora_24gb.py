@@ -9,6 +9,8 @@ def get_config():
   c.weights.size = 'gemma3_4b'
   c.data.length = 512
   c.train.batch_size = 32
+  c.train.loss_chunk = 1024
+  c.train.loss_tile = 16384
   c.train.micro_batches = 4
   c.train.dtype = 'bfloat16'
   c.train.frozen_dtype = 'bfloat16'

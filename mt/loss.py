@@ -1,9 +1,11 @@
 """Cross-entropy over a large vocabulary, one chunk of targets at a time.
 
 Logits exist for target positions only and for at most `chunk` of them at once,
-in float32; [B, L, V] is never built. The gradient with respect to the hidden
-states (and to the embedding, if it is trained) is formed in the same pass, so
-the backward pass costs two multiplications.
+in float32; [B, L, V] is never built. Chunks are as narrow as the targets allow:
+133 of them are one chunk of 144, not two of 128. The vocabulary is taken a tile
+at a time, and the gradient of the hidden states is formed in the same pass, so
+that under a frozen embedding no array of [V, targets] is built either. Under a
+trained one the logits of a chunk are kept for its gradient.
 
 With p = softmax(logits) and y the target: d nll / d logits = p - onehot(y)
 (times 1 - (logits / cap)^2 under a soft cap).
@@ -15,6 +17,7 @@ embedding: see _Group.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import chex
 import jax
@@ -26,11 +29,16 @@ from jax.sharding import PartitionSpec
 from mt import model
 from mt import sharding
 
+# Sizes of a chunk: each is compiled, so there are few.
+_WIDTHS = 12
+_SMALLEST = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
   cap: float | None
   chunk: int
+  tile: int
   logits_dtype: jnp.dtype
   mesh: Mesh | None
   rows: int  # B, what a mesh may split of the M places.
@@ -71,18 +79,32 @@ class _Group:
     return lax.psum(x, self.apart) if self.apart else x
 
 
+def chunk_widths(chunk: int, mesh: Mesh | None) -> list[int]:
+  """How many targets a chunk can have: few sizes, each is compiled.
+
+  With one size on a mesh, where compiling takes longer.
+  """
+  chex.assert_scalar_positive(chunk)
+  if mesh is not None:
+    return [chunk]
+  width = max(_SMALLEST, -(-chunk // _WIDTHS))
+  return [*range(width, chunk, width), chunk]
+
+
 def target_nll(
   hidden: jax.Array,
   embedding: jax.Array,
   tokens: jax.Array,
   target_mask: jax.Array,
   *,
+  weight: jax.Array | float = 1.0,
   final_softcap: float | None = None,
-  chunk: int = 64,
+  chunk: int = 192,
+  tile: int = 2048,
   logits_dtype: jnp.dtype = jnp.float32,
   mesh: Mesh | None = None,
 ) -> jax.Array:
-  """Sum of the negative log-likelihoods of the target tokens, in nats.
+  """Weighted sum of the target tokens' negative log-likelihoods, in nats.
 
   A token at position l is predicted from the hidden state at l - 1, so that
   position 0 can never be a target.
@@ -97,13 +119,17 @@ def target_nll(
     embedding: [V, D].
     tokens: [B, L] int32.
     target_mask: [B, L] bool.
+    weight: what the sum is multiplied with, one over the number of targets for
+      their mean. Here it costs nothing; multiplied with the result, it would
+      cost a pass over the embedding's gradient.
     final_softcap: the model's cap on logits.
-    chunk: targets per step; memory is chunk * V * 4 bytes.
+    chunk: most targets at once; a trained embedding takes chunk * V * 4 bytes.
+    tile: most rows of the vocabulary in one product.
     logits_dtype: of logits and their exponentials.
     mesh: of several devices, see mt/sharding.py; `chunk` is of each.
 
   Returns:
-    Scalar float32 sum; divide by the number of targets for the mean.
+    Scalar float32.
   """
   chex.assert_rank([hidden, embedding], [3, 2])
   chex.assert_equal_shape([tokens, target_mask])
@@ -114,14 +140,16 @@ def target_nll(
   targets = jnp.asarray(tokens)[:, 1:].reshape(-1)
   mask = jnp.asarray(target_mask)[:, 1:].reshape(-1).astype(bool)
   dtype = jnp.dtype(logits_dtype)
-  options = _Options(final_softcap, chunk, dtype, mesh, b)
-  return _masked_nll(inputs, embedding, targets, mask, options)
+  options = _Options(final_softcap, chunk, tile, dtype, mesh, b)
+  weight = jnp.asarray(weight, jnp.float32)
+  return _masked_nll(inputs, embedding, targets, mask, weight, options)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _masked_nll(inputs, embedding, targets, mask, options):
-  """[M, D], [V, D], [M], [M] -> scalar."""
-  return _evaluate(options, False, False, inputs, embedding, targets, mask)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _masked_nll(inputs, embedding, targets, mask, weight, options):
+  """[M, D], [V, D], [M], [M], scalar -> scalar."""
+  args = inputs, embedding, targets, mask, weight
+  return _evaluate(options, False, False, *args)[0]
 
 
 def _evaluate(options, want_inputs, want_embedding, *args):
@@ -142,7 +170,7 @@ def _evaluate(options, want_inputs, want_embedding, *args):
   return jax.shard_map(
     functools.partial(run, group),
     mesh=mesh,
-    in_specs=(of_rows, of_vocab, of_rows, of_rows),
+    in_specs=(of_rows, of_vocab, of_rows, of_rows, PartitionSpec()),
     out_specs=(
       PartitionSpec(),
       of_rows if want_inputs else (),
@@ -153,77 +181,161 @@ def _evaluate(options, want_inputs, want_embedding, *args):
 
 
 def _scan_chunks(
-  options, want_inputs, want_embedding, group, inputs, embedding, targets, mask
+  options,
+  want_inputs,
+  want_embedding,
+  group,
+  inputs,
+  embedding,
+  targets,
+  mask,
+  weight,
 ):
   """`_evaluate` on what a device has of each argument."""
-  cap = options.cap
   m, d = inputs.shape
-  chunk = min(options.chunk, m)
+  largest = min(options.chunk, m)
   # Target rows first; index m (out of bounds) fills up the last chunk.
-  size = -(-m // chunk) * chunk
-  index = jnp.nonzero(mask, size=size, fill_value=m)[0]
-  d_inputs = jnp.zeros((m, d), jnp.float32) if want_inputs else ()
-  d_embedding = (
-    jnp.zeros(embedding.shape, jnp.float32) if want_embedding else ()
+  index = jnp.nonzero(mask, size=m + largest, fill_value=m)[0]
+  start = (
+    jnp.zeros((), jnp.float32),
+    jnp.zeros((m, d), jnp.float32) if want_inputs else (),
+    jnp.zeros(embedding.shape, jnp.float32) if want_embedding else (),
   )
 
-  # The first row of the vocabulary that is here.
-  offset = (
-    lax.axis_index(group.vocab) * embedding.shape[0] if group.vocab else 0
-  )
-
-  def one_chunk(i, carry):
+  def one_chunk(chunk, i, carry):
     total, d_inputs, d_embedding = carry
     rows = lax.dynamic_slice_in_dim(index, i * chunk, chunk)
     valid = group.gather(rows < m)
     h = group.gather(inputs.at[rows].get(mode='fill', fill_value=0))
-    y = group.gather(targets.at[rows].get(mode='fill', fill_value=0)) - offset
-    # [V, t] throughout: V first is what a CPU multiplies fastest.
-    raw = jnp.einsum(
-      'vd,td->vt',
-      embedding.astype(h.dtype),
-      h,
-      preferred_element_type=options.logits_dtype,
+    y = group.gather(targets.at[rows].get(mode='fill', fill_value=0))
+    seen = _one_pass(
+      options, want_inputs, want_embedding, group, embedding, h, y
     )
-    logits = model.softcap(raw, cap)
-    top = group.max(jnp.max(logits, axis=0))
-    exps = jnp.exp(logits - top)
-    norm = group.sum(jnp.sum(exps, axis=0))
-    picked = jnp.take_along_axis(logits, y[None], axis=0, mode='clip')[0]
-    if group.vocab:
-      here = (y >= 0) & (y < embedding.shape[0])
-      picked = group.sum(jnp.where(here, picked, 0.0))
-    total += jnp.sum(jnp.where(valid, jnp.log(norm) + top - picked, 0.0))
-    if want_inputs or want_embedding:
-      onehot = jnp.arange(embedding.shape[0])[:, None] == y
-      g = exps / norm - onehot  # Of filled rows too: their h is 0.
-      if cap is not None:
-        g = g * (1.0 - jnp.square(logits / cap))
-      g = g.astype(h.dtype)
+    total += jnp.sum(jnp.where(valid, seen.lse - seen.picked, 0.0))
     if want_inputs:
-      d_h = jnp.einsum(
-        'vt,vd->td',
-        g,
-        embedding.astype(h.dtype),
-        preferred_element_type=jnp.float32,
-      )
-      d_h = group.scatter_sum(d_h)
+      d_h = group.scatter_sum(seen.d_h * weight)
       d_inputs = d_inputs.at[rows].set(d_h, mode='drop')
-    if want_embedding:
-      d_embedding += jnp.einsum(
-        'vt,td->vd', g, h, preferred_element_type=jnp.float32
-      )
+    if want_embedding:  # Rows that fill up a chunk add nothing: their h is 0.
+      d_embedding = _add_outer(options, group, weight, seen, h, y, d_embedding)
     return total, d_inputs, d_embedding
 
   # Who exchanges takes part in each chunk, be it empty.
-  chunks = group.max((jnp.sum(mask) + chunk - 1) // chunk)
-  start = (jnp.zeros((), jnp.float32), d_inputs, d_embedding)
-  total, d_inputs, d_embedding = lax.fori_loop(0, chunks, one_chunk, start)
+  most = group.max(jnp.sum(mask))
+  chunks = (most + largest - 1) // largest
+
+  def all_chunks(chunk, start):
+    run = functools.partial(one_chunk, chunk)
+    return lax.fori_loop(0, chunks, run, start)
+
+  widths = chunk_widths(largest, options.mesh)
+  each = (most + chunks - 1) // jnp.maximum(chunks, 1)
+  chosen = jnp.searchsorted(jnp.array(widths), each)
+  run = [functools.partial(all_chunks, width) for width in widths]
+  total, d_inputs, d_embedding = lax.switch(chosen, run, start)
   d_embedding = group.sum_apart(d_embedding) if want_embedding else ()
-  return group.sum_apart(total), d_inputs, d_embedding
+  return weight * group.sum_apart(total), d_inputs, d_embedding
 
 
-def _masked_nll_fwd(inputs, embedding, targets, mask, options):
+class _Seen(NamedTuple):
+  """What one pass over the vocabulary leaves of t targets."""
+
+  lse: jax.Array  # [t], log of the sum of all exponentials.
+  picked: jax.Array  # [t], the targets' own logits.
+  d_h: jax.Array | tuple  # [t, D], of this device's rows of the vocabulary.
+  raw: jax.Array | tuple  # [V / tile, tile, t], logits before the cap.
+
+
+def _tiles(options, embedding):
+  """How many tiles of equal size there are."""
+  v = embedding.shape[0]
+  return next(n for n in range(-(-v // options.tile), v + 1) if v % n == 0)
+
+
+def _first_row(group, embedding):
+  """The number of the first row of the vocabulary that is here."""
+  v = embedding.shape[0]
+  return lax.axis_index(group.vocab) * v if group.vocab else 0
+
+
+def _slope(raw, cap):
+  """d softcap(raw) / d raw."""
+  return 1.0 if cap is None else 1.0 - jnp.square(jnp.tanh(raw / cap))
+
+
+def _one_pass(options, want_d_h, want_raw, group, embedding, h, y) -> _Seen:
+  """Sums over the vocabulary, a tile at a time, relative to the top so far.
+
+  As attention does it (arXiv 2112.05682, 2205.14135) with the embedding as keys
+  and as values.
+  """
+  (t, d), cap = h.shape, options.cap
+  number = _tiles(options, embedding)
+  tile = embedding.shape[0] // number
+  offset = _first_row(group, embedding)
+
+  def one_tile(carry, xs):
+    top, norm, picked, d_h = carry
+    i, part = xs
+    part = part.astype(h.dtype)
+    # [tile, t]: the vocabulary first is what a CPU multiplies fastest.
+    raw = jnp.einsum(
+      'vd,td->vt', part, h, preferred_element_type=options.logits_dtype
+    )
+    logits = model.softcap(raw, cap)
+    new_top = jnp.maximum(top, jnp.max(logits, axis=0))
+    shrink = jnp.exp(top - new_top)
+    exps = jnp.exp(logits - new_top)
+    norm = norm * shrink + jnp.sum(exps, axis=0)
+    at = y - offset - i * tile
+    found = jnp.take_along_axis(logits, at[None], axis=0, mode='clip')[0]
+    picked += jnp.where((at >= 0) & (at < tile), found, 0.0)
+    if want_d_h:
+      weights = (exps * _slope(raw, cap)).astype(h.dtype)
+      d_h = d_h * shrink[:, None] + jnp.einsum(
+        'vt,vd->td', weights, part, preferred_element_type=jnp.float32
+      )
+    return (new_top, norm, picked, d_h), raw if want_raw else ()
+
+  zeros = jnp.zeros(t, options.logits_dtype)
+  d_h = jnp.zeros((t, d), jnp.float32) if want_d_h else ()
+  start = (zeros - jnp.inf, zeros, zeros, d_h)
+  parts = embedding.reshape(number, tile, d)
+  (top, norm, picked, d_h), raw = lax.scan(
+    one_tile, start, (jnp.arange(number), parts)
+  )
+  picked = group.sum(picked)
+  here, top = top, group.max(top)
+  norm = group.sum(norm * jnp.exp(here - top))
+  lse = jnp.log(norm) + top
+  if want_d_h:
+    at = y - offset
+    own = (at >= 0) & (at < embedding.shape[0])
+    e_y = embedding.at[at].get(mode='clip').astype(jnp.float32)
+    # The slope at a logit that is capped already.
+    slope = 1.0 if cap is None else 1.0 - jnp.square(picked / cap)
+    d_h = d_h * jnp.exp(here - lse)[:, None] - e_y * (own * slope)[:, None]
+  return _Seen(lse, picked, d_h, raw)
+
+
+def _add_outer(options, group, weight, seen, h, y, d_embedding):
+  """Adds d nll / d embedding [V, D] of t targets, a tile at a time."""
+  number, tile, _ = seen.raw.shape
+  offset = _first_row(group, d_embedding)
+
+  def one_tile(i, total):
+    raw = lax.dynamic_index_in_dim(seen.raw, i, keepdims=False)
+    logits = model.softcap(raw, options.cap)
+    onehot = jnp.arange(tile)[:, None] == y - offset - i * tile
+    g = (jnp.exp(logits - seen.lse) - onehot) * _slope(raw, options.cap)
+    g = (g * weight).astype(h.dtype)
+    part = jnp.einsum('vt,td->vd', g, h, preferred_element_type=jnp.float32)
+    part += lax.dynamic_slice_in_dim(total, i * tile, tile)
+    return lax.dynamic_update_slice_in_dim(total, part, i * tile, 0)
+
+  return lax.fori_loop(0, number, one_tile, d_embedding)
+
+
+def _masked_nll_fwd(inputs, embedding, targets, mask, weight, options):
   # With symbolic_zeros, each argument says whether it is differentiated at
   # all: a frozen embedding costs no gradient.
   total, d_inputs, d_embedding = _evaluate(
@@ -234,6 +346,7 @@ def _masked_nll_fwd(inputs, embedding, targets, mask, options):
     embedding.value,
     targets.value,
     mask.value,
+    weight.value,
   )
   protos = (inputs.value[:0], embedding.value[:0])  # Only their dtypes.
   return total, (d_inputs, d_embedding, protos)
@@ -243,7 +356,7 @@ def _masked_nll_bwd(options, residuals, g):
   del options
   d_inputs, d_embedding, (inputs, embedding) = residuals
   if isinstance(g, jax.custom_derivatives.SymbolicZero):
-    return None, None, None, None
+    return (None,) * 5
   return (
     None
     if isinstance(d_inputs, tuple)
@@ -251,6 +364,7 @@ def _masked_nll_bwd(options, residuals, g):
     None
     if isinstance(d_embedding, tuple)
     else (g * d_embedding).astype(embedding.dtype),
+    None,
     None,
     None,
   )

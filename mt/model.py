@@ -102,6 +102,7 @@ def init_params(
   return jax.tree.unflatten(treedef, out)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
   """x / rms(x) * (1 + scale) over the last axis, computed in float32.
 
@@ -113,6 +114,14 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
   y = x.astype(jnp.float32)
   y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)
   return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+# Kept for the backward pass are the arguments alone: [B, L, F] is large.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """gelu(gate) * up, the tanh form of GELU (arXiv 1606.08415)."""
+  chex.assert_equal_shape([gate, up])
+  return jax.nn.gelu(gate) * up
 
 
 def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
@@ -176,12 +185,37 @@ def layer_constants(cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
   )
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+  """x @ w: [B, L, in], [in, out] -> [B, L, out].
+
+  Autodiff would form the gradient of `w` as [out, in] and turn it round.
+  """
+  return x @ w
+
+
+def _matmul_fwd(x, w):
+  keep = x.value if w.perturbed else None, w.value if x.perturbed else None
+  return x.value @ w.value, keep
+
+
+def _matmul_bwd(kept, g):
+  x, w = kept
+  if isinstance(g, jax.custom_derivatives.SymbolicZero):
+    return None, None
+  d_w = None if x is None else jnp.einsum('bli,blo->io', x, g)
+  return None if w is None else g @ w.T, d_w
+
+
+matmul.defvjp(_matmul_fwd, _matmul_bwd, symbolic_zeros=True)
+
+
 def dense(layer: Params, name: str, x: jax.Array) -> jax.Array:
   """x @ matrix, plus its low-rank partner if there is one."""
-  y = x @ layer[name].astype(x.dtype)
+  y = matmul(x, layer[name].astype(x.dtype))
   if name + '_lora_a' in layer:
     a, b = layer[name + '_lora_a'], layer[name + '_lora_b']
-    y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+    y = y + matmul(matmul(x, a.astype(x.dtype)), b.astype(x.dtype))
   return y
 
 
@@ -244,7 +278,7 @@ def block(
     y = rms_norm(y, layer['post_attn_norm'])
   x = x + y
   y = rms_norm(x, layer['ffw_norm'])
-  y = jax.nn.gelu(dense(layer, 'gate', y)) * dense(layer, 'up', y)
+  y = gated(dense(layer, 'gate', y), dense(layer, 'up', y))
   y = dense(layer, 'down', y)
   if cfg.post_norms:
     y = rms_norm(y, layer['post_ffw_norm'])
@@ -290,6 +324,29 @@ def embed(
   return look_up(table, tokens) * scale
 
 
+def embed_vjp(
+  table: jax.Array, tokens: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]:
+  """`embed`, and a function that adds its gradient to one that is there.
+
+  Args:
+    table: [V, D].
+    tokens: [B, L] int32.
+    dtype: of the vectors.
+
+  Returns:
+    [B, L, D] and (gradient of the table [V, D], of the vectors [B, L, D]) ->
+    the table's whole gradient.
+  """
+  chex.assert_rank([table, tokens], 2)
+
+  def pull(d_table, d_x):
+    scale = jnp.sqrt(float(table.shape[-1])).astype(dtype)
+    return d_table.at[tokens].add((d_x * scale).astype(d_table.dtype))
+
+  return embed({'embedding': table}, tokens, dtype), pull
+
+
 def forward(
   cfg: ModelConfig,
   params: Params,
@@ -300,6 +357,7 @@ def forward(
   dtype: jnp.dtype = jnp.float32,
   remat: str = 'none',
   mesh: Mesh | None = None,
+  embedded: jax.Array | None = None,
 ) -> jax.Array:
   """Tokens to final hidden states; logits are left to the loss (mt/loss.py).
 
@@ -312,6 +370,7 @@ def forward(
     dtype: of the activations.
     remat: what the backward pass recomputes, a key of REMAT.
     mesh: of several devices, see mt/sharding.py.
+    embedded: [B, L, D], `embed` of the tokens, if it is there already.
 
   Returns:
     [B, L, D], after the final norm.
@@ -331,7 +390,7 @@ def forward(
     )
     return sharding.constrain(x, mesh, _ACTIVATIONS), None
 
-  x = embed(params, tokens, dtype, mesh)
+  x = embed(params, tokens, dtype, mesh) if embedded is None else embedded
   x = sharding.constrain(x, mesh, _ACTIVATIONS)
   per_layer = params['layers'], *layer_constants(cfg)
   x, _ = lax.scan(REMAT[remat](body), x, per_layer)

@@ -146,7 +146,9 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   places = config.train.batch_size * config.data.length
   targets = int(places * _TARGET_SHARE)
   shards = 1 if mesh is None else mesh.shape['data'] * mesh.shape['fsdp']
-  chunks = -(-targets // (shards * config.train.micro_batches * 64))
+  chunks = -(
+    -targets // (shards * config.train.micro_batches * config.train.loss_chunk)
+  )
   cost = hlo.cost(compiled.as_text(), unknown_trips=chunks)
   gradients = bytes_of(state.trained)
   active = sum(

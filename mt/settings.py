@@ -85,6 +85,8 @@ _RULES = {
   'train.dtype': _FORMAT,
   'train.frozen_dtype': _FORMAT,
   'train.remat': _one_of(*model.REMAT),
+  'train.loss_chunk': _at_least(1),
+  'train.loss_tile': _at_least(1),
   'train.max_skipped': _at_least(1),
   'mesh.data': _MESH,
   'mesh.fsdp': _MESH,

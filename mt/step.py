@@ -139,8 +139,10 @@ def batch_nll(
   batch: Batch,
   train: ml_collections.ConfigDict,
   mesh: Mesh | None = None,
+  embedded: jax.Array | None = None,
+  weight: jax.Array | float = 1.0,
 ) -> jax.Array:
-  """Sum of the target tokens' negative log-likelihoods, in nats.
+  """Weighted sum of the target tokens' negative log-likelihoods, in nats.
 
   Args:
     cfg: the model's shape.
@@ -148,6 +150,8 @@ def batch_nll(
     batch: tokens, positions, segment_ids [B, L] int32, target_mask [B, L] bool.
     train: `config.train`, for dtype and remat.
     mesh: of several devices, see mt/sharding.py.
+    embedded: model.embed of the tokens, if it is there already.
+    weight: see loss.target_nll.
   """
   chex.assert_rank(list(batch.values()), 2)
   policy = precision.make_policy(train)
@@ -160,13 +164,17 @@ def batch_nll(
     dtype=policy.compute,
     remat=train.remat,
     mesh=mesh,
+    embedded=embedded,
   )
   return loss.target_nll(
     hidden,
     params['embedding'],
     batch['tokens'],
     batch['target_mask'],
+    weight=weight,
     final_softcap=cfg.final_softcap,
+    chunk=train.loss_chunk,
+    tile=train.loss_tile,
     logits_dtype=policy.logits,
     mesh=mesh,
   )
@@ -196,12 +204,22 @@ def gradients(
   """
   targets = jnp.maximum(jnp.sum(batch['target_mask']), 1)
 
-  def mean_nll(trained, rows):
+  def mean_nll(trained, rows, embedded=None):
     params = model_params(train, trained, frozen)
-    nll = batch_nll(cfg, params, rows, train, mesh)
-    return nll / targets, nll
+    mean = batch_nll(cfg, params, rows, train, mesh, embedded, 1.0 / targets)
+    return mean, mean * targets
 
-  of_rows = jax.grad(mean_nll, has_aux=True)
+  def of_rows(trained, rows):
+    if mesh is not None or 'embedding' not in trained:
+      return jax.grad(mean_nll, has_aux=True)(trained, rows)
+    # Gradients of the look-up are added to those of the output layer in place;
+    # left to autodiff, they would be a second [V, D] full of zeros.
+    dtype = precision.make_policy(train).compute
+    x, pull = model.embed_vjp(trained['embedding'], rows['tokens'], dtype)
+    of_both = jax.grad(mean_nll, argnums=(0, 2), has_aux=True)
+    (grads, d_x), nll = of_both(trained, rows, x)
+    return grads | {'embedding': pull(grads['embedding'], d_x)}, nll
+
   if train.micro_batches == 1:
     return of_rows(trained, batch)
 

@@ -39,7 +39,8 @@ from mt import errors
 _FREE = ('eval.', 'decode.', 'checkpoint.', 'log.', 'mesh.')
 _FREE += ('data.max_bad_fraction', 'data.workers', 'data.max_wait')
 _FREE += ('train.max_steps', 'train.max_skipped', 'train.micro_batches')
-_FREE += ('train.remat', 'weights.force_download')
+_FREE += ('train.remat', 'train.loss_chunk', 'train.loss_tile')
+_FREE += ('weights.force_download',)
 
 # But for these, where checkpoints are compared by chrF: it would be of other
 # sentences, or of another search.

@@ -3,7 +3,6 @@
 import functools
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from mt import batches
 from mt import bitext
 from mt import corpus
 from mt import data
+from mt import sharding
 from mt import tokenizer
 from tests.refusal import refusal
 
@@ -43,10 +43,10 @@ def config(tmp_path):
   return c
 
 
-def _read(config):
+def _read(config, mesh=None):
   splits = ['train', 'valid', *(['test'] if config.eval.test else [])]
   return data.read(
-    config, _tokenizer(), corpus.read_splits(config.data, splits)
+    config, _tokenizer(), corpus.read_splits(config.data, splits), mesh
   )
 
 
@@ -94,12 +94,12 @@ def test_widths_are_those_of_the_buckets(config):
 
 def test_each_process_reads_its_part(config, monkeypatch):
   whole = list(_read(config).train)
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
   for process in (0, 1):
-    monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
+    own = list(range(2 * process, 2 * process + 2))
+    monkeypatch.setattr(sharding, 'own_rows', lambda *_, own=own: own)
     part = slice(2 * process, 2 * process + 2)
     _equal(
-      list(_read(config).train),
+      list(_read(config, mesh='of two processes').train),
       [{k: v[part] for k, v in b.items()} for b in whole],
     )
 

@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mt import checkpoint
+from mt import errors
 from mt import export
 from mt import optimizer as optimizer_lib
 from mt import step
@@ -122,6 +123,22 @@ def test_the_checkpoint_is_chosen_by_flag(tmp_path, run, to):
   flags = f'--to={to}', f'--out={tmp_path / "o"}', '--checkpoint=7'
   done = _command(f'--workdir={run}', *flags)
   assert done.returncode == 2 and 'no checkpoint of step 7' in done.stderr
+
+
+def test_the_adapter_is_of_that_checkpoint(tmp_path, run, monkeypatch):
+  asked = []
+
+  def load(workdir, at):
+    asked.append(at)
+    raise errors.UserError('Enough seen.')
+
+  monkeypatch.setattr(checkpoint, 'find_step', lambda _, which: (5, which))
+  monkeypatch.setattr(checkpoint, 'load_trained', load)
+  refusal(
+    lambda: export.to_peft(run, tmp_path / 'o', 'float32', False, 'last'),
+    'Enough',
+  )
+  assert asked == [5]
 
 
 def test_the_official_layout(tmp_path, run, finetuned):

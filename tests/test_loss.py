@@ -98,6 +98,46 @@ def test_value_and_gradients_are_the_naive_ones(targets, chunk, cap):
   assert _relative_error(grads[1], want_grads[1]) < 1e-6
 
 
+@pytest.mark.parametrize('cap', [None, 2.0])
+@pytest.mark.parametrize('targets', [0, 3, 14, 30])
+def test_tiles_of_the_vocabulary(targets, cap):
+  """1,009 * 6 rows in tiles of 1,009: sums run relative to the top so far."""
+  rng = np.random.default_rng(1)
+  hidden, _, _ = _inputs()
+  embedding = rng.normal(scale=0.3, size=(6 * V, D)).astype(np.float32)
+  embedding *= np.repeat([3, 1, 0.1, 4, 1, 2], V)[:, None]  # The top moves.
+  tokens = rng.integers(0, 6 * V, (B, L), np.int32)
+  mask = _mask(targets)
+  ours = functools.partial(
+    loss.target_nll, weight=0.25, final_softcap=cap, chunk=8, tile=1100
+  )
+  run = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))
+  value, grads = run(hidden, embedding, tokens, mask)
+  want, want_grads = _naive_in_float64(hidden, embedding, tokens, mask, cap=cap)
+  assert float(value) == pytest.approx(0.25 * float(want), rel=1e-6)
+  for got, exact in zip(grads, want_grads, strict=True):
+    if targets:
+      assert _relative_error(got, 0.25 * exact) < 2e-6
+    assert np.isfinite(got).all() and (targets or not got.any())
+  # With a frozen embedding nothing of a target is as wide as the vocabulary.
+  shapes = _shapes_compiled(
+    jax.jit(jax.grad(ours)), hidden, embedding, tokens, mask
+  )
+  large = {s for s in shapes if math.prod(s) > 2 * 6 * V}
+  assert {math.prod(s) for s in large} == {V * D}  # A tile of the embedding.
+
+
+@pytest.mark.parametrize(
+  ('chunk', 'targets', 'taken'),
+  [(192, 133, 144), (192, 144, 144), (192, 145, 160), (192, 193, 2 * 112)],
+)
+def test_a_chunk_is_hardly_wider_than_its_targets(chunk, targets, taken):
+  widths = loss.chunk_widths(chunk, None)
+  chunks = -(-targets // chunk)
+  each = min(w for w in widths if w >= targets / chunks)
+  assert chunks * each == taken and widths[-1] == chunk
+
+
 @given(
   bits=st.lists(st.booleans(), min_size=B * L, max_size=B * L),
   seed=st.integers(0, 5),
@@ -256,7 +296,7 @@ def test_mixed_precision_keeps_dtypes(hidden_dtype, embedding_dtype):
   # keep more digits than it is asked for, and so would not tell.
   args = (hidden, embedding, tokens, mask)
   products = [r for r in _results_traced(_ours(), *args) if 'dot' in r[0]]
-  assert len(products) == 3
+  assert len(products) == 3 * len(loss.chunk_widths(4, None))
   assert all(dtype == jnp.float32 for _, _, dtype in products)
   assert float(value) == pytest.approx(float(want), rel=1e-6)
   # d nll / d logits goes through the second product with 8 bits.
@@ -322,7 +362,15 @@ def test_logits_of_all_places_are_never_built(shapes_of, cap):
     vocabulary_wide = {
       s for s in shapes if 0 not in s and math.prod(s) % V == 0
     }
-    assert vocabulary_wide <= {(V,), (1, V), (4, V), (D, V), (V, D)}
+    widths = loss.chunk_widths(4, None)
+    of_chunks = {s for w in widths for s in ((w, V), (1, w, V))}
+    assert vocabulary_wide <= of_chunks | {
+      (V,),
+      (1, V),
+      (D, V),
+      (V, D),
+      (1, D, V),
+    }
 
 
 @both_ways
