@@ -6,7 +6,8 @@ CONFIG ?= configs/gemma3_270m.py
 ARGS ?=
 BIN = .venv/bin
 
-.PHONY: train test test-real test-transformers lint lock
+.PHONY: train test test-real test-heavy test-transformers lint lock \
+  chaos soak
 
 train: .venv/installed
 	$(BIN)/python train.py --config=$(CONFIG) $(ARGS)
@@ -16,6 +17,18 @@ test: .venv/installed
 
 test-real: .venv/installed
 	$(BIN)/python -m pytest -m real $(ARGS)
+
+test-heavy: .venv/installed
+	$(BIN)/python -m pytest -m heavy $(ARGS)
+
+# 50 kills, about ten minutes: ARGS="KILLS SEED".  An hour: ARGS=SECONDS.
+chaos: ARGS = 50 0
+chaos: .venv/installed
+	$(BIN)/python -m tests.chaos $(ARGS)
+
+soak: ARGS = 3600
+soak: .venv/installed
+	$(BIN)/python -m tests.soak $(ARGS)
 
 test-transformers: .venv/installed .venv-transformers/installed
 	$(BIN)/python -m pytest -m transformers $(ARGS)

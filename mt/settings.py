@@ -116,8 +116,9 @@ _RULES = {
   'decode.batch_size': _at_least(1),
   'decode.beam': _at_least(1),
   'decode.length_penalty': _at_least(0),
-  'decode.max_ratio': _POSITIVE,
-  'decode.max_extra': _at_least(1),
+  # The cache is as long: beyond this it would not fit anywhere.
+  'decode.max_ratio': (lambda v: 0 < v <= 100, 'more than 0, to 100'),
+  'decode.max_extra': (lambda v: 1 <= v <= 1 << 16, 'from 1 to 65,536'),
   'checkpoint.every': _at_least(1),
   'checkpoint.keep': _at_least(1),
   'log.every': _at_least(1),

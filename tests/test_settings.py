@@ -89,6 +89,8 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('decode.length_penalty', -0.5),
     ('decode.length_penalty', math.nan),
     ('decode.max_extra', 0),
+    ('decode.max_extra', 65537),
+    ('decode.max_ratio', 101.0),
     ('checkpoint.keep', 0),
     ('log.every', 0),
   ],
