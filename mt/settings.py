@@ -186,13 +186,14 @@ def _check_storable(config, prefix=''):
     if isinstance(value, ml_collections.ConfigDict):
       _check_storable(value, f'{knob}.')
       continue
+    each = value if isinstance(value, tuple) else (value,)
     try:
-      str(value).encode()
+      for text in (v for v in each if isinstance(v, str)):
+        text.encode()
     except UnicodeEncodeError:
       raise errors.UserError(
         f'{knob} is {value!a}; text in UTF-8 expected.'
       ) from None
-    each = value if isinstance(value, tuple) else (value,)
     if any(isinstance(v, int) and abs(v) >= 2**31 for v in each):
       raise errors.UserError(
         f'{knob} is {value!r}; whole numbers below 2^31 expected.'
