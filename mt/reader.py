@@ -19,6 +19,8 @@ import numpy as np
 
 from mt import errors
 
+_GRACE = 60  # Seconds that Grain's processes go on after a SIGTERM.
+
 
 class Reader:
   """An iterator over batches [B, L] of training rows.
@@ -132,10 +134,10 @@ def begin_worker(worker: int, workers: int) -> None:
   """For each of Grain's processes: it ends with the one that started it.
 
   Ctrl-C reaches every process of a terminal, and a cluster's SIGTERM may; who
-  started these ends them. If that one is killed, they go too.
+  started these saves first, and ends them. If that one is killed, they go too.
   """
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
 
   def follow():
     multiprocessing.parent_process().join()
