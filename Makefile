@@ -6,7 +6,7 @@ CONFIG ?= configs/gemma3_270m.py
 ARGS ?=
 BIN = .venv/bin
 
-.PHONY: train test test-real test-heavy test-transformers lint lock \
+.PHONY: train test test-real test-heavy test-transformers bench lint lock \
   chaos soak
 
 train: .venv/installed
@@ -33,6 +33,10 @@ soak: .venv/installed
 test-transformers: .venv/installed .venv-transformers/installed
 	$(BIN)/python -m pytest -m transformers $(ARGS)
 
+# Speed against the others: an hour. ARGS="--rounds=1 --steps=3 --only=ours,hf"
+bench: .venv/installed .venv-bench/installed .venv-tunix/installed
+	$(BIN)/python -m tests.benchmarks.speed $(ARGS)
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,4 +61,18 @@ lock: .venv/installed
 .venv-transformers/installed: tests/requirements-transformers.txt
 	$(PYTHON) -m venv .venv-transformers
 	.venv-transformers/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+# llama.cpp is compiled: ten minutes, and the bench does without it if it fails.
+.venv-bench/installed: tests/requirements-transformers.txt tests/requirements-bench.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet -r tests/requirements-transformers.txt
+	.venv-bench/bin/python -m pip install --quiet -r tests/requirements-bench.txt || \
+	  echo 'llama.cpp could not be compiled: it is left out'
+	@touch $@
+
+# Apart from the others: it wants an older safetensors and another transformers.
+.venv-tunix/installed: tests/requirements-tunix.txt
+	$(PYTHON) -m venv .venv-tunix
+	.venv-tunix/bin/python -m pip install --quiet --no-deps -r $<
 	@touch $@

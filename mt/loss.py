@@ -310,7 +310,7 @@ def _one_pass(options, want_d_h, want_raw, group, embedding, h, y) -> _Seen:
   if want_d_h:
     at = y - offset
     own = (at >= 0) & (at < embedding.shape[0])
-    e_y = embedding.at[at].get(mode='clip').astype(jnp.float32)
+    e_y = jnp.take(embedding, at, axis=0, mode='clip').astype(jnp.float32)
     # The slope at a logit that is capped already.
     slope = 1.0 if cap is None else 1.0 - jnp.square(picked / cap)
     d_h = d_h * jnp.exp(here - lse)[:, None] - e_y * (own * slope)[:, None]

@@ -180,6 +180,7 @@ def _after(kept):
   return evaluate, 'keep', lambda path, *_: path.stem == kept
 
 
+@pytest.mark.heavy
 def test_a_run_killed_again_and_again_has_the_same_best_and_end(
   config, curve, tmp_path, monkeypatch
 ):

@@ -125,7 +125,7 @@ def test_the_first_process_decides():
     assert f'got {1 / 3} True False' in out
 
 
-@pytest.mark.parametrize('lost', [0, 1])
+@pytest.mark.parametrize('lost', [pytest.param(0, marks=pytest.mark.heavy), 1])
 def test_if_one_dies_the_other_ends(tmp_path, lost):
   many = '--config.train.max_steps=100000'
   started = _start(tmp_path, 2, '--config.mesh.data=-1', many)

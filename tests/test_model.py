@@ -123,7 +123,7 @@ def _examples_in(array, layout):
   return [array[row, start:end] for row, start, end, _, _ in places]
 
 
-def _kinds(cfg):
+def layer_kinds(cfg):
   pattern = cfg.attention * cfg.num_layers
   return pattern[: cfg.num_layers]
 
@@ -161,6 +161,31 @@ def _oracle_layer(cfg, stacked, n):
   return out
 
 
+def oracle_block(cfg, kind):
+  """The oracle's layer of a kind, L or G."""
+  types = gemma_modules.AttentionType
+  local = kind == 'L'
+  return gemma_modules.Block(
+    num_heads=cfg.num_heads,
+    num_kv_heads=cfg.num_kv_heads,
+    embed_dim=cfg.embed_dim,
+    head_dim=cfg.head_dim,
+    hidden_dim=cfg.hidden_dim,
+    use_post_attn_norm=cfg.post_norms,
+    use_post_ffw_norm=cfg.post_norms,
+    attn_type=types.LOCAL_SLIDING if local else types.GLOBAL,
+    query_pre_attn_scalar=cfg.query_scale,
+    transpose_gating_einsum=False,
+    rope_base_frequency=(
+      cfg.rope_base_local if local else cfg.rope_base_global
+    ),
+    rope_scale_factor=1.0 if local else cfg.rope_scale_global,
+    attn_logits_soft_cap=cfg.attn_softcap,
+    sliding_window_size=cfg.window,
+    use_qk_norm=cfg.qk_norm,
+  )
+
+
 def _oracle_logits(cfg, params, tokens, positions, mask):
   """What gemma.transformer.Transformer computes, with our parameters.
 
@@ -168,31 +193,11 @@ def _oracle_logits(cfg, params, tokens, positions, mask):
   sliding windows. It counts a key's slot there and not its position, so that
   packed rows would come out wrong.
   """
-  types = gemma_modules.AttentionType
   embedder = gemma_modules.Embedder(cfg.vocab_size, cfg.embed_dim)
   table = {'params': {'input_embedding': params['embedding']}}
   x = embedder.apply(table, tokens, method='encode')
-  for n, kind in enumerate(_kinds(cfg)):
-    local = kind == 'L'
-    block = gemma_modules.Block(
-      num_heads=cfg.num_heads,
-      num_kv_heads=cfg.num_kv_heads,
-      embed_dim=cfg.embed_dim,
-      head_dim=cfg.head_dim,
-      hidden_dim=cfg.hidden_dim,
-      use_post_attn_norm=cfg.post_norms,
-      use_post_ffw_norm=cfg.post_norms,
-      attn_type=types.LOCAL_SLIDING if local else types.GLOBAL,
-      query_pre_attn_scalar=cfg.query_scale,
-      transpose_gating_einsum=False,
-      rope_base_frequency=(
-        cfg.rope_base_local if local else cfg.rope_base_global
-      ),
-      rope_scale_factor=1.0 if local else cfg.rope_scale_global,
-      attn_logits_soft_cap=cfg.attn_softcap,
-      sliding_window_size=cfg.window,
-      use_qk_norm=cfg.qk_norm,
-    )
+  for n, kind in enumerate(layer_kinds(cfg)):
+    block = oracle_block(cfg, kind)
     weights = {'params': _oracle_layer(cfg, params['layers'], n)}
     _, x = block.apply(weights, x, positions, None, mask)
   norm = {'params': {'scale': params['final_norm']}}
@@ -551,7 +556,7 @@ def test_sizes_are_the_packages(name, package_configs):
     post_norms=want.use_post_attn_norm and want.use_post_ffw_norm,
   )
   assert want.local_scale_factor == 1.0
-  assert dataclasses.replace(cfg, attention=_kinds(cfg)) == theirs
+  assert dataclasses.replace(cfg, attention=layer_kinds(cfg)) == theirs
 
 
 _INT = np.zeros((2, 3), np.int32)

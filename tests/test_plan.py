@@ -250,7 +250,16 @@ MACHINES = {
 }
 
 
-@pytest.mark.parametrize('name', MACHINES)
+QUICK = ('gemma3_4b_lora_24gb', 'gemma3_12b_v5e8')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(n, marks=() if n in QUICK else pytest.mark.heavy)
+    for n in MACHINES
+  ],
+)
 def test_shipped_configs_fit_their_machines(name):
   devices, memory = MACHINES[name]
   config = importlib.import_module(f'configs.{name}').get_config()

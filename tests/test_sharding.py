@@ -112,7 +112,16 @@ def _check(parts, micro, shape):
   return mesh, state
 
 
-@pytest.mark.parametrize('shape', MESHES)
+QUICK = [(8, 1, 1), (1, 4, 1), (1, 1, 2), (2, 2, 2), (1, 2, 4)]
+
+
+@pytest.mark.parametrize(
+  'shape',
+  [
+    pytest.param(s, marks=() if s in QUICK else pytest.mark.heavy)
+    for s in MESHES
+  ],
+)
 def test_any_mesh_gives_the_numbers_of_one_device(shape):
   _, state = _check('all', 1, shape)
   assert len(state.trained['layers/gate'].sharding.device_set) == np.prod(shape)

@@ -372,8 +372,17 @@ def _with_gradient(x, gradient):
 _with_gradient.defvjp(lambda x, g: (x, g), lambda g, upper: (upper * g, None))
 
 
-@pytest.mark.parametrize('name', ['adamw', 'adafactor', 'sgd'])
-@pytest.mark.parametrize('bad', ['loss', 'gradient'])
+@pytest.mark.parametrize(
+  'name, bad',
+  [
+    ('adamw', 'gradient'),
+    ('sgd', 'loss'),
+    pytest.param('adamw', 'loss', marks=pytest.mark.heavy),
+    pytest.param('sgd', 'gradient', marks=pytest.mark.heavy),
+    pytest.param('adafactor', 'loss', marks=pytest.mark.heavy),
+    pytest.param('adafactor', 'gradient', marks=pytest.mark.heavy),
+  ],
+)
 def test_a_step_that_is_not_finite_is_skipped(name, bad, monkeypatch):
   config, optimizer, state = _setup(name=name, ema_decay=0.5)
   # A row with one token more than the rest becomes the poisoned one.
