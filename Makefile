@@ -6,7 +6,8 @@ CONFIG ?= configs/gemma3_270m.py
 ARGS ?=
 BIN = .venv/bin
 
-.PHONY: train test test-real test-heavy test-transformers bench lint
+.PHONY: train test test-real test-heavy test-transformers bench lint lock \
+  chaos soak
 
 train: .venv/installed
 	$(BIN)/python train.py --config=$(CONFIG) $(ARGS)
@@ -20,6 +21,15 @@ test-real: .venv/installed
 test-heavy: .venv/installed
 	$(BIN)/python -m pytest -m heavy $(ARGS)
 
+# 50 kills, about ten minutes: ARGS="KILLS SEED".  An hour: ARGS=SECONDS.
+chaos: ARGS = 50 0
+chaos: .venv/installed
+	$(BIN)/python -m tests.chaos $(ARGS)
+
+soak: ARGS = 3600
+soak: .venv/installed
+	$(BIN)/python -m tests.soak $(ARGS)
+
 test-transformers: .venv/installed .venv-transformers/installed
 	$(BIN)/python -m pytest -m transformers $(ARGS)
 
@@ -31,11 +41,20 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.venv/installed: requirements.txt
+# After a change of requirements.txt: the same versions with the hashes of all
+# their files, for every machine, so that nothing else is ever installed.
+lock: .venv/installed
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	$(BIN)/uv pip compile requirements.txt --no-deps --generate-hashes \
+	  --universal --python-version 3.11 --no-annotate --no-header --quiet \
+	  --output-file requirements.lock > /dev/null
+
+.venv/installed: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 …'; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
+	  -r requirements.lock
 	@touch $@
 
 # With dependencies: on some machines torch brings libraries of its own.

@@ -25,6 +25,10 @@ def get_config() -> ml_collections.ConfigDict:
   # Fetch from Kaggle what its cache (~/.cache/kagglehub) has already, at every
   # start of train.py with this; a run may go on without it.
   w.force_download = False
+  # Begin with the trained weights of another run of the same model, parts and
+  # tokenizer: its folder, or FOLDER@STEP, FOLDER@best, FOLDER@last. Optimizer
+  # and steps are new. That folder must stay until this run is done.
+  w.warm_start = ''
 
   c.data = d = ml_collections.ConfigDict()
   # What is trained on: `sample`, bundled; `mtnt`, fetched once from its GitHub
@@ -65,6 +69,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Processes that prepare batches; 0 does it in a thread, which is enough up to
   # some 100,000 tokens a second.
   d.workers = 0
+  # Seconds that a batch may take until the run gives up: its disk hangs.
+  d.max_wait = 600.0
 
   c.template = t = ml_collections.ConfigDict()
   # What the model reads before the target; {source} stands in it once.

@@ -8,7 +8,8 @@
   tokenizer   SentencePiece: from a file, a GGUF vocabulary, or trained
   template    prompts: how a pair becomes tokens
   store       tokenised pairs on disk, mapped into memory
-  batches     examples -> packed or padded rows -> Grain iterator
+  batches     examples -> packed or padded rows -> Grain dataset
+  reader      batches read ahead, with a position; dead or silent readers
   data        all that a run reads
   card        `python -m mt.corpus`: the data, counted and shown
   sizes       the published Gemmas as data
@@ -31,11 +32,14 @@
   sharding    arrays over a mesh of devices
   distributed  several processes of one run
   step        TrainState, accumulation, train_step, eval_step
+  manifest    damaged checkpoints found out and moved aside
   checkpoint  Orbax: state and data position, and whose they are; the best
+  warm_start  the trained weights of another run, and nothing else of it
   hlo         work and traffic of a compiled program
   plan        `--plan`: memory, work and traffic of a run before it starts
   run         what does not change while a run lasts
   loop        a run from config to scores, in one fixed order
+  memory      what a run needs at the least, against what there is
   validation  losses and chrF while training lasts
   results     translations before and after training, scored
   decode      the model with a key/value cache
@@ -58,6 +62,7 @@
   compiling   compile once, keep what was compiled
   journal     metrics.jsonl, progress bar, lines
   workdir     the other files of a run
+  signals     SIGINT and SIGTERM: save and leave
   errors      one sentence for the person at the terminal
 
 To change the prompt: configs/. The data: corpus, lines. The loss: loss, step.

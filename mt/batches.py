@@ -13,17 +13,17 @@ Masks come from lengths, never from token values: Gemma's pad id is an ordinary
 """
 
 import bisect
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
-import signal
+import math
 
 import chex
 import grain
 import numpy as np
 
 from mt import errors
+from mt import reader
 from mt import store as store_lib
 
 Batch = dict[str, np.ndarray]  # tokens, positions, segment_ids, target_mask.
@@ -126,7 +126,19 @@ class Rows:
     return f'Rows({self.store.bitext.where})'
 
   def __getitem__(self, index) -> Batch:
-    examples, plan, row, part = self._find(int(index))
+    try:
+      return self._row(int(index))
+    except errors.UserError:
+      raise
+    except Exception as e:
+      raise errors.UserError(
+        f'{self.store.bitext.where}: row {int(index)} of training cannot be '
+        f'made ({type(e).__name__}: {" ".join(str(e).split())[:200]}); start '
+        'again, and look at that text if it stops here again.'
+      ) from e
+
+  def _row(self, index):
+    examples, plan, row, part = self._find(index)
     if len(self.store) > 1 and row >= len(plan) // 2:
       self._prepare(part + 1)
     items, width = plan[row]
@@ -228,61 +240,6 @@ class PairIds:
     return self.rows.pair_ids(int(index))
 
 
-class TrainIterator:
-  """Batches [B, L] of training rows, read ahead, with a position.
-
-  The position is the number of batches taken. It means the same whatever the
-  number of processes or of Grain's workers: batch n has rows n * batch_size to
-  (n + 1) * batch_size - 1 of the mixture, and each process its part of them.
-  """
-
-  def __init__(
-    self,
-    dataset_from: Callable[[int], grain.IterDataset],
-    pair_ids: Callable[[int], list[str]],
-  ):
-    self._dataset_from, self._taken, self._batches = dataset_from, 0, None
-    self.pair_ids = pair_ids  # Of all pairs in a batch, by its number.
-
-  def __iter__(self) -> Iterator[Batch]:
-    return self
-
-  def __next__(self) -> Batch:
-    if self._batches is None:
-      self._batches = iter(self._dataset_from(self._taken))
-    try:
-      batch = next(self._batches)
-    except BaseException as e:
-      self.close()  # Who asks again gets this batch, and not the one after.
-      if isinstance(e, RuntimeError) and 'Worker process' in str(e):
-        raise errors.UserError(
-          'data.workers: a process that prepares batches was ended '
-          f'from outside ({str(e).split(". ")[0]}), most often for lack of '
-          'memory; start again with fewer of them.'
-        ) from None
-      raise
-    self._taken += 1
-    return batch
-
-  def get_state(self) -> dict[str, int]:
-    return {'batches_taken': self._taken}
-
-  def set_state(self, state: dict[str, int]) -> None:
-    self.close()
-    self._taken = state['batches_taken']
-
-  def close(self) -> None:
-    """Ends Grain's worker processes, if any."""
-    if self._batches is not None:
-      self._batches.close()
-    self._batches = None
-
-
-def _ignore_interrupts(worker: int, workers: int) -> None:
-  """Ctrl-C reaches every process; the one that started these ends them."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def train_iterator(
   sources: Sequence[Rows],
   weights: Sequence[float],
@@ -291,8 +248,12 @@ def train_iterator(
   *,
   own: Sequence[int] | None = None,
   workers: int = 0,
-) -> TrainIterator:
+  max_wait: float = math.inf,
+) -> reader.Reader:
   """Batches of the sources' rows, mixed in proportion to the weights.
+
+  Batch n has rows n * batch_size to (n + 1) * batch_size - 1 of the mixture,
+  and each process its part of them.
 
   Args:
     sources: with enough rows each.
@@ -301,6 +262,7 @@ def train_iterator(
     num_batches: after so many the iterator ends.
     own: which rows of each batch are read here; None for all.
     workers: processes of Grain's that read here; 0 is a thread.
+    max_wait: see mt/reader.py.
   """
   chex.assert_scalar_positive(batch_size)
   chex.assert_equal(len(sources), len(weights))
@@ -332,10 +294,12 @@ def train_iterator(
     if not workers:
       return ahead
     return ahead.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=workers), _ignore_interrupts
+      grain.MultiprocessingOptions(num_workers=workers),
+      reader.begin_worker,
     )
 
-  return TrainIterator(dataset_from, pair_ids)
+  where = ' and '.join(dict.fromkeys(s.store.bitext.where for s in sources))
+  return reader.Reader(dataset_from, num_batches, where, pair_ids, max_wait)
 
 
 def eval_batches(

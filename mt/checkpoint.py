@@ -19,11 +19,15 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from mt import errors
+from mt import manifest
 from mt import model
 from mt import step
 from mt import trainable
 from mt import weights
 from mt import workdir as workdir_lib
+
+_SLACK = 200_000  # Bytes of a checkpoint that are no array.
+VERSION = 1  # Of what a checkpoint holds; to be raised when that changes.
 
 
 def identity(source: weights.Source, params: model.Params) -> dict[str, Any]:
@@ -34,16 +38,21 @@ def identity(source: weights.Source, params: model.Params) -> dict[str, Any]:
     params: the pretrained parameters.
 
   Returns:
-    JSON: the fields of the model's config, `fingerprint`, the CRC-32 of all
-    parameters, and `tokenizer`, that of the tokenizer.
+    JSON: `version`, of what checkpoints are made of, the fields of the model's
+    config, `fingerprint`, the CRC-32 of all parameters, and `tokenizer`, that
+    of the tokenizer.
   """
   crc = 0
   for leaf in jax.tree.leaves(params):
     crc = zlib.crc32(np.asarray(leaf), crc)
-  return dataclasses.asdict(source.config) | {
-    'fingerprint': crc,
-    'tokenizer': zlib.crc32(source.tokenizer.proto),
-  }
+  return (
+    {'version': VERSION}
+    | dataclasses.asdict(source.config)
+    | {
+      'fingerprint': crc,
+      'tokenizer': zlib.crc32(source.tokenizer.proto),
+    }
+  )
 
 
 def open_manager(
@@ -61,6 +70,7 @@ def open_manager(
     preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
     enable_async_checkpointing=False,
     step_prefix='step',
+    temporary_path_class=manifest.TemporaryPath,
   )
   return ocp.CheckpointManager(
     (workdir / 'checkpoints').absolute(),
@@ -105,20 +115,25 @@ def save(
       f'are not saved; the newest checkpoint in {manager.directory} is of step '
       f'{manager.latest_step()}; lower optim.learning_rate.'
     )
+  arrays = _arrays(state)
+  need = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _SLACK
+  manifest.check_space(pathlib.Path(manager.directory), need)
   items = {
     'data': ocp.args.JsonSave({'state': data_state}),
     'identity': ocp.args.JsonSave(who),
   }
-  for name, tree in _arrays(state).items():
+  for name, tree in arrays.items():
     items[name] = ocp.args.StandardSave(tree)
   metrics = {} if chrf is None else {'valid_chrf': chrf}
   args = ocp.args.Composite(**items)
   try:
     manager.save(int(state.step), args=args, metrics=metrics)
-  except OSError as e:
-    raise errors.UserError(
-      f'{manager.directory}: cannot save step {int(state.step)} ({e}); the '
-      'checkpoints before it are whole: free some space and start again.'
+  except (OSError, ValueError) as e:  # ValueError: of tensorstore.
+    # Orbax's other writers are still at it.
+    raise errors.Stuck(
+      f'{manager.directory}: cannot save step {int(state.step)} '
+      f'({" ".join(str(e).split())[:300]}); the checkpoints before it are '
+      'whole: free some space and start again.'
     ) from None
 
 
@@ -153,7 +168,7 @@ def restore(
   at = manager.latest_step()
   if at is None:
     return None
-  _check_identity(manager, at, who)
+  check_identity(manager, at, who)
   args = {
     name: ocp.args.StandardRestore(_abstract(tree))
     for name, tree in _arrays(state).items()
@@ -175,6 +190,7 @@ def restore_model(
   Raises:
     errors.UserError: the checkpoint is damaged.
   """
+  manifest.check(pathlib.Path(manager.directory), at)
   name = 'ema' if state.ema else 'trained'
   args = {name: ocp.args.StandardRestore(_abstract(state.best))}
   found = {name: _read(manager, at, **args)[name]}
@@ -270,9 +286,10 @@ def load_trained(
   """
   at, _ = find_step(workdir, '' if at is None else str(at))
   manager = open_manager(workdir)
+  manifest.check(pathlib.Path(manager.directory), at)
   config, source = open_source(workdir)
   params = source.read()
-  _check_identity(manager, at, identity(source, params))
+  check_identity(manager, at, identity(source, params))
   trained, frozen = step.split_params(
     source.config, params, config.train, jax.random.key(0)
   )
@@ -308,15 +325,32 @@ def _abstract(tree):
   return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
 
 
-def _check_identity(manager, at, who):
+def check_identity(
+  manager: ocp.CheckpointManager, at: int, who: dict[str, Any]
+) -> None:
+  """Refuses a checkpoint that does not agree with `who`, see `identity`.
+
+  Raises:
+    errors.UserError: with the first thing that differs.
+  """
   saved = _read(manager, at, identity=ocp.args.JsonRestore()).identity
+  # A knob that there was not yet is none that differs.
+  saved, who = (_flat(x) for x in (saved, who))
   for key in who:
-    if saved.get(key) != who[key]:
+    if saved.get(key) != who[key] and not ('.' in key and key not in saved):
       raise errors.UserError(
         f'{manager.directory}: step {at} belongs to another run: its {key} is '
         f'{saved.get(key)!r}, here it is {who[key]!r}; use another --workdir, '
         'or the weights and data that this run started from.'
       )
+
+
+def _flat(who):
+  """config.GROUP.KNOB -> value, beside what is no knob."""
+  knobs = who.get('config', {})
+  return {k: v for k, v in who.items() if k != 'config'} | {
+    f'config.{knob}': value for knob, value in knobs.items()
+  }
 
 
 def _read(manager, at, **items):

@@ -15,6 +15,7 @@ from mt import bitext
 from mt import errors
 from mt import journal
 from mt import lines
+from mt import reader
 from mt import sharding
 from mt import store
 from mt import template as template_lib
@@ -34,7 +35,7 @@ class Data:
     scored: split -> pairs to be translated and scored.
   """
 
-  train: batches.TrainIterator
+  train: reader.Reader
   train_digest: str
   valid: list[batches.Batch]
   minitrain: list[batches.Batch]
@@ -174,6 +175,7 @@ def read(
       config.train.max_steps,
       own=None if mesh is None else sharding.own_rows(mesh, size),
       workers=config.data.workers,
+      max_wait=config.data.max_wait,
     ),
     train_digest=hashlib.sha256(identity.encode()).hexdigest(),
     valid=loss_batches(valid),

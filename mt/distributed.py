@@ -106,6 +106,13 @@ def of_first(value: float) -> float:
   return float(got.astype(np.uint32).view(np.float64)[0])
 
 
+def largest(value: int) -> int:
+  """The largest of all processes' numbers, in all of them."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.process_allgather(np.array(value)).max())
+
+
 def agree(value: bool) -> bool:
   """What process 0 says, in all of them."""
   return bool(of_first(float(value)))

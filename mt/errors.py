@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import difflib
+import os
 import pathlib
+import signal
 import sys
 
 from absl import app
@@ -19,19 +21,37 @@ class UserError(Exception):
   """Bad input; the message names what was found, expected and what to do."""
 
 
+class Stuck(UserError):
+  """Something does not come back, and an orderly end would wait for it."""
+
+
+class Stopped(Exception):
+  """Someone asked the program to end; with its exit code."""
+
+  def __init__(self, message: str, code: int):
+    super().__init__(message)
+    self.code = code
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """absl's app.run, with every UserError as one line on stderr.
 
-  Exit codes: 0 done, 1 unknown flag, 2 bad input, 130 interrupted.
+  Exit codes: 0 done, 1 unknown flag, 2 bad input, 130 interrupted (SIGINT), 143
+  terminated (SIGTERM).
   """
 
   def guarded(argv):
+    signal.signal(signal.SIGTERM, _terminated)
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # Orbax has much to tell.
     try:
       main(argv)
+    except Stuck as e:
+      _leave(e, EXIT_CODE, at_once=True)
     except UserError as e:
       _leave(e, EXIT_CODE)
+    except Stopped as e:
+      _leave(e, e.code)
     except KeyboardInterrupt:
       _leave('interrupted; a run goes on from its last checkpoint', 130)
 
@@ -66,9 +86,17 @@ def read_config(
   return flags.FLAGS.config, path
 
 
-def _leave(message, code):
+def _terminated(number, _frame):
+  raise Stopped(
+    'terminated; a run goes on from its last checkpoint', 128 + number
+  )
+
+
+def _leave(message, code, at_once=False):
   sys.stdout.flush()
-  print(f'error: {message}', file=sys.stderr)
+  print(f'error: {message}', file=sys.stderr, flush=True)
+  if at_once:
+    os._exit(code)
   sys.exit(code)
 
 

@@ -7,17 +7,23 @@ writes them anew, so that a resumed run has every step once. Steps that are
 written again get the time of the restart.
 """
 
+import contextlib
 import math
 import pathlib
+import time
 from typing import Any
 
-import tensorboardX
+from tensorboardX import event_file_writer
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
 
 from mt import distributed
 from mt import errors
 from mt import journal
 
-Writer = tensorboardX.SummaryWriter | None  # The first process has one.
+# tensorboardX's usual writer is a thread: where the disk is full it dies, and
+# whoever has more events for it waits for ever.
+Writer = event_file_writer.EventsWriter | None  # The first process has one.
 
 
 def open_writer(workdir: pathlib.Path) -> Writer:
@@ -29,15 +35,13 @@ def open_writer(workdir: pathlib.Path) -> Writer:
   if not distributed.is_first():
     return None
   folder = workdir / 'tensorboard'
-  try:
+  with _told(folder):
+    folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob('events.out.tfevents.*'):
       old.unlink()
-    return tensorboardX.SummaryWriter(str(folder), flush_secs=10)
-  except OSError as e:
-    raise errors.UserError(
-      f'{folder}: cannot write event files ({e.strerror}); give --workdir a '
-      'folder with space that you may write to.'
-    ) from None
+    writer = event_file_writer.EventsWriter(str(folder / 'events'))
+    writer.flush()
+  return writer
 
 
 def replay(writer: Writer, metrics: pathlib.Path) -> None:
@@ -47,8 +51,32 @@ def replay(writer: Writer, metrics: pathlib.Path) -> None:
 
 
 def add(writer: Writer, line: dict[str, Any]) -> None:
-  """Adds the numbers of one line of metrics.jsonl, under its step."""
-  for name, value in line.items() if writer else ():
-    number = isinstance(value, int | float) and math.isfinite(value)
-    if name != 'step' and number:
-      writer.add_scalar(name, value, line['step'])
+  """Adds the numbers of one line of metrics.jsonl, under its step.
+
+  Raises:
+    errors.UserError: the disk is full.
+  """
+  if not writer:
+    return
+  with _told('tensorboard'):
+    for name, value in line.items():
+      number = isinstance(value, int | float) and math.isfinite(value)
+      if name != 'step' and number:
+        event = event_pb2.Event(
+          wall_time=time.time(),
+          step=line['step'],
+          summary=summary.scalar(name, value),
+        )
+        writer.write_event(event)
+    writer.flush()
+
+
+@contextlib.contextmanager
+def _told(where):
+  try:
+    yield
+  except OSError as e:
+    raise errors.UserError(
+      f'{where}: cannot write event files ({e.strerror}); give --workdir a '
+      'folder with space that you may write to.'
+    ) from None

@@ -25,6 +25,8 @@ from mt import errors
 from mt import evaluate
 from mt import events
 from mt import journal
+from mt import manifest
+from mt import memory
 from mt import model
 from mt import optimizer as optimizer_lib
 from mt import report as report_lib
@@ -32,10 +34,12 @@ from mt import results
 from mt import run as run_lib
 from mt import settings
 from mt import sharding
+from mt import signals
 from mt import sizes
 from mt import step
 from mt import translate
 from mt import validation
+from mt import warm_start
 from mt import weights
 from mt import workdir as workdir_lib
 
@@ -57,11 +61,19 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_rows(mesh, config.train)
   workdir = pathlib.Path(folder)
+  with workdir_lib.locked(workdir):
+    _run(config, workdir, mesh, started)
+
+
+def _run(config, workdir, mesh, started):
   if distributed.is_first():
     workdir_lib.open_run(workdir, config)
+    manifest.settle(workdir / 'checkpoints')
+  distributed.sync('settled')
   compiling.keep_compiled_programs()
 
   texts, source = distributed.first_first(lambda: open_inputs(config, workdir))
+  memory.check(source.config, config, mesh)
   data = data_lib.read(config, source.tokenizer, texts, mesh)
   params = sharding.on_host(source.read)
   journal.say(
@@ -83,6 +95,8 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
     started=started,
   )
   state = start(run, source.config, params)
+  if config.weights.warm_start:
+    run, state = warm_start.begin(run, state)
   del params
   if run.checkpoints.latest_step() is None:
     results.forget(run, '*')
@@ -93,7 +107,8 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   if not resumed:
     validation.validate(run, eval_step, state, config.eval.translate_every > 0)
   try:
-    state = train(run, source.config, eval_step, state)
+    with signals.listening() as listener:
+      state = train(run, source.config, eval_step, state, listener)
   finally:
     run.data.train.close()
   state = best(run, state)
@@ -218,9 +233,16 @@ def best(run: run_lib.Run, state: step.TrainState) -> step.TrainState:
 
 
 def train(
-  run: run_lib.Run, model_config, eval_step, state: step.TrainState
+  run: run_lib.Run,
+  model_config,
+  eval_step,
+  state: step.TrainState,
+  listener: signals.Listener,
 ) -> step.TrainState:
-  """Takes the state to step `train.max_steps`, or until eval.patience ends."""
+  """Takes the state to step `train.max_steps`, or until eval.patience ends.
+
+  A signal that the listener has heard ends it too, with a checkpoint.
+  """
   chex.assert_rank(state.step, 0)
   config = run.config
   first, last = int(state.step), config.train.max_steps
@@ -258,10 +280,12 @@ def train(
     pending = None
 
   for done in range(first, last + 1):
+    asked_to_leave = listener.asked() if done < last else 0
     every = config.eval.translate_every
     translating = every > 0 and _due(done, last, every)
     evaluating = translating or _due(done, last, config.eval.every)
     saving = translating or _due(done, last, config.checkpoint.every)
+    saving = saving or asked_to_leave > 0
     if done > first and (evaluating or saving):
       log()
       if evaluating:
@@ -275,6 +299,9 @@ def train(
         _say_if_early(run, done)
         break
       clock = time.monotonic()
+    if asked_to_leave:
+      progress.close()
+      signals.leave(asked_to_leave, done)
     if done < last:
       asked = time.monotonic()
       rows = next(run.data.train)

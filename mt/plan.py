@@ -120,8 +120,8 @@ def abstract_batch(config: ml_collections.ConfigDict, mesh: Any) -> step.Batch:
   }
 
 
-def _bytes(tree) -> int:
-  """On the fullest device: shards are as large as the first."""
+def bytes_of(tree) -> int:
+  """Of a tree of shapes, on the fullest device: its shards are the first."""
   total = 0
   for x in jax.tree.leaves(tree):
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
@@ -150,7 +150,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     -targets // (shards * config.train.micro_batches * config.train.loss_chunk)
   )
   cost = hlo.cost(compiled.as_text(), unknown_trips=chunks)
-  gradients = _bytes(state.trained)
+  gradients = bytes_of(state.trained)
   active = sum(
     int(np.prod(s))
     for s in jax.tree.leaves(
@@ -159,8 +159,8 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   )
   held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   held += memory.output_size_in_bytes - memory.alias_size_in_bytes
-  rest = _bytes((state.opt_state, state.ema))
-  parameters = _bytes((state.trained, state.frozen))
+  rest = bytes_of((state.opt_state, state.ema))
+  parameters = bytes_of((state.trained, state.frozen))
   return Plan(
     devices=devices,
     parameters=parameters,

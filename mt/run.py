@@ -15,6 +15,7 @@ from mt import model
 from mt import step
 from mt import trainable
 from mt import translate
+from mt import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,10 @@ class Run:
 
   @property
   def checkpoint_identity(self) -> dict[str, Any]:
-    return self.identity | {'data': self.data.train_digest}
+    return self.identity | {
+      'data': self.data.train_digest,
+      'config': workdir_lib.bound(self.config),
+    }
 
   @property
   def metrics_path(self) -> pathlib.Path:

@@ -69,7 +69,8 @@ _RULES = {
     _each(lambda v: isinstance(v, int) and v >= 8),
     'numbers from 8 up',
   ),
-  'data.workers': _at_least(0),
+  'data.workers': (lambda v: 0 <= v <= 256, 'from 0 to 256'),
+  'data.max_wait': _POSITIVE,
   'template.prompt': (
     lambda v: v.count('{source}') == 1,
     'a text with {source} in it once',
@@ -115,8 +116,9 @@ _RULES = {
   'decode.batch_size': _at_least(1),
   'decode.beam': _at_least(1),
   'decode.length_penalty': _at_least(0),
-  'decode.max_ratio': _POSITIVE,
-  'decode.max_extra': _at_least(1),
+  # The cache is as long: beyond this it would not fit anywhere.
+  'decode.max_ratio': (lambda v: 0 < v <= 100, 'more than 0, to 100'),
+  'decode.max_extra': (lambda v: 1 <= v <= 1 << 16, 'from 1 to 65,536'),
   'checkpoint.every': _at_least(1),
   'checkpoint.keep': _at_least(1),
   'log.every': _at_least(1),
@@ -129,6 +131,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     errors.UserError: naming the knob, its value and what is expected.
   """
+  _check_storable(config)
   for knob, (test, expected) in _RULES.items():
     value = config
     for part in knob.split('.'):
@@ -171,6 +174,30 @@ def check(config: ml_collections.ConfigDict) -> None:
       f'optim.weight_decay is {config.optim.weight_decay}, but '
       f'optim.name={config.optim.name!r} has no decay; 0 or adamw expected.'
     )
+
+
+def _check_storable(config, prefix=''):
+  """Texts that are text, and whole numbers of 32 bits, as JAX has them.
+
+  A command line may have bytes that are no text.
+  """
+  for key, value in config.items():
+    knob = f'{prefix}{key}'
+    if isinstance(value, ml_collections.ConfigDict):
+      _check_storable(value, f'{knob}.')
+      continue
+    each = value if isinstance(value, tuple) else (value,)
+    try:
+      for text in (v for v in each if isinstance(v, str)):
+        text.encode()
+    except UnicodeEncodeError:
+      raise errors.UserError(
+        f'{knob} is {value!a}; text in UTF-8 expected.'
+      ) from None
+    if any(isinstance(v, int) and abs(v) >= 2**31 for v in each):
+      raise errors.UserError(
+        f'{knob} is {value!r}; whole numbers below 2^31 expected.'
+      )
 
 
 def _check_data(data):

@@ -159,7 +159,8 @@ class Store:
         self.block(number)
 
     if not (self.folder / f'{number:05d}.int32').exists():
-      threading.Thread(target=work).start()
+      # Whoever leaves does not wait for it.
+      threading.Thread(target=work, daemon=True).start()
 
   def _make(self, path, chosen):
     parts = []

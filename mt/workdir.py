@@ -11,10 +11,13 @@ samples.txt        eight sentences, before and after
 report.html        all of this on one page, see mt/report.py
 evaluation/        see mt/evaluate.py
 checkpoints/       see mt/checkpoint.py
+lock               held while a run is at work
 """
 
 from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -34,7 +37,7 @@ from mt import errors
 # computes by more than rounding, but for max_steps under a schedule that ends
 # with it.
 _FREE = ('eval.', 'decode.', 'checkpoint.', 'log.', 'mesh.')
-_FREE += ('data.max_bad_fraction', 'data.workers')
+_FREE += ('data.max_bad_fraction', 'data.workers', 'data.max_wait')
 _FREE += ('train.max_steps', 'train.max_skipped', 'train.micro_batches')
 _FREE += ('train.remat', 'train.loss_chunk', 'train.loss_tile')
 _FREE += ('weights.force_download',)
@@ -61,10 +64,9 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)
   except OSError as e:
-    raise errors.UserError(
-      f'{path}: cannot write it ({e.strerror}); give --workdir a folder with '
-      'space that you may write to.'
-    ) from None
+    with contextlib.suppress(OSError):
+      part.unlink(missing_ok=True)  # It may be what fills the disk.
+    raise _unwritable(path, e) from None
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -128,6 +130,42 @@ def _tuples(value):
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+  """A folder for one run at a time; whoever dies gives it free.
+
+  Raises:
+    errors.UserError: a run is at work there, or the folder is not writable.
+  """
+  if not distributed.is_first():
+    yield
+    return
+  path = workdir / 'lock'
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115 Closed below.
+  except OSError as e:
+    raise _unwritable(path, e) from None
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise errors.UserError(
+        f'{workdir}: another run is at work in it; wait for its end, or give '
+        'another --workdir.'
+      ) from None
+    except OSError as e:
+      raise _unwritable(path, e) from None
+    yield
+
+
+def _unwritable(path, e):
+  return errors.UserError(
+    f'{path}: cannot write it ({e.strerror}); give --workdir a folder with '
+    'space that you may write to.'
+  )
+
+
 def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   """Claims a folder for a run, or finds that it belongs to the same one.
 
@@ -137,20 +175,35 @@ def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     errors.UserError: the folder holds a run with another config.
   """
   path = workdir / 'config.json'
-  if not any((workdir / 'checkpoints').glob('step_*')):
+  saved = (workdir / 'checkpoints').glob('*step_*')  # Damaged ones too.
+  if all('tmp' in path.name for path in saved):
     for name in ('config.json', 'tokenizer.model'):
       remove(workdir / name)
   if path.exists():
     old = read_config(workdir)
-    bound = _OF_CHRF if old.eval.translate_every else ()
+    also = _OF_CHRF if old.eval.translate_every else ()
     for knob, was, now in differences(old.to_dict(), config.to_dict()):
-      if not knob.startswith(_FREE) or knob in bound:
+      if not knob.startswith(_FREE) or knob in also:
         raise errors.UserError(
           f'{workdir} holds a run with {knob}={was!r}, this one has {now!r}; '
           'use another --workdir, or the config of that run.'
         )
   write_json(path, config.to_dict())
   write_json(workdir / 'environment.json', environment())
+
+
+def bound(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The knobs that decide what a step computes, as JSON gives them back."""
+  flat = json.loads(json.dumps(dict(_flat(config.to_dict()))))
+  return {k: v for k, v in flat.items() if not k.startswith(_FREE)}
+
+
+def _flat(config, prefix=''):
+  for key, value in config.items():
+    if isinstance(value, dict):
+      yield from _flat(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key, value
 
 
 def remove(path: pathlib.Path) -> None:

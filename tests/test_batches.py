@@ -12,7 +12,6 @@ import time
 import types
 
 from absl import flags
-import grain
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -614,68 +613,6 @@ def test_closing_keeps_the_position():
   used.close()
   used.close()
   _equal(next(used), whole[1])
-
-
-def test_whoever_reads_ahead_is_closed():
-  """Grain's processes would go on for ever."""
-  closed = []
-
-  class Reader:
-    def __init__(self, first):
-      self.at = first
-
-    def __iter__(self):
-      return self
-
-    def __next__(self):
-      self.at += 1
-      return self.at
-
-    def close(self):
-      closed.append(self.at)
-
-  iterator = batches.TrainIterator(Reader, None)
-  assert [next(iterator), next(iterator)] == [1, 2] and closed == []
-  iterator.set_state({'batches_taken': 7})
-  assert closed == [2] and next(iterator) == 8
-  iterator.close()
-  assert closed == [2, 8]
-
-
-def test_no_batch_is_lost_by_an_error():
-  """Who asks again is told the same, and not given the batch after."""
-  fails = [True]
-
-  def row(number):
-    if number == 2 and fails:
-      raise errors.UserError('Out of order.')
-    return np.array(number)
-
-  iterator = batches.TrainIterator(
-    lambda first: grain.MapDataset.range(first, 9).map(row).to_iter_dataset(),
-    None,
-  )
-  assert [int(next(iterator)) for _ in range(2)] == [0, 1]
-  for _ in range(2):
-    refusal(lambda: next(iterator), 'Out of order')
-  fails.clear()
-  assert int(next(iterator)) == 2
-
-
-def test_a_process_that_was_killed_is_one_sentence():
-  """For lack of memory, most often. The message is Grain 0.2.18's."""
-
-  def fail(number):
-    raise RuntimeError(
-      'Worker process was terminated unexpectedly with exit code -9. Search '
-      'the logs above for the source of the crash.'
-    )
-
-  def reader(first):
-    return grain.MapDataset.range(9).map(fail).to_iter_dataset()
-
-  iterator = batches.TrainIterator(reader, None)
-  refusal(lambda: next(iterator), 'data.workers', 'exit code -9')
 
 
 @pytest.mark.parametrize('mixture', MIXTURES)

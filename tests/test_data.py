@@ -109,9 +109,9 @@ def test_workers_are_those_of_the_config(config, monkeypatch):
   monkeypatch.setattr(
     batches, 'train_iterator', lambda *args, **kwargs: seen.append(kwargs)
   )
-  config.data.workers = 3
+  config.data.workers, config.data.max_wait = 3, 7.0
   _read(config)
-  assert seen[0]['workers'] == 3
+  assert seen[0]['workers'] == 3 and seen[0]['max_wait'] == 7.0
 
 
 def _sources(config, tmp_path, weights=()):

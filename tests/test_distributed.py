@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from mt import distributed
+from mt import manifest
 from tests.refusal import refusal
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -138,6 +140,26 @@ def test_if_one_dies_the_other_ends(tmp_path, lost):
   assert started[1 - lost].returncode != 0
   assert 'error' in err.lower() or 'terminat' in err.lower()
   started[lost].communicate()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize('asked', [0, 1])
+def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, asked):
+  many = ('--config.mesh.data=-1', '--config.train.max_steps=100000')
+  rare = ('--config.checkpoint.every=50000', '--config.eval.every=50000')
+  started = _start(tmp_path, 2, *many, *rare)
+  path = tmp_path / 'metrics.jsonl'
+  deadline = time.monotonic() + 300
+  while not (path.exists() and '"step": 3,' in path.read_text()):
+    assert time.monotonic() < deadline
+    assert all(p.poll() is None for p in started), started[0].stderr.read()
+    time.sleep(0.05)
+  started[asked].send_signal(signal.SIGTERM)
+  errs = [p.communicate(timeout=120)[1] for p in started]
+  assert [p.returncode for p in started] == [143, 143], errs
+  steps = {re.search(r'at step (\d+), which is saved', e)[1] for e in errs}
+  saved = manifest.steps(tmp_path / 'checkpoints')
+  assert {int(x) for x in steps} == {saved[-1]}
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,10 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('data.length', 7),
     ('data.buckets', (4,)),
     ('data.workers', -1),
+    ('data.workers', 257),
+    ('seed', 2**31),
+    ('data.columns', (1, 2**31)),
+    ('data.max_wait', 0.0),
     ('template.prompt', 'Translate this.'),
     ('template.prompt', '{source}{source}'),
     ('train.max_steps', 0),
@@ -85,6 +89,8 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('decode.length_penalty', -0.5),
     ('decode.length_penalty', math.nan),
     ('decode.max_extra', 0),
+    ('decode.max_extra', 65537),
+    ('decode.max_ratio', 101.0),
     ('checkpoint.keep', 0),
     ('log.every', 0),
   ],
@@ -148,6 +154,12 @@ def test_values_that_contradict_each_other(values, words):
   config = default.get_config()
   config.update_from_flattened_dict(values)
   refusal(lambda: settings.check(config), *words)
+
+
+def test_bytes_that_are_no_text_are_refused():
+  config = default.get_config()
+  config.eval.texts = ('Hello', '\udcff')
+  refusal(lambda: settings.check(config), 'eval.texts', 'UTF-8')
 
 
 def test_float16_is_refused_with_its_reason():
