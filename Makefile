@@ -12,8 +12,9 @@ BIN = .venv/bin
 train: .venv/installed
 	$(BIN)/python train.py --config=$(CONFIG) $(ARGS)
 
+# A file's tests share models: they stay in one process.
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-real: .venv/installed
 	$(BIN)/python -m pytest -m real $(ARGS)

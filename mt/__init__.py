@@ -66,6 +66,6 @@
   errors      one sentence for the person at the terminal
 
 To change the prompt: configs/. The data: corpus, lines. The loss: loss, step.
-What is trained: trainable. The optimizer: step. The search: search.
+What is trained: trainable. The optimizer: optimizer. The search: search.
 The page of a run: report.
 """

@@ -87,8 +87,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       body = body[:length]
     self.send_header('Content-Length', str(length))
     self.end_headers()
+    server.sent.append(len(body))  # Before the client can know of it.
     self.wfile.write(body)
-    server.sent.append(len(body))
 
   def log_message(self, *args):
     pass

@@ -193,7 +193,11 @@ def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
   'parts, packing, stop',
-  [('all', True, 5), ('lora', False, 3), ('blocks', True, 1)],
+  [
+    ('all', True, 5),
+    ('lora', False, 3),
+    pytest.param('blocks', True, 1, marks=pytest.mark.heavy),
+  ],
 )
 def test_an_interrupted_run_goes_on_bit_for_bit(
   debug_config, tmp_path, monkeypatch, parts, packing, stop

@@ -131,9 +131,11 @@ def test_any_mesh_gives_the_numbers_of_one_device(shape):
   'parts, micro, shape',
   [
     ('lora', 1, (2, 2, 2)),
-    ('lora', 2, (2, 2, 1)),
+    pytest.param('lora', 2, (2, 2, 1), marks=pytest.mark.heavy),
     ('all', 2, (1, 4, 2)),
-    ('layers/(q|v)|embedding', 4, (2, 1, 4)),
+    pytest.param(
+      'layers/(q|v)|embedding', 4, (2, 1, 4), marks=pytest.mark.heavy
+    ),
   ],
 )
 def test_parts_and_micro_batches_on_a_mesh(parts, micro, shape):

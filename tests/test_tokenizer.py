@@ -350,7 +350,13 @@ def test_the_real_gguf_gives_gemma_3s_own_tokenizer(real_texts):
   _assert_same_tokenizer(rebuilt, original, real_texts)
 
 
-@pytest.mark.parametrize('path', (_GEMMA1, _GEMMA3), ids=('gemma1', 'gemma3'))
+@pytest.mark.parametrize(
+  'path',
+  [
+    pytest.param(_GEMMA1, marks=pytest.mark.heavy, id='gemma1'),
+    pytest.param(_GEMMA3, id='gemma3'),
+  ],
+)
 def test_tokenizer_json_gives_the_real_tokenizers(tmp_path, real_texts, path):
   if not path.exists():
     pytest.skip(f'{path} is not there')

@@ -100,6 +100,7 @@ def _row_loss(cfg, params, tokens, mask, positions, segments):
   return -jnp.sum(jax.nn.log_softmax(logits) * one_hot) * norm_factor
 
 
+@pytest.mark.heavy
 def test_the_tutorial_as_it_is_written(world, tmp_path):
   """Only environment variables differ from what a user types."""
   folder, server, tok, params = world
