@@ -6,8 +6,8 @@ from tests import config_fuzz
 
 
 def test_a_few_mutated_configs(quick_compilation):
-  counts = config_fuzz.run(20, seed=0)
-  assert counts['refused'] > 5
+  counts = config_fuzz.run(8, seed=0)
+  assert counts['refused'] > 2
 
 
 @pytest.mark.heavy

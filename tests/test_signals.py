@@ -25,7 +25,11 @@ def config(debug_config):
 
 
 @pytest.mark.parametrize(
-  'number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+  'number, code',
+  [
+    pytest.param(signal.SIGINT, 130, marks=pytest.mark.heavy),
+    (signal.SIGTERM, 143),
+  ],
 )
 def test_saved_within_a_step_and_the_same_run_after(
   config, tmp_path, monkeypatch, number, code

@@ -24,7 +24,9 @@ def _quick(config):
   config.eval.patience, config.eval.translate_pairs = 0, 1
 
 
-@pytest.mark.parametrize('parts', ['blocks', 'lora'])
+@pytest.mark.parametrize(
+  'parts', ['blocks', pytest.param('lora', marks=pytest.mark.heavy)]
+)
 def test_the_weights_and_nothing_else(debug_config, tmp_path, capsys, parts):
   _quick(debug_config)
   debug_config.train.parts = parts
