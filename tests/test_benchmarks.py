@@ -183,6 +183,7 @@ def test_every_side_reads_a_job_that_is_there(tiny_source):
       importlib.import_module(f'tests.benchmarks.sides.{name}')
 
 
+@pytest.mark.heavy
 def test_ours_and_the_tutorial_train_on_the_same(monkeypatch, tiny_source):
   """The same mean loss, in the same number of targets, from other batches."""
   monkeypatch.setattr(ours, 'open_weights', lambda: tiny_source)

@@ -287,6 +287,7 @@ def test_rows_that_do_not_divide_are_refused():
   sharding.check_rows(None, train)
 
 
+@pytest.mark.heavy
 def test_a_run_on_a_mesh_goes_on_from_a_run_on_one(debug_config, tmp_path):
   """Two steps on one device, two on eight: the losses of four on one."""
   debug_config.train.batch_size = 4
