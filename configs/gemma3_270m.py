@@ -1,6 +1,6 @@
 """Gemma 3 270M on the bundled sample: what `make train` runs.
 
-Five to six minutes on two CPU cores; BUILD_NOTES.md has the measurements behind it.
+Five to six minutes on two CPU cores; BUILD_NOTES.md has the measurements.
 """
 
 from configs import default
