@@ -8,6 +8,9 @@ finished rows cost next to nothing, and the shapes, each compiled once, are few:
 
   prefill  by prompts and width      (batch / 4, 32 · 2^i)
   steps    by rows and cache slots   (batch / 4^i, 128 · 2^i)
+
+If there are many prompts, all of that is compiled before the first of them is
+read: a long job does not stop to compile in its middle.
 """
 
 import collections
@@ -32,6 +35,7 @@ from mt import sizes
 _SMALLEST_WIDTH = 32
 _SMALLEST_SLOTS = 128
 _SLOTS_EACH = 1024  # Cache slots for each of batch_size.
+_MANY = 16  # Prompts for each of batch_size.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +191,33 @@ def make_decoder(
     put = putter(*shape, group, width)
     return put(batch, new, tokens, rows, lengths, limits, numbers)
 
+  rehearsed = set()
+
+  def rehearse(params, prompts):
+    """Compiles what prompts will need, the one that needs least first.
+
+    It goes through the shapes as `decode_all` does, without taking a step.
+    """
+    widths = collections.defaultdict(set)  # Of the prompts, by their slots.
+    for p in prompts:
+      slots = bucket(p.slots, _SMALLEST_SLOTS)
+      widths[slots].add(bucket(len(p.tokens)))
+    if (key := str(dict(widths))) in rehearsed:
+      return
+    rehearsed.add(key)
+    shapes = [(capacity(slots), slots) for slots in widths]
+    largest, slots = shapes[-1]
+    shapes += [(n, slots) for n in steps if n < largest]
+    batch = maker(*shapes[0])()
+    for before, shape in zip([shapes[0], *shapes], shapes, strict=False):
+      if shape != before:
+        rows = np.zeros(shape[0], np.int32)
+        batch = mover(*before, *shape)(batch, rows, np.int32(0))
+      for width in widths.pop(shape[1], ()):
+        nothing, group = Prompt([0] * width, 0), max(1, shape[0] // 4)
+        batch = fill(params, batch, shape, [nothing], [0], group)
+      batch = stepper(*shape)(batch, params, np.int32(shape[0]))
+
   def decode_all(
     params: model.Params,
     prompts: Sequence[Prompt],
@@ -195,6 +226,8 @@ def make_decoder(
     waiting = collections.deque(
       sorted(range(len(prompts)), key=lambda i: prompts[i].slots)
     )
+    if len(prompts) >= _MANY * batch_size:
+      rehearse(params, [prompts[i] for i in waiting])
     out: list[list[Hypothesis]] = [[] for _ in prompts]
     batch, slots = None, 0
     owners: list[int | None] = []  # The prompt of each row.

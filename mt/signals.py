@@ -7,6 +7,8 @@ import signal
 import sys
 import threading
 
+import jax
+
 from mt import distributed
 from mt import errors
 from mt import journal
@@ -17,6 +19,7 @@ class Listener:
 
   def __init__(self):
     self._signal = 0
+    self._of_all = None  # What all processes had heard a step ago.
 
   def hear(self, number: int, _frame) -> None:
     """Notes a signal; a second SIGINT ends the process on the spot."""
@@ -30,8 +33,15 @@ class Listener:
     )
 
   def asked(self) -> int:
-    """The signal that any of the processes got, or 0; the same in all."""
-    return distributed.largest(self._signal)
+    """The signal that any of the processes got, or 0; the same in all.
+
+    To be called before each step. Several processes answer with what they had
+    heard one call earlier: an answer of now would wait for the step before.
+    """
+    if jax.process_count() == 1:
+      return self._signal
+    before, self._of_all = self._of_all, distributed.largest(self._signal)
+    return 0 if before is None else int(before)
 
 
 @contextlib.contextmanager

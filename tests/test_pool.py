@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from mt import compiling
 from mt import decode
 from mt import loss
 from mt import model
@@ -287,3 +288,26 @@ def test_eight_devices_decode_as_one(shape):
     for a, b in zip(got, want, strict=True):
       np.testing.assert_allclose(a[0].logp, b[0].logp, rtol=1e-4)
     assert len({len(hs[0].tokens) for hs in want}) > 2
+
+
+@each_search
+def test_many_prompts_compile_before_the_first_is_done(name, monkeypatch):
+  """And get the same as few at a time."""
+  made = []
+  real = compiling.jit_once
+
+  def noting(fn, *args, **kwargs):
+    made.append(done[-1])
+    return real(fn, *args, **kwargs)
+
+  done = [0]
+  monkeypatch.setattr(pool.compiling, 'jit_once', noting)
+  prompts = MIXED * 2
+  prompts = [
+    pool.Prompt(p.tokens, p.limit, number) for number, p in enumerate(prompts)
+  ]
+  few = pool.make_decoder(CFG, SEARCHES[name], STOPS, batch_size=2)
+  got = few(_params(), prompts, done.append)
+  assert len(made) > 10 and set(made) == {0}
+  assert done[-1] == len(prompts)
+  _assert_same(got, _decoder(name)(_params(), prompts))
