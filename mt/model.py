@@ -250,6 +250,7 @@ def block(
   x: jax.Array,
   angles: jax.Array,
   attend_fn: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
+  dense: Callable[[Params, str, jax.Array], jax.Array] = dense,
 ) -> tuple[jax.Array, Any]:
   """One transformer layer.
 
@@ -259,6 +260,7 @@ def block(
     angles: [B, L, A / 2].
     attend_fn: (q [B, L, H, A], k, v [B, L, K, A]) -> ([B, L, H * A], extra);
       where training masks and decoding reads and writes its cache.
+    dense: (layer, name of a matrix, [B, L, in]) -> [B, L, out].
 
   Returns:
     [B, L, D] and the `extra` of `attend_fn`.

@@ -1,10 +1,11 @@
 """A batch whose rows are given to the next prompt as soon as they are free.
 
-Prompts wait in a queue, shortest first. A few of them are read together
-(`prefill`) and put into free rows; then all rows take steps until enough are
-free again. When the queue is empty and few rows are left, they move into a
-smaller batch; when the next prompt needs a longer cache, all move into one. So
-finished rows cost next to nothing, and the shapes, each compiled once, are few:
+Prompts wait in a queue, longest first, so that no long one is left alone at the
+end. A few of them are read together (`prefill`) and put into free rows; then
+all rows take steps until enough are free again. When a shorter cache would do,
+all move into one; when the queue is empty and few rows are left, they move into
+a smaller batch. So finished rows cost next to nothing, and the shapes, each
+compiled once, are few:
 
   prefill  by prompts and width      (batch / 4, 32 · 2^i)
   steps    by rows and cache slots   (batch / 4^i, 128 · 2^i)
@@ -13,7 +14,6 @@ If there are many prompts, all of that is compiled before the first of them is
 read: a long job does not stop to compile in its middle.
 """
 
-import collections
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
@@ -87,6 +87,16 @@ def bucket(length: int, smallest: int = _SMALLEST_WIDTH) -> int:
   """The next power of two, `smallest` at least."""
   chex.assert_scalar_positive(length)
   return max(smallest, 1 << (length - 1).bit_length())
+
+
+def _slots(prompt):
+  """Of the shortest cache that will do."""
+  return bucket(prompt.slots, _SMALLEST_SLOTS)
+
+
+def _levels(prompts):
+  """The lengths that the cache takes, one after the other."""
+  return sorted({_slots(p) for p in prompts}, reverse=True)
 
 
 def batch_sizes(batch_size: int) -> list[int]:
@@ -194,54 +204,52 @@ def make_decoder(
   rehearsed = set()
 
   def rehearse(params, prompts):
-    """Compiles what prompts will need, the one that needs least first.
+    """Compiles what so many prompts will need, the largest shapes first.
 
     It goes through the shapes as `decode_all` does, without taking a step.
     """
-    widths = collections.defaultdict(set)  # Of the prompts, by their slots.
-    for p in prompts:
-      slots = bucket(p.slots, _SMALLEST_SLOTS)
-      widths[slots].add(bucket(len(p.tokens)))
-    if (key := str(dict(widths))) in rehearsed:
+    places = {(_slots(p), bucket(len(p.tokens))) for p in prompts}
+    if (key := frozenset(places)) in rehearsed:
       return
     rehearsed.add(key)
-    shapes = [(capacity(slots), slots) for slots in widths]
-    largest, slots = shapes[-1]
-    shapes += [(n, slots) for n in steps if n < largest]
+    full = [(capacity(slots), slots) for slots in _levels(prompts)]
+    most, shortest = full[-1]
+    shapes = full + [(n, shortest) for n in steps if n < most]
     batch = maker(*shapes[0])()
     for before, shape in zip([shapes[0], *shapes], shapes, strict=False):
+      size, slots = shape
       if shape != before:
-        rows = np.zeros(shape[0], np.int32)
+        rows = np.zeros(size, np.int32)
         batch = mover(*before, *shape)(batch, rows, np.int32(0))
-      for width in widths.pop(shape[1], ()):
-        nothing, group = Prompt([0] * width, 0), max(1, shape[0] // 4)
+      widths = {w for s, w in places if s <= slots and shape in full}
+      for width in sorted(widths):
+        nothing, group = Prompt([0] * width, 0), max(1, size // 4)
         batch = fill(params, batch, shape, [nothing], [0], group)
-      batch = stepper(*shape)(batch, params, np.int32(shape[0]))
+      batch = stepper(*shape)(batch, params, np.int32(size))
 
   def decode_all(
     params: model.Params,
     prompts: Sequence[Prompt],
     on_done: Callable[[int], None] = lambda done: None,
   ) -> list[list[Hypothesis]]:
-    waiting = collections.deque(
-      sorted(range(len(prompts)), key=lambda i: prompts[i].slots)
-    )
+    waiting = sorted(range(len(prompts)), key=lambda i: -prompts[i].slots)
     if len(prompts) >= _MANY * batch_size:
-      rehearse(params, [prompts[i] for i in waiting])
+      rehearse(params, prompts)
     out: list[list[Hypothesis]] = [[] for _ in prompts]
-    batch, slots = None, 0
+    batch, levels = None, _levels(prompts)  # The first is the cache's length.
     owners: list[int | None] = []  # The prompt of each row.
     while waiting or any(i is not None for i in owners):
       taken = [row for row, i in enumerate(owners) if i is not None]
       free = [row for row, i in enumerate(owners) if i is None]
-      wanted = slots
-      if waiting:
-        need = prompts[waiting[0]].slots
-        wanted = max(slots, bucket(need, _SMALLEST_SLOTS))
+      need = [prompts[i] for i in owners if i is not None]
+      need += [prompts[i] for i in waiting[:1]]
+      # One level at a time, so that few moves are compiled.
+      slots, shorter = levels[0], levels[min(1, len(levels) - 1)]
+      wanted = shorter if shorter >= _levels(need)[0] else slots
       most = min(capacity(wanted), len(taken) + len(waiting))
       size = min(n for n in steps if n >= most)
 
-      if (size, wanted) != (len(owners), slots) and len(taken) <= size:
+      if (size, wanted) != (len(owners), slots):
         rows = np.array(taken + [0] * (size - len(taken)), np.int32)
         if batch is None:
           batch = maker(size, wanted)()
@@ -249,15 +257,13 @@ def make_decoder(
           move = mover(len(owners), slots, size, wanted)
           batch = move(batch, rows, np.int32(len(taken)))
         owners = [owners[row] for row in taken] + [None] * (size - len(taken))
-        slots = wanted
+        levels = levels[levels.index(wanted) :]
         continue
 
       group = max(1, len(owners) // 4)
       enough = min(group, len(waiting))
-      if waiting and wanted == slots and len(free) >= enough:
-        chosen = [waiting.popleft() for _ in range(enough)]
-        while prompts[chosen[-1]].slots > slots:  # It is the next in line.
-          waiting.appendleft(chosen.pop())
+      if waiting and len(free) >= enough:
+        chosen, waiting = waiting[:enough], waiting[enough:]
         for row, i in zip(free, chosen, strict=False):
           owners[row] = i
         chosen = [prompts[i] for i in chosen]
@@ -267,10 +273,8 @@ def make_decoder(
 
       if not waiting:  # Until the rest fits into a smaller batch.
         floor = max((n for n in steps if n < len(owners)), default=0)
-      elif wanted == slots:  # Until a group fits in.
+      else:  # Until a group fits in.
         floor = len(owners) - enough
-      else:  # Until all that run fit into the batch with a longer cache.
-        floor = size
       batch = stepper(len(owners), slots)(batch, params, np.int32(floor))
       state = jax.device_get(batch[1])
       for row in taken:
@@ -314,16 +318,17 @@ def _put(search, batch, new, tokens, rows, lengths, limits, numbers) -> Batch:
 
 
 def _move(search, batch, rows, taken, slots) -> Batch:
-  """Moves `rows` into a batch of their own; the first `taken` of them live."""
+  """Moves `rows` into a batch of their own; the first `taken` of them live.
+
+  It has as many slots, or fewer.
+  """
   cache, state = batch
-  places, more = _places(search, rows), slots - state.tokens.shape[-1]
-  cache = jax.tree.map(
-    lambda x: jnp.pad(x[places], ((0, 0), (0, more), (0, 0), (0, 0))), cache
-  )
+  places = _places(search, rows)
+  cache = jax.tree.map(lambda x: x[places, :slots], cache)
   state = jax.tree.map(lambda x: x[rows], state)
   state = dataclasses.replace(
     state,
-    tokens=jnp.pad(state.tokens, ((0, 0), (0, 0), (0, more))),
+    tokens=state.tokens[..., :slots],
     live=state.live & (jnp.arange(len(rows)) < taken)[:, None],
   )
   return cache, state

@@ -22,6 +22,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+_TILE = 512  # Of the vocabulary, at most.
+
 Cache = Any
 Step = Callable[
   [Cache, jax.Array, jax.Array],  # cache, tokens [M], positions [M] ->
@@ -199,7 +201,30 @@ def advance(
 def greedy(state: State, logits: jax.Array, stop_ids: jax.Array) -> State:
   """Each hypothesis goes on with its most probable token."""
   chex.assert_shape(logits, (None, state.last.size))
-  return _append(state, logits, jnp.argmax(logits, 0), stop_ids)
+  return _append(state, logits, top(logits, 1)[1][0], stop_ids)
+
+
+def top(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """lax.top_k over the vocabulary: values and tokens [k, M], largest first.
+
+  Of equal ones the first token comes first. The k best of the vocabulary are
+  among those of the k best tiles of it, each ranked by its own best: one pass
+  for their maxima, ten times as fast on a CPU as argmax (BUILD_NOTES.md).
+
+  Args:
+    logits: [V, M].
+    k: at most V.
+  """
+  chex.assert_rank(logits, 2)
+  v, m = logits.shape
+  tile = next(n for n in range(_TILE, 0, -1) if v % n == 0)
+  tiles = logits.reshape(v // tile, tile, m)
+  best = lax.top_k(jnp.max(tiles, 1).T, min(k, len(tiles)))[1]  # [M, tiles]
+  best = jnp.sort(best)  # So that the first token comes first.
+  found = jnp.take_along_axis(tiles, best.T[:, None], 0)  # [tiles, tile, M]
+  values, at = lax.top_k(found.reshape(-1, m).T, k)
+  tokens = jnp.take_along_axis(best, at // tile, 1) * tile + at % tile
+  return values.T, tokens.T
 
 
 def _append(state, logits, tokens, stop_ids):
@@ -296,8 +321,8 @@ def beam(
   end_token = stop_ids[jnp.argmax(ends, 0)].reshape(b, w)
   end_gain = (jnp.max(ends, 0) - norm).reshape(b, w)
   k = min(w, len(logits))
-  gain, token = lax.top_k(logits.at[stop_ids].set(-jnp.inf).T, k)
-  gain = (gain - norm[:, None]).reshape(b, w, k)
+  gain, token = top(logits.at[stop_ids].set(-jnp.inf), k)
+  gain, token = (gain - norm).T.reshape(b, w, k), token.T
 
   # Candidates, [B, W + W + W*k]: the ended, those that end now, the longer.
   alive = jnp.where(state.live, state.logp, -jnp.inf)

@@ -305,4 +305,5 @@ def test_unstack_parts_the_layers():
   for n, layer in enumerate(parts['layers']):
     assert layer.keys() == params['layers'].keys()
     for key, x in layer.items():
-      np.testing.assert_array_equal(x, params['layers'][key][n])
+      # Norms are vectors.
+      np.testing.assert_array_equal(x, params['layers'][key][n].T)

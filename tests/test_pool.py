@@ -198,10 +198,10 @@ def test_long_prompts_are_fewer_at_once(work, monkeypatch):
   prompts = _prompts([(5, 90)] * 4 + [(100, 30)] * 2 + [(400, 5)])
   out = _endless(batch_size=4)(_params(), prompts)
   jax.effects_barrier()
-  assert work['prefills'] == [(1, 32)] * 4 + [(1, 128)] * 2 + [(1, 512)]
+  assert work['prefills'] == [(1, 512)] + [(1, 128)] * 2 + [(1, 32)] * 4
   assert [len(h[0].tokens) for h in out] == [90] * 4 + [30] * 2 + [5]
   # Four of 128 slots; of 256, or 512, but one.
-  assert work['steps'] == [4] * 90 + [1] * 65
+  assert work['steps'] == [1] * 65 + [4] * 90
 
 
 def test_beams_take_slots_too(monkeypatch):

@@ -360,3 +360,16 @@ def test_tokens_as_probable_as_the_last_stay():
   ):
     got = np.isfinite(search_lib.keep_probable(logits, **kwargs))
     assert got[:, 0].tolist() == kept, kwargs
+
+
+@pytest.mark.parametrize('v', [1, 7, 512, 1009, 4096, 5120])
+@pytest.mark.parametrize('k', [1, 4])
+def test_top_is_the_one_of_xla(v, k):
+  """Of rounded numbers, many of which are equal."""
+  logits = jax.random.normal(jax.random.key(v), (v, 6)) * 2
+  logits = jnp.round(logits).at[:, 3].set(0.0).at[:, 5].set(-jnp.inf)
+  k = min(k, v)
+  values, tokens = jax.jit(search_lib.top, static_argnums=1)(logits, k)
+  want_values, want_tokens = jax.lax.top_k(logits.T, k)
+  np.testing.assert_array_equal(values, want_values.T)
+  np.testing.assert_array_equal(tokens, want_tokens.T)
