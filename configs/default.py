@@ -122,6 +122,9 @@ def get_config() -> ml_collections.ConfigDict:
   # TPU. A trained embedding takes loss_chunk * vocabulary numbers of memory.
   t.loss_chunk = 192
   t.loss_tile = 2048
+  # Share of each label that is spread over the vocabulary, against a model that
+  # is too sure. The training loss that is shown has it, validation's has not.
+  t.label_smoothing = 0.0
   # A step whose loss or gradients are not finite changes no weight; after so
   # many of them in a row the run stops.
   t.max_skipped = 10

@@ -1,5 +1,6 @@
 """What a run says: metrics.jsonl, and a progress bar or plain lines."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import json
@@ -35,8 +36,8 @@ def cut_metrics(path: pathlib.Path, last_step: int) -> None:
   A line that a crash left unfinished goes too.
   """
   if distributed.is_first() and path.exists():
-    kept = [x for x in read_metrics(path) if x['step'] <= last_step]
-    workdir_lib.write(path, ''.join(json.dumps(x) + '\n' for x in kept))
+    kept = [json.dumps(x) for x in read_metrics(path) if x['step'] <= last_step]
+    workdir_lib.write(path, ''.join(x + '\n' for x in kept))
 
 
 def add_metrics(path: pathlib.Path, line: dict[str, Any]) -> None:
@@ -93,7 +94,7 @@ def since_best(path: pathlib.Path) -> int:
   Counted from the first that reached the highest `valid_chrf` in metrics.jsonl;
   0 where there is none. The pretrained model, step 0, is no rival.
   """
-  lines = [m for m in read_metrics(path) if m['step'] > 0]
+  lines = (m for m in read_metrics(path) if m['step'] > 0)
   found = [m['valid_chrf'] for m in lines if 'valid_chrf' in m]
   return len(found) - 1 - found.index(max(found)) if found else 0
 
@@ -102,14 +103,16 @@ def _float32(x: float) -> float:
   return float(np.float32(x))
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines of metrics.jsonl that are whole; none where there is no file."""
-  lines = []
+def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """The lines of metrics.jsonl that are whole; none where there is no file.
+
+  One after the other: of a long run there are many.
+  """
   if path.exists():
-    for line in path.read_text(encoding='utf-8').splitlines():
-      with contextlib.suppress(ValueError):
-        lines.append(json.loads(line))
-  return lines
+    with path.open(encoding='utf-8') as lines:
+      for line in lines:
+        with contextlib.suppress(ValueError):
+          yield json.loads(line)
 
 
 class Progress:

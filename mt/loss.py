@@ -8,7 +8,8 @@ that under a frozen embedding no array of [V, targets] is built either. Under a
 trained one the logits of a chunk are kept for its gradient.
 
 With p = softmax(logits) and y the target: d nll / d logits = p - onehot(y)
-(times 1 - (logits / cap)^2 under a soft cap).
+(times 1 - (logits / cap)^2 under a soft cap). With label smoothing e (arXiv
+1512.00567) the target is (1 - e) onehot(y) + e / V, in both.
 
 On a mesh each device has its rows of the vocabulary, forever, and its rows of
 the batch. Devices that share both split and exchange hidden states, never the
@@ -37,6 +38,7 @@ _SMALLEST = 16
 @dataclasses.dataclass(frozen=True)
 class _Options:
   cap: float | None
+  smoothing: float
   chunk: int
   tile: int
   logits_dtype: jnp.dtype
@@ -72,6 +74,10 @@ class _Group:
   def sum(self, x):
     return lax.psum(x, self.vocab) if self.vocab else x
 
+  def parts(self):
+    """How many devices share the vocabulary."""
+    return lax.axis_size(self.vocab) if self.vocab else 1
+
   def max(self, x):
     return lax.pmax(x, self.vocab) if self.vocab else x
 
@@ -99,6 +105,7 @@ def target_nll(
   *,
   weight: jax.Array | float = 1.0,
   final_softcap: float | None = None,
+  smoothing: float = 0.0,
   chunk: int = 192,
   tile: int = 2048,
   logits_dtype: jnp.dtype = jnp.float32,
@@ -123,6 +130,8 @@ def target_nll(
       their mean. Here it costs nothing; multiplied with the result, it would
       cost a pass over the embedding's gradient.
     final_softcap: the model's cap on logits.
+    smoothing: of the labels, from 0 to below 1; with more than 0 the sum is of
+      cross-entropies with the smoothed labels.
     chunk: most targets at once; a trained embedding takes chunk * V * 4 bytes.
     tile: most rows of the vocabulary in one product.
     logits_dtype: of logits and their exponentials.
@@ -140,7 +149,7 @@ def target_nll(
   targets = jnp.asarray(tokens)[:, 1:].reshape(-1)
   mask = jnp.asarray(target_mask)[:, 1:].reshape(-1).astype(bool)
   dtype = jnp.dtype(logits_dtype)
-  options = _Options(final_softcap, chunk, tile, dtype, mesh, b)
+  options = _Options(final_softcap, smoothing, chunk, tile, dtype, mesh, b)
   weight = jnp.asarray(weight, jnp.float32)
   return _masked_nll(inputs, embedding, targets, mask, weight, options)
 
@@ -211,7 +220,9 @@ def _scan_chunks(
     seen = _one_pass(
       options, want_inputs, want_embedding, group, embedding, h, y
     )
-    total += jnp.sum(jnp.where(valid, seen.lse - seen.picked, 0.0))
+    e = options.smoothing
+    wanted = seen.picked if not e else (1 - e) * seen.picked + e * seen.mean
+    total += jnp.sum(jnp.where(valid, seen.lse - wanted, 0.0))
     if want_inputs:
       d_h = group.scatter_sum(seen.d_h * weight)
       d_inputs = d_inputs.at[rows].set(d_h, mode='drop')
@@ -241,6 +252,7 @@ class _Seen(NamedTuple):
 
   lse: jax.Array  # [t], log of the sum of all exponentials.
   picked: jax.Array  # [t], the targets' own logits.
+  mean: jax.Array  # [t], of all logits; 0 without label smoothing.
   d_h: jax.Array | tuple  # [t, D], of this device's rows of the vocabulary.
   raw: jax.Array | tuple  # [V / tile, tile, t], logits before the cap.
 
@@ -274,7 +286,7 @@ def _one_pass(options, want_d_h, want_raw, group, embedding, h, y) -> _Seen:
   offset = _first_row(group, embedding)
 
   def one_tile(carry, xs):
-    top, norm, picked, d_h = carry
+    top, norm, picked, total, d_h, d_mean = carry
     i, part = xs
     part = part.astype(h.dtype)
     # [tile, t]: the vocabulary first is what a CPU multiplies fastest.
@@ -289,21 +301,34 @@ def _one_pass(options, want_d_h, want_raw, group, embedding, h, y) -> _Seen:
     at = y - offset - i * tile
     found = jnp.take_along_axis(logits, at[None], axis=0, mode='clip')[0]
     picked += jnp.where((at >= 0) & (at < tile), found, 0.0)
+    if options.smoothing:
+      total += jnp.sum(logits, axis=0)
+    if want_d_h and options.smoothing and cap is None:
+      d_mean += jnp.sum(part.astype(jnp.float32), axis=0)
+    elif want_d_h and options.smoothing:
+      slope = _slope(raw, cap).astype(h.dtype)
+      d_mean += jnp.einsum(
+        'vt,vd->td', slope, part, preferred_element_type=jnp.float32
+      )
     if want_d_h:
       weights = (exps * _slope(raw, cap)).astype(h.dtype)
       d_h = d_h * shrink[:, None] + jnp.einsum(
         'vt,vd->td', weights, part, preferred_element_type=jnp.float32
       )
-    return (new_top, norm, picked, d_h), raw if want_raw else ()
+    carry = new_top, norm, picked, total, d_h, d_mean
+    return carry, raw if want_raw else ()
 
   zeros = jnp.zeros(t, options.logits_dtype)
   d_h = jnp.zeros((t, d), jnp.float32) if want_d_h else ()
-  start = (zeros - jnp.inf, zeros, zeros, d_h)
+  d_mean = d_h if options.smoothing else ()
+  start = (zeros - jnp.inf, zeros, zeros, zeros, d_h, d_mean)
   parts = embedding.reshape(number, tile, d)
-  (top, norm, picked, d_h), raw = lax.scan(
+  (top, norm, picked, total, d_h, d_mean), raw = lax.scan(
     one_tile, start, (jnp.arange(number), parts)
   )
   picked = group.sum(picked)
+  whole = embedding.shape[0] * group.parts()
+  mean = group.sum(total) / whole
   here, top = top, group.max(top)
   norm = group.sum(norm * jnp.exp(here - top))
   lse = jnp.log(norm) + top
@@ -313,8 +338,11 @@ def _one_pass(options, want_d_h, want_raw, group, embedding, h, y) -> _Seen:
     e_y = jnp.take(embedding, at, axis=0, mode='clip').astype(jnp.float32)
     # The slope at a logit that is capped already.
     slope = 1.0 if cap is None else 1.0 - jnp.square(picked / cap)
-    d_h = d_h * jnp.exp(here - lse)[:, None] - e_y * (own * slope)[:, None]
-  return _Seen(lse, picked, d_h, raw)
+    own = (1 - options.smoothing) * own * slope
+    d_h = d_h * jnp.exp(here - lse)[:, None] - e_y * own[:, None]
+    if options.smoothing:
+      d_h -= options.smoothing / whole * d_mean
+  return _Seen(lse, picked, mean, d_h, raw)
 
 
 def _add_outer(options, group, weight, seen, h, y, d_embedding):
@@ -326,7 +354,10 @@ def _add_outer(options, group, weight, seen, h, y, d_embedding):
     raw = lax.dynamic_index_in_dim(seen.raw, i, keepdims=False)
     logits = model.softcap(raw, options.cap)
     onehot = jnp.arange(tile)[:, None] == y - offset - i * tile
-    g = (jnp.exp(logits - seen.lse) - onehot) * _slope(raw, options.cap)
+    wanted = (1 - options.smoothing) * onehot
+    if options.smoothing:
+      wanted += options.smoothing / (len(d_embedding) * group.parts())
+    g = (jnp.exp(logits - seen.lse) - wanted) * _slope(raw, options.cap)
     g = (g * weight).astype(h.dtype)
     part = jnp.einsum('vt,td->vd', g, h, preferred_element_type=jnp.float32)
     part += lax.dynamic_slice_in_dim(total, i * tile, tile)

@@ -88,7 +88,7 @@ def write(workdir: pathlib.Path) -> None:
 def page(workdir: pathlib.Path) -> str:
   """The page, see `write`."""
   config = workdir_lib.read_json(workdir / 'config.json')
-  metrics = journal.read_metrics(workdir / 'metrics.jsonl')
+  metrics = list(journal.read_metrics(workdir / 'metrics.jsonl'))
   scores = {}
   if (workdir / 'scores.json').exists():
     scores = workdir_lib.read_json(workdir / 'scores.json')

@@ -87,6 +87,7 @@ _RULES = {
   'train.remat': _one_of(*model.REMAT),
   'train.loss_chunk': _at_least(1),
   'train.loss_tile': _at_least(1),
+  'train.label_smoothing': _fraction(),
   'train.max_skipped': _at_least(1),
   'mesh.data': _MESH,
   'mesh.fsdp': _MESH,

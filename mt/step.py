@@ -141,6 +141,7 @@ def batch_nll(
   mesh: Mesh | None = None,
   embedded: jax.Array | None = None,
   weight: jax.Array | float = 1.0,
+  smoothing: float = 0.0,
 ) -> jax.Array:
   """Weighted sum of the target tokens' negative log-likelihoods, in nats.
 
@@ -151,7 +152,7 @@ def batch_nll(
     train: `config.train`, for dtype and remat.
     mesh: of several devices, see mt/sharding.py.
     embedded: model.embed of the tokens, if it is there already.
-    weight: see loss.target_nll.
+    weight, smoothing: see loss.target_nll.
   """
   chex.assert_rank(list(batch.values()), 2)
   policy = precision.make_policy(train)
@@ -173,6 +174,7 @@ def batch_nll(
     batch['target_mask'],
     weight=weight,
     final_softcap=cfg.final_softcap,
+    smoothing=smoothing,
     chunk=train.loss_chunk,
     tile=train.loss_tile,
     logits_dtype=policy.logits,
@@ -206,7 +208,16 @@ def gradients(
 
   def mean_nll(trained, rows, embedded=None):
     params = model_params(train, trained, frozen)
-    mean = batch_nll(cfg, params, rows, train, mesh, embedded, 1.0 / targets)
+    mean = batch_nll(
+      cfg,
+      params,
+      rows,
+      train,
+      mesh,
+      embedded,
+      1.0 / targets,
+      train.label_smoothing,
+    )
     return mean, mean * targets
 
   def of_rows(trained, rows):
@@ -253,8 +264,8 @@ def make_train_step(
   gradients are not finite, the step is skipped: it is counted, and nothing else
   of the state changes, so that the schedule waits too.
 
-  Metrics: nll (sum), targets, tokens (padding excluded), grad_norm, and the
-  state's skipped and skipped_in_a_row.
+  Metrics: nll (sum, with train.label_smoothing), targets, tokens (padding
+  excluded), grad_norm, and the state's skipped and skipped_in_a_row.
   """
   decay = config.optim.ema_decay
 

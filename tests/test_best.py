@@ -60,7 +60,7 @@ def _trained(workdir, at):
 
 def _metrics(workdir):
   """All but the times."""
-  lines = journal.read_metrics(workdir / 'metrics.jsonl')
+  lines = list(journal.read_metrics(workdir / 'metrics.jsonl'))
   times = 'targets_per_s', 'data_wait_s'
   return [{k: v for k, v in m.items() if k not in times} for m in lines]
 

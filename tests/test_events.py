@@ -74,7 +74,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     writer = events.open_writer(tmp_path)
     journal.cut_metrics(metrics, 2)
     events.replay(writer, metrics)
-    first = len(journal.read_metrics(metrics)) + 1
+    first = len(list(journal.read_metrics(metrics))) + 1
     for step in range(first, 5):
       line = {'step': step, 'loss': step / 4}
       journal.add_metrics(metrics, line)

@@ -12,6 +12,7 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mt import loss
@@ -125,6 +126,40 @@ def test_tiles_of_the_vocabulary(targets, cap):
   )
   large = {s for s in shapes if math.prod(s) > 2 * 6 * V}
   assert {math.prod(s) for s in large} == {V * D}  # A tile of the embedding.
+
+
+@pytest.mark.parametrize('cap', [None, 2.0])
+@pytest.mark.parametrize('smoothing', [0.1, 0.9])
+def test_label_smoothing_is_the_one_of_optax(smoothing, cap):
+  """Against optax.smooth_labels, in float64, with several tiles and chunks."""
+  hidden, embedding, tokens = _inputs()
+  embedding = np.concatenate([embedding, 2 * embedding])
+  mask = _mask(14)
+
+  def naive(hidden, embedding):
+    logits = jnp.einsum('bld,vd->blv', hidden, embedding)[:, :-1]
+    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+    labels = jax.nn.one_hot(tokens[:, 1:], 2 * V, dtype=jnp.float64)
+    labels = optax.smooth_labels(labels, smoothing)
+    losses = optax.softmax_cross_entropy(logits, labels)
+    return jnp.sum(losses * mask[:, 1:])
+
+  run = functools.partial(
+    loss.target_nll, final_softcap=cap, smoothing=smoothing, chunk=4, tile=V
+  )
+  value, grads = jax.jit(jax.value_and_grad(run, argnums=(0, 1)))(
+    hidden, embedding, tokens, mask
+  )
+  with jax.enable_x64(True):
+    want, want_grads = jax.device_get(
+      jax.value_and_grad(naive, argnums=(0, 1))(
+        np.float64(hidden), np.float64(embedding)
+      )
+    )
+  assert want.dtype == np.float64
+  assert float(value) == pytest.approx(float(want), rel=1e-6)
+  for got, exact in zip(grads, want_grads, strict=True):
+    assert _relative_error(got, exact) < 1e-6
 
 
 @pytest.mark.parametrize(

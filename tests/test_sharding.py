@@ -198,8 +198,8 @@ def test_what_does_not_divide_stays_whole():
 
 
 @pytest.mark.parametrize('shape', [(2, 2, 2), (1, 8, 1), (4, 1, 2)])
-@pytest.mark.parametrize('cap', [None, 3.0])
-def test_the_loss_never_gathers_the_vocabulary(shape, cap):
+@pytest.mark.parametrize('cap, smoothing', [(None, 0.0), (3.0, 0.1)])
+def test_the_loss_never_gathers_the_vocabulary(shape, cap, smoothing):
   """On a mesh each device multiplies with its rows of the embedding only."""
   mesh = _mesh(*shape)
   v, d = 1009 * 8, 16
@@ -213,7 +213,14 @@ def test_the_loss_never_gathers_the_vocabulary(shape, cap):
 
   def value(hidden, embedding, mesh):
     return loss.target_nll(
-      hidden, embedding, tokens, mask, final_softcap=cap, chunk=4, mesh=mesh
+      hidden,
+      embedding,
+      tokens,
+      mask,
+      final_softcap=cap,
+      smoothing=smoothing,
+      chunk=4,
+      mesh=mesh,
     )
 
   grad = jax.value_and_grad(value, argnums=(0, 1))

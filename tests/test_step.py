@@ -70,6 +70,21 @@ def test_sgd_step_is_the_hand_computed_one():
   assert int(metrics['tokens']) == batch['segment_ids'].sum()
 
 
+def test_labels_are_smoothed_in_training_alone():
+  config, optimizer, state = _setup(train={'label_smoothing': 0.3})
+  batch = _batch()
+  plain = (
+    _mean_nll(config, state.trained, {}, batch) * batch['target_mask'].sum()
+  )
+  params = step.model_params(config.train, state.trained, {})
+  smooth = step.batch_nll(CFG, params, batch, config.train, smoothing=0.3)
+  assert abs(float(smooth - plain)) > 0.1
+  seen = step.make_eval_step(CFG, config)(state, batch)['nll']
+  np.testing.assert_allclose(seen, plain, rtol=1e-6)
+  _, metrics = step.make_train_step(CFG, config, optimizer)(state, batch)
+  np.testing.assert_allclose(metrics['nll'], smooth, rtol=1e-6)
+
+
 def test_clipping_scales_the_step_to_the_norm():
   config, optimizer, state = _setup(
     name='sgd', learning_rate=1.0, clip_norm=0.01
