@@ -51,7 +51,7 @@ PLAN = (
   ('ours', 'beam', '.venv'),
   ('hf', 'beam', '.venv-bench'),
 )
-_TRAIN_BATCH, _BATCH, _BEAM, _LEARNING_RATE = 8, 16, 4, 1e-7
+TRAIN_BATCH, _BATCH, _BEAM, _LEARNING_RATE = 8, 16, 4, 1e-7
 
 
 def make_job(source: weights.Source, rows: int, steps: int, sentences: int):
@@ -60,7 +60,7 @@ def make_job(source: weights.Source, rows: int, steps: int, sentences: int):
     'rows': rows,
     'steps': steps,
     'learning_rate': _LEARNING_RATE,
-    'train_batch': _TRAIN_BATCH,
+    'train_batch': TRAIN_BATCH,
     'batch': _BATCH,
     'beam': _BEAM,
   }
@@ -98,11 +98,9 @@ def pairs_of(steps: list[batches.Batch]) -> list[list[list[int]]]:
   return [[side.tolist() for side in pair] for pair in out]
 
 
-def prepare(folder: pathlib.Path, f: flags.FlagValues) -> dict:
-  """The job, with the model in the forms that others read (2.1 GB of disk)."""
+def prepare(folder: pathlib.Path, source: weights.Source) -> dict[str, str]:
+  """The model in the forms that others read (2.1 GB of disk), for a job."""
   folder.mkdir(parents=True, exist_ok=True)
-  source = ours.open_weights()
-  job = make_job(source, f.rows, f.steps, f.sentences)
   hf, gguf = folder / 'hf', folder / 'float32.gguf'
   if not hf.exists() or not gguf.exists():
     params = source.read()
@@ -115,7 +113,7 @@ def prepare(folder: pathlib.Path, f: flags.FlagValues) -> dict:
     for made in (hf, gguf):
       (part / made.name).replace(made)
     part.rmdir()
-  return job | {'hf': str(hf), 'gguf': str(gguf), 'threads': f.threads}
+  return {'hf': str(hf), 'gguf': str(gguf)}
 
 
 def ask(folder, job, side, task, environment) -> dict:
@@ -177,8 +175,10 @@ def main(argv):
   if hasattr(os, 'sched_setaffinity'):  # Processes started from here keep it.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: f.threads])
   folder = pathlib.Path(f.work).absolute()
-  job = prepare(folder, f)
-  cfg = ours.open_weights().config
+  source = ours.open_weights()
+  cfg = source.config
+  job = make_job(source, f.rows, f.steps, f.sentences)
+  job |= prepare(folder, source) | {'threads': f.threads}
   targets = sum(len(t) for _, t in job['pairs'])
   print(
     f'{len(job["pairs"])} pairs with {targets} target tokens; '

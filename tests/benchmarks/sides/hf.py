@@ -19,7 +19,8 @@ def _model(job):
   )
 
 
-def _batch(pairs):
+def batch(pairs):
+  """Padded on the right, with labels for targets alone."""
   width = max(len(p) + len(t) for p, t in pairs)
   shape = len(pairs), width
   ids = torch.zeros(shape, dtype=torch.long)
@@ -35,15 +36,15 @@ def _batch(pairs):
 def _train(job, model, optimizer):
   model.train()
 
-  def take(batch):
+  def take(tensors):
     optimizer.zero_grad()
-    loss = model(**batch).loss
+    loss = model(**tensors).loss
     loss.backward()
     optimizer.step()
-    return loss.item() * int((batch['labels'] != -100).sum())
+    return loss.item() * int((tensors['labels'] != -100).sum())
 
   pairs = side.groups(job['pairs'], job['train_batch'])
-  return side.train(job, take, [_batch(p) for p in pairs])
+  return side.train(job, take, [batch(p) for p in pairs])
 
 
 def _full(job):
@@ -52,16 +53,20 @@ def _full(job):
   return _train(job, model, optimizer)
 
 
-def _lora(job):
+def adapted(job):
+  """The model with low-rank factors, and their optimizer."""
   config = peft.LoraConfig(
     r=16, lora_alpha=16, target_modules='all-linear', task_type='CAUSAL_LM'
   )
   model = peft.get_peft_model(_model(job), config)
   trained = [p for p in model.parameters() if p.requires_grad]
-  optimizer = torch.optim.AdamW(
+  return model, torch.optim.AdamW(
     trained, lr=job['learning_rate'], weight_decay=0.0
   )
-  return _train(job, model, optimizer)
+
+
+def _lora(job):
+  return _train(job, *adapted(job))
 
 
 def _decode(job, beam):
