@@ -70,7 +70,7 @@ _RULES = {
     'numbers from 8 up',
   ),
   'data.workers': (lambda v: 0 <= v <= 256, 'from 0 to 256'),
-  'data.max_wait': _POSITIVE,
+  'data.max_wait': (lambda v: 0 < v <= 1e9, 'more than 0, to 1e9'),
   'template.prompt': (
     lambda v: v.count('{source}') == 1,
     'a text with {source} in it once',
@@ -178,7 +178,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_storable(config, prefix=''):
-  """Texts that are text, and whole numbers of 32 bits, as JAX has them.
+  """Texts that are text, without NUL; numbers of 32 bits, as JAX has them.
 
   A command line may have bytes that are no text.
   """
@@ -195,6 +195,8 @@ def _check_storable(config, prefix=''):
       raise errors.UserError(
         f'{knob} is {value!a}; text in UTF-8 expected.'
       ) from None
+    if any(isinstance(v, str) and '\0' in v for v in each):
+      raise errors.UserError(f'{knob} is {value!a}; text without NUL expected.')
     if any(isinstance(v, int) and abs(v) >= 2**31 for v in each):
       raise errors.UserError(
         f'{knob} is {value!r}; whole numbers below 2^31 expected.'
