@@ -62,7 +62,7 @@ def run(
   texts: list[str],
   compilations: Compilations,
 ) -> list[tuple[float, float, int]]:
-  """Translates in one call; (after so many seconds, took, texts done) of each."""
+  """Translates in one call: (seconds from its start, took, texts done) of each."""
   start, before = time.monotonic(), len(compilations.times)
   done = []  # (time, number).
 
