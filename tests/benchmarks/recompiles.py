@@ -62,7 +62,11 @@ def run(
   texts: list[str],
   compilations: Compilations,
 ) -> list[tuple[float, float, int]]:
-  """Translates in one call: (seconds from its start, took, texts done) of each."""
+  """Translates in one call.
+
+  Returns:
+    (after so many seconds, took, texts done) of each program.
+  """
   start, before = time.monotonic(), len(compilations.times)
   done = []  # (time, number).
 
