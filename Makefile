@@ -22,12 +22,12 @@ test-real: .venv/installed
 test-heavy: .venv/installed
 	$(BIN)/python -m pytest -m heavy $(ARGS)
 
-# 50 kills, about ten minutes: ARGS="KILLS SEED".  An hour: ARGS=SECONDS.
+# 50 kills, about ten minutes: ARGS="KILLS SEED".  Two hours: ARGS=SECONDS.
 chaos: ARGS = 50 0
 chaos: .venv/installed
 	$(BIN)/python -m tests.chaos $(ARGS)
 
-soak: ARGS = 3600
+soak: ARGS = 7200 600
 soak: .venv/installed
 	$(BIN)/python -m tests.soak $(ARGS)
 
