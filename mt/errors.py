@@ -18,7 +18,15 @@ EXIT_CODE = 2
 
 
 class UserError(Exception):
-  """Bad input; the message names what was found, expected and what to do."""
+  """Bad input; the message names what was found, expected and what to do.
+
+  It is one line: what a terminal would not show as it is, such as a line break
+  in a name, becomes an escape.
+  """
+
+  def __init__(self, message: str):
+    shown = (c if c.isprintable() else repr(c)[1:-1] for c in message)
+    super().__init__(''.join(shown))
 
 
 class Stuck(UserError):

@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 from configs import default
+from mt import corpus
 from mt import errors
 from mt import settings
 from tests.refusal import refusal
@@ -169,3 +170,10 @@ def test_float16_is_refused_with_its_reason():
   config = default.get_config()
   config.train.dtype = 'float16'
   refusal(lambda: settings.check(config), 'train.dtype', 'overflows')
+
+
+def test_names_that_would_break_the_line_are_shown_escaped():
+  config = default.get_config()
+  config.data.source = 'a\nb\x1b[31m\u2028é'
+  splits = lambda: corpus.read_splits(config.data, ['train'])  # noqa: E731
+  refusal(splits, r'a\nb\x1b[31m\u2028é/train/train.en-fr.tsv: ')
