@@ -39,6 +39,7 @@
   plan        `--plan`: memory, work and traffic of a run before it starts
   run         what does not change while a run lasts
   loop        a run from config to scores, in one fixed order
+  training    its steps: evaluate, save, next batch, step, log
   memory      what a run needs at the least, against what there is
   validation  losses and chrF while training lasts
   results     translations before and after training, scored

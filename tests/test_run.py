@@ -21,6 +21,7 @@ from mt import loop
 from mt import manifest
 from mt import sizes
 from mt import step
+from mt import training
 from mt import validation
 from mt import workdir as workdir_lib
 from tests.refusal import refusal
@@ -128,7 +129,7 @@ def test_the_page_is_there_before_the_end(debug_config, tmp_path, monkeypatch):
   def stop(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(loop, 'train', stop)
+  monkeypatch.setattr(training, 'train', stop)
   with pytest.raises(KeyboardInterrupt):
     loop.run(debug_config, tmp_path)
   assert 'step 0 of 6, running' in (tmp_path / 'report.html').read_text('utf-8')
