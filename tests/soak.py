@@ -58,7 +58,12 @@ def _steps(path: pathlib.Path) -> int:
 
 
 def one_start(workdir: pathlib.Path, seconds: float) -> dict[str, list[float]]:
-  """Figures of the second and of the last quarter of one start."""
+  """Figures of the second and of the last quarter of one start.
+
+  Args:
+    workdir: of the run.
+    seconds: to train, from the first step that this start logs.
+  """
   process = subprocess.Popen(
     [
       sys.executable,
@@ -70,16 +75,19 @@ def one_start(workdir: pathlib.Path, seconds: float) -> dict[str, list[float]]:
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
   )
-  began, first, seen = time.monotonic(), _steps(workdir / 'metrics.jsonl'), []
+  first, training = _steps(workdir / 'metrics.jsonl'), []
+  began = time.monotonic()
   while time.monotonic() - began < seconds:
     assert process.poll() is None, process.stderr.read().decode()
     at = _steps(workdir / 'metrics.jsonl')
-    seen.append(_look(process.pid) | {'at': at})
+    if at > first:
+      training.append(_look(process.pid) | {'at': at})
+    else:
+      began = time.monotonic()
     time.sleep(1)
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=120)
   assert process.returncode == 143, err.decode()
-  training = [x for x in seen if x['at'] > first]
   quarter = len(training) // 4
   assert quarter > 2, 'longer, please'
   out = {}
