@@ -25,8 +25,13 @@ def unstack(params: model.Params) -> model.Params:
   A decoding step is bound by reading the weights: slices of stacked arrays
   would be copied at every step, and with `out` first the products of a few rows
   are 1.4 times as fast on a CPU (BUILD_NOTES.md).
+
+  Raises:
+    ValueError: there are low-rank factors, see trainable.fold.
   """
   layers = params['layers']
+  if any('_lora_' in name for name in layers):
+    raise ValueError('low-rank factors are folded in first: trainable.fold')
   n = layers['attn_norm'].shape[0]
   split = tuple({k: v[i].T for k, v in layers.items()} for i in range(n))
   return params | {'layers': split}

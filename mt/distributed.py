@@ -7,6 +7,7 @@ them see.
 
 from collections.abc import Callable
 import contextlib
+import functools
 import os
 import sys
 from typing import TypeVar
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from mt import compiling
 from mt import errors
 
 T = TypeVar('T')
@@ -115,14 +117,19 @@ def largest(value: int) -> jax.Array:
 
   Nothing waits for it but who reads it.
   """
+  one_each, maximum = _over_processes()
+  own = np.array([value], np.int32)
+  return maximum(jax.make_array_from_process_local_data(one_each, own))
+
+
+@functools.cache
+def _over_processes():
+  """Where an array with one number of each process lives; its maximum."""
   first = {d.process_index: d for d in reversed(jax.devices())}
   mesh = Mesh([first[i] for i in sorted(first)], 'process')
-  values = jax.make_array_from_process_local_data(
-    NamedSharding(mesh, PartitionSpec('process')), np.array([value], np.int32)
-  )
-  return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))(
-    values
-  )
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  maximum = compiling.jit_once(jnp.max, out_shardings=everywhere)
+  return NamedSharding(mesh, PartitionSpec('process')), maximum
 
 
 def agree(value: bool) -> bool:

@@ -137,6 +137,10 @@ def make_decoder(
     most = batch_size * _SLOTS_EACH // (slots * search.width)
     return next((n for n in steps if n <= most), 1)
 
+  def group_of(size):
+    """How many prompts are read together."""
+    return max(1, size // 4)
+
   def places(size, slots):
     """Where a batch lives, for jax.jit."""
     if mesh is None:
@@ -185,8 +189,9 @@ def make_decoder(
 
     return compiling.jit_once(run, donate_argnums=0, **places(size, slots))
 
-  def fill(params, batch, shape, chosen, free, group):
-    """Reads the chosen prompts and puts them into free rows."""
+  def fill(params, batch, shape, chosen, free):
+    """Reads the chosen prompts, a group at most, into free rows."""
+    group = group_of(shape[0])
     width = bucket(max(len(p.tokens) for p in chosen))
     tokens = np.zeros((group, width), np.int32)
     # A row that is not there takes what fills up the group.
@@ -208,10 +213,10 @@ def make_decoder(
 
     It goes through the shapes as `decode_all` does, without taking a step.
     """
-    places = {(_slots(p), bucket(len(p.tokens))) for p in prompts}
-    if (key := frozenset(places)) in rehearsed:
+    needs = frozenset((_slots(p), bucket(len(p.tokens))) for p in prompts)
+    if needs in rehearsed:
       return
-    rehearsed.add(key)
+    rehearsed.add(needs)
     full = [(capacity(slots), slots) for slots in _levels(prompts)]
     most, shortest = full[-1]
     shapes = full + [(n, shortest) for n in steps if n < most]
@@ -221,10 +226,10 @@ def make_decoder(
       if shape != before:
         rows = np.zeros(size, np.int32)
         batch = mover(*before, *shape)(batch, rows, np.int32(0))
-      widths = {w for s, w in places if s <= slots and shape in full}
+      widths = {w for s, w in needs if s <= slots and shape in full}
       for width in sorted(widths):
-        nothing, group = Prompt([0] * width, 0), max(1, size // 4)
-        batch = fill(params, batch, shape, [nothing], [0], group)
+        nothing = Prompt([0] * width, 0)
+        batch = fill(params, batch, shape, [nothing], [0])
       batch = stepper(*shape)(batch, params, np.int32(size))
 
   def decode_all(
@@ -241,11 +246,11 @@ def make_decoder(
     while waiting or any(i is not None for i in owners):
       taken = [row for row, i in enumerate(owners) if i is not None]
       free = [row for row, i in enumerate(owners) if i is None]
-      need = [prompts[i] for i in owners if i is not None]
-      need += [prompts[i] for i in waiting[:1]]
+      need = [_slots(prompts[i]) for i in owners if i is not None]
+      need += [_slots(prompts[i]) for i in waiting[:1]]
       # One level at a time, so that few moves are compiled.
-      slots, shorter = levels[0], levels[min(1, len(levels) - 1)]
-      wanted = shorter if shorter >= _levels(need)[0] else slots
+      slots, shorter = levels[0], levels[:2][-1]
+      wanted = shorter if shorter >= max(need) else slots
       most = min(capacity(wanted), len(taken) + len(waiting))
       size = min(n for n in steps if n >= most)
 
@@ -260,15 +265,14 @@ def make_decoder(
         levels = levels[levels.index(wanted) :]
         continue
 
-      group = max(1, len(owners) // 4)
-      enough = min(group, len(waiting))
+      enough = min(group_of(len(owners)), len(waiting))
       if waiting and len(free) >= enough:
         chosen, waiting = waiting[:enough], waiting[enough:]
         for row, i in zip(free, chosen, strict=False):
           owners[row] = i
         chosen = [prompts[i] for i in chosen]
         shape = len(owners), slots
-        batch = fill(params, batch, shape, chosen, free, group)
+        batch = fill(params, batch, shape, chosen, free)
         continue
 
       if not waiting:  # Until the rest fits into a smaller batch.

@@ -20,6 +20,7 @@ from mt import sentences
 from mt import workdir as workdir_lib
 
 _METRICS = {'bleu': 'BLEU', 'bleu_intl': 'BLEU intl', 'chrf': 'chrF'}
+_CURVES = 'loss', 'valid_loss', 'minitrain_loss', 'valid_chrf', 'targets_per_s'
 _ABOUT_NOISE = (
   '<p class="dim">A sentence may be in several classes; mt/noise.py has the '
   'rules.</p>'
@@ -88,12 +89,11 @@ def write(workdir: pathlib.Path) -> None:
 def page(workdir: pathlib.Path) -> str:
   """The page, see `write`."""
   config = workdir_lib.read_json(workdir / 'config.json')
-  metrics = list(journal.read_metrics(workdir / 'metrics.jsonl'))
+  curves, last = _read_curves(workdir / 'metrics.jsonl')
   scores = {}
   if (workdir / 'scores.json').exists():
     scores = workdir_lib.read_json(workdir / 'scores.json')
   name = workdir.absolute().name
-  last = max((m['step'] for m in metrics), default=0)
   steps = config['train']['max_steps']
   title = ', '.join(
     config[group][knob]
@@ -117,7 +117,7 @@ def page(workdir: pathlib.Path) -> str:
     tables = [(split, _scores(both)) for split, both in scores.items()]
     out += ['<h2>Scores</h2>', _grid(tables)]
     out.append(_signatures(next(iter(scores.values()))['after']))
-  out += ['<h2>Curves</h2>', _curves(metrics, scores, steps)]
+  out += ['<h2>Curves</h2>', _curves(curves, scores, steps)]
   if scores:
     tables = [
       (split, _noise(both['before']['noise'], both['after']['noise']))
@@ -217,28 +217,35 @@ def _grid(parts) -> str:
   return f'<div class="grid">{sections}</div>'
 
 
-def _curves(metrics, scores, steps) -> str:
-  def curve(key):
-    return [
-      (m['step'], m[key])
-      for m in metrics
-      if isinstance(m.get(key), int | float)
-    ]
+def _read_curves(path):
+  """The points (step, number) of each curve in metrics.jsonl; the last step.
 
-  loss = [('training', curve('loss')), ('validation', curve('valid_loss'))]
-  if minitrain := curve('minitrain_loss'):
+  Nothing else of the file stays in memory: of a long run it is long.
+  """
+  curves, last = {key: [] for key in _CURVES}, 0
+  for line in journal.read_metrics(path):
+    last = max(last, line['step'])
+    for key, points in curves.items():
+      if isinstance(line.get(key), int | float):
+        points.append((line['step'], line[key]))
+  return curves, last
+
+
+def _curves(curves, scores, steps) -> str:
+  loss = [('training', curves['loss']), ('validation', curves['valid_loss'])]
+  if minitrain := curves['minitrain_loss']:
     loss.append(('minitrain: memorised?', minitrain))
 
   def at(both, when):  # Runs of old have no step in their scores.
     return both[when].get('step', {'before': 0, 'after': steps}[when])
 
-  chrf = [('validation', curve('valid_chrf'))]
+  chrf = [('validation', curves['valid_chrf'])]
   if not chrf[0][1]:
     chrf = [
       (split, [(at(both, when), both[when]['chrf']) for when in both])
       for split, both in scores.items()
     ]
-  speed = [('target tokens per second', curve('targets_per_s'))]
+  speed = [('target tokens per second', curves['targets_per_s'])]
   out = []
   for title, unit, series in (
     ('Loss', 'nats per target token', loss),

@@ -177,5 +177,6 @@ def ended(run: run_lib.Run, done: int) -> bool:
   if done >= run.config.train.max_steps:
     return True
   patience = run.config.eval.patience
-  waited = journal.since_best(run.metrics_path)
-  return distributed.agree(0 < patience <= waited)
+  if not patience:
+    return False
+  return distributed.agree(journal.since_best(run.metrics_path) >= patience)

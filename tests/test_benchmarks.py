@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from mt import sizes
 from mt import store
 from mt import tokenizer
 from mt import weights
+from tests.benchmarks import quality
 from tests.benchmarks import speed
 from tests.benchmarks import table
 from tests.benchmarks.sides import ours
@@ -181,6 +183,41 @@ def test_every_side_reads_a_job_that_is_there(tiny_source):
   for name, _, environment in speed.PLAN:
     if environment == '.venv':
       importlib.import_module(f'tests.benchmarks.sides.{name}')
+
+
+def _quality_flags(**changes):
+  known = {'data': 'sample', 'weights': '', 'split': 'valid', 'pairs': 3}
+  known |= {'beam': 1, 'prompt': '', 'target_prefix': ' ', 'out': ''}
+  known |= {'seconds': 1.0, 'learning_rate': 1e-3, 'threads': 1}
+  return types.SimpleNamespace(**known | changes)
+
+
+def test_the_fine_tuning_of_peft_finds_its_job(
+  tmp_path, monkeypatch, tiny_source
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(ours, 'open_weights', lambda: tiny_source)
+  monkeypatch.setattr(speed, 'prepare', lambda *_: {'hf': 'H', 'gguf': 'G'})
+  monkeypatch.setattr(speed, 'ask', lambda folder, job, *_: job)
+  (tmp_path / 'runs' / 'bench').mkdir(parents=True)
+  job = quality.peft(_quality_flags(out='new'))
+  text = (_SIDES / 'finetune.py').read_text('utf-8')
+  compile(text, 'finetune', 'exec')
+  asked = set(re.findall(r"job\['(\w+)'\]", text)) | {'threads'}
+  assert asked == {*job, 'started'} - {'gguf'}
+  prompt, target = job['pairs'][0]
+  assert prompt[0] == tiny_source.tokenizer.bos_id
+  assert target[-1] == tiny_source.tokenizer.eos_id
+  (tmp_path / 'old').mkdir()
+  refusal(lambda: quality.peft(_quality_flags(out='old')), '--out=old')
+
+
+def test_a_model_is_scored_as_a_run_would(tmp_path, monkeypatch, tiny_source):
+  monkeypatch.setattr(weights, 'open_source', lambda *_, **__: tiny_source)
+  out = tmp_path / 'texts'
+  found = quality.score(_quality_flags(out=str(out)))
+  assert found['sentences'] == 3 and 0 <= found['chrf'] < 50
+  assert len(out.read_text('utf-8').splitlines()) == 3
 
 
 @pytest.mark.heavy

@@ -297,6 +297,14 @@ def test_logits_are_those_of_the_vocabulary():
   np.testing.assert_allclose(got.T, want, rtol=1e-3, atol=1e-4)
 
 
+def test_factors_that_are_not_folded_in_are_refused():
+  """Decoding would go on without them."""
+  params = _params('gemma3')
+  layers = params['layers'] | {'q_lora_a': jnp.zeros((2, 3, 1))}
+  with pytest.raises(ValueError, match='fold'):
+    decode.unstack(params | {'layers': layers})
+
+
 def test_unstack_parts_the_layers():
   params = _params('gemma3')
   parts = decode.unstack(params)

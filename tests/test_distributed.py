@@ -109,7 +109,8 @@ def test_the_first_process_decides():
   code = (
     'import sys; from mt import distributed as d; i = int(sys.argv[1]); '
     f'd.start({address!r}, 2, i); '
-    'print("got", d.of_first(1 / 3 + i), d.agree(i == 0), d.agree(i == 1))'
+    'print("got", d.of_first(1 / 3 + i), d.agree(i == 0), d.agree(i == 1), '
+    '*(int(d.largest(x)) for x in (3 + i, 9 - i, 0)))'
   )
   started = [
     subprocess.Popen(
@@ -122,7 +123,7 @@ def test_the_first_process_decides():
   ]
   for process in started:
     out, _ = process.communicate(timeout=300)
-    assert f'got {1 / 3} True False' in out
+    assert f'got {1 / 3} True False 4 9 0' in out
 
 
 @pytest.mark.parametrize('lost', [pytest.param(0, marks=pytest.mark.heavy), 1])

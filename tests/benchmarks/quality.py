@@ -30,6 +30,7 @@ from mt import template as template_lib
 from mt import translate
 from mt import weights
 from tests.benchmarks import speed
+from tests.benchmarks.sides import ours
 
 
 def make_config(f: flags.FlagValues):
@@ -74,7 +75,9 @@ def training_pairs(config, tok) -> list[tuple[list[int], list[int]]]:
 def peft(f: flags.FlagValues) -> dict:
   """Trains PEFT's model; what it says of it."""
   folder = pathlib.Path('runs/bench').absolute()
-  source = speed.ours.open_weights()
+  if pathlib.Path(f.out).exists():
+    raise errors.UserError(f'--out={f.out} is there already; a new folder.')
+  source = ours.open_weights()
   job = speed.prepare(folder, source) | {
     'pairs': training_pairs(make_config(f), source.tokenizer),
     'train_batch': speed.TRAIN_BATCH,
@@ -91,9 +94,9 @@ def peft(f: flags.FlagValues) -> dict:
 def main(argv):
   f, tasks = flags.FLAGS, {'score': score, 'peft': peft}
   if len(argv) != 2 or argv[1] not in tasks:
-    raise errors.UserError('score or peft is wanted: see the docstring.')
+    raise errors.UserError('score or peft expected: see the docstring.')
   if not f.data or (argv[1] == 'peft' and not f.out):
-    raise errors.UserError('--data, and --out for peft, are wanted.')
+    raise errors.UserError('--data expected, and --out for peft.')
   compiling.keep_compiled_programs()
   answer = tasks[argv[1]](f)
   print(json.dumps(answer))
@@ -103,7 +106,7 @@ def main(argv):
 if __name__ == '__main__':
   flags.DEFINE_string('data', '', 'As data.source.')
   flags.DEFINE_string('weights', '', 'As weights.source.')
-  flags.DEFINE_string('split', 'test', 'valid or test.')
+  flags.DEFINE_enum('split', 'test', ['valid', 'test'], 'What is scored.')
   flags.DEFINE_integer('pairs', 0, 'The first ones of the split; 0 for all.', 0)
   flags.DEFINE_integer('beam', 1, 'As decode.beam.', 1)
   flags.DEFINE_string('prompt', '', 'As template.prompt.')
