@@ -83,8 +83,11 @@ def table_line(
     return f'Start, validation loss: {valid}'
   losses = []
   for line in read_metrics(path):
-    losses = [] if 'valid_loss' in line else losses + [line['loss']]
-  train = _float32(np.mean(losses))
+    if 'valid_loss' in line:
+      losses = []
+    elif line['loss'] is not None:  # That of a skipped step may be no number.
+      losses.append(line['loss'])
+  train = _float32(np.mean(losses)) if losses else math.nan
   return f'STEP {step} training loss: {train} - eval loss: {valid}'
 
 
@@ -111,6 +114,26 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   if path.exists():
     with path.open(encoding='utf-8') as lines:
       for line in lines:
+        with contextlib.suppress(ValueError):
+          yield json.loads(line)
+
+
+def sample_metrics(
+  path: pathlib.Path, most: int = 5000
+) -> Iterator[dict[str, Any]]:
+  """read_metrics, but of more than `most` lines only some that lie evenly.
+
+  The last one and those of validations are always among them. So it takes
+  little more than looking for the ends of lines, however long the run is.
+  """
+  if not path.exists():
+    return
+  with path.open('rb') as lines:
+    count = sum(1 for _ in lines)
+  every = -(-count // most)
+  with path.open(encoding='utf-8') as lines:
+    for left, line in zip(range(count - 1, -1, -1), lines, strict=False):
+      if left % every == 0 or '"valid_loss"' in line:
         with contextlib.suppress(ValueError):
           yield json.loads(line)
 

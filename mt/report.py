@@ -218,12 +218,9 @@ def _grid(parts) -> str:
 
 
 def _read_curves(path):
-  """The points (step, number) of each curve in metrics.jsonl; the last step.
-
-  Nothing else of the file stays in memory: of a long run it is long.
-  """
+  """Points (step, number) of each curve in metrics.jsonl; the last step."""
   curves, last = {key: [] for key in _CURVES}, 0
-  for line in journal.read_metrics(path):
+  for line in journal.sample_metrics(path):
     last = max(last, line['step'])
     for key, points in curves.items():
       if isinstance(line.get(key), int | float):

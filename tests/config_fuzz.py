@@ -139,7 +139,10 @@ def run(cases: int, seed: int) -> dict[str, int]:
         took = time.process_time() - began
         if '\n' in text or not text.endswith('.') or len(text) > 1000:
           wrong.append((number, changed, text))
-        if took > _SOON:
+        metrics = pathlib.Path(folder) / 'w' / 'metrics.jsonl'
+        if metrics.exists() and '"loss"' in metrics.read_text():
+          counts['refused after a step'] += 1
+        elif took > _SOON:
           counts['refused late'] += 1
           print(f'{took:.1f} s', changed, text[:200], file=sys.stderr)
       except Exception as e:  # noqa: BLE001 All of them are looked at.

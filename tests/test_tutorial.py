@@ -218,10 +218,14 @@ def test_table_lines_by_hand(tmp_path):
   assert journal.table_line(path, 0, sums) == 'Start, validation loss: 2.0'
   lines = [{'step': 0, 'valid_loss': 9.0}, {'step': 1, 'loss': 7.0}]
   lines += [{'step': 1, 'valid_loss': 9.0}, {'step': 2, 'loss': 1.0}]
-  lines += [{'step': 3, 'loss': 1.2}]
+  lines += [{'step': 3, 'loss': 1.2}, {'step': 3, 'loss': None}]
   path.write_text('\n'.join(map(json.dumps, lines)) + '\n')
   assert journal.table_line(path, 3, sums) == (
     'STEP 3 training loss: 1.100000023841858 - eval loss: 2.0'
+  )
+  path.write_text('{"step": 1, "loss": null}\n')
+  assert journal.table_line(path, 1, sums) == (
+    'STEP 1 training loss: nan - eval loss: 2.0'
   )
 
 
