@@ -72,6 +72,7 @@ def test_full_during_each_kind_of_file_and_then_not(
 
   def refused(*words):
     refusal(lambda: loop.run(config, workdir), *words)
+    assert not list(workdir.rglob('*.part'))
     monkeypatch.undo()
     (disk / 'filler').unlink()
 
@@ -110,7 +111,6 @@ def test_full_during_each_kind_of_file_and_then_not(
 
   loop.run(config, workdir)
   test_run._assert_same_run(tmp_path / 'whole', workdir)
-  assert not list(workdir.rglob('*.part'))
 
 
 def test_a_folder_that_is_only_to_be_read(config, disk):

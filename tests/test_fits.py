@@ -6,6 +6,7 @@ from mt import data
 from mt import loop
 from mt import memory
 from mt import plan
+from mt import sharding
 from mt import sizes
 from tests.refusal import refusal
 
@@ -29,7 +30,8 @@ def test_what_there_is(tmp_path):
   (tmp_path / 'memory.max').write_text('max\n')
   (tmp_path / 'memory.current').write_text('5\n')
   assert memory.available(tmp_path) > 1000
-  (tmp_path / 'memory.max').write_text('8005\n')
+  (tmp_path / 'memory.current').write_text('805\n')
+  (tmp_path / 'memory.max').write_text('8805\n')
   assert memory.available(tmp_path) == 1000  # Of each of eight devices.
   (tmp_path / 'memory').mkdir()
   (tmp_path / 'memory' / 'memory.limit_in_bytes').write_text('4000\n')
@@ -58,6 +60,19 @@ def test_what_cannot_fit_is_refused_with_what_would_help(
     'train.parts=lora (saves',
   )
   assert not read
+
+
+def test_a_device_holds_the_activations_of_its_own_rows(debug_config):
+  cfg = sizes.SIZES['debug']
+
+  def of_rows(mesh):
+    debug_config.train.batch_size = 16
+    twice = memory.needed(cfg, debug_config, mesh)
+    debug_config.train.batch_size = 8
+    return twice - memory.needed(cfg, debug_config, mesh)
+
+  debug_config.mesh.data, debug_config.mesh.fsdp = 2, 4
+  assert of_rows(sharding.make_mesh(debug_config.mesh)) * 8 == of_rows(None)
 
 
 def test_each_way_saves(debug_config):

@@ -63,11 +63,16 @@ def test_the_weights_and_nothing_else(debug_config, tmp_path, capsys, parts):
   loop.run(warm, tmp_path / 'warm')
   warm.weights.warm_start = str(first)
   refusal(lambda: loop.run(warm, tmp_path / 'warm'), 'weights.warm_start')
+  warm.optim.ema_decay = 0.0
   loop.run(warm, tmp_path / 'last')
   assert _first_loss(tmp_path / 'last') == losses[4]
   old = checkpoint.load_trained(first)[2]
   new = checkpoint.load_trained(tmp_path / 'last')[2]
   assert any((np.asarray(old[k]) != np.asarray(new[k])).any() for k in old)
+  # The other run trains on: these are no longer the weights it began with.
+  debug_config.train.max_steps = 6
+  loop.run(debug_config, first)
+  refusal(lambda: loop.run(warm, tmp_path / 'last'), 'its warm_start is')
 
 
 def test_what_cannot_be_begun_with_is_one_sentence(debug_config, tmp_path):
