@@ -97,7 +97,7 @@ def since_best(path: pathlib.Path) -> int:
   Counted from the first that reached the highest `valid_chrf` in metrics.jsonl;
   0 where there is none. The pretrained model, step 0, is no rival.
   """
-  lines = (m for m in read_metrics(path) if m['step'] > 0)
+  lines = (m for m in read_metrics(path, most=1) if m['step'] > 0)
   found = [m['valid_chrf'] for m in lines if 'valid_chrf' in m]
   return len(found) - 1 - found.index(max(found)) if found else 0
 
@@ -106,34 +106,28 @@ def _float32(x: float) -> float:
   return float(np.float32(x))
 
 
-def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+def read_metrics(
+  path: pathlib.Path, most: int | None = None
+) -> Iterator[dict[str, Any]]:
   """The lines of metrics.jsonl that are whole; none where there is no file.
 
-  One after the other: of a long run there are many.
-  """
-  if path.exists():
-    with path.open(encoding='utf-8') as lines:
-      for line in lines:
-        with contextlib.suppress(ValueError):
-          yield json.loads(line)
-
-
-def sample_metrics(
-  path: pathlib.Path, most: int = 5000
-) -> Iterator[dict[str, Any]]:
-  """read_metrics, but of more than `most` lines only some that lie evenly.
-
-  The last one and those of validations are always among them. So it takes
-  little more than looking for the ends of lines, however long the run is.
+  Args:
+    path: read line by line: of a long run there are many.
+    most: of more lines than these only some that lie evenly; the last one and
+      those of validations are always among them. That takes little more than
+      looking for the ends of lines.
   """
   if not path.exists():
     return
-  with path.open('rb') as lines:
-    count = sum(1 for _ in lines)
-  every = -(-count // most)
-  with path.open(encoding='utf-8') as lines:
-    for left, line in zip(range(count - 1, -1, -1), lines, strict=False):
-      if left % every == 0 or '"valid_loss"' in line:
+  count, every = 0, 1
+  if most is not None:
+    with path.open('rb') as lines:
+      count = sum(1 for _ in lines)
+    every = max(1, -(-count // most))
+  # What a broken disk left in a line is not to end a run.
+  with path.open(encoding='utf-8', errors='replace') as lines:
+    for number, line in enumerate(lines, 1):
+      if (count - number) % every == 0 or '"valid_' in line:
         with contextlib.suppress(ValueError):
           yield json.loads(line)
 
