@@ -141,6 +141,7 @@ def test_the_best_is_kept_and_does_everything_after(
   assert not np.array_equal(*(p['final_norm'] for p in written))
 
 
+@pytest.mark.heavy
 def test_the_average_of_the_best_is_scored(config, curve, tmp_path):
   config.optim.ema_decay = 0.5
   config.train.max_steps = 6

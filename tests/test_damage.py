@@ -13,9 +13,11 @@ from mt import manifest
 from mt import workdir as workdir_lib
 from tests.refusal import refusal
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, quick_compilation):
   """A run of four steps with checkpoints of two and four."""
   from configs import debug
 

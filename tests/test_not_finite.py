@@ -19,6 +19,8 @@ from mt import step
 from mt import tokenizer
 from tests.refusal import refusal
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 def _metrics(workdir):
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()

@@ -266,7 +266,9 @@ def test_batch_sizes():
   assert pool.batch_sizes(1) == [1]
 
 
-@pytest.mark.parametrize('shape', [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+  'shape', [pytest.param((8, 1, 1), marks=pytest.mark.heavy), (2, 2, 2)]
+)
 def test_eight_devices_decode_as_one(shape):
   axes = dict(zip(('data', 'fsdp', 'tensor'), shape, strict=True))
   mesh = sharding.make_mesh(ml_collections.ConfigDict(axes))

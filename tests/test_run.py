@@ -195,7 +195,7 @@ def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   'parts, packing, stop',
   [
-    ('all', True, 5),
+    pytest.param('all', True, 5, marks=pytest.mark.heavy),
     ('lora', False, 3),
     pytest.param('blocks', True, 1, marks=pytest.mark.heavy),
   ],

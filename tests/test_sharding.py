@@ -130,9 +130,9 @@ def test_any_mesh_gives_the_numbers_of_one_device(shape):
 @pytest.mark.parametrize(
   'parts, micro, shape',
   [
-    ('lora', 1, (2, 2, 2)),
-    pytest.param('lora', 2, (2, 2, 1), marks=pytest.mark.heavy),
-    ('all', 2, (1, 4, 2)),
+    pytest.param('lora', 1, (2, 2, 2), marks=pytest.mark.heavy),
+    ('lora', 2, (2, 2, 1)),
+    pytest.param('all', 2, (1, 4, 2), marks=pytest.mark.heavy),
     pytest.param(
       'layers/(q|v)|embedding', 4, (2, 1, 4), marks=pytest.mark.heavy
     ),

@@ -244,7 +244,9 @@ def _assert_near(got, want, rtol):
     assert error <= rtol * np.linalg.norm(value), name
 
 
-@pytest.mark.parametrize('parts', ['all', 'lora'])
+@pytest.mark.parametrize(
+  'parts', ['all', pytest.param('lora', marks=pytest.mark.heavy)]
+)
 def test_micro_batches_are_the_one_large_batch(parts):
   """Rows of 1, 14, 0, 3, 6, 2 targets: means of means would be far off."""
   batch = _batch()

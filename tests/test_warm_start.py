@@ -11,6 +11,8 @@ from mt import loop
 from mt import step
 from tests.refusal import refusal
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 
 def _first_loss(workdir):
   line = (workdir / 'metrics.jsonl').read_text().splitlines()[0]
