@@ -377,8 +377,8 @@ def gemma1():
 
 
 # ../shared/seed_tutorial.ko.txt (Google's Gemma translation tutorial): 'src' of
-# Example 0 and Example 1, first as text, then as tokens (tests/test_batches.py
-# has the rest of what is printed there).
+# Example 0 and Example 1, first as text, then as tokens (the rest of what is
+# printed there is in tests/test_tutorial_rows.py).
 _TUTORIAL = (
   (
     'The group of “eastern conference potential all stars but not making it in '
