@@ -30,8 +30,8 @@ from jax.sharding import PartitionSpec
 from mt import model
 from mt import sharding
 
-# Sizes of a chunk: each is compiled, so there are few.
-_WIDTHS = 12
+# Sizes of a chunk: parts of it, from the narrowest on, as each is compiled.
+_PARTS, _NARROWEST = 18, 5
 _SMALLEST = 16
 
 
@@ -93,8 +93,8 @@ def chunk_widths(chunk: int, mesh: Mesh | None) -> list[int]:
   chex.assert_scalar_positive(chunk)
   if mesh is not None:
     return [chunk]
-  width = max(_SMALLEST, -(-chunk // _WIDTHS))
-  return [*range(width, chunk, width), chunk]
+  part = max(_SMALLEST, -(-chunk // _PARTS))
+  return [*range(_NARROWEST * part, chunk, part), chunk]
 
 
 def target_nll(
@@ -106,7 +106,7 @@ def target_nll(
   weight: jax.Array | float = 1.0,
   final_softcap: float | None = None,
   smoothing: float = 0.0,
-  chunk: int = 192,
+  chunk: int = 288,
   tile: int = 2048,
   logits_dtype: jnp.dtype = jnp.float32,
   mesh: Mesh | None = None,

@@ -164,13 +164,31 @@ def test_label_smoothing_is_the_one_of_optax(smoothing, cap):
 
 @pytest.mark.parametrize(
   ('chunk', 'targets', 'taken'),
-  [(192, 133, 144), (192, 144, 144), (192, 145, 160), (192, 193, 2 * 112)],
+  [(288, 133, 144), (288, 144, 144), (288, 145, 160), (288, 289, 2 * 160)],
 )
 def test_a_chunk_is_hardly_wider_than_its_targets(chunk, targets, taken):
   widths = loss.chunk_widths(chunk, None)
   chunks = -(-targets // chunk)
   each = min(w for w in widths if w >= targets / chunks)
   assert chunks * each == taken and widths[-1] == chunk
+
+
+# In a chunk of 100 there are three sizes, and 120 places.
+@pytest.mark.parametrize('targets', [3, 80, 81, 97, 100, 101, 120])
+def test_chunks_of_each_width_are_the_naive_ones(targets):
+  assert loss.chunk_widths(100, None) == [80, 96, 100]
+  rng = np.random.default_rng(targets)
+  hidden = rng.normal(size=(3, 41, D)).astype(np.float32)
+  _, embedding, _ = _inputs()
+  tokens = rng.integers(0, V, (3, 41), np.int32)
+  mask = np.zeros((3, 41), bool)
+  mask[:, 1:].flat[rng.permutation(120)[:targets]] = True
+  args = hidden, embedding, tokens, mask
+  value, grads = _ours(None, 100)(*args)
+  want, want_grads = _naive_in_float64(*args)
+  assert float(value) == pytest.approx(float(want), rel=1e-6)
+  for got, exact in zip(grads, want_grads, strict=True):
+    assert _relative_error(got, exact) < 1e-6
 
 
 @given(
