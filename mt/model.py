@@ -236,12 +236,12 @@ def attend(
   b, l, h, a = q.shape
   q = q.reshape(b, l, cfg.num_kv_heads, h // cfg.num_kv_heads, a)
   logits = jnp.einsum(
-    'blkga,bska->bkgls', q, k, preferred_element_type=jnp.float32
+    'blkga,bska->bklgs', q, k, preferred_element_type=jnp.float32
   )
   logits = softcap(logits, cfg.attn_softcap)
-  logits = jnp.where(mask[:, None, None], logits, MASKED)
+  logits = jnp.where(mask[:, None, :, None], logits, MASKED)
   probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  return jnp.einsum('bkgls,bska->blkga', probs, v).reshape(b, l, h * a)
+  return jnp.einsum('bklgs,bska->blkga', probs, v).reshape(b, l, h * a)
 
 
 def block(
