@@ -32,7 +32,7 @@ _SCALARS = {
   12: '<f8',
 }
 _STRING, _ARRAY = 8, 9
-_AT_ONCE = 2**20  # Weights that are dequantised in one go.
+_AT_ONCE = 2**18  # Weights that are dequantised in one go.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,14 +216,15 @@ def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
   if t.kind == gguf.GGMLQuantizationType.F16:
     return raw.view('<f2').reshape(t.shape).astype(np.float32)
   block, size = gguf.GGML_QUANT_SIZES[t.kind]
-  rows = raw.reshape(-1, t.shape[-1] // block * size)
-  out = np.empty((len(rows), t.shape[-1]), np.float32)
-  step = max(1, _AT_ONCE // t.shape[-1])
+  blocks = raw.reshape(-1, size)
+  out = np.empty((len(blocks), block), np.float32)
+  step = max(1, _AT_ONCE // block)
   try:
-    # The library holds everything twice, in small pieces that stay with the
-    # process: a few rows at a time do not matter.
-    for at in range(0, len(rows), step):
-      out[at : at + step] = gguf.dequantize(rows[at : at + step], t.kind)
+    # The library takes sixteen rows at a time, and holds everything twice: what
+    # it is given is one row, not too long.
+    for at in range(0, len(blocks), step):
+      row = blocks[at : at + step].reshape(1, -1)
+      out[at : at + step] = gguf.dequantize(row, t.kind).reshape(-1, block)
   except NotImplementedError:
     raise errors.UserError(
       f'{file.path}: the gguf library cannot dequantise {t.kind.name} '
