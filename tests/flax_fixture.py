@@ -1,6 +1,6 @@
 """Tiny checkpoints in the layouts that Google publishes, and a stand-in Kaggle.
 
-Layers are laid out by test_model's `_oracle_layer`, which the parity tests hold
+Layers are laid out by gemma_oracle.layer, which the parity tests hold
 against gemma.modules, and saved by gemma.params.
 """
 
@@ -22,8 +22,9 @@ import orbax.checkpoint as ocp
 
 from mt import model
 from mt import sizes
+from mt import weights
+from tests import gemma_oracle
 from tests import gguf_fixture
-from tests import test_model
 
 FAMILIES = {
   'gemma1_multi_query': dataclasses.replace(
@@ -50,7 +51,7 @@ def nested_tree(
     'final_norm': {'scale': params['final_norm']},
   }
   for n in range(cfg.num_layers):
-    layer = test_model._oracle_layer(cfg, params['layers'], n)
+    layer = gemma_oracle.layer(cfg, params['layers'], n)
     if transposed:
       gating = jnp.swapaxes(layer['mlp']['gating_einsum'], 1, 2)
       layer['mlp']['gating_einsum'] = gating
@@ -97,6 +98,22 @@ def save(
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
   return path
+
+
+def open_weights(path, tokenizer_path=''):
+  return weights.open_source(
+    str(path), 'debug', tokenizer_path, seed=0, texts=()
+  )
+
+
+def assert_same(found, want):
+  assert jax.tree.structure(found) == jax.tree.structure(want)
+  for path, x in jax.tree_util.tree_leaves_with_path(found):
+    assert x.dtype == jnp.float32
+    y = want
+    for key in path:
+      y = y[key.key]
+    np.testing.assert_array_equal(x, y, err_msg=str(path))
 
 
 def tiny_params(cfg: sizes.ModelConfig) -> model.Params:

@@ -14,23 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorstore as ts
 
-from mt import export
-from mt import export_flax
 from mt import flax_store
 from mt import model
 from mt import sizes
-from mt import tokenizer
-from mt import weights
 from mt import weights_flax
 from tests import flax_fixture
+from tests import gemma_oracle
 from tests import gguf_fixture
-from tests import test_model
 from tests.refusal import refusal
 
 ROOT = pathlib.Path(__file__).parents[1]
 FAMILIES = flax_fixture.FAMILIES
+_open = flax_fixture.open_weights
 
 
 @pytest.fixture(autouse=True)
@@ -40,26 +36,10 @@ def known(monkeypatch):
     monkeypatch.setitem(sizes.SIZES, f'tiny_{name}', cfg)
 
 
-def _open(path, tokenizer_path=''):
-  return weights.open_source(
-    str(path), 'debug', tokenizer_path, seed=0, texts=()
-  )
-
-
 def _read(path):
   ckpt = weights_flax.open_checkpoint(path)
   cfg = weights_flax.read_config(ckpt)
   return cfg, weights_flax.read_params(ckpt, cfg)
-
-
-def _assert_same(found, want):
-  assert jax.tree.structure(found) == jax.tree.structure(want)
-  for path, x in jax.tree_util.tree_leaves_with_path(found):
-    assert x.dtype == jnp.float32
-    y = want
-    for key in path:
-      y = y[key.key]
-    np.testing.assert_array_equal(x, y, err_msg=str(path))
 
 
 @pytest.fixture(scope='module')
@@ -91,7 +71,7 @@ def test_every_layout_is_read(tmp_path, name, layout, options):
   flax_fixture.save(path, cfg, params, layout=layout, **options)
   found, read = _read(path)
   assert found == cfg
-  _assert_same(read, params)
+  flax_fixture.assert_same(read, params)
 
 
 def test_a_published_block_computes_the_same(tmp_path):
@@ -114,16 +94,16 @@ def test_a_published_block_computes_the_same(tmp_path):
   positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
   mask = jnp.broadcast_to(jnp.tril(jnp.ones((5, 5), bool)), (2, 5, 5))
 
-  @test_model._jit
+  @gemma_oracle.jit
   def draw(key):
     drawn = block.init(key, x, positions, None, mask)['params']
     return jax.tree.map(lambda w: w + 0.1, drawn)  # Norms are drawn as zeros.
 
-  @test_model._jit
+  @gemma_oracle.jit
   def theirs(layer):
     return block.apply({'params': layer}, x, positions, None, mask)[1]
 
-  @test_model._jit
+  @gemma_oracle.jit
   def ours(layer):
     rate = 10_000.0 ** -(jnp.arange(cfg.head_dim // 2) * 2 / cfg.head_dim)
     angles = positions[..., None] * rate
@@ -175,7 +155,7 @@ def test_spare_rows_may_be_missing(tmp_path):
   path = flax_fixture.save(tmp_path / 'a', cfg, params)
   found, read = _read(path)
   assert found == cfg
-  _assert_same(read, params)
+  flax_fixture.assert_same(read, params)
   less = dataclasses.replace(cfg, vocab_size=400 - 129)
   path = flax_fixture.save(tmp_path / 'b', less, flax_fixture.tiny_params(less))
   refusal(lambda: _read(path), path, 'vocab_size 271 (there 400)')
@@ -262,17 +242,32 @@ def test_a_tokenizer_that_is_not_there(saved, tmp_path):
   assert _open(checkpoint, path).tokenizer.vocab_size == 400
   (checkpoint.parent / 'a.model').write_bytes(b'')
   (checkpoint.parent / 'b.model').write_bytes(b'')
-  refusal(lambda: _open(checkpoint), 'several *.model', 'weights.tokenizer')
+  refusal(
+    lambda: _open(checkpoint),
+    'several *.model',
+    'weights.tokenizer',
+  )
 
 
 def test_a_tokenizer_of_another_model(saved, tmp_path):
   path = tmp_path / 'big.model'
   path.write_bytes(gguf_fixture.train_proto(401))
-  refusal(lambda: _open(saved, path), path, '401', '400', 'weights.tokenizer')
+  refusal(
+    lambda: _open(saved, path),
+    path,
+    '401',
+    '400',
+    'weights.tokenizer',
+  )
 
 
 def test_folders_without_a_checkpoint(saved, tmp_path):
-  refusal(lambda: _open(tmp_path), tmp_path, 'none found', 'weights.source')
+  refusal(
+    lambda: _open(tmp_path),
+    tmp_path,
+    'none found',
+    'weights.source',
+  )
   for name in ('2b', '2b-it'):
     shutil.copytree(saved, tmp_path / name)
   refusal(lambda: _open(tmp_path), tmp_path, '2b, 2b-it found')
@@ -339,7 +334,7 @@ def test_old_orbax_left_zeros_out(tmp_path):
   (path / '_METADATA').write_text(json.dumps(metadata))
   for chunk in path.glob('transformer/layer_*/pre_attention_norm.scale/0'):
     chunk.unlink()
-  _assert_same(_read(path)[1], params)
+  flax_fixture.assert_same(_read(path)[1], params)
   # No matrix of a trained model is zero.
   (path / 'transformer' / 'layer_0' / 'mlp' / 'linear.w' / '0.0').unlink()
   refusal(lambda: _read(path), path, 'linear', 'incomplete')
@@ -390,109 +385,7 @@ def test_nothing_of_orbax_json_is_needed(saved, tmp_path):
   for name in ('_METADATA', '_sharding', '_CHECKPOINT_METADATA'):
     (path / name).unlink()
   want = flax_fixture.tiny_params(FAMILIES['gemma3'])
-  _assert_same(_read(path)[1], want)
-
-
-# The way out.
-
-
-@pytest.fixture(scope='module')
-def tok():
-  return tokenizer.from_proto(gguf_fixture.train_proto(), 'test')
-
-
-def _write(folder, *args):
-  with export.new_folder(folder) as part:
-    export_flax.write(part, *args)
-
-
-@pytest.mark.parametrize('name', FAMILIES)
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_gemma_params_reads_what_is_written(tmp_path, name, dtype, tok):
-  cfg = FAMILIES[name]
-  params = flax_fixture.tiny_params(cfg)
-  folder = tmp_path / 'out'
-  on_device = jax.tree.map(jnp.asarray, params)
-  _write(folder, cfg, on_device, tok, dtype)
-  assert sorted(p.name for p in tmp_path.iterdir()) == ['out']
-  transposed = name in ('gemma2', 'gemma3')
-  want = flax_fixture.nested_tree(cfg, params, transposed=transposed)
-  path = str(folder / 'checkpoint')
-  read = gemma_params.load_and_format_params(path)['transformer']
-  assert jax.tree.structure(read) == jax.tree.structure(want)
-  for x, y in zip(jax.tree.leaves(read), jax.tree.leaves(want), strict=True):
-    assert x.dtype == dtype
-    np.testing.assert_array_equal(x.astype(jnp.float32), y)
-  # What the library itself would have saved has the same names.
-  flat = gemma_params.load_params(path)
-  again = gemma_params.flatten_and_remap_params({'transformer': want})
-  assert jax.tree.structure(flat) == jax.tree.structure(again)
-  source = _open(folder)
-  assert source.config == cfg
-  assert source.tokenizer.proto == tok.proto
-  _assert_same(source.read(), params)
-
-
-def test_gating_is_transposed_as_the_library_has_it():
-  """gemma/transformer.py 3.0.2, transpose_gating_einsum."""
-  plain = {'gemma1_2b', 'gemma1_7b', 'gemma2_2b'}
-  for name, cfg in sizes.SIZES.items():
-    if not name.startswith('tiny'):
-      assert export_flax.is_transposed(cfg) == (name not in plain), name
-
-
-def test_an_array_in_several_chunks(tmp_path, monkeypatch, tok):
-  monkeypatch.setattr(flax_store, '_CHUNK', 1000)
-  cfg = FAMILIES['gemma2']
-  params = flax_fixture.tiny_params(cfg)
-  _write(tmp_path / 'out', cfg, params, tok)
-  store = flax_store.open_store(tmp_path / 'out' / 'checkpoint')
-  name = 'transformer.embedder.input_embedding'
-  array = flax_store.open_array(store, name)
-  assert array.chunk_layout.read_chunk.shape == (7, 32)
-  _assert_same(_open(tmp_path / 'out').read(), params)
-
-
-def test_what_is_there_stays(tmp_path, tok):
-  cfg = FAMILIES['gemma3']
-  params = flax_fixture.tiny_params(cfg)
-  (tmp_path / 'out').mkdir()
-  _write(tmp_path / 'out', cfg, params, tok)  # Empty: it may go.
-  before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
-  refusal(
-    lambda: _write(tmp_path / 'out', cfg, params, tok),
-    tmp_path / 'out',
-    'there already',
-  )
-  assert before == {
-    p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()
-  }
-
-
-def test_writing_that_fails_leaves_nothing(tmp_path, monkeypatch, tok):
-  cfg = FAMILIES['gemma3']
-  params = flax_fixture.tiny_params(cfg)
-  (tmp_path / 'file').write_text('')
-  refusal(
-    lambda: _write(tmp_path / 'file' / 'out', cfg, params, tok),
-    'cannot write',
-  )
-  calls = []
-  real = ts.open
-
-  def full(spec, **kwargs):
-    calls.append(spec)
-    if len(calls) == 5:
-      raise ValueError('RESOURCE_EXHAUSTED: No space left on device')
-    return real(spec, **kwargs)
-
-  monkeypatch.setattr(ts, 'open', full)
-  refusal(
-    lambda: _write(tmp_path / 'out', cfg, params, tok),
-    'cannot write',
-    'No space left',
-  )
-  assert [p.name for p in tmp_path.iterdir()] == ['file']
+  flax_fixture.assert_same(_read(path)[1], want)
 
 
 # Memory.

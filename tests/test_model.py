@@ -1,21 +1,11 @@
-"""The model against the modules of the `gemma` package, which is the oracle.
-
-`gemma.modules`, `gemma.layers` and `gemma.positional_embeddings` (3.0.2) import
-without TensorFlow; `gemma.transformer` does not, so that the blocks are put
-together here the way its `Transformer.__call__` does it.
-"""
+"""The model against the `gemma` package; see gemma_oracle.py."""
 
 import collections
 import dataclasses
 import functools
-import importlib
 import math
-import sys
-import types
-from unittest import mock
 
 from gemma import layers as gemma_layers
-from gemma import modules as gemma_modules
 from gemma import positional_embeddings as gemma_positions
 import jax
 import jax.numpy as jnp
@@ -24,6 +14,7 @@ import pytest
 
 from mt import model
 from mt import sizes
+from tests import gemma_oracle
 
 # Small shapes in which no two dimensions agree (H * A != D, A != F, …), so that
 # a swapped axis cannot pass by luck. The caps are low enough to bend the logits
@@ -123,91 +114,6 @@ def _examples_in(array, layout):
   return [array[row, start:end] for row, start, end, _, _ in places]
 
 
-def layer_kinds(cfg):
-  pattern = cfg.attention * cfg.num_layers
-  return pattern[: cfg.num_layers]
-
-
-def _oracle_layer(cfg, stacked, n):
-  """Layer n of our parameters in the layout of gemma.modules.Block."""
-  ours = {k: v[n] for k, v in stacked.items()}
-  h, k, a = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-
-  def heads(name, count):  # [D, count * A] -> [count, D, A]
-    return ours[name].reshape(-1, count, a).swapaxes(0, 1)
-
-  attn = {'attn_vec_einsum': {'w': ours['o'].reshape(h, a, -1)}}
-  if h == k:
-    w = jnp.stack([heads('q', h), heads('k', h), heads('v', h)])
-    attn['qkv_einsum'] = {'w': w}
-  else:
-    attn['q_einsum'] = {'w': heads('q', h)}
-    attn['kv_einsum'] = {'w': jnp.stack([heads('k', k), heads('v', k)])}
-  if cfg.qk_norm:
-    attn['_query_norm'] = {'scale': ours['q_norm']}
-    attn['_key_norm'] = {'scale': ours['k_norm']}
-  out = {
-    'pre_attention_norm': {'scale': ours['attn_norm']},
-    'attn': attn,
-    'pre_ffw_norm': {'scale': ours['ffw_norm']},
-    'mlp': {
-      'gating_einsum': jnp.stack([ours['gate'], ours['up']]),
-      'linear': ours['down'],
-    },
-  }
-  if cfg.post_norms:
-    out['post_attention_norm'] = {'scale': ours['post_attn_norm']}
-    out['post_ffw_norm'] = {'scale': ours['post_ffw_norm']}
-  return out
-
-
-def oracle_block(cfg, kind):
-  """The oracle's layer of a kind, L or G."""
-  types = gemma_modules.AttentionType
-  local = kind == 'L'
-  return gemma_modules.Block(
-    num_heads=cfg.num_heads,
-    num_kv_heads=cfg.num_kv_heads,
-    embed_dim=cfg.embed_dim,
-    head_dim=cfg.head_dim,
-    hidden_dim=cfg.hidden_dim,
-    use_post_attn_norm=cfg.post_norms,
-    use_post_ffw_norm=cfg.post_norms,
-    attn_type=types.LOCAL_SLIDING if local else types.GLOBAL,
-    query_pre_attn_scalar=cfg.query_scale,
-    transpose_gating_einsum=False,
-    rope_base_frequency=(
-      cfg.rope_base_local if local else cfg.rope_base_global
-    ),
-    rope_scale_factor=1.0 if local else cfg.rope_scale_global,
-    attn_logits_soft_cap=cfg.attn_softcap,
-    sliding_window_size=cfg.window,
-    use_qk_norm=cfg.qk_norm,
-  )
-
-
-def _oracle_logits(cfg, params, tokens, positions, mask):
-  """What gemma.transformer.Transformer computes, with our parameters.
-
-  The mask [B, L, L] says what is causal and not padding; the oracle adds the
-  sliding windows. It counts a key's slot there and not its position, so that
-  packed rows would come out wrong.
-  """
-  embedder = gemma_modules.Embedder(cfg.vocab_size, cfg.embed_dim)
-  table = {'params': {'input_embedding': params['embedding']}}
-  x = embedder.apply(table, tokens, method='encode')
-  for n, kind in enumerate(layer_kinds(cfg)):
-    block = oracle_block(cfg, kind)
-    weights = {'params': _oracle_layer(cfg, params['layers'], n)}
-    _, x = block.apply(weights, x, positions, None, mask)
-  norm = {'params': {'scale': params['final_norm']}}
-  x = gemma_layers.RMSNorm().apply(norm, x)
-  logits = embedder.apply(table, x, method='decode')
-  if cfg.final_softcap is not None:
-    logits = jnp.tanh(logits / cfg.final_softcap) * cfg.final_softcap
-  return logits
-
-
 def _our_logits(cfg, params, tokens, positions, segment_ids, **kwargs):
   x = model.forward(cfg, params, tokens, positions, segment_ids, **kwargs)
   logits = x @ params['embedding'].T.astype(x.dtype)
@@ -227,16 +133,6 @@ def _weights(cfg, layout):
   return weights
 
 
-# Compiling is most of what these tests take: without optimising, half of it.
-_jit = functools.partial(
-  jax.jit,
-  compiler_options={
-    'xla_backend_optimization_level': 0,
-    'xla_llvm_disable_expensive_passes': True,
-  },
-)
-
-
 @functools.cache
 def _program(logits_fn, cfg, **static):
   """(params, inputs, weights) -> logits, gradients of sum(logits * weights)."""
@@ -249,7 +145,7 @@ def _program(logits_fn, cfg, **static):
     grads, logits = jax.grad(weighted, has_aux=True)(params, inputs, weights)
     return logits, grads
 
-  return _jit(run)
+  return gemma_oracle.jit(run)
 
 
 def _run(name, layout, inputs=None, **static):
@@ -267,7 +163,7 @@ def _oracle_run(name):
   cfg = FAMILIES[name]
   tokens, positions, segment_ids = _batch(ALONE)
   mask = np.tril(np.ones((LENGTH, LENGTH), bool)) & (segment_ids != 0)[:, None]
-  logits, grads = _program(_oracle_logits, cfg)(
+  logits, grads = _program(gemma_oracle.logits, cfg)(
     _params(name), (tokens, positions, mask), _weights(cfg, ALONE)
   )
   return _examples_in(np.asarray(logits), ALONE), grads
@@ -377,10 +273,10 @@ def test_rope_by_hand_and_against_the_oracle():
   cfg = dataclasses.replace(_GEMMA3, head_dim=16, num_layers=6)
   x = _normal(2, 3, 4, 16)
   positions = np.array([[0, 1, 700], [3, 2000, 1]])
-  _, rates = _jit(functools.partial(model.layer_constants, cfg))()
+  _, rates = gemma_oracle.jit(functools.partial(model.layer_constants, cfg))()
   for rate, base, scale in ((rates[0], 10_000, 1), (rates[5], 1_000_000, 8)):
-    got = _jit(model.apply_rope)(x, positions[..., None] * rate)
-    want = _jit(gemma_positions.apply_rope, static_argnums=(2, 3))(
+    got = gemma_oracle.jit(model.apply_rope)(x, positions[..., None] * rate)
+    want = gemma_oracle.jit(gemma_positions.apply_rope, static_argnums=(2, 3))(
       x, positions, base, scale
     )
     # Float32 angles of 2000 radians are good to 1e-4.
@@ -389,7 +285,9 @@ def test_rope_by_hand_and_against_the_oracle():
 
 def test_layer_constants_by_hand():
   cfg = dataclasses.replace(_GEMMA3, head_dim=4)
-  windows, rates = _jit(functools.partial(model.layer_constants, cfg))()
+  windows, rates = gemma_oracle.jit(
+    functools.partial(model.layer_constants, cfg)
+  )()
   assert list(windows[:5]) == [3] * 5 and windows[6] == 3
   assert windows[5] >= 2**30
   # base ** (-2 i / A) for i = 0 and 1; global ones divided by the scale, 8.
@@ -436,7 +334,7 @@ def test_bfloat16_activations_keep_float32_parameters():
 
 def test_init_params_has_unit_gain():
   cfg = FAMILIES['gemma3']
-  init = _jit(functools.partial(model.init_params, cfg))
+  init = gemma_oracle.jit(functools.partial(model.init_params, cfg))
   params = init(jax.random.key(0))
   assert jax.tree.map(jnp.shape, params) == model.param_shapes(cfg)
   fan_in = {
@@ -457,106 +355,6 @@ def test_init_params_has_unit_gain():
   # Times sqrt(D) in `embed`, that is token vectors of variance 1.
   x = model.embed(params, np.arange(cfg.vocab_size)[None], jnp.float32)
   assert np.std(x) == pytest.approx(1.0, rel=0.1)
-
-
-# Embedding and all other parameters.
-# Gemma 1: table 2 of arXiv 2403.08295. Gemma 2: table 2 of arXiv 2408.00118.
-# Gemma 3 270M and 1B: the numbers of parameters in the safetensors metadata of
-# google/gemma-3-270m (268,098,176) and google/gemma-3-1b-pt (999,885,952),
-# less 262,144 embedding rows.
-PUBLISHED = {
-  'gemma1_2b': (524_550_144, 1_981_884_416),
-  'gemma1_7b': (786_825_216, 7_751_248_896),
-  'gemma2_2b': (590_118_912, 2_024_517_888),
-  'gemma2_9b': (917_962_752, 8_324_201_984),
-  'gemma2_27b': (1_180_237_824, 26_047_480_320),
-  'gemma3_270m': (167_772_160, 268_098_176 - 167_772_160),
-  'gemma3_1b': (301_989_888, 999_885_952 - 301_989_888),
-}
-# Totals in the safetensors metadata of google/gemma-3-{4b,12b,27b}-pt, which
-# hold more than the text model of mt: see the test.
-PUBLISHED_WITH_VISION = {
-  'gemma3_4b': 4_300_079_472,
-  'gemma3_12b': 12_187_325_040,
-  'gemma3_27b': 27_432_406_640,
-}
-
-
-def _count(shapes):
-  leaves = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
-  return sum(math.prod(shape) for shape in leaves)
-
-
-@pytest.mark.parametrize('name', PUBLISHED)
-def test_parameter_counts_are_the_published_ones(name):
-  shapes = model.param_shapes(sizes.SIZES[name])
-  embedding = math.prod(shapes.pop('embedding'))
-  assert (embedding, _count(shapes)) == PUBLISHED[name]
-
-
-@pytest.mark.parametrize('name', PUBLISHED_WITH_VISION)
-def test_parameter_counts_of_vision_models(name):
-  cfg = sizes.SIZES[name]
-  tower = 416_866_032  # SiglipVisionModel in the same three checkpoints.
-  projector = 1152 * cfg.embed_dim + 1152  # Matrix and norm, tower to text.
-  image_rows = (
-    262_208 - 262_144
-  ) * cfg.embed_dim  # Vocabulary of Hugging Face.
-  got = _count(model.param_shapes(cfg)) + tower + projector + image_rows
-  assert got == PUBLISHED_WITH_VISION[name]
-
-
-def test_every_size_has_a_published_count():
-  assert {*PUBLISHED, *PUBLISHED_WITH_VISION, 'debug'} == set(sizes.SIZES)
-
-
-@pytest.fixture(scope='module')
-def package_configs():
-  """TransformerConfig of the `gemma` package, behind imports it never uses."""
-  vision = types.ModuleType('gemma.multimodal.vision')
-  vision.SigLiPFromPatches = type('SigLiPFromPatches', (), {})
-  stubs = {'einops': types.ModuleType('einops'), vision.__name__: vision}
-  with mock.patch.dict(sys.modules, stubs):
-    transformer = importlib.import_module('gemma.transformer')
-    yield transformer.TransformerConfig
-
-
-# The package (3.0.2) is older than the 270M.
-@pytest.mark.parametrize(
-  'name', [n for n in sizes.SIZES if n not in ('debug', 'gemma3_270m')]
-)
-def test_sizes_are_the_packages(name, package_configs):
-  """Counts do not tell a wrong window, scale, base or cap."""
-  cfg = sizes.SIZES[name]
-  make = getattr(package_configs, name.replace('gemma1', 'gemma'))
-  if name in PUBLISHED_WITH_VISION:
-    want = make(text_only=True)
-  else:
-    want = make() if name == 'gemma3_1b' else make(cache_size=None)
-  kinds = ''.join(
-    'L' if 'LOCAL' in t.name else 'G' for t in want.attention_types
-  )
-  theirs = sizes.ModelConfig(
-    vocab_size=want.num_embed,
-    num_layers=want.num_layers,
-    embed_dim=want.embed_dim,
-    hidden_dim=want.hidden_dim,
-    num_heads=want.num_heads,
-    num_kv_heads=want.num_kv_heads,
-    head_dim=want.head_dim,
-    query_scale=want.query_pre_attn_scalar(),
-    attention=kinds,
-    window=want.sliding_window_size,
-    rope_base_local=want.local_base_frequency,
-    rope_base_global=want.global_base_frequency,
-    rope_scale_global=want.global_scale_factor,
-    attn_softcap=want.attn_logits_soft_cap,
-    final_softcap=want.final_logit_softcap,
-    qk_norm=want.use_qk_norm,
-    post_norms=want.use_post_attn_norm and want.use_post_ffw_norm,
-  )
-  assert want.local_scale_factor == 1.0
-  assert dataclasses.replace(cfg, attention=layer_kinds(cfg)) == theirs
 
 
 _INT = np.zeros((2, 3), np.int32)

@@ -8,7 +8,11 @@ of 2408.00118, which count an embedding of 256,128 rows; of Gemma 3: table 1 of
 """
 
 import dataclasses
+import importlib
 import math
+import sys
+import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,6 +20,7 @@ import pytest
 
 from mt import model
 from mt import sizes
+from tests import gemma_oracle
 
 _V1, _V3 = 256_128, 262_144
 # name: rows, layers, width, feed-forward, heads, KV heads, head, query dim,
@@ -167,3 +172,54 @@ def test_parameters_are_those_of_the_checkpoint(name):
   if rows == 262_208:
     count += _SIGLIP + 1152 * (cfg.embed_dim + 1)
   assert count == total
+
+
+@pytest.fixture(scope='module')
+def package_configs():
+  """TransformerConfig of the `gemma` package, behind imports it never uses."""
+  vision = types.ModuleType('gemma.multimodal.vision')
+  vision.SigLiPFromPatches = type('SigLiPFromPatches', (), {})
+  stubs = {'einops': types.ModuleType('einops'), vision.__name__: vision}
+  with mock.patch.dict(sys.modules, stubs):
+    transformer = importlib.import_module('gemma.transformer')
+    yield transformer.TransformerConfig
+
+
+# The package (3.0.2) is older than the 270M.
+@pytest.mark.parametrize(
+  'name', [n for n in sizes.SIZES if n not in ('debug', 'gemma3_270m')]
+)
+def test_sizes_are_the_packages(name, package_configs):
+  """Counts do not tell a wrong window, scale, base or cap."""
+  cfg = sizes.SIZES[name]
+  make = getattr(package_configs, name.replace('gemma1', 'gemma'))
+  if name in ('gemma3_4b', 'gemma3_12b', 'gemma3_27b'):
+    want = make(text_only=True)
+  else:
+    want = make() if name == 'gemma3_1b' else make(cache_size=None)
+  kinds = ''.join(
+    'L' if 'LOCAL' in t.name else 'G' for t in want.attention_types
+  )
+  theirs = sizes.ModelConfig(
+    vocab_size=want.num_embed,
+    num_layers=want.num_layers,
+    embed_dim=want.embed_dim,
+    hidden_dim=want.hidden_dim,
+    num_heads=want.num_heads,
+    num_kv_heads=want.num_kv_heads,
+    head_dim=want.head_dim,
+    query_scale=want.query_pre_attn_scalar(),
+    attention=kinds,
+    window=want.sliding_window_size,
+    rope_base_local=want.local_base_frequency,
+    rope_base_global=want.global_base_frequency,
+    rope_scale_global=want.global_scale_factor,
+    attn_softcap=want.attn_logits_soft_cap,
+    final_softcap=want.final_logit_softcap,
+    qk_norm=want.use_qk_norm,
+    post_norms=want.use_post_attn_norm and want.use_post_ffw_norm,
+  )
+  assert want.local_scale_factor == 1.0
+  assert (
+    dataclasses.replace(cfg, attention=gemma_oracle.layer_kinds(cfg)) == theirs
+  )

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from tests import flax_fixture
-from tests import test_model
+from tests import gemma_oracle
 from tests.benchmarks.sides import ours
 from tests.benchmarks.sides import side
 
@@ -27,8 +27,8 @@ def _logits(cfg, params, tokens, positions, mask):
   embedder = gemma_modules.Embedder(cfg.vocab_size, cfg.embed_dim)
   table = {'params': params['embedder']}
   x = embedder.apply(table, tokens, method='encode')
-  for n, kind in enumerate(test_model.layer_kinds(cfg)):
-    block = test_model.oracle_block(cfg, kind)
+  for n, kind in enumerate(gemma_oracle.layer_kinds(cfg)):
+    block = gemma_oracle.block(cfg, kind)
     layer = {'params': params[f'layer_{n}']}
     _, x = block.apply(layer, x, positions, None, mask)
   x = gemma_layers.RMSNorm().apply({'params': params['final_norm']}, x)
