@@ -5,7 +5,8 @@ in float32; [B, L, V] is never built. Chunks are hardly wider than the targets:
 133 of them are one chunk of 144, not two of 128. The vocabulary is taken a tile
 at a time, and the gradient of the hidden states is formed in the same pass, so
 that under a frozen embedding no array of [V, targets] is built either. Under a
-trained one the logits of a chunk are kept for its gradient.
+trained one the logits of a chunk are kept for its gradient: those of a single
+chunk where the gradient [V, D] itself will stand, tile by tile in its place.
 
 With p = softmax(logits) and y the target: d nll / d logits = p - onehot(y)
 (times 1 - (logits / cap)^2 under a soft cap). With label smoothing e (arXiv
@@ -30,9 +31,10 @@ from jax.sharding import PartitionSpec
 from mt import model
 from mt import sharding
 
-# Sizes of a chunk, in parts of it.
-_PARTS, _NARROWEST = 18, 5
-_SMALLEST = 16
+# Sizes of a single chunk, and of one of several, in 18ths of the largest.
+_ALONE = (6, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17)
+_OF_SEVERAL = (12, 14, 16)
+_PARTS, _MULTIPLE = 18, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,10 @@ class _Group:
     """How many devices share the vocabulary."""
     return lax.axis_size(self.vocab) if self.vocab else 1
 
+  def sharers(self):
+    """How many of them have rows of their own."""
+    return lax.axis_size(self.shared) if self.shared else 1
+
   def max(self, x):
     return lax.pmax(x, self.vocab) if self.vocab else x
 
@@ -85,17 +91,25 @@ class _Group:
     return lax.psum(x, self.apart) if self.apart else x
 
 
-def chunk_widths(chunk: int, mesh: Mesh | None) -> list[int]:
+def chunk_widths(
+  chunk: int, mesh: Mesh | None, several: bool = False
+) -> list[int]:
   """How many targets a chunk can have: few sizes, each is compiled.
 
-  Steps of 1/18 of `chunk`, or of 16, from five such steps on: fewer targets
-  cost little anyway. On a mesh, where compiling takes longer, there is one.
+  Fewer targets cost little anyway, and one of several chunks has more than half
+  of `chunk`. On a mesh, where compiling takes longer, there is one size.
+
+  Args:
+    chunk: most targets at once.
+    mesh: of several devices.
+    several: fewer sizes, for what is more than one chunk.
   """
   chex.assert_scalar_positive(chunk)
   if mesh is not None:
     return [chunk]
-  part = max(_SMALLEST, -(-chunk // _PARTS))
-  return [*range(_NARROWEST * part, chunk, part), chunk]
+  part = -(-chunk // (_PARTS * _MULTIPLE)) * _MULTIPLE
+  parts = _OF_SEVERAL if several else _ALONE
+  return [*(n * part for n in parts if n * part < chunk), chunk]
 
 
 def target_nll(
@@ -133,7 +147,8 @@ def target_nll(
     final_softcap: the model's cap on logits.
     smoothing: of the labels, from 0 to below 1; with more than 0 the sum is of
       cross-entropies with the smoothed labels.
-    chunk: most targets at once; a trained embedding takes chunk * V * 4 bytes.
+    chunk: most targets at once; several chunks of a trained embedding, or one
+      wider than D, take chunk * V * 4 bytes.
     tile: most rows of the vocabulary in one product.
     logits_dtype: of logits and their exponentials.
     mesh: of several devices, see mt/sharding.py; `chunk` is of each.
@@ -202,25 +217,25 @@ def _scan_chunks(
   weight,
 ):
   """`_evaluate` on what a device has of each argument."""
-  m, d = inputs.shape
+  (m, d), v = inputs.shape, len(embedding)
   largest = min(options.chunk, m)
   # Target rows first; index m (out of bounds) fills up the last chunk.
   index = jnp.nonzero(mask, size=m + largest, fill_value=m)[0]
   start = (
     jnp.zeros((), jnp.float32),
     jnp.zeros((m, d), jnp.float32) if want_inputs else (),
-    jnp.zeros(embedding.shape, jnp.float32) if want_embedding else (),
+    jnp.zeros((v, d), jnp.float32) if want_embedding else (),
   )
 
-  def one_chunk(chunk, i, carry):
-    total, d_inputs, d_embedding = carry
+  def one_chunk(chunk, inside, i, carry):
+    """`inside`: the logits are kept in d_embedding, which is still empty."""
+    total, d_inputs, d_embedding, kept = carry
     rows = lax.dynamic_slice_in_dim(index, i * chunk, chunk)
     valid = group.gather(rows < m)
     h = group.gather(inputs.at[rows].get(mode='fill', fill_value=0))
     y = group.gather(targets.at[rows].get(mode='fill', fill_value=0))
-    seen = _one_pass(
-      options, want_inputs, want_embedding, group, embedding, h, y
-    )
+    room = d_embedding if inside else kept
+    seen, room = _one_pass(options, want_inputs, group, embedding, h, y, room)
     e = options.smoothing
     wanted = seen.picked if not e else (1 - e) * seen.picked + e * seen.mean
     total += jnp.sum(jnp.where(valid, seen.lse - wanted, 0.0))
@@ -228,21 +243,37 @@ def _scan_chunks(
       d_h = group.scatter_sum(seen.d_h * weight)
       d_inputs = d_inputs.at[rows].set(d_h, mode='drop')
     if want_embedding:  # Rows that fill up a chunk add nothing: their h is 0.
-      d_embedding = _add_outer(options, group, weight, seen, h, y, d_embedding)
-    return total, d_inputs, d_embedding
+      before = None if inside else d_embedding
+      d_embedding = _outer(options, group, weight, seen.lse, h, y, room, before)
+    return total, d_inputs, d_embedding, () if inside else room
 
   # Who exchanges takes part in each chunk, be it empty.
   most = group.max(jnp.sum(mask))
   chunks = (most + largest - 1) // largest
-
-  def all_chunks(chunk, start):
-    run = functools.partial(one_chunk, chunk)
-    return lax.fori_loop(0, chunks, run, start)
-
-  widths = chunk_widths(largest, options.mesh)
   each = (most + chunks - 1) // jnp.maximum(chunks, 1)
-  chosen = jnp.searchsorted(jnp.array(widths), each)
-  run = [functools.partial(all_chunks, width) for width in widths]
+
+  def all_chunks(chunk, inside, start):
+    kept = ()
+    if want_embedding and not inside:
+      kept = jnp.zeros((v, chunk * group.sharers()), options.logits_dtype)
+    run = functools.partial(one_chunk, chunk, inside)
+    return lax.fori_loop(0, chunks, run, (*start, kept))[:3]
+
+  # A single chunk's logits fit into the gradient; those of several, or wider
+  # than it, stand beside it.
+  inside, beside = [], chunk_widths(largest, options.mesh)
+  if want_embedding and (options.mesh is None or m == largest):
+    inside = [w for w in beside if w * group.sharers() <= d]
+    beside = chunk_widths(largest, options.mesh, several=True)
+    if largest in inside and m == largest:
+      beside = []
+  chosen = len(inside) + jnp.searchsorted(jnp.array(beside, int), each)
+  if inside:
+    fits = (chunks <= 1) & (each <= inside[-1])
+    at = jnp.searchsorted(jnp.array(inside), each)
+    chosen = jnp.where(fits, at, chosen)
+  run = [functools.partial(all_chunks, w, True) for w in inside]
+  run += [functools.partial(all_chunks, w, False) for w in beside]
   total, d_inputs, d_embedding = lax.switch(chosen, run, start)
   d_embedding = group.sum_apart(d_embedding) if want_embedding else ()
   return weight * group.sum_apart(total), d_inputs, d_embedding
@@ -255,18 +286,15 @@ class _Seen(NamedTuple):
   picked: jax.Array  # [t], the targets' own logits.
   mean: jax.Array  # [t], of all logits; 0 without label smoothing.
   d_h: jax.Array | tuple  # [t, D], of this device's rows of the vocabulary.
-  raw: jax.Array | tuple  # [V / tile, tile, t], logits before the cap.
 
 
-def _tiles(options, embedding):
-  """How many tiles of equal size there are."""
-  v = embedding.shape[0]
-  return next(n for n in range(-(-v // options.tile), v + 1) if v % n == 0)
+def _tile(options, v):
+  """The size of the tiles of a vocabulary of v, all equal."""
+  return v // next(n for n in range(-(-v // options.tile), v + 1) if v % n == 0)
 
 
-def _first_row(group, embedding):
-  """The number of the first row of the vocabulary that is here."""
-  v = embedding.shape[0]
+def _first_row(group, v):
+  """The number of the first of the v rows of the vocabulary that are here."""
   return lax.axis_index(group.vocab) * v if group.vocab else 0
 
 
@@ -275,21 +303,23 @@ def _slope(raw, cap):
   return 1.0 if cap is None else 1.0 - jnp.square(jnp.tanh(raw / cap))
 
 
-def _one_pass(options, want_d_h, want_raw, group, embedding, h, y) -> _Seen:
+def _one_pass(options, want_d_h, group, embedding, h, y, room):
   """Sums over the vocabulary, a tile at a time, relative to the top so far.
 
   As attention does it (arXiv 2112.05682, 2205.14135) with the embedding as keys
   and as values.
-  """
-  (t, d), cap = h.shape, options.cap
-  number = _tiles(options, embedding)
-  tile = embedding.shape[0] // number
-  offset = _first_row(group, embedding)
 
-  def one_tile(carry, xs):
-    top, norm, picked, total, d_h, d_mean = carry
-    i, part = xs
-    part = part.astype(h.dtype)
+  Returns:
+    _Seen, and `room` [V, t or more], unless it is (), with the logits before
+    the cap in its first t columns.
+  """
+  (v, d), t, cap = embedding.shape, len(h), options.cap
+  tile = _tile(options, v)
+  offset = _first_row(group, v)
+
+  def one_tile(i, carry):
+    top, norm, picked, total, d_h, d_mean, room = carry
+    part = lax.dynamic_slice_in_dim(embedding, i * tile, tile).astype(h.dtype)
     # [tile, t]: the vocabulary first is what a CPU multiplies fastest.
     raw = jnp.einsum(
       'vd,td->vt', part, h, preferred_element_type=options.logits_dtype
@@ -316,26 +346,27 @@ def _one_pass(options, want_d_h, want_raw, group, embedding, h, y) -> _Seen:
       d_h = d_h * shrink[:, None] + jnp.einsum(
         'vt,vd->td', weights, part, preferred_element_type=jnp.float32
       )
-    carry = new_top, norm, picked, total, d_h, d_mean
-    return carry, raw if want_raw else ()
+    if not isinstance(room, tuple):
+      raw = raw.astype(room.dtype)
+      room = lax.dynamic_update_slice(room, raw, (i * tile, 0))
+    return new_top, norm, picked, total, d_h, d_mean, room
 
   zeros = jnp.zeros(t, options.logits_dtype)
   d_h = jnp.zeros((t, d), jnp.float32) if want_d_h else ()
   d_mean = d_h if options.smoothing else ()
-  start = (zeros - jnp.inf, zeros, zeros, zeros, d_h, d_mean)
-  parts = embedding.reshape(number, tile, d)
-  (top, norm, picked, total, d_h, d_mean), raw = lax.scan(
-    one_tile, start, (jnp.arange(number), parts)
+  start = (zeros - jnp.inf, zeros, zeros, zeros, d_h, d_mean, room)
+  top, norm, picked, total, d_h, d_mean, room = lax.fori_loop(
+    0, v // tile, one_tile, start
   )
   picked = group.sum(picked)
-  whole = embedding.shape[0] * group.parts()
+  whole = v * group.parts()
   mean = group.sum(total) / whole
   here, top = top, group.max(top)
   norm = group.sum(norm * jnp.exp(here - top))
   lse = jnp.log(norm) + top
   if want_d_h:
     at = y - offset
-    own = (at >= 0) & (at < embedding.shape[0])
+    own = (at >= 0) & (at < v)
     e_y = jnp.take(embedding, at, axis=0, mode='clip').astype(jnp.float32)
     # The slope at a logit that is capped already.
     slope = 1.0 if cap is None else 1.0 - jnp.square(picked / cap)
@@ -343,28 +374,36 @@ def _one_pass(options, want_d_h, want_raw, group, embedding, h, y) -> _Seen:
     d_h = d_h * jnp.exp(here - lse)[:, None] - e_y * own[:, None]
     if options.smoothing:
       d_h -= options.smoothing / whole * d_mean
-  return _Seen(lse, picked, mean, d_h, raw)
+  return _Seen(lse, picked, mean, d_h), room
 
 
-def _add_outer(options, group, weight, seen, h, y, d_embedding):
-  """Adds d nll / d embedding [V, D] of t targets, a tile at a time."""
-  number, tile, _ = seen.raw.shape
-  offset = _first_row(group, d_embedding)
+def _outer(options, group, weight, lse, h, y, room, before):
+  """d nll / d embedding [V, D] of t targets, a tile at a time.
 
-  def one_tile(i, total):
-    raw = lax.dynamic_index_in_dim(seen.raw, i, keepdims=False)
-    logits = model.softcap(raw, options.cap)
+  It is added to `before`; where that is None, it takes the place of the logits
+  in `room` [V, D].
+  """
+  (v, _), t = room.shape, len(h)
+  tile = _tile(options, v)
+  offset = _first_row(group, v)
+
+  def one_tile(i, out):
+    raw = out if before is None else room
+    raw = lax.dynamic_slice(raw, (i * tile, 0), (tile, t))
+    raw = raw.astype(options.logits_dtype)
     onehot = jnp.arange(tile)[:, None] == y - offset - i * tile
     wanted = (1 - options.smoothing) * onehot
     if options.smoothing:
-      wanted += options.smoothing / (len(d_embedding) * group.parts())
-    g = (jnp.exp(logits - seen.lse) - wanted) * _slope(raw, options.cap)
-    g = (g * weight).astype(h.dtype)
+      wanted += options.smoothing / (v * group.parts())
+    g = jnp.exp(model.softcap(raw, options.cap) - lse) - wanted
+    g = (g * _slope(raw, options.cap) * weight).astype(h.dtype)
     part = jnp.einsum('vt,td->vd', g, h, preferred_element_type=jnp.float32)
-    part += lax.dynamic_slice_in_dim(total, i * tile, tile)
-    return lax.dynamic_update_slice_in_dim(total, part, i * tile, 0)
+    if before is not None:
+      part += lax.dynamic_slice_in_dim(out, i * tile, tile)
+    return lax.dynamic_update_slice_in_dim(out, part, i * tile, 0)
 
-  return lax.fori_loop(0, number, one_tile, d_embedding)
+  start = room if before is None else before
+  return lax.fori_loop(0, v // tile, one_tile, start)
 
 
 def _masked_nll_fwd(inputs, embedding, targets, mask, weight, options):

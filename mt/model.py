@@ -55,6 +55,7 @@ REMAT = {
 MASKED = -2.3819763e38  # Gemma's own "minus infinity" for attention logits.
 _GLOBAL_WINDOW = 2**30  # Wider than any sequence.
 _ACTIVATIONS = ('rows', 'length', 'width')
+_QUERIES, _MOST_BLOCKS = 128, 4  # In a block of causal_attend; of blocks.
 
 
 def param_shapes(cfg: ModelConfig) -> Params:
@@ -233,15 +234,54 @@ def attend(
     [B, L, H * A] in the dtype of `v`.
   """
   chex.assert_rank([q, k, v, mask], [4, 4, 4, 3])
-  b, l, h, a = q.shape
-  q = q.reshape(b, l, cfg.num_kv_heads, h // cfg.num_kv_heads, a)
+  (b, l, h, a), groups = q.shape, cfg.num_kv_heads
+  # r = (l, g), the queries of a key head: with one such head, as most models of
+  # this family have it, no operand of the products is copied or turned round.
+  q = q.reshape(b, l, groups, h // groups, a).swapaxes(1, 2)
+  q = q.reshape(b, groups, l * (h // groups), a)
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
   logits = jnp.einsum(
-    'blkga,bska->bklgs', q, k, preferred_element_type=jnp.float32
+    'bkra,bksa->bkrs', q, k, preferred_element_type=jnp.float32
   )
   logits = softcap(logits, cfg.attn_softcap)
+  logits = logits.reshape(b, groups, l, h // groups, -1)
   logits = jnp.where(mask[:, None, :, None], logits, MASKED)
   probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  return jnp.einsum('bklgs,bska->blkga', probs, v).reshape(b, l, h * a)
+  probs = probs.reshape(b, groups, l * (h // groups), -1)
+  out = jnp.einsum('bkrs,bksa->bkra', probs, v)
+  out = out.reshape(b, groups, l, h // groups, a).swapaxes(1, 2)
+  return out.reshape(b, l, h * a)
+
+
+def causal_attend(
+  cfg: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """`attend` for queries and keys of the same places, where none looks ahead.
+
+  A block of queries at a time; keys after it, which its mask would hide, are
+  left out of its products: of two blocks a quarter of the work, of four three
+  eighths.
+
+  Args:
+    q: [B, L, H, A], already scaled.
+    k, v: [B, L, K, A].
+    mask: [B, L, L] bool, that of places after the query's is not read.
+
+  Returns:
+    [B, L, H * A] in the dtype of `v`.
+  """
+  chex.assert_rank([q, k, v, mask], [4, 4, 4, 3])
+  chex.assert_equal_shape_prefix([q, k, v, mask], 2)
+  length = q.shape[1]
+  block = max(_QUERIES, -(-length // _MOST_BLOCKS))
+  return jnp.concatenate(
+    [
+      attend(cfg, q[:, at:end], k[:, :end], v[:, :end], mask[:, at:end, :end])
+      for at in range(0, length, block)
+      for end in [min(at + block, length)]
+    ],
+    axis=1,
+  )
 
 
 def block(
@@ -388,7 +428,11 @@ def forward(
     )
     angles = positions[..., None].astype(jnp.float32) * rate
     x, _ = block(
-      cfg, layer, x, angles, lambda q, k, v: (attend(cfg, q, k, v, mask), None)
+      cfg,
+      layer,
+      x,
+      angles,
+      lambda q, k, v: (causal_attend(cfg, q, k, v, mask), None),
     )
     return sharding.constrain(x, mesh, _ACTIVATIONS), None
 

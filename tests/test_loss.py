@@ -164,31 +164,63 @@ def test_label_smoothing_is_the_one_of_optax(smoothing, cap):
 
 @pytest.mark.parametrize(
   ('chunk', 'targets', 'taken'),
-  [(288, 133, 144), (288, 144, 144), (288, 145, 160), (288, 289, 2 * 160)],
+  [
+    (288, 133, 144),
+    (288, 144, 144),
+    (288, 145, 160),
+    (288, 289, 2 * 192),
+    (576, 540, 544),
+    (576, 1080, 2 * 576),
+    (576, 100, 192),
+  ],
 )
 def test_a_chunk_is_hardly_wider_than_its_targets(chunk, targets, taken):
-  widths = loss.chunk_widths(chunk, None)
   chunks = -(-targets // chunk)
+  widths = loss.chunk_widths(chunk, None, several=chunks > 1)
   each = min(w for w in widths if w >= targets / chunks)
   assert chunks * each == taken and widths[-1] == chunk
 
 
-# In a chunk of 100 there are three sizes, and 120 places.
-@pytest.mark.parametrize('targets', [3, 80, 81, 97, 100, 101, 120])
-def test_chunks_of_each_width_are_the_naive_ones(targets):
-  assert loss.chunk_widths(100, None) == [80, 96, 100]
+# Of 160 places. Logits of up to 96 or 128 targets stand inside the gradient,
+# where D is as large; those of a wider chunk or of two stand beside it.
+@pytest.mark.parametrize('targets', [3, 96, 97, 128, 129, 160])
+@pytest.mark.parametrize(('d', 'chunk'), [(128, 128), (100, 144)])
+def test_chunks_of_each_width_are_the_naive_ones(d, chunk, targets):
+  assert loss.chunk_widths(128, None) == [96, 128]
+  assert loss.chunk_widths(144, None) == [96, 128, 144]
   rng = np.random.default_rng(targets)
-  hidden = rng.normal(size=(3, 41, D)).astype(np.float32)
-  _, embedding, _ = _inputs()
-  tokens = rng.integers(0, V, (3, 41), np.int32)
-  mask = np.zeros((3, 41), bool)
-  mask[:, 1:].flat[rng.permutation(120)[:targets]] = True
+  hidden = rng.normal(size=(4, 41, d)).astype(np.float32)
+  embedding = rng.normal(scale=0.3, size=(V, d)).astype(np.float32)
+  tokens = rng.integers(0, V, (4, 41), np.int32)
+  mask = np.zeros((4, 41), bool)
+  mask[:, 1:].flat[rng.permutation(160)[:targets]] = True
   args = hidden, embedding, tokens, mask
-  value, grads = _ours(None, 100)(*args)
+  value, grads = _ours(None, chunk)(*args)
   want, want_grads = _naive_in_float64(*args)
   assert float(value) == pytest.approx(float(want), rel=1e-6)
   for got, exact in zip(grads, want_grads, strict=True):
     assert _relative_error(got, exact) < 1e-6
+
+
+def test_logits_of_a_single_chunk_take_no_memory():
+  """They stand in the gradient, which is an output."""
+  d, v = 64, 6 * V
+  rows = jax.ShapeDtypeStruct((3, 21), jnp.int32)  # 60 places.
+  args = (
+    jax.ShapeDtypeStruct((3, 21, d), jnp.float32),
+    jax.ShapeDtypeStruct((v, d), jnp.float32),
+    rows,
+    rows,
+  )
+
+  def temporary(chunk):
+    run = functools.partial(loss.target_nll, chunk=chunk, tile=V)
+    run = jax.jit(jax.value_and_grad(run, argnums=(0, 1)))
+    memory = run.lower(*args).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+  assert temporary(60) < 0.5 * v * 60 * 4
+  assert temporary(40) > v * 40 * 4  # Up to two chunks.
 
 
 @given(
@@ -349,7 +381,7 @@ def test_mixed_precision_keeps_dtypes(hidden_dtype, embedding_dtype):
   # keep more digits than it is asked for, and so would not tell.
   args = (hidden, embedding, tokens, mask)
   products = [r for r in _results_traced(_ours(), *args) if 'dot' in r[0]]
-  assert len(products) == 3 * len(loss.chunk_widths(4, None))
+  assert len(products) == 3 * 2  # For one chunk of 4, and for several.
   assert all(dtype == jnp.float32 for _, _, dtype in products)
   assert float(value) == pytest.approx(float(want), rel=1e-6)
   # d nll / d logits goes through the second product with 8 bits.
@@ -379,8 +411,12 @@ def _results_traced(fn, *args):
 
 
 def _shapes_traced(fn, *args):
-  """How often each shape, transposed or not, is a result in a function."""
-  return collections.Counter(s for _, s, _ in _results_traced(fn, *args))
+  """How often each shape, transposed or not, is a result in a function.
+
+  But for what reads a tile of something that is there.
+  """
+  results = _results_traced(fn, *args)
+  return collections.Counter(s for p, s, _ in results if p != 'dynamic_slice')
 
 
 def _shapes_compiled(fn, *args):
