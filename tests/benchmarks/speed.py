@@ -1,6 +1,6 @@
 """Speed against the others, side by side: `make bench`.
 
-  python -m tests.benchmarks.speed [--rounds=3] [--steps=8] [--only=ours,hf]
+  python -m tests.benchmarks.speed [--rounds=3] [--rows=4] [--only=ours,hf]
 
 The real Gemma 3 270M on the bundled sample, float32, the same CPUs for all.
 Each side works in a process of its own, one after the other and round after
@@ -206,8 +206,8 @@ def main(argv):
 
 if __name__ == '__main__':
   flags.DEFINE_integer('rounds', 3, 'Times that all is measured.', 1)
-  flags.DEFINE_integer('steps', 8, 'Steps of ours, whose pairs all take.', 1)
-  flags.DEFINE_integer('rows', 1, 'Packed rows in a step of ours.', 1)
+  flags.DEFINE_integer('steps', 2, 'Steps of ours, whose pairs all take.', 1)
+  flags.DEFINE_integer('rows', 4, 'Packed rows in a step of ours.', 1)
   flags.DEFINE_integer('sentences', 48, 'Sentences to be translated.', 1)
   flags.DEFINE_integer('threads', 2, 'CPUs that each process may use.', 1)
   flags.DEFINE_list('only', [], 'Sides, tasks or SIDE.TASK; all if not given.')
