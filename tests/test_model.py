@@ -9,10 +9,12 @@ from gemma import layers as gemma_layers
 from gemma import positional_embeddings as gemma_positions
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
 from mt import model
+from mt import sharding
 from mt import sizes
 from tests import gemma_oracle
 
@@ -51,6 +53,7 @@ _GEMMA3 = dataclasses.replace(
   qk_norm=True,
   post_norms=True,
 )
+_ONE = {'data': 1, 'fsdp': 1, 'tensor': 1}
 FAMILIES = {
   'gemma1_multi_query': _GEMMA1,
   'gemma1_multi_head': dataclasses.replace(_GEMMA1, num_kv_heads=4),
@@ -355,6 +358,38 @@ def test_init_params_has_unit_gain():
   # Times sqrt(D) in `embed`, that is token vectors of variance 1.
   x = model.embed(params, np.arange(cfg.vocab_size)[None], jnp.float32)
   assert np.std(x) == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize('width', [7, 1024])
+def test_rows_kept_apart_change_no_gradient(width):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 3, width)).astype(np.float32)
+  layer = {'down': rng.normal(size=(width, 5)).astype(np.float32)}
+
+  def run(apart):
+    def total(layer, x):
+      return jnp.sum(jnp.sin(model.dense(layer, 'down', x, apart)))
+
+    return jax.value_and_grad(total, argnums=(0, 1))(layer, x)
+
+  got, want = map(jax.tree.leaves, (run(True), run(False)))
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('data', 'apart'), [(1, True), (2, False)])
+def test_rows_are_kept_apart_on_one_cpu_alone(data, apart):
+  cfg = dataclasses.replace(_GEMMA1, hidden_dim=1024)
+  mesh = sharding.make_mesh(ml_collections.ConfigDict(_ONE | {'data': data}))
+  params = model.init_params(cfg, jax.random.key(0))
+
+  def total(params):
+    ids = np.ones((2, 5), np.int32)
+    return jnp.sum(model.forward(cfg, params, ids, ids, ids, mesh=mesh))
+
+  # [N, B, L, F + 16], what the scan keeps for the gradient of `down`.
+  kept = f'[{cfg.num_layers},2,5,1040]'
+  assert (kept in str(jax.make_jaxpr(jax.grad(total))(params))) == apart
 
 
 _INT = np.zeros((2, 3), np.int32)
