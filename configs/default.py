@@ -119,8 +119,8 @@ def get_config() -> ml_collections.ConfigDict:
   t.remat = 'none'
   # Most target tokens that the loss takes at once, and most rows of the
   # vocabulary in one product: small for the cache of a CPU, large for a GPU or
-  # TPU. Above it, or above the model's width, a trained embedding takes
-  # loss_chunk * vocabulary numbers of memory.
+  # TPU. Where a batch has more places than that, or than the model is wide, a
+  # trained embedding takes loss_chunk * vocabulary numbers of memory.
   t.loss_chunk = 576
   t.loss_tile = 2048
   # Share of each label that is spread over the vocabulary, against a model that

@@ -147,8 +147,8 @@ def target_nll(
     final_softcap: the model's cap on logits.
     smoothing: of the labels, from 0 to below 1; with more than 0 the sum is of
       cross-entropies with the smoothed labels.
-    chunk: most targets at once; several chunks of a trained embedding, or one
-      wider than D, take chunk * V * 4 bytes.
+    chunk: most targets at once; where B * (L - 1) is more, or more than D, a
+      trained embedding takes chunk * V * 4 bytes.
     tile: most rows of the vocabulary in one product.
     logits_dtype: of logits and their exponentials.
     mesh: of several devices, see mt/sharding.py; `chunk` is of each.
@@ -259,21 +259,19 @@ def _scan_chunks(
     run = functools.partial(one_chunk, chunk, inside)
     return lax.fori_loop(0, chunks, run, (*start, kept))[:3]
 
-  # A single chunk's logits fit into the gradient; those of several, or wider
-  # than it, stand beside it.
-  inside, beside = [], chunk_widths(largest, options.mesh)
-  if want_embedding and (options.mesh is None or m == largest):
-    inside = [w for w in beside if w * group.sharers() <= d]
-    beside = chunk_widths(largest, options.mesh, several=True)
-    if largest in inside and m == largest:
-      beside = []
-  chosen = len(inside) + jnp.searchsorted(jnp.array(beside, int), each)
-  if inside:
-    fits = (chunks <= 1) & (each <= inside[-1])
-    at = jnp.searchsorted(jnp.array(inside), each)
-    chosen = jnp.where(fits, at, chosen)
-  run = [functools.partial(all_chunks, w, True) for w in inside]
-  run += [functools.partial(all_chunks, w, False) for w in beside]
+  # Sizes of a chunk, and whether its logits stand inside the gradient: those of
+  # a single one that is no wider than D do, all others beside it.
+  mesh = options.mesh
+  sizes = [(w, False) for w in chunk_widths(largest, mesh)]
+  if want_embedding and mesh is None:
+    sizes = [(w, True) for w, _ in sizes if w <= d]
+    if m > d or m > options.chunk:
+      several = chunk_widths(largest, mesh, several=True)
+      sizes += [(w, False) for w in several]
+  widths, inside = (jnp.array(x) for x in zip(*sizes, strict=True))
+  usable = (widths >= each) & (~inside | (chunks <= 1))
+  chosen = jnp.argmax(usable)  # The first.
+  run = [functools.partial(all_chunks, *size) for size in sizes]
   total, d_inputs, d_embedding = lax.switch(chosen, run, start)
   d_embedding = group.sum_apart(d_embedding) if want_embedding else ()
   return weight * group.sum_apart(total), d_inputs, d_embedding

@@ -256,22 +256,23 @@ def attend(
     [B, L, H * A] in the dtype of `v`.
   """
   chex.assert_rank([q, k, v, mask], [4, 4, 4, 3])
-  (b, l, h, a), groups = q.shape, cfg.num_kv_heads
-  # r = (l, g), the queries of a key head: with one such head, as most models of
-  # this family have it, no operand of the products is copied or turned round.
-  q = q.reshape(b, l, groups, h // groups, a).swapaxes(1, 2)
-  q = q.reshape(b, groups, l * (h // groups), a)
+  (b, l, h, a), heads = q.shape, cfg.num_kv_heads
+  group = h // heads
+  # r = (l, g), the queries of a key head: where there is one such head, as in
+  # the smallest models, no operand of a product is copied or turned round.
+  q = q.reshape(b, l, heads, group, a).swapaxes(1, 2)
+  q = q.reshape(b, heads, l * group, a)
   k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
   logits = jnp.einsum(
     'bkra,bksa->bkrs', q, k, preferred_element_type=jnp.float32
   )
   logits = softcap(logits, cfg.attn_softcap)
-  logits = logits.reshape(b, groups, l, h // groups, -1)
+  logits = logits.reshape(b, heads, l, group, -1)
   logits = jnp.where(mask[:, None, :, None], logits, MASKED)
   probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  probs = probs.reshape(b, groups, l * (h // groups), -1)
+  probs = probs.reshape(b, heads, l * group, -1)
   out = jnp.einsum('bkrs,bksa->bkra', probs, v)
-  out = out.reshape(b, groups, l, h // groups, a).swapaxes(1, 2)
+  out = out.reshape(b, heads, l, group, a).swapaxes(1, 2)
   return out.reshape(b, l, h * a)
 
 
@@ -280,14 +281,13 @@ def causal_attend(
 ) -> jax.Array:
   """`attend` for queries and keys of the same places, where none looks ahead.
 
-  A block of queries at a time; keys after it, which its mask would hide, are
-  left out of its products: of two blocks a quarter of the work, of four three
-  eighths.
+  A block of queries at a time. Keys after it, all hidden, are left out of its
+  products: with two blocks a quarter of the work, with four three eighths.
 
   Args:
     q: [B, L, H, A], already scaled.
     k, v: [B, L, K, A].
-    mask: [B, L, L] bool, that of places after the query's is not read.
+    mask: [B, L, L] bool, False for places after the query's.
 
   Returns:
     [B, L, H * A] in the dtype of `v`.
@@ -443,7 +443,7 @@ def forward(
   chex.assert_equal_shape([tokens, positions, segment_ids])
   chex.assert_type([tokens, positions, segment_ids], int)
 
-  # On a mesh it would move data between devices.
+  # A wider sharded axis would move data between devices.
   apart = mesh is None and jax.default_backend() == 'cpu'
 
   def body(x, per_layer):

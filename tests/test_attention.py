@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 
 from mt import model
-from tests import test_model
+from mt import sizes
 
 
 def _case(kv_heads, length, seed=0):
   """A model's config, q, k, v and the mask of packed rows with padding."""
   cfg = dataclasses.replace(
-    test_model.FAMILIES['gemma2'], num_kv_heads=kv_heads
+    sizes.SIZES['debug'],
+    num_heads=4,
+    num_kv_heads=kv_heads,
+    head_dim=8,
+    attn_softcap=2.0,
   )
   rng = np.random.default_rng(seed)
   q, k, v = (

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-from gemma import modules as gemma_modules
 from gemma import params as gemma_params
 import jax
 import jax.numpy as jnp
@@ -77,18 +76,10 @@ def test_every_layout_is_read(tmp_path, name, layout, options):
 def test_a_published_block_computes_the_same(tmp_path):
   """With weights that the library drew, transposed, and our own block."""
   cfg = FAMILIES['gemma3']
-  block = gemma_modules.Block(
-    num_heads=cfg.num_heads,
-    num_kv_heads=cfg.num_kv_heads,
-    embed_dim=cfg.embed_dim,
-    head_dim=cfg.head_dim,
-    hidden_dim=cfg.hidden_dim,
-    use_post_attn_norm=True,
-    use_post_ffw_norm=True,
-    attn_type=gemma_modules.AttentionType.GLOBAL,
-    query_pre_attn_scalar=cfg.query_scale,
+  block = gemma_oracle.block(cfg, 'G').clone(
     transpose_gating_einsum=True,
-    use_qk_norm=True,
+    rope_base_frequency=10_000,
+    rope_scale_factor=1,
   )
   x = jax.random.normal(jax.random.key(0), (2, 5, cfg.embed_dim))
   positions = jnp.broadcast_to(jnp.arange(5), (2, 5))

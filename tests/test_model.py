@@ -53,7 +53,6 @@ _GEMMA3 = dataclasses.replace(
   qk_norm=True,
   post_norms=True,
 )
-_ONE = {'data': 1, 'fsdp': 1, 'tensor': 1}
 FAMILIES = {
   'gemma1_multi_query': _GEMMA1,
   'gemma1_multi_head': dataclasses.replace(_GEMMA1, num_kv_heads=4),
@@ -380,7 +379,8 @@ def test_rows_kept_apart_change_no_gradient(width):
 @pytest.mark.parametrize(('data', 'apart'), [(1, True), (2, False)])
 def test_rows_are_kept_apart_on_one_cpu_alone(data, apart):
   cfg = dataclasses.replace(_GEMMA1, hidden_dim=1024)
-  mesh = sharding.make_mesh(ml_collections.ConfigDict(_ONE | {'data': data}))
+  axes = {'data': data, 'fsdp': 1, 'tensor': 1}
+  mesh = sharding.make_mesh(ml_collections.ConfigDict(axes))
   params = model.init_params(cfg, jax.random.key(0))
 
   def total(params):
