@@ -191,8 +191,15 @@ def open_gguf(path: str | pathlib.Path) -> GGUFFile:
   return GGUFFile(path, fields, tensors, data)
 
 
-def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
+def read_tensor(
+  file: GGUFFile, name: str, start: int = 0, stop: int | None = None
+) -> np.ndarray:
   """One tensor, dequantised to float32, in numpy axis order.
+
+  Args:
+    file: that has it.
+    name: of the tensor.
+    start, stop: rows of it, where it has more than one axis.
 
   Raises:
     errors.UserError: no such tensor, or a type the `gguf` library cannot read.
@@ -202,22 +209,28 @@ def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
       f'{file.path}: no tensor {name!r}; the file is not a complete Gemma.'
     )
   t = file.tensors[name]
+  shape, nbytes, offset = t.shape, t.nbytes, t.offset
+  if len(shape) > 1:  # A block of a quantised tensor may be more than a number.
+    rows = range(shape[0])[start:stop]
+    row = nbytes // max(1, shape[0])
+    shape, nbytes = (len(rows), *shape[1:]), len(rows) * row
+    offset += rows.start * row
   try:
     # Not out of the map: its pages would stay in this process's memory.
-    raw = np.fromfile(file.path, np.uint8, t.nbytes, offset=t.offset)
+    raw = np.fromfile(file.path, np.uint8, nbytes, offset=offset)
   except OSError as e:
     raise errors.UserError(
       f'{file.path}: cannot read {name} ({e.strerror}); fetch it again.'
     ) from None
-  if raw.size != t.nbytes:
+  if raw.size != nbytes:
     raise errors.UserError(
       f'{file.path}: {name} is cut short; the file changed while it was read: '
       'start again.'
     )
   if t.kind == gguf.GGMLQuantizationType.F32:
-    return raw.view('<f4').reshape(t.shape)
+    return raw.view('<f4').reshape(shape)
   if t.kind == gguf.GGMLQuantizationType.F16:
-    return raw.view('<f2').reshape(t.shape).astype(np.float32)
+    return raw.view('<f2').reshape(shape).astype(np.float32)
   block, size = gguf.GGML_QUANT_SIZES[t.kind]
   blocks = raw.reshape(-1, size)
   out = np.empty((len(blocks), block), np.float32)
@@ -237,4 +250,4 @@ def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
       f'{file.path}: the gguf library cannot dequantise {t.kind.name} '
       f'({name}); use a Q4_K_M, Q8_0, F16 or BF16 file.'
     ) from None
-  return out.reshape(t.shape)
+  return out.reshape(shape)

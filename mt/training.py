@@ -11,6 +11,7 @@ import time
 import chex
 
 from mt import checkpoint
+from mt import compiling
 from mt import distributed
 from mt import errors
 from mt import journal
@@ -52,6 +53,7 @@ def train(
   progress = journal.Progress('step', last, first, config.log.every)
   clock = time.monotonic()
   pending = None  # Metrics of the step before, fetched after the next dispatch.
+  compiled = set()  # Shapes of batches.
 
   def log():
     nonlocal clock, pending
@@ -99,6 +101,9 @@ def train(
       rows = next(run.data.train)
       waited = time.monotonic() - asked
       batch = sharding.put_rows(run.mesh, rows, config.train.batch_size)
+      if rows['tokens'].shape not in compiled:
+        compiled.add(rows['tokens'].shape)
+        compiling.ahead(train_step, state, batch)
       state, metrics = train_step(state, batch)
       if pending:
         log()

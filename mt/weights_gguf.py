@@ -29,6 +29,7 @@ _GGUF_NAMES = {
   'q_norm': 'attn_q_norm',
   'k_norm': 'attn_k_norm',
 }
+_AT_ONCE = 2**23  # Weights of the embedding that are read in one go.
 
 
 def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
@@ -148,6 +149,12 @@ def read_params(
   def leaf(ours, layer, shape):
     if layer is not None:
       return read(f'blk.{layer}.{_GGUF_NAMES[ours]}.weight', shape)
-    return read(_OUTER_NAMES[ours], shape)
+    name = _OUTER_NAMES[ours]
+    if len(shape) == 1:
+      return read(name, shape)
+    # The largest of all, in parts: no second one in float32.
+    rows = max(1, _AT_ONCE // shape[1])
+    starts = range(0, shape[0], rows)
+    return (gguf_file.read_tensor(file, name, i, i + rows) for i in starts)
 
   return stacking.stack(cfg, leaf)

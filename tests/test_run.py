@@ -171,6 +171,7 @@ def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
       events.append(f'step {int(state.step) + 1}')
       return train_step(state, batch)
 
+    wrapped.lower = train_step.lower
     return wrapped
 
   monkeypatch.setattr(step, 'make_train_step', make_train_step)

@@ -13,7 +13,6 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from configs import default
 from mt import bitext
-from mt import compiling
 from mt import corpus
 from mt import decode
 from mt import evaluate
@@ -317,20 +316,6 @@ def test_limits_are_of_the_source_alone(monkeypatch):
     ids = template_lib.prompt_ids(text, _with_newlines(), BARE)
     assert len(source) == len(ids) - 2
     assert prompt == pool.Prompt(ids, int(1.5 * len(source)) + 2, number)
-
-
-def test_jit_once():
-  def double(x):
-    return 2 * x
-
-  one, other = compiling.jit_once(double), compiling.jit_once(double)
-  assert one(np.ones(3)).tolist() == one(np.zeros(3) + 1).tolist() == [2] * 3
-  # Another wrapper of the same function has a trace of its own.
-  assert other(np.ones(2)).tolist() == [2, 2]
-  for changed in (np.ones(2), np.ones(3, np.int32)):
-    with pytest.raises(AssertionError, match='traced'):
-      one(changed)
-  assert one(np.ones(3)).tolist() == [2] * 3  # It can still be used.
 
 
 def test_stop_ids():

@@ -380,10 +380,10 @@ def test_opening_reads_no_tensor_and_reading_one_at_a_time(
 
     __hash__ = object.__hash__
 
-  def read_tensor(file, name):
+  def read_tensor(file, name, *rows):
     assert not alive, f'{names[-1]} is still held when {name} is read'
     names.append(name)
-    x = np.array(real(file, name)).view(Watched)
+    x = np.array(real(file, name, *rows)).view(Watched)
     alive.add(x)
     return x
 

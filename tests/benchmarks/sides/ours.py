@@ -66,7 +66,9 @@ def _train(job, parts):
     state, metrics = train_step(state, batch)
     return float(metrics['nll'])
 
-  return side.train(job, take, rows_of(config, source.tokenizer))
+  rows = rows_of(config, source.tokenizer)
+  compiling.ahead(train_step, state, rows[0])
+  return side.train(job, take, rows)
 
 
 def _decode(job, beam):
