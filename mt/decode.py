@@ -6,6 +6,8 @@ the row gets there. So prompts of any length share a batch, and a row can be
 given to another sentence at any time.
 """
 
+import functools
+
 import chex
 import jax
 from jax import lax
@@ -79,7 +81,8 @@ def extend(
   slots, dtype = cache['k'][0].shape[1], cache['k'][0].dtype
   at = start[:, None] + jnp.arange(l, dtype=jnp.int32)
   slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (b, slots))
-  windows, rates = model.layer_constants(cfg)
+  windows, kinds = model.layer_constants(cfg)
+  sin, cos = model.rope_tables(cfg, at)
   keys, values = list(cache['k']), list(cache['v'])
   write = jax.vmap(
     lambda old, new, i: lax.dynamic_update_slice_in_dim(old, new, i, 0)
@@ -95,8 +98,9 @@ def extend(
       values[n] = write(values[n], v, start)
       return model.attend(cfg, q, keys[n], values[n], mask), None
 
-    angles = at[..., None].astype(jnp.float32) * rates[n]
-    x, _ = model.block(cfg, layer, x, angles, attend, _dense)
+    kind = kinds[n]
+    rotate = functools.partial(model.apply_rope, sin=sin[kind], cos=cos[kind])
+    x, _ = model.block(cfg, layer, x, rotate, attend, _dense)
   cache = {'k': tuple(keys), 'v': tuple(values)}
   return model.rms_norm(x, params['final_norm']), cache
 

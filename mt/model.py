@@ -126,15 +126,15 @@ def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
   return jax.nn.gelu(gate) * up
 
 
-def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
+def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
   """Rotates the halves of each head (RoFormer, arXiv 2104.09864).
 
   Args:
     x: [B, L, heads, A].
-    angles: [B, L, A / 2] in radians, float32.
+    sin, cos: [B, L, A / 2] of the angles, float32.
   """
-  chex.assert_rank([x, angles], [4, 3])
-  sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
+  chex.assert_rank([x, sin, cos], [4, 3, 3])
+  sin, cos = sin[:, :, None], cos[:, :, None]
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return out.astype(x.dtype)
@@ -172,19 +172,37 @@ def attention_mask(
 
 
 def layer_constants(cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
-  """What differs between layers: windows [N] int32, RoPE rates [N, A/2]."""
+  """What differs between layers: windows, kinds of `rope_tables` [N] int32."""
   kinds = [cfg.attention[i % len(cfg.attention)] for i in range(cfg.num_layers)]
-  exponent = jnp.arange(cfg.head_dim // 2, dtype=jnp.float32)
-  exponent = exponent * 2 / cfg.head_dim
-  rate = {
-    'L': cfg.rope_base_local**-exponent,
-    'G': cfg.rope_base_global**-exponent / cfg.rope_scale_global,
-  }
   window = {'L': cfg.window or _GLOBAL_WINDOW, 'G': _GLOBAL_WINDOW}
   return (
     jnp.array([window[k] for k in kinds], jnp.int32),
-    jnp.stack([rate[k] for k in kinds]),
+    jnp.array(['LG'.index(k) for k in kinds], jnp.int32),
   )
+
+
+def rope_tables(
+  cfg: ModelConfig, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Sines and cosines for layers with a window and for those without.
+
+  Args:
+    positions: [B, L] int32.
+
+  Returns:
+    Two [2, B, L, A / 2] float32.
+  """
+  chex.assert_rank(positions, 2)
+  exponent = jnp.arange(cfg.head_dim // 2, dtype=jnp.float32)
+  exponent = exponent * 2 / cfg.head_dim
+  rates = jnp.stack(
+    [
+      cfg.rope_base_local**-exponent,
+      cfg.rope_base_global**-exponent / cfg.rope_scale_global,
+    ]
+  )
+  angles = positions[..., None].astype(jnp.float32) * rates[:, None, None]
+  return jnp.sin(angles), jnp.cos(angles)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -310,7 +328,7 @@ def block(
   cfg: ModelConfig,
   layer: Params,
   x: jax.Array,
-  angles: jax.Array,
+  rotate: Callable[[jax.Array], jax.Array],
   attend_fn: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
   dense: Callable[[Params, str, jax.Array], jax.Array] = dense,
 ) -> tuple[jax.Array, Any]:
@@ -319,7 +337,7 @@ def block(
   Args:
     layer: the parameters of this layer, without the leading axis N.
     x: [B, L, D].
-    angles: [B, L, A / 2].
+    rotate: `apply_rope` by the angles of this layer, of [B, L, heads, A].
     attend_fn: (q [B, L, H, A], k, v [B, L, K, A]) -> ([B, L, H * A], extra);
       where training masks and decoding reads and writes its cache.
     dense: (layer, name of a matrix, [B, L, in]) -> [B, L, out].
@@ -327,7 +345,7 @@ def block(
   Returns:
     [B, L, D] and the `extra` of `attend_fn`.
   """
-  chex.assert_rank([x, angles], 3)
+  chex.assert_rank(x, 3)
   b, l, _ = x.shape
   y = rms_norm(x, layer['attn_norm'])
   q = dense(layer, 'q', y).reshape(b, l, cfg.num_heads, cfg.head_dim)
@@ -335,8 +353,8 @@ def block(
   v = dense(layer, 'v', y).reshape(b, l, cfg.num_kv_heads, cfg.head_dim)
   if cfg.qk_norm:
     q, k = rms_norm(q, layer['q_norm']), rms_norm(k, layer['k_norm'])
-  q = apply_rope(q, angles) * cfg.query_scale
-  y, extra = attend_fn(q, apply_rope(k, angles), v)
+  q = rotate(q) * cfg.query_scale
+  y, extra = attend_fn(q, rotate(k), v)
   y = dense(layer, 'o', y)
   if cfg.post_norms:
     y = rms_norm(y, layer['post_attn_norm'])
@@ -446,17 +464,23 @@ def forward(
   # A wider sharded axis would move data between devices.
   apart = mesh is None and jax.default_backend() == 'cpu'
 
+  tables = rope_tables(cfg, positions)
+
+  # Kept for the backward pass is the number of the layer's kind alone.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def rotate(x, tables, kind):
+    return apply_rope(x, *(t[kind] for t in tables))
+
   def body(x, per_layer):
-    layer, window, rate = per_layer
+    layer, window, kind = per_layer
     mask = attention_mask(
       positions, positions, segment_ids, segment_ids, window
     )
-    angles = positions[..., None].astype(jnp.float32) * rate
     x, _ = block(
       cfg,
       layer,
       x,
-      angles,
+      lambda x: rotate(x, tables, kind),
       lambda q, k, v: (causal_attend(cfg, q, k, v, mask), None),
       functools.partial(dense, apart=apart),
     )

@@ -102,7 +102,7 @@ def test_a_published_block_computes_the_same(tmp_path):
       cfg,
       layer,
       x,
-      angles,
+      lambda x: model.apply_rope(x, jnp.sin(angles), jnp.cos(angles)),
       lambda q, k, v: (model.attend(cfg, q, k, v, mask), None),
     )[0]
 

@@ -269,15 +269,17 @@ def test_rope_by_hand_and_against_the_oracle():
   # not its neighbour: here 1 with 3 and 2 with 4.
   x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
   angles = jnp.array([math.pi / 2, 0.0]).reshape(1, 1, 2)
-  got = model.apply_rope(x, angles)[0, 0, 0]
+  got = model.apply_rope(x, jnp.sin(angles), jnp.cos(angles))[0, 0, 0]
   np.testing.assert_allclose(got, [-3.0, 2.0, 1.0, 4.0], atol=1e-6)
   # Far out, as positions of a long context are, and with the 4B's scale.
   cfg = dataclasses.replace(_GEMMA3, head_dim=16, num_layers=6)
   x = _normal(2, 3, 4, 16)
   positions = np.array([[0, 1, 700], [3, 2000, 1]])
-  _, rates = gemma_oracle.jit(functools.partial(model.layer_constants, cfg))()
-  for rate, base, scale in ((rates[0], 10_000, 1), (rates[5], 1_000_000, 8)):
-    got = gemma_oracle.jit(model.apply_rope)(x, positions[..., None] * rate)
+  sin, cos = gemma_oracle.jit(functools.partial(model.rope_tables, cfg))(
+    positions
+  )
+  for kind, base, scale in ((0, 10_000, 1), (1, 1_000_000, 8)):
+    got = gemma_oracle.jit(model.apply_rope)(x, sin[kind], cos[kind])
     want = gemma_oracle.jit(gemma_positions.apply_rope, static_argnums=(2, 3))(
       x, positions, base, scale
     )
@@ -286,16 +288,23 @@ def test_rope_by_hand_and_against_the_oracle():
 
 
 def test_layer_constants_by_hand():
-  cfg = dataclasses.replace(_GEMMA3, head_dim=4)
-  windows, rates = gemma_oracle.jit(
-    functools.partial(model.layer_constants, cfg)
-  )()
+  windows, kinds = model.layer_constants(_GEMMA3)
   assert list(windows[:5]) == [3] * 5 and windows[6] == 3
   assert windows[5] >= 2**30
+  assert list(kinds[:7]) == [0, 0, 0, 0, 0, 1, 0]
+
+
+def test_rope_tables_by_hand():
+  cfg = dataclasses.replace(_GEMMA3, head_dim=4)
+  tables = gemma_oracle.jit(functools.partial(model.rope_tables, cfg))(
+    np.array([[0, 1, 5]])
+  )
   # base ** (-2 i / A) for i = 0 and 1; global ones divided by the scale, 8.
-  np.testing.assert_allclose(rates[0], [1.0, 0.01], rtol=1e-6)
-  np.testing.assert_allclose(rates[5], [0.125, 0.000125], rtol=1e-6)
-  np.testing.assert_array_equal(rates[6], rates[0])
+  angles = np.array([0, 1, 5])[None, None, :, None] * np.array(
+    [[[[1.0, 0.01]]], [[[0.125, 0.000125]]]]
+  )
+  for got, want in zip(tables, (np.sin(angles), np.cos(angles)), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
 def test_remat_gives_the_same_gradients():
@@ -406,7 +415,8 @@ _ONE_KEY = np.zeros((2, 3, 1, 8), np.float32)
     (lambda f: f(_INT * 1.0, _INT, _INT), 'type'),
     (lambda _: model.embed({}, _INT[0], jnp.float32), 'rank'),
     (lambda _: model.rms_norm(jnp.ones((2, 8)), jnp.ones(7)), 'suffix'),
-    (lambda _: model.apply_rope(jnp.ones((2, 3, 8)), _HEADS[..., 0]), 'rank'),
+    (lambda _: model.apply_rope(_HEADS, _HEADS, _HEADS[..., 0]), 'rank'),
+    (lambda _: model.rope_tables(_GEMMA3, _INT[0]), 'rank'),
     (
       lambda _: model.attend(_GEMMA1, _HEADS, _ONE_KEY, _ONE_KEY, _INT),
       'rank',
