@@ -260,6 +260,35 @@ def dense(
   return y
 
 
+@jax.custom_vjp
+def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
+  """Softmax over the keys that a query may see.
+
+  Autodiff would keep its result twice, and the mask.
+
+  Args:
+    logits: [B, K, L * G, S].
+    mask: [B, L, S] bool.
+  """
+  chex.assert_rank([logits, mask], [4, 3])
+  b, heads, _, s = logits.shape
+  shown = logits.reshape(b, heads, mask.shape[1], -1, s)
+  shown = jnp.where(mask[:, None, :, None], shown, MASKED)
+  return jax.nn.softmax(shown.reshape(logits.shape), axis=-1)
+
+
+def _masked_softmax_fwd(logits, mask):
+  probs = masked_softmax(logits, mask)
+  return probs, probs
+
+
+def _masked_softmax_bwd(probs, g):
+  return probs * (g - jnp.sum(probs * g, -1, keepdims=True)), None
+
+
+masked_softmax.defvjp(_masked_softmax_fwd, _masked_softmax_bwd)
+
+
 def attend(
   cfg: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
 ) -> jax.Array:
@@ -285,10 +314,7 @@ def attend(
     'bkra,bksa->bkrs', q, k, preferred_element_type=jnp.float32
   )
   logits = softcap(logits, cfg.attn_softcap)
-  logits = logits.reshape(b, heads, l, group, -1)
-  logits = jnp.where(mask[:, None, :, None], logits, MASKED)
-  probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  probs = probs.reshape(b, heads, l * group, -1)
+  probs = masked_softmax(logits, mask).astype(v.dtype)
   out = jnp.einsum('bkrs,bksa->bkra', probs, v)
   out = out.reshape(b, heads, l, group, a).swapaxes(1, 2)
   return out.reshape(b, l, h * a)
@@ -347,10 +373,17 @@ def block(
   """
   chex.assert_rank(x, 3)
   b, l, _ = x.shape
-  y = rms_norm(x, layer['attn_norm'])
-  q = dense(layer, 'q', y).reshape(b, l, cfg.num_heads, cfg.head_dim)
-  k = dense(layer, 'k', y).reshape(b, l, cfg.num_kv_heads, cfg.head_dim)
-  v = dense(layer, 'v', y).reshape(b, l, cfg.num_kv_heads, cfg.head_dim)
+
+  # Kept for the backward pass is `x`, not what the norm makes of it.
+  @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
+  def normed(layer, x, norm, names):
+    y = rms_norm(x, layer[norm])
+    return [dense(layer, name, y) for name in names]
+
+  q, k, v = normed(layer, x, 'attn_norm', ('q', 'k', 'v'))
+  q = q.reshape(b, l, cfg.num_heads, cfg.head_dim)
+  k = k.reshape(b, l, cfg.num_kv_heads, cfg.head_dim)
+  v = v.reshape(b, l, cfg.num_kv_heads, cfg.head_dim)
   if cfg.qk_norm:
     q, k = rms_norm(q, layer['q_norm']), rms_norm(k, layer['k_norm'])
   q = rotate(q) * cfg.query_scale
@@ -359,8 +392,7 @@ def block(
   if cfg.post_norms:
     y = rms_norm(y, layer['post_attn_norm'])
   x = x + y
-  y = rms_norm(x, layer['ffw_norm'])
-  y = gated(dense(layer, 'gate', y), dense(layer, 'up', y))
+  y = gated(*normed(layer, x, 'ffw_norm', ('gate', 'up')))
   y = dense(layer, 'down', y)
   if cfg.post_norms:
     y = rms_norm(y, layer['post_ffw_norm'])
