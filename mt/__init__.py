@@ -24,6 +24,7 @@
   tokenizer_json  its tokenizer.json
   safetensors_out  tensors to files, one at a time
   stacking    tensors of single layers -> the stacked pytree
+  attention   masks, RoPE, softmax over packed rows
   model       the Gemma forward pass over a plain pytree
   loss        cross-entropy over a large vocabulary
   precision   which numbers are float32, which may be bfloat16

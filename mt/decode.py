@@ -13,6 +13,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from mt import attention
 from mt import model
 from mt import sizes
 
@@ -82,24 +83,26 @@ def extend(
   at = start[:, None] + jnp.arange(l, dtype=jnp.int32)
   slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (b, slots))
   windows, kinds = model.layer_constants(cfg)
-  sin, cos = model.rope_tables(cfg, at)
+  sin, cos = attention.rope_tables(cfg, at)
   keys, values = list(cache['k']), list(cache['v'])
   write = jax.vmap(
     lambda old, new, i: lax.dynamic_update_slice_in_dim(old, new, i, 0)
   )
   x = model.embed(params, tokens, dtype)
   for n, layer in enumerate(params['layers']):
-    mask = model.attention_mask(
+    mask = attention.make_mask(
       at, slot, jnp.ones_like(at), jnp.ones_like(slot), windows[n]
     )
 
     def attend(q, k, v, n=n, mask=mask):
       keys[n] = write(keys[n], k, start)
       values[n] = write(values[n], v, start)
-      return model.attend(cfg, q, keys[n], values[n], mask), None
+      return attention.attend(cfg, q, keys[n], values[n], mask), None
 
     kind = kinds[n]
-    rotate = functools.partial(model.apply_rope, sin=sin[kind], cos=cos[kind])
+    rotate = functools.partial(
+      attention.apply_rope, sin=sin[kind], cos=cos[kind]
+    )
     x, _ = model.block(cfg, layer, x, rotate, attend, _dense)
   cache = {'k': tuple(keys), 'v': tuple(values)}
   return model.rms_norm(x, params['final_norm']), cache
@@ -161,4 +164,4 @@ def step(
     hidden[:, 0],
     preferred_element_type=jnp.float32,
   )
-  return model.softcap(logits, cfg.final_softcap), cache
+  return attention.softcap(logits, cfg.final_softcap), cache

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 
-from mt import model
+from mt import attention
 from mt import sharding
 
 # Sizes of a single chunk, and of one of several, in 18ths of the largest.
@@ -322,7 +322,7 @@ def _one_pass(options, want_d_h, group, embedding, h, y, room):
     raw = jnp.einsum(
       'vd,td->vt', part, h, preferred_element_type=options.logits_dtype
     )
-    logits = model.softcap(raw, cap)
+    logits = attention.softcap(raw, cap)
     new_top = jnp.maximum(top, jnp.max(logits, axis=0))
     shrink = jnp.exp(top - new_top)
     exps = jnp.exp(logits - new_top)
@@ -393,7 +393,7 @@ def _outer(options, group, weight, lse, h, y, room, before):
     wanted = (1 - options.smoothing) * onehot
     if options.smoothing:
       wanted += options.smoothing / (v * group.parts())
-    g = jnp.exp(model.softcap(raw, options.cap) - lse) - wanted
+    g = jnp.exp(attention.softcap(raw, options.cap) - lse) - wanted
     g = (g * _slope(raw, options.cap) * weight).astype(h.dtype)
     part = jnp.einsum('vt,td->vd', g, h, preferred_element_type=jnp.float32)
     if before is not None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mt import attention
 from mt import decode
 from mt import model
 from mt import search as search_lib
@@ -148,7 +149,7 @@ def _without_cache(name, tokens, lengths, steps):
   for t in range(steps):
     hidden = _forward(name)(buffer, lengths + t)
     logits = np.asarray(hidden)[rows, lengths + t - 1] @ table.T
-    logits = np.asarray(model.softcap(logits, cfg.final_softcap))
+    logits = np.asarray(attention.softcap(logits, cfg.final_softcap))
     best = np.sort(logits, axis=-1)
     assert np.min(best[:, -1] - best[:, -2]) > 1e-4, (
       'a near tie: change the seed'
@@ -285,7 +286,7 @@ def test_logits_are_those_of_the_vocabulary():
   hidden = np.asarray(_forward(name)(_prompts(), LENGTHS))
   want = hidden[np.arange(4), LENGTHS - 1] @ _params(name)['embedding'].T
   assert np.abs(want).max() > 1.1 * cfg.final_softcap, 'the cap should matter'
-  want = np.asarray(model.softcap(want, cfg.final_softcap))
+  want = np.asarray(attention.softcap(want, cfg.final_softcap))
 
   @_jit
   def run(params):

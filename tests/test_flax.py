@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mt import attention
 from mt import flax_store
 from mt import model
 from mt import sizes
@@ -102,8 +103,8 @@ def test_a_published_block_computes_the_same(tmp_path):
       cfg,
       layer,
       x,
-      lambda x: model.apply_rope(x, jnp.sin(angles), jnp.cos(angles)),
-      lambda q, k, v: (model.attend(cfg, q, k, v, mask), None),
+      lambda x: attention.apply_rope(x, jnp.sin(angles), jnp.cos(angles)),
+      lambda q, k, v: (attention.attend(cfg, q, k, v, mask), None),
     )[0]
 
   layers = [draw(jax.random.key(i)) for i in range(cfg.num_layers)]

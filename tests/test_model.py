@@ -6,13 +6,13 @@ import functools
 import math
 
 from gemma import layers as gemma_layers
-from gemma import positional_embeddings as gemma_positions
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
 
+from mt import attention
 from mt import model
 from mt import sharding
 from mt import sizes
@@ -119,7 +119,7 @@ def _examples_in(array, layout):
 def _our_logits(cfg, params, tokens, positions, segment_ids, **kwargs):
   x = model.forward(cfg, params, tokens, positions, segment_ids, **kwargs)
   logits = x @ params['embedding'].T.astype(x.dtype)
-  return model.softcap(logits, cfg.final_softcap)
+  return attention.softcap(logits, cfg.final_softcap)
 
 
 def _normal(*shape):
@@ -228,21 +228,6 @@ def test_the_future_changes_nothing():
   assert (after[9:] != before[9:]).any(axis=-1).all()
 
 
-def test_attention_mask_of_a_packed_row():
-  positions = np.array([[0, 1, 2, 0, 1, 0]])
-  segments = np.array([[1, 1, 1, 2, 2, 0]])
-  got = model.attention_mask(positions, positions, segments, segments, 2)
-  want = [
-    [1, 0, 0, 0, 0, 0],
-    [1, 1, 0, 0, 0, 0],
-    [0, 1, 1, 0, 0, 0],  # Window 2: itself and the one before.
-    [0, 0, 0, 1, 0, 0],
-    [0, 0, 0, 1, 1, 0],
-    [0, 0, 0, 0, 0, 1],  # Padding sees padding, lest its softmax be empty.
-  ]
-  np.testing.assert_array_equal(got[0], np.array(want, bool))
-
-
 def test_rms_norm_by_hand_and_against_the_oracle():
   # rms([3, 4]) = sqrt(12.5); the second factor is 1 + 1.
   got = model.rms_norm(jnp.array([3.0, 4.0]), jnp.array([0.0, 1.0]))
@@ -264,47 +249,11 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32():
   np.testing.assert_array_equal(got, want)
 
 
-def test_rope_by_hand_and_against_the_oracle():
-  # A quarter turn takes (1, 0) to (0, 1). The partner of entry i is i + A / 2,
-  # not its neighbour: here 1 with 3 and 2 with 4.
-  x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
-  angles = jnp.array([math.pi / 2, 0.0]).reshape(1, 1, 2)
-  got = model.apply_rope(x, jnp.sin(angles), jnp.cos(angles))[0, 0, 0]
-  np.testing.assert_allclose(got, [-3.0, 2.0, 1.0, 4.0], atol=1e-6)
-  # Far out, as positions of a long context are, and with the 4B's scale.
-  cfg = dataclasses.replace(_GEMMA3, head_dim=16, num_layers=6)
-  x = _normal(2, 3, 4, 16)
-  positions = np.array([[0, 1, 700], [3, 2000, 1]])
-  sin, cos = gemma_oracle.jit(functools.partial(model.rope_tables, cfg))(
-    positions
-  )
-  for kind, base, scale in ((0, 10_000, 1), (1, 1_000_000, 8)):
-    got = gemma_oracle.jit(model.apply_rope)(x, sin[kind], cos[kind])
-    want = gemma_oracle.jit(gemma_positions.apply_rope, static_argnums=(2, 3))(
-      x, positions, base, scale
-    )
-    # Float32 angles of 2000 radians are good to 1e-4.
-    np.testing.assert_allclose(got, want, atol=1e-3)
-
-
 def test_layer_constants_by_hand():
   windows, kinds = model.layer_constants(_GEMMA3)
   assert list(windows[:5]) == [3] * 5 and windows[6] == 3
   assert windows[5] >= 2**30
   assert list(kinds[:7]) == [0, 0, 0, 0, 0, 1, 0]
-
-
-def test_rope_tables_by_hand():
-  cfg = dataclasses.replace(_GEMMA3, head_dim=4)
-  tables = gemma_oracle.jit(functools.partial(model.rope_tables, cfg))(
-    np.array([[0, 1, 5]])
-  )
-  # base ** (-2 i / A) for i = 0 and 1; global ones divided by the scale, 8.
-  angles = np.array([0, 1, 5])[None, None, :, None] * np.array(
-    [[[[1.0, 0.01]]], [[[0.125, 0.000125]]]]
-  )
-  for got, want in zip(tables, (np.sin(angles), np.cos(angles)), strict=True):
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
 def test_remat_gives_the_same_gradients():
@@ -329,6 +278,10 @@ def test_remat_keeps_only_the_input_of_each_layer():
   assert kept('full') == [(cfg.num_layers, rows, LENGTH, cfg.embed_dim)]
   # Else the line above would show nothing.
   assert len(kept('none')) > len(kept('dots')) > 5
+  # What goes into the four norms, not what comes out; no angles.
+  widths = [s[-1] for s in kept('none')]
+  assert widths.count(cfg.embed_dim) == 4
+  assert cfg.head_dim // 2 not in widths
 
 
 def test_bfloat16_activations_keep_float32_parameters():
@@ -415,13 +368,13 @@ _ONE_KEY = np.zeros((2, 3, 1, 8), np.float32)
     (lambda f: f(_INT * 1.0, _INT, _INT), 'type'),
     (lambda _: model.embed({}, _INT[0], jnp.float32), 'rank'),
     (lambda _: model.rms_norm(jnp.ones((2, 8)), jnp.ones(7)), 'suffix'),
-    (lambda _: model.apply_rope(_HEADS, _HEADS, _HEADS[..., 0]), 'rank'),
-    (lambda _: model.rope_tables(_GEMMA3, _INT[0]), 'rank'),
+    (lambda _: attention.apply_rope(_HEADS, _HEADS, _HEADS[..., 0]), 'rank'),
+    (lambda _: attention.rope_tables(_GEMMA3, _INT[0]), 'rank'),
     (
-      lambda _: model.attend(_GEMMA1, _HEADS, _ONE_KEY, _ONE_KEY, _INT),
+      lambda _: attention.attend(_GEMMA1, _HEADS, _ONE_KEY, _ONE_KEY, _INT),
       'rank',
     ),
-    (lambda _: model.attention_mask(_INT, _INT[0], _INT, _INT, 4), 'rank'),
+    (lambda _: attention.make_mask(_INT, _INT[0], _INT, _INT, 4), 'rank'),
   ],
 )
 def test_wrong_shapes_are_named(call, message):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mt import attention
 from mt import decode
 from mt import export
 from mt import model
@@ -75,7 +76,7 @@ def _logits(cfg, params, tokens):
   positions = jnp.arange(tokens.shape[1])[None]
   x = model.forward(cfg, params, tokens, positions, jnp.ones_like(tokens))
   return np.asarray(
-    model.softcap(x @ params['embedding'].T, cfg.final_softcap)
+    attention.softcap(x @ params['embedding'].T, cfg.final_softcap)
   )[0]
 
 
