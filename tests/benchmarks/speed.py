@@ -51,7 +51,7 @@ PLAN = (
   ('ours', 'beam', '.venv'),
   ('hf', 'beam', '.venv-bench'),
 )
-TRAIN_BATCH, _BATCH, _BEAM, _LEARNING_RATE = 8, 16, 4, 1e-7
+TRAIN_BATCH, _BATCH, _BEAM, _LEARNING_RATE = 8, 16, 4, 1e-9
 
 
 def make_job(source: weights.Source, rows: int, steps: int, sentences: int):
