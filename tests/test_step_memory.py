@@ -45,6 +45,6 @@ def test_remat_trades_memory_for_time():
     compiled = lowered.compile()
     memory[remat] = compiled.memory_analysis().temp_size_in_bytes
     flops[remat] = compiled.cost_analysis()['flops']
-  assert memory['full'] < 0.5 * memory['none']
-  assert memory['full'] < memory['dots'] < 0.8 * memory['none']
+  assert memory['full'] < 0.7 * memory['none']
+  assert memory['full'] < memory['dots'] < 0.9 * memory['none']
   assert flops['none'] < flops['dots'] < flops['full']
