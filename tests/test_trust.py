@@ -56,11 +56,10 @@ def _dangers(source: str):
       yield f'os.{node.attr}'
     if (
       isinstance(node, ast.Call)
-      and isinstance(node.func, ast.Attribute)
-      and 'DLL' in node.func.attr
+      and re.search('ctypes|DLL|LoadLibrary', ast.unparse(node.func))
       and ast.unparse(node) != 'ctypes.CDLL(None)'
     ):
-      yield node.func.attr
+      yield ast.unparse(node.func)
     if isinstance(node, ast.keyword) and node.arg in _KEYWORDS:
       yield node.arg
 
@@ -74,10 +73,8 @@ def _dangers(source: str):
     ('run = exec', ['exec']),
     ('os.system(x)', ['os.system']),
     ('os.execvp(x, y)', ['os.execvp']),
-    (
-      'ctypes.CDLL("x.so"); ctypes.CDLL(None); ctypes.PyDLL(x)',
-      ['CDLL', 'PyDLL'],
-    ),
+    ('ctypes.CDLL("x.so"); ctypes.CDLL(None)', ['ctypes.CDLL']),
+    ('CDLL(x); y.LoadLibrary(x)', ['CDLL', 'y.LoadLibrary']),
     ('np.load(f, allow_pickle=True)', ['allow_pickle']),
     ('re.compile(x); model.eval(); os.path.exists(x); os._exit(2)', []),
   ],
