@@ -29,11 +29,11 @@ test-heavy: .venv/installed
 # 50 kills, about ten minutes: ARGS="KILLS SEED".  Two hours: ARGS=SECONDS.
 chaos: ARGS = 50 0
 chaos: .venv/installed
-	$(BIN)/python -m tests.chaos $(ARGS)
+	$(BIN)/python -m tests.stress.chaos $(ARGS)
 
 soak: ARGS = 7200 600
 soak: .venv/installed
-	$(BIN)/python -m tests.soak $(ARGS)
+	$(BIN)/python -m tests.stress.soak $(ARGS)
 
 test-transformers: .venv/installed .venv-transformers/installed
 	$(BIN)/python -m pytest -m transformers $(ARGS)

@@ -4,7 +4,7 @@ import pathlib
 
 from absl import flags
 
-from mt import errors
+from mt.base import errors
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', '', 'Folder of the run; runs/CONFIG where none is given.'
@@ -24,16 +24,16 @@ _PLAN = flags.DEFINE_bool(
 def main(argv):
   config, path = errors.read_config(argv)
   if _PLAN.value:
-    from mt import plan  # After the flags: --help takes no seconds.
+    from mt.train import plan  # After the flags: --help takes no seconds.
 
     plan.run(config)
     return
-  from mt import distributed
+  from mt.base import processes
 
-  distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-  from mt import loop
+  processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  from mt.train import loop
 
-  with distributed.together():
+  with processes.together():
     loop.run(config, _WORKDIR.value or pathlib.Path('runs') / path.stem)
 
 

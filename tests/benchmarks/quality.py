@@ -22,13 +22,13 @@ import time
 from absl import flags
 
 from configs import gemma3_270m
-from mt import compiling
-from mt import corpus
-from mt import errors
-from mt import scores
-from mt import template as template_lib
-from mt import translate
-from mt import weights
+from mt.base import compiling
+from mt.base import errors
+from mt.data import corpus
+from mt.data import template as template_lib
+from mt.evaluate import scores
+from mt.translate import translator as translator_lib
+from mt.weights import pretrained
 from tests.benchmarks import speed
 from tests.benchmarks.sides import ours
 
@@ -47,13 +47,13 @@ def make_config(f: flags.FlagValues):
 def score(f: flags.FlagValues) -> dict:
   """Scores of one model on one split."""
   config = make_config(f)
-  source = weights.open_source(
+  source = pretrained.open_source(
     config.weights.source, '', config.weights.tokenizer, seed=0, texts=()
   )
   pairs = corpus.read_splits(config.data, [f.split])[f.split][0].read()
   pairs = pairs[: f.pairs or None]
   start = time.monotonic()
-  translator = translate.from_config(config, source)
+  translator = translator_lib.from_config(config, source)
   texts = translator(source.read(), [p.source for p in pairs])
   found = scores.score(texts, [p.target for p in pairs])
   if f.out:

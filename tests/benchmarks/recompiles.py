@@ -18,12 +18,12 @@ from absl import flags
 import jax
 
 from configs import gemma3_270m
-from mt import decode
-from mt import errors
-from mt import model
-from mt import sizes
-from mt import translate
-from mt import weights
+from mt.base import errors
+from mt.gemma import model
+from mt.gemma import sizes
+from mt.translate import decode
+from mt.translate import translator as translator_lib
+from mt.weights import pretrained
 from tests.benchmarks.sides import ours
 
 # A program that is found in the cache of compiled ones counts as well.
@@ -48,7 +48,7 @@ class Compilations:
       self.seconds.append(seconds)
 
 
-def narrow_model(source: weights.Source) -> tuple[sizes.ModelConfig, dict]:
+def narrow_model(source: pretrained.Source) -> tuple[sizes.ModelConfig, dict]:
   """A model in which a step takes next to no time."""
   cfg = dataclasses.replace(
     sizes.SIZES['debug'], vocab_size=source.config.vocab_size, embed_dim=8
@@ -57,7 +57,7 @@ def narrow_model(source: weights.Source) -> tuple[sizes.ModelConfig, dict]:
 
 
 def run(
-  translator: translate.Translator,
+  translator: translator_lib.Translator,
   params: model.Params,
   texts: list[str],
   compilations: Compilations,
@@ -100,7 +100,7 @@ def main(argv):
   else:
     cfg, params = narrow_model(source)
   source = dataclasses.replace(source, config=cfg)
-  translator = translate.from_config(gemma3_270m.get_config(), source)
+  translator = translator_lib.from_config(gemma3_270m.get_config(), source)
   params = jax.jit(decode.unstack)(params)
   n = f.sentences
   late = False

@@ -24,16 +24,15 @@ import time
 
 from absl import flags
 
-from mt import batches
-from mt import corpus
-from mt import errors
-from mt import template as template_lib
-from mt import translate
-from mt import weights
-from mt import weights_hf
-from tests import gguf_fixture
+from mt.base import errors
+from mt.data import batches
+from mt.data import corpus
+from mt.data import template as template_lib
+from mt.translate import translator
+from mt.weights import pretrained
 from tests.benchmarks import table
 from tests.benchmarks.sides import ours
+from tests.fixtures import gguf_fixture
 
 _ROOT = pathlib.Path(__file__).parents[2]
 # What is measured, in turns: side, task, environment.
@@ -54,7 +53,7 @@ PLAN = (
 TRAIN_BATCH, _BATCH, _BEAM, _LEARNING_RATE = 8, 16, 4, 1e-9
 
 
-def make_job(source: weights.Source, rows: int, steps: int, sentences: int):
+def make_job(source: pretrained.Source, rows: int, steps: int, sentences: int):
   """The job of tests/benchmarks/sides/side.py, without files and threads."""
   job = {
     'rows': rows,
@@ -78,7 +77,7 @@ def make_job(source: weights.Source, rows: int, steps: int, sentences: int):
       }
       for text in texts
     ],
-    'stops': translate.stop_ids(tok, template).tolist(),
+    'stops': translator.stop_ids(tok, template).tolist(),
   }
 
 
@@ -98,7 +97,7 @@ def pairs_of(steps: list[batches.Batch]) -> list[list[list[int]]]:
   return [[side.tolist() for side in pair] for pair in out]
 
 
-def prepare(folder: pathlib.Path, source: weights.Source) -> dict[str, str]:
+def prepare(folder: pathlib.Path, source: pretrained.Source) -> dict[str, str]:
   """The model in the forms that others read (2.1 GB of disk), for a job."""
   folder.mkdir(parents=True, exist_ok=True)
   hf, gguf = folder / 'hf', folder / 'float32.gguf'
@@ -107,7 +106,7 @@ def prepare(folder: pathlib.Path, source: weights.Source) -> dict[str, str]:
     cfg, tok = source.config, source.tokenizer
     part = pathlib.Path(tempfile.mkdtemp(dir=folder))
     (part / 'hf').mkdir()
-    weights_hf.write(part / 'hf', cfg, params, tok)
+    hf.write(part / 'hf', cfg, params, tok)
     gguf_fixture.write_gguf(part / 'float32.gguf', cfg, params, tok.proto)
     shutil.rmtree(hf, ignore_errors=True)
     for made in (hf, gguf):

@@ -17,8 +17,8 @@ import statistics
 import jax
 import numpy as np
 
-from mt import model
-from mt import sizes
+from mt.gemma import model
+from mt.gemma import sizes
 
 Answers = dict[str, list[dict]]  # 'side.task' -> an answer a round.
 _NAMES = {

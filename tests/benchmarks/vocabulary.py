@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mt import loss
+from mt.gemma import loss
 
 V, D = 262_144, 640
 

@@ -7,17 +7,17 @@ import jax
 import ml_collections
 
 from configs import gemma3_270m
-from mt import batches
-from mt import compiling
-from mt import corpus
-from mt import data
-from mt import decode
-from mt import optimizer as optimizer_lib
-from mt import pool
-from mt import search
-from mt import step
-from mt import tokenizer
-from mt import weights
+from mt.base import compiling
+from mt.data import batches
+from mt.data import corpus
+from mt.data import splits
+from mt.data import tokenizer
+from mt.train import optimizer as optimizer_lib
+from mt.train import step
+from mt.translate import batching
+from mt.translate import decode
+from mt.translate import search
+from mt.weights import pretrained
 from tests.benchmarks.sides import side
 
 
@@ -40,7 +40,7 @@ def rows_of(
 ) -> list[batches.Batch]:
   """The rows of all steps, as a run of this config has them."""
   texts = corpus.read_splits(config.data, ['train'])['train']
-  rows, shares = data.training_rows(config, tok, texts)
+  rows, shares = splits.training_rows(config, tok, texts)
   number = config.train.max_steps
   iterator = batches.train_iterator(
     rows, shares, config.train.batch_size, number
@@ -48,9 +48,9 @@ def rows_of(
   return list(itertools.islice(iterator, number))
 
 
-def open_weights() -> weights.Source:
+def open_weights() -> pretrained.Source:
   name = gemma3_270m.get_config().weights.source
-  return weights.open_source(name, '', '', seed=0, texts=())
+  return pretrained.open_source(name, '', '', seed=0, texts=())
 
 
 def _train(job, parts):
@@ -72,17 +72,17 @@ def _train(job, parts):
 
 
 def _decode(job, beam):
-  """The decoder of mt/translate.py, which gives ids to compare."""
+  """The decoder of mt/translate/translator.py, which gives ids to compare."""
   compiling.keep_compiled_programs()
   source = open_weights()
   params = jax.jit(decode.unstack)(source.read())
-  decoder = pool.make_decoder(
+  decoder = batching.make_decoder(
     source.config,
     search.Search(beam=beam),
     job['stops'],
     batch_size=job['batch'],
   )
-  prompts = [pool.Prompt(p['tokens'], p['limit']) for p in job['prompts']]
+  prompts = [batching.Prompt(p['tokens'], p['limit']) for p in job['prompts']]
   decoder(params, prompts)  # Compiles.
   start = time.perf_counter()
   found = decoder(params, prompts)

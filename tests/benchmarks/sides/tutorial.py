@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tests import flax_fixture
-from tests import gemma_oracle
 from tests.benchmarks.sides import ours
 from tests.benchmarks.sides import side
+from tests.fixtures import flax_fixture
+from tests.fixtures import gemma_oracle
 
 _WIDTH, _PAD = 128, 0
 

@@ -1,0 +1,82 @@
+"""metrics.jsonl for TensorBoard: event files, without TensorFlow.
+
+  tensorboard --logdir=runs
+
+The event files of a run hold what metrics.jsonl holds: each start of the run
+writes them anew, so that a resumed run has every step once. Steps that are
+written again get the time of the restart.
+"""
+
+import contextlib
+import math
+import pathlib
+import time
+from typing import Any
+
+from tensorboardX import event_file_writer
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
+
+from mt.base import errors
+from mt.base import journal
+from mt.base import processes
+
+# tensorboardX's usual writer is a thread: where the disk is full it dies, and
+# whoever has more events for it waits for ever.
+Writer = event_file_writer.EventsWriter | None  # The first process has one.
+
+
+def open_writer(workdir: pathlib.Path) -> Writer:
+  """Begins the event file of a run, and removes those of earlier starts.
+
+  Raises:
+    errors.UserError: the folder is not writable, the disk is full.
+  """
+  if not processes.is_first():
+    return None
+  folder = workdir / 'tensorboard'
+  with _told(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob('events.out.tfevents.*'):
+      old.unlink()
+    writer = event_file_writer.EventsWriter(str(folder / 'events'))
+    writer.flush()
+  return writer
+
+
+def replay(writer: Writer, metrics: pathlib.Path) -> None:
+  """Adds what metrics.jsonl holds already."""
+  for line in journal.read_metrics(metrics):
+    add(writer, line)
+
+
+def add(writer: Writer, line: dict[str, Any]) -> None:
+  """Adds the numbers of one line of metrics.jsonl, under its step.
+
+  Raises:
+    errors.UserError: the disk is full.
+  """
+  if not writer:
+    return
+  with _told('tensorboard'):
+    for name, value in line.items():
+      number = isinstance(value, int | float) and math.isfinite(value)
+      if name != 'step' and number:
+        event = event_pb2.Event(
+          wall_time=time.time(),
+          step=line['step'],
+          summary=summary.scalar(name, value),
+        )
+        writer.write_event(event)
+    writer.flush()
+
+
+@contextlib.contextmanager
+def _told(where):
+  try:
+    yield
+  except OSError as e:
+    raise errors.UserError(
+      f'{where}: cannot write event files ({e.strerror}); give --workdir a '
+      'folder with space that you may write to.'
+    ) from None

@@ -1,0 +1,169 @@
+"""What a run says: metrics.jsonl, and a progress bar or plain lines."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+import contextlib
+import json
+import math
+import pathlib
+import sys
+import time
+from typing import Any
+
+import chex
+import numpy as np
+import tqdm
+
+from mt.base import errors
+from mt.base import processes
+from mt.base import run_folder
+
+
+def say(text: str) -> None:
+  """A line on stdout that leaves a progress bar in one piece.
+
+  Of several processes the first one speaks; so for everything in this file.
+  """
+  if not processes.is_first():
+    return
+  tqdm.tqdm.write(text)
+  sys.stdout.flush()
+
+
+def cut_metrics(path: pathlib.Path, last_step: int) -> None:
+  """Drops the lines after `last_step`: a resumed run writes them again.
+
+  A line that a crash left unfinished goes too.
+  """
+  if processes.is_first() and path.exists():
+    kept = [json.dumps(x) for x in read_metrics(path) if x['step'] <= last_step]
+    run_folder.write(path, ''.join(x + '\n' for x in kept))
+
+
+def add_metrics(path: pathlib.Path, line: dict[str, Any]) -> None:
+  """Appends one JSON object; `step` says how many steps were done.
+
+  JSON has no infinity and no NaN: they become null.
+  """
+  if not processes.is_first():
+    return
+  line = {
+    k: None if isinstance(v, float) and not math.isfinite(v) else v
+    for k, v in line.items()
+  }
+  try:
+    with open(path, 'a', encoding='utf-8') as f:
+      f.write(json.dumps(line) + '\n')
+  except OSError as e:
+    raise errors.UserError(
+      f'{path}: cannot write metrics ({e.strerror}); the last checkpoint is '
+      'whole: make room and start again.'
+    ) from None
+
+
+def table_line(
+  path: pathlib.Path, step: int, sums: Sequence[dict[str, float]]
+) -> str:
+  """A validation as the tutorial prints it.
+
+  Args:
+    path: metrics.jsonl, before this validation stands in it.
+    step: steps done.
+    sums: nll and targets of each batch.
+
+  Returns:
+    `STEP 20 training loss: 3.3015 - eval loss: 2.6868`: the mean of the
+    training losses since the validation before, and the mean over batches of
+    the mean in a batch. Before the first step: `Start, validation loss:
+    10.6472`. Digits are those of a float32.
+  """
+  chex.assert_scalar_positive(len(sums))
+  valid = _float32(np.mean([m['nll'] / m['targets'] for m in sums]))
+  if not step:
+    return f'Start, validation loss: {valid}'
+  losses = []
+  for line in read_metrics(path):
+    if 'valid_loss' in line:
+      losses = []
+    elif line['loss'] is not None:  # That of a skipped step may be no number.
+      losses.append(line['loss'])
+  train = _float32(np.mean(losses)) if losses else math.nan
+  return f'STEP {step} training loss: {train} - eval loss: {valid}'
+
+
+def since_best(path: pathlib.Path) -> int:
+  """Translated validations in a row without a better chrF than the one before.
+
+  Counted from the first that reached the highest `valid_chrf` in metrics.jsonl;
+  0 where there is none. The pretrained model, step 0, is no rival.
+  """
+  lines = (m for m in read_metrics(path, most=1) if m['step'] > 0)
+  found = [m['valid_chrf'] for m in lines if 'valid_chrf' in m]
+  return len(found) - 1 - found.index(max(found)) if found else 0
+
+
+def _float32(x: float) -> float:
+  return float(np.float32(x))
+
+
+def read_metrics(
+  path: pathlib.Path, most: int | None = None
+) -> Iterator[dict[str, Any]]:
+  """The lines of metrics.jsonl that are whole; none where there is no file.
+
+  Args:
+    path: read line by line: of a long run there are many.
+    most: of more lines than these only some that lie evenly; the last one and
+      those of validations are always among them. That takes little more than
+      looking for the ends of lines.
+  """
+  if not path.exists():
+    return
+  count, every = 0, 1
+  if most is not None:
+    with path.open('rb') as lines:
+      count = sum(1 for _ in lines)
+    every = max(1, -(-count // most))
+  # What a broken disk left in a line is not to end a run.
+  with path.open(encoding='utf-8', errors='replace') as lines:
+    for number, line in enumerate(lines, 1):
+      if (count - number) % every == 0 or '"valid_' in line:
+        with contextlib.suppress(ValueError):
+          yield json.loads(line)
+
+
+class Progress:
+  """A bar on a terminal; else a line at each multiple of `every`, if any."""
+
+  def __init__(self, what: str, total: int, done: int = 0, every: int = 0):
+    self.what, self.total, self.every = what, total, every
+    self.first, self.start = done, time.monotonic()
+    self.done = done
+    terminal = sys.stderr.isatty() and processes.is_first()
+    self.bar = tqdm.tqdm(
+      desc=what,
+      total=total,
+      initial=done,
+      disable=not terminal,
+      dynamic_ncols=True,
+      leave=False,
+    )
+
+  def update(self, done: int, note: str = '') -> None:
+    """Shows that `done` of all are done."""
+    if not self.bar.disable:
+      self.bar.set_postfix_str(note, refresh=False)
+      self.bar.update(done - self.bar.n)
+    elif self.every and (
+      done // self.every > self.done // self.every or done == self.total
+    ):
+      spent = time.monotonic() - self.start
+      left = spent / max(1, done - self.first) * (self.total - done)
+      say(
+        f'{self.what} {done}/{self.total}{"  " + note if note else ""}  '
+        f'{left:.0f} s left'
+      )
+    self.done = done
+
+  def close(self) -> None:
+    self.bar.close()

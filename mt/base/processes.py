@@ -1,0 +1,168 @@
+"""Several processes of one run: how they find each other, and who speaks.
+
+Every process runs the same program on its part of each batch. Process 0 alone
+prints and writes; checkpoints are written by all, into one folder that all of
+them see.
+"""
+
+from collections.abc import Callable
+import contextlib
+import functools
+import os
+import sys
+from typing import TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from mt.base import compiling
+from mt.base import errors
+
+T = TypeVar('T')
+
+# Seconds after which a process that is silent counts as dead.
+_HEARTBEAT = 20
+_SHUTDOWN = 15  # The same at the end, where all of them meet.
+
+
+def start(coordinator: str, processes: int, process: int) -> None:
+  """Joins the other processes; to be called before anything asks for devices.
+
+  Args:
+    coordinator: HOST:PORT of process 0; `auto` leaves all three to the cluster
+      (Cloud TPU, Slurm, Open MPI, Kubernetes); '' takes
+      JAX_COORDINATOR_ADDRESS, and a single process where that is not set.
+    processes: how many there are; 0 takes JAX_NUM_PROCESSES.
+    process: which one this is, from 0; -1 takes JAX_PROCESS_ID.
+
+  Raises:
+    errors.UserError: something is not given, or the others are not there.
+  """
+  env = os.environ
+  coordinator = coordinator or env.get('JAX_COORDINATOR_ADDRESS', '')
+  if not coordinator:
+    if processes > 0 or process >= 0:
+      raise errors.UserError(
+        f'--processes={processes} and --process={process} need --coordinator='
+        'HOST:PORT of process 0.'
+      )
+    return
+  where = {}
+  if coordinator != 'auto':
+    processes = processes or _number('JAX_NUM_PROCESSES', 0)
+    process = _number('JAX_PROCESS_ID', -1) if process < 0 else process
+    if not 0 <= process < processes:
+      raise errors.UserError(
+        f'--process={process} of --processes={processes}: a number from 0 to '
+        'below the number of processes expected, by flag or as '
+        'JAX_PROCESS_ID and JAX_NUM_PROCESSES.'
+      )
+    where = {
+      'coordinator_address': coordinator,
+      'num_processes': processes,
+      'process_id': process,
+    }
+  try:
+    jax.distributed.initialize(
+      **where,
+      heartbeat_timeout_seconds=_HEARTBEAT,
+      shutdown_timeout_seconds=_SHUTDOWN,
+    )
+  except (RuntimeError, ValueError) as e:
+    raise errors.UserError(
+      f'--coordinator={coordinator}: cannot join the other processes '
+      f'({_short(e)}); start all of them with the same coordinator.'
+    ) from None
+
+
+def _number(name, default):
+  text = os.environ.get(name, str(default))
+  try:
+    return int(text)
+  except ValueError:
+    raise errors.UserError(f'{name} is {text!r}; a number expected.') from None
+
+
+def _short(e):
+  return ' '.join(str(e).split())[:200]
+
+
+def is_first() -> bool:
+  """Whether this process prints and writes."""
+  return jax.process_index() == 0
+
+
+def sync(name: str) -> None:
+  """Waits for all processes to get here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def of_first(value: float) -> float:
+  """The number that process 0 has, in all of them, to the last bit."""
+  if jax.process_count() == 1:
+    return value
+  halves = np.array([value], np.float64).view(np.uint32)  # JAX has no float64.
+  got = np.asarray(multihost_utils.broadcast_one_to_all(halves))
+  return float(got.astype(np.uint32).view(np.float64)[0])
+
+
+def largest(value: int) -> jax.Array:
+  """The largest of all processes' numbers, in all of them: scalar int32.
+
+  Nothing waits for it but who reads it.
+  """
+  one_each, maximum = _over_processes()
+  own = np.array([value], np.int32)
+  return maximum(jax.make_array_from_process_local_data(one_each, own))
+
+
+@functools.cache
+def _over_processes():
+  """Where an array with one number of each process lives; its maximum."""
+  first = {d.process_index: d for d in reversed(jax.devices())}
+  mesh = Mesh([first[i] for i in sorted(first)], 'process')
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  maximum = compiling.jit_once(jnp.max, out_shardings=everywhere)
+  return NamedSharding(mesh, PartitionSpec('process')), maximum
+
+
+def agree(value: bool) -> bool:
+  """What process 0 says, in all of them."""
+  return bool(of_first(float(value)))
+
+
+def first_first(make: Callable[[], T]) -> T:
+  """`make()` in every process, in process 0 before all others.
+
+  What it downloads or writes down is there when they come.
+  """
+  if not is_first():
+    sync('first')
+  made = make()
+  if is_first():
+    sync('first')
+  return made
+
+
+@contextlib.contextmanager
+def together():
+  """Ends this process with one sentence if another one is lost."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as e:
+    if jax.process_count() == 1:
+      raise
+    sys.stdout.flush()
+    print(
+      f'error: process {jax.process_index()} lost another one ({_short(e)}); '
+      'start all of them again, the run goes on from its last checkpoint.',
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(errors.EXIT_CODE)  # An orderly end would wait for the lost one.

@@ -1,0 +1,75 @@
+"""SIGINT and SIGTERM while training lasts: save and leave."""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import signal
+import sys
+import threading
+
+import jax
+
+from mt.base import errors
+from mt.base import journal
+from mt.base import processes
+
+
+class Listener:
+  """Knows the signal that asked this process to leave."""
+
+  def __init__(self):
+    self._signal = 0
+    self._of_all = None  # What all processes had heard a step ago.
+
+  def hear(self, number: int, _frame) -> None:
+    """Notes a signal; a second SIGINT ends the process on the spot."""
+    if self._signal and number == signal.SIGINT:
+      os.write(sys.stderr.fileno(), b'error: interrupted again; not saved\n')
+      os._exit(128 + number)
+    self._signal = self._signal or number
+    journal.say(
+      f'{signal.Signals(number).name}: the run saves after this step and '
+      'leaves; Ctrl-C again leaves at once'
+    )
+
+  def asked(self) -> int:
+    """The signal that any of the processes got, or 0; the same in all.
+
+    To be called before each step. Several processes answer with what they had
+    heard one call earlier: an answer of now would wait for the step before.
+    """
+    if jax.process_count() == 1:
+      return self._signal
+    before, self._of_all = self._of_all, processes.largest(self._signal)
+    return 0 if before is None else int(before)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Listener]:
+  """A Listener that hears SIGINT and SIGTERM until the context ends."""
+  listener = Listener()
+  if threading.current_thread() is not threading.main_thread():
+    yield listener  # Python gives signals to the main thread alone.
+    return
+  old = {
+    number: signal.signal(number, listener.hear)
+    for number in (signal.SIGINT, signal.SIGTERM)
+  }
+  try:
+    yield listener
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
+
+
+def leave(number: int, at: int) -> None:
+  """Ends the run.
+
+  Raises:
+    errors.Stopped: always; its exit code is 128 + the signal's number.
+  """
+  word = 'interrupted' if number == signal.SIGINT else 'terminated'
+  where = f'at step {at}, which is saved' if at else 'before its first step'
+  raise errors.Stopped(
+    f'{word} {where}; the same command goes on from there', 128 + number
+  )

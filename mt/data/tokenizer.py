@@ -1,0 +1,153 @@
+"""SentencePiece, from a .model file or rebuilt from a GGUF vocabulary."""
+
+import collections
+from collections.abc import Sequence
+import dataclasses
+import io
+import itertools
+import os
+import pathlib
+import re
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
+from mt.base import errors
+
+_BYTE = 6  # SentencePiece's type of a piece that is one byte.
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """A SentencePiece model and the ids that the project needs by name.
+
+  Attributes:
+    spm: the processor.
+    proto: the serialised model, to be written to `tokenizer.model`.
+    vocab_size: number of pieces.
+  """
+
+  spm: sentencepiece.SentencePieceProcessor
+  proto: bytes
+  vocab_size: int
+  pad_id: int
+  bos_id: int
+  eos_id: int
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of the text alone: no BOS, no EOS."""
+    return self.spm.encode(text)
+
+  def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of each, on all cores."""
+    return self.spm.encode(list(texts), num_threads=os.cpu_count())
+
+  def decode(self, ids: list[int]) -> str:
+    return self.spm.decode(ids)
+
+
+def from_proto(proto: bytes, where: str) -> Tokenizer:
+  """A tokenizer from a serialised SentencePiece model.
+
+  Args:
+    proto: the bytes of a `tokenizer.model`.
+    where: file name for error messages.
+
+  Raises:
+    errors.UserError: not a SentencePiece model, or one without BOS or EOS.
+  """
+  spm = sentencepiece.SentencePieceProcessor()
+  try:
+    spm.LoadFromSerializedProto(proto)
+  except (RuntimeError, TypeError) as e:
+    raise errors.UserError(
+      f'{where}: not a SentencePiece model ({str(e).splitlines()[0]}).'
+    ) from None
+  pad, bos, eos = spm.pad_id(), spm.bos_id(), spm.eos_id()
+  if min(pad, bos, eos) < 0:
+    # SentencePiece finds them by name (<s>, </s> unless told otherwise); a
+    # model put together by other tools may give their numbers alone.
+    spec = sp_pb2.ModelProto.FromString(proto).trainer_spec
+    pad, bos, eos = (
+      i if 0 <= i < spm.vocab_size() and spm.is_control(i) else -1
+      for i in (spec.pad_id, spec.bos_id, spec.eos_id)
+    )
+  if min(pad, bos, eos) < 0:
+    raise errors.UserError(
+      f'{where}: pad, BOS, EOS ids are {pad}, {bos}, {eos}; Gemma needs all '
+      'three: use a Gemma tokenizer.'
+    )
+  return Tokenizer(spm, proto, spm.vocab_size(), pad, bos, eos)
+
+
+def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+  """A small tokenizer with Gemma's settings and special ids.
+
+  Args:
+    texts: to train on.
+    vocab_size: at most this many pieces; few texts give fewer.
+  """
+  # SentencePiece refuses to train when the characters alone fill the
+  # vocabulary, as Japanese would: the rarest are spelt in bytes.
+  counts = collections.Counter(itertools.chain.from_iterable(texts))
+  rare = {c for c, _ in counts.most_common()[(vocab_size - 260) * 3 // 4 :]}
+  if rare:
+    split = re.compile(f'[{re.escape("".join(rare))}]+').split
+    texts = [part for text in texts for part in split(text)]
+  out = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(texts),
+    model_writer=out,
+    model_type='bpe',
+    vocab_size=vocab_size,
+    hard_vocab_limit=False,
+    byte_fallback=True,
+    character_coverage=0.99,  # What is rarer is spelt in bytes.
+    normalization_rule_name='identity',
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    user_defined_symbols=['<start_of_turn>', '<end_of_turn>'],
+    pad_id=0,
+    eos_id=1,
+    bos_id=2,
+    unk_id=3,
+    num_threads=1,
+    minloglevel=2,
+  )
+  return from_proto(out.getvalue(), 'the trained tokenizer')
+
+
+def from_file(path: str | pathlib.Path) -> Tokenizer:
+  """A tokenizer from a SentencePiece `tokenizer.model`."""
+  try:
+    proto = pathlib.Path(path).read_bytes()
+  except OSError as e:
+    raise errors.UserError(
+      f'{path}: cannot read the tokenizer ({e.strerror}).'
+    ) from None
+  return from_proto(proto, str(path))
+
+
+def set_gemma_spec(proto: sp_pb2.ModelProto, ids: Sequence[int]) -> None:
+  """Completes a model of pieces alone with the settings of all Gemmas.
+
+  BPE with byte fallback, identity normalisation, no dummy prefix, white space
+  kept.
+
+  Args:
+    proto: its pieces are there.
+    ids: of pad, EOS, BOS and the unknown piece.
+  """
+  t = proto.trainer_spec
+  t.model_type = sp_pb2.TrainerSpec.BPE
+  t.vocab_size = len(proto.pieces)
+  t.byte_fallback = any(p.type == _BYTE for p in proto.pieces)
+  t.pad_id, t.eos_id, t.bos_id, t.unk_id = ids
+  t.pad_piece, t.eos_piece, t.bos_piece, t.unk_piece = (
+    proto.pieces[i].piece for i in ids
+  )
+  n = proto.normalizer_spec
+  n.name = 'identity'
+  n.add_dummy_prefix = False
+  n.remove_extra_whitespaces = False
+  n.escape_whitespaces = True

@@ -1,0 +1,208 @@
+"""What a run translates, scored, compared and shown.
+
+  python -m mt.evaluate --workdir=W --split=test [--against=W2]
+
+scores what a run's best checkpoint makes of a split (--checkpoint=best, last or
+a step; see mt/train/checkpoint.py). What the run itself has translated with it
+is not translated again. W/evaluation/ has then
+
+  SPLIT.json          scores, chrF by class of noise (see
+                      mt/evaluate/noise.py), and the comparison, if any
+  SPLIT.*.txt         source, reference and hypothesis, one a line
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from absl import flags
+import ml_collections
+
+from mt.base import compiling
+from mt.base import errors
+from mt.base import journal
+from mt.base import run_folder
+from mt.data import corpus
+from mt.evaluate import cached
+from mt.evaluate import noise
+from mt.evaluate import report
+from mt.evaluate import scores
+from mt.train import checkpoint
+from mt.translate import translator as translator_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+  """A split, translated by a run.
+
+  Attributes:
+    config: the run's.
+    step: of the checkpoint.
+    sources, references, hypotheses: of each pair.
+  """
+
+  config: ml_collections.ConfigDict
+  step: int
+  sources: list[str]
+  references: list[str]
+  hypotheses: list[str]
+
+  @property
+  def language(self) -> str:
+    return self.config.data.pair.split('-')[0].lower()
+
+
+def translate_split(
+  workdir: pathlib.Path,
+  split: str,
+  pairs: int | None = None,
+  which: str = '',
+) -> Evaluated:
+  """Translates a split with a run's checkpoint, if that is not done.
+
+  Args:
+    workdir: of the run.
+    split: valid or test.
+    pairs: the first ones of the split, 0 for all; None for as many as the run
+      itself translates.
+    which: of its checkpoints, see checkpoint.find_step.
+
+  Raises:
+    errors.UserError: no run, no checkpoint, no such split, or what
+      checkpoint.load_finetuned raises.
+  """
+  config = run_folder.read_config(workdir)
+  step, _ = checkpoint.find_step(workdir, which)
+  number = config.eval.translate_pairs if pairs is None else pairs
+  chosen = corpus.read_splits(config.data, [split])[split][0].read()
+  chosen = chosen[: number or None]
+  sources = [p.source for p in chosen]
+  references = [p.target for p in chosen]
+  made = cached.made_by(step, config.decode, sources)
+  path = workdir / 'evaluation' / f'{split}.hypothesis.txt'
+  texts = cached.kept(workdir / 'translations' / f'{split}.after.txt', made)
+  texts = cached.kept(path, made) if texts is None else texts
+  if texts is None:
+    config, source, params = checkpoint.load_finetuned(workdir, step)
+    progress = journal.Progress(f'translating {split}', len(sources))
+    translator = translator_lib.from_config(config, source)
+    texts = translator(params, sources, progress.update)
+    progress.close()
+  for name, lines in (('source', sources), ('reference', references)):
+    run_folder.write_lines(path.with_name(f'{split}.{name}.txt'), lines)
+  cached.keep(path, made, texts)
+  return Evaluated(config, step, sources, references, texts)
+
+
+def evaluate(
+  workdir: pathlib.Path,
+  split: str,
+  against: pathlib.Path | None = None,
+  pairs: int | None = None,
+  which: str = '',
+) -> dict[str, Any]:
+  """Scores one of a run's checkpoints, and leaves W/evaluation/SPLIT.json.
+
+  Args:
+    workdir: of the run.
+    split: valid or test.
+    against: the folder of another run, to compare with: with its best
+      checkpoint, or its last where there is no best one.
+    pairs: see translate_split.
+    which: of the run's checkpoints, see checkpoint.find_step.
+
+  Returns:
+    What SPLIT.json holds.
+
+  Raises:
+    errors.UserError: see translate_split; or the runs have other sentences.
+  """
+  own = translate_split(workdir, split, pairs, which)
+  out = {
+    'step': own.step,
+    'scores': scores.score(own.hypotheses, own.references),
+    'noise': scores.by_noise(
+      own.sources, own.hypotheses, own.references, own.language
+    ),
+  }
+  if against:
+    other = translate_split(against, split, pairs)
+    if (other.sources, other.references) != (own.sources, own.references):
+      raise errors.UserError(
+        f'{against}: its {split} split has other sentences '
+        f'({len(other.sources)}) than that of {workdir} ({len(own.sources)}); '
+        'compare runs with the same data, and give both --pairs.'
+      )
+    out['against'] = {
+      'workdir': str(against),
+      'step': other.step,
+      'scores': scores.compare(
+        other.hypotheses, own.hypotheses, own.references
+      ),
+    }
+  run_folder.write_json(workdir / 'evaluation' / f'{split}.json', out)
+  return out
+
+
+def describe(result: dict[str, Any]) -> str:
+  """What `evaluate` returns, as lines to read."""
+  found = result['scores']
+  out = [f'step {result["step"]}, {found["sentences"]:,} sentences']
+  for name in scores.NAMES:
+    out.append(f'{name:10} {found[name]:6.2f}  {found[name + "_signature"]}')
+  out.append('chrF by noise (a sentence may be in several classes)')
+  for name in (*noise.CLASSES, scores.NO_CLASS):
+    row = result['noise'].get(name)
+    if row is None:
+      text = '     -  no rule for the source language'
+    elif not row['sentences']:
+      text = '     0  no sentence'
+    else:
+      text = f'{row["sentences"]:6,}  {row["chrf"]:6.2f}'
+    out.append(f'  {name:14}{text}')
+  if 'against' in result:
+    other = result['against']
+    out.append(f'against {other["workdir"]}, step {other["step"]}')
+    for name in scores.NAMES:
+      row = other['scores'][name]
+      out.append(
+        f'{name:10} {row["baseline"]:6.2f} ±{row["baseline_interval"]:.2f} -> '
+        f'{row["score"]:6.2f} ±{row["interval"]:.2f}  '
+        f'({row["score"] - row["baseline"]:+.2f}, p = {row["p"]:.4f})  '
+        f'{row["signature"]}'
+      )
+  return '\n'.join(out)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise errors.UserError(
+      f'{argv[1]!r} is no flag; write --workdir=W --split=valid, with dashes.'
+    )
+  given = flags.FLAGS
+  compiling.keep_compiled_programs()
+  workdir = pathlib.Path(given.workdir)
+  against = pathlib.Path(given.against) if given.against else None
+  result = evaluate(
+    workdir, given.split, against, given.pairs, given.checkpoint
+  )
+  print(describe(result))
+  report.write(workdir)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('workdir', None, 'Folder of a run of train.py.')
+  flags.DEFINE_string('checkpoint', '', checkpoint.WHICH)
+  flags.DEFINE_enum('split', 'valid', ['valid', 'test'], 'What is scored.')
+  flags.DEFINE_string(
+    'against', '', 'Folder of another run, compared by paired bootstrap.'
+  )
+  flags.DEFINE_integer(
+    'pairs',
+    None,
+    'The first ones of the split, 0 for all; as many as the run translates '
+    'where none is given.',
+    lower_bound=0,
+  )
+  flags.mark_flag_as_required('workdir')
+  errors.run(main)

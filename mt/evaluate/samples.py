@@ -1,0 +1,50 @@
+"""Sentences to read."""
+
+from collections.abc import Sequence
+import pathlib
+
+import chex
+import numpy as np
+
+from mt.base import journal
+from mt.base import run_folder
+from mt.gemma import model
+from mt.translate import translator as translator_lib
+
+
+def samples(
+  sources: Sequence[str],
+  references: Sequence[str],
+  before: Sequence[str],
+  after: Sequence[str],
+  number: int = 8,
+) -> str:
+  """`number` sentences, evenly spread over the split, to be read."""
+  chex.assert_equal(
+    [len(sources)] * 3, [len(references), len(before), len(after)]
+  )
+  chosen = np.unique(np.linspace(0, len(sources) - 1, number).astype(int))
+  out = []
+  for i in chosen.tolist():
+    out.append(
+      f'source     {sources[i]}\n'
+      f'reference  {references[i]}\n'
+      f'before     {before[i]}\n'
+      f'after      {after[i]}\n'
+    )
+  return '\n'.join(out)
+
+
+def show_texts(
+  translator: translator_lib.Translator,
+  params: model.Params,
+  texts: Sequence[str],
+  workdir: pathlib.Path,
+) -> None:
+  """Translates texts, shows them, leaves them in translations/texts.*.txt."""
+  made = translator(params, list(texts))
+  for name, lines in (('source', texts), ('after', made)):
+    path = workdir / 'translations' / f'texts.{name}.txt'
+    run_folder.write_lines(path, lines)
+  for source, after in zip(texts, made, strict=True):
+    journal.say(f'source     {source}\nafter      {after}')

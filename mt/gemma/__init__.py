@@ -1,0 +1,1 @@
+"""Gemma as pure functions over a plain pytree."""

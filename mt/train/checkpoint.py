@@ -1,0 +1,362 @@
+"""Checkpoints: trained parameters, optimizer, data position, and what they fit.
+
+Orbax writes each into a temporary folder and renames it when it is whole. The
+frozen parameters are not saved: they are the pretrained ones, known by their
+fingerprint. Where validation was translated, its chrF is in the checkpoint: so
+the folder tells which one is the best.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+import zlib
+
+import chex
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from mt.base import errors
+from mt.base import run_folder
+from mt.gemma import lora
+from mt.gemma import model
+from mt.train import manifest
+from mt.train import step
+from mt.weights import pretrained
+
+_SLACK = 200_000  # Bytes of a checkpoint that are no array.
+VERSION = 1  # Of what a checkpoint holds; to be raised when that changes.
+
+
+def identity(source: pretrained.Source, params: model.Params) -> dict[str, Any]:
+  """What a checkpoint must agree with: the model, its weights, its tokenizer.
+
+  Args:
+    source: where the weights came from.
+    params: the pretrained parameters.
+
+  Returns:
+    JSON: `version`, of what checkpoints are made of, the fields of the model's
+    config, `fingerprint`, the CRC-32 of all parameters, and `tokenizer`, that
+    of the tokenizer.
+  """
+  crc = 0
+  for leaf in jax.tree.leaves(params):
+    crc = zlib.crc32(np.asarray(leaf), crc)
+  return (
+    {'version': VERSION}
+    | dataclasses.asdict(source.config)
+    | {
+      'fingerprint': crc,
+      'tokenizer': zlib.crc32(source.tokenizer.proto),
+    }
+  )
+
+
+def open_manager(
+  workdir: pathlib.Path, keep: int | None = None
+) -> ocp.CheckpointManager:
+  """The checkpoints of a run: the newest `keep` of them, and the best."""
+  kept = [
+    checkpoint_managers.LatestN(keep),
+    checkpoint_managers.BestN(
+      get_metric_fn=_chrf, n=1, keep_checkpoints_without_metrics=False
+    ),
+  ]
+  options = ocp.CheckpointManagerOptions(
+    best_fn=_chrf,  # The latest of equals.
+    preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
+    enable_async_checkpointing=False,
+    step_prefix='step',
+    temporary_path_class=manifest.TemporaryPath,
+  )
+  return ocp.CheckpointManager(
+    (workdir / 'checkpoints').absolute(),
+    options=options,
+    item_names=('trained', 'ema', 'rest', 'data', 'identity'),
+  )
+
+
+def _chrf(metrics) -> float:
+  return metrics.get('valid_chrf', -1.0)  # Validation was not translated.
+
+
+def best_step(manager: ocp.CheckpointManager) -> int | None:
+  """Of the checkpoint with the best chrF; None where there is no chrF."""
+  at = manager.best_step()
+  return None if at is None or _chrf(manager.metrics(at)) < 0 else at
+
+
+def save(
+  manager: ocp.CheckpointManager,
+  state: step.TrainState,
+  data_state: Any,
+  who: dict[str, Any],
+  chrf: float | None = None,
+) -> None:
+  """Writes one checkpoint.
+
+  Args:
+    manager: see open_manager.
+    state: to be saved under its step, finite in every number.
+    data_state: of the loader, after the last batch that the state has seen.
+    who: see `identity`.
+    chrf: of validation, if it was translated.
+
+  Raises:
+    errors.UserError: the disk is full or not writable, or the state is not
+      finite and would take the place of a good one.
+  """
+  if not step.all_finite(state):
+    raise errors.UserError(
+      f'step {int(state.step)}: not all weights are finite any more, so they '
+      f'are not saved; the newest checkpoint in {manager.directory} is of step '
+      f'{manager.latest_step()}; lower optim.learning_rate.'
+    )
+  arrays = _arrays(state)
+  need = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _SLACK
+  manifest.check_space(pathlib.Path(manager.directory), need)
+  items = {
+    'data': ocp.args.JsonSave({'state': data_state}),
+    'identity': ocp.args.JsonSave(who),
+  }
+  for name, tree in arrays.items():
+    items[name] = ocp.args.StandardSave(tree)
+  metrics = {} if chrf is None else {'valid_chrf': chrf}
+  args = ocp.args.Composite(**items)
+  try:
+    manager.save(int(state.step), args=args, metrics=metrics)
+  except (OSError, ValueError) as e:  # ValueError: of tensorstore.
+    # Orbax's other writers are still at it.
+    raise errors.Stuck(
+      f'{manager.directory}: cannot save step {int(state.step)} '
+      f'({" ".join(str(e).split())[:300]}); the checkpoints before it are '
+      'whole: free some space and start again.'
+    ) from None
+
+
+def _arrays(state):
+  """What is saved of a state; {} for EMA would be no item of Orbax."""
+  names = ('step', 'skipped', 'skipped_in_a_row', 'opt_state')
+  ema = {'ema': state.ema} if state.ema else {}
+  return ema | {
+    'trained': state.trained,
+    'rest': {name: getattr(state, name) for name in names},
+  }
+
+
+def restore(
+  manager: ocp.CheckpointManager,
+  state: step.TrainState,
+  who: dict[str, Any],
+) -> tuple[step.TrainState, Any] | None:
+  """The newest checkpoint, or None where there is none.
+
+  Args:
+    manager: see open_manager.
+    state: a fresh one, for structure, dtypes and frozen parameters.
+    who: see `identity`.
+
+  Returns:
+    The state and the loader's state.
+
+  Raises:
+    errors.UserError: the checkpoint is of another model, or damaged.
+  """
+  at = manager.latest_step()
+  if at is None:
+    return None
+  check_identity(manager, at, who)
+  args = {
+    name: ocp.args.StandardRestore(_abstract(tree))
+    for name, tree in _arrays(state).items()
+  }
+  read = _read(manager, at, data=ocp.args.JsonRestore(), **args)
+  found = {name: read[name] for name in args}
+  restored = dataclasses.replace(state, **found.pop('rest'), **found)
+  chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
+  return restored, read.data['state']
+
+
+def restore_model(
+  manager: ocp.CheckpointManager, state: step.TrainState, at: int
+) -> step.TrainState:
+  """`state` with the step and the model of a checkpoint, its EMA if it has one.
+
+  Such a state translates; what else training needs is not read.
+
+  Raises:
+    errors.UserError: the checkpoint is damaged.
+  """
+  manifest.check(pathlib.Path(manager.directory), at)
+  name = 'ema' if state.ema else 'trained'
+  args = {name: ocp.args.StandardRestore(_abstract(state.best))}
+  found = {name: _read(manager, at, **args)[name]}
+  return dataclasses.replace(state, step=state.step * 0 + at, **found)
+
+
+# What --checkpoint of the commands is.
+WHICH = 'Which of its checkpoints: best, last or a step; if none is given, '
+WHICH += 'the best by chrF where validation was translated, else the last.'
+
+
+def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
+  """The step of one of a run's checkpoints, and what there is to say of it.
+
+  Args:
+    workdir: the run's folder.
+    which: `best`, `last`, a step, or '' for the best where there is one, else
+      the last.
+
+  Raises:
+    errors.UserError: there is no run, or no such checkpoint.
+  """
+  if which not in ('', 'best', 'last') and not which.isdecimal():
+    raise errors.UserError(
+      f'--checkpoint is {which!r}; best, last or a step expected.'
+    )
+  run_folder.read_config(workdir)  # Orbax would make the folder.
+  manager = open_manager(workdir)
+  steps = sorted(manager.all_steps())
+  if not steps:
+    raise errors.UserError(
+      f'{manager.directory}: no checkpoint; run train.py with this --workdir '
+      'first.'
+    )
+  best = best_step(manager)
+  if which == 'best' and best is None:
+    raise errors.UserError(
+      f'{manager.directory}: no checkpoint is the best, as '
+      'eval.translate_every=0 never translated validation; --checkpoint=last '
+      f'or one of {", ".join(map(str, steps))} expected.'
+    )
+  if which.isdecimal():
+    at = int(which)
+  else:
+    at = best if best is not None and which != 'last' else steps[-1]
+  if at not in steps:
+    raise errors.UserError(
+      f'{manager.directory}: there is no checkpoint of step {at}; one of '
+      f'{", ".join(map(str, steps))} expected.'
+    )
+  about = ['the last'] if at == steps[-1] else []
+  if at == best:
+    about.append(f'the best (chrF {_chrf(manager.metrics(at)):.2f})')
+  return at, ', '.join([f'step {at}', *about])
+
+
+def open_source(
+  workdir: pathlib.Path,
+) -> tuple[ml_collections.ConfigDict, pretrained.Source]:
+  """The config of a run and the weights that it started from.
+
+  Raises:
+    errors.UserError: no run there, or its weights are gone.
+  """
+  config = run_folder.read_config(workdir)
+  return config, pretrained.open_source(
+    config.weights.source,
+    config.weights.size,
+    workdir / 'tokenizer.model',
+    seed=config.seed,
+    texts=(),
+  )
+
+
+def load_trained(
+  workdir: pathlib.Path, at: int | None = None
+) -> tuple[ml_collections.ConfigDict, pretrained.Source, lora.Flat, lora.Flat]:
+  """One of a run's checkpoints.
+
+  Args:
+    workdir: the run's folder.
+    at: the checkpoint's step; see find_step where none is given.
+
+  Returns:
+    The run's config, where its weights came from, and the trained and the
+    frozen parameters, see mt/gemma/lora.py.
+
+  Raises:
+    errors.UserError: no run there, no such checkpoint, another model, or
+      damaged.
+  """
+  at, _ = find_step(workdir, '' if at is None else str(at))
+  manager = open_manager(workdir)
+  manifest.check(pathlib.Path(manager.directory), at)
+  config, source = open_source(workdir)
+  params = source.read()
+  check_identity(manager, at, identity(source, params))
+  trained, frozen = step.split_params(
+    source.config, params, config.train, jax.random.key(0)
+  )
+  del params
+  name = 'ema' if config.optim.ema_decay else 'trained'
+  args = ocp.args.StandardRestore(_abstract(trained))
+  trained = _read(manager, at, **{name: args})[name]
+  return config, source, trained, frozen
+
+
+def load_finetuned(
+  workdir: pathlib.Path, at: int | None = None
+) -> tuple[ml_collections.ConfigDict, pretrained.Source, model.Params]:
+  """The model of one of a run's checkpoints, its EMA if it has one.
+
+  Args:
+    workdir: the run's folder.
+    at: the checkpoint's step; see find_step where none is given.
+
+  Returns:
+    The run's config, where its weights came from, and the parameters, low-rank
+    products added in.
+
+  Raises:
+    errors.UserError: see load_trained.
+  """
+  config, source, trained, frozen = load_trained(workdir, at)
+  params = step.model_params(config.train, trained, frozen)
+  return config, source, lora.fold(params)
+
+
+def _abstract(tree):
+  return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
+def check_identity(
+  manager: ocp.CheckpointManager, at: int, who: dict[str, Any]
+) -> None:
+  """Refuses a checkpoint that does not agree with `who`, see `identity`.
+
+  Raises:
+    errors.UserError: with the first thing that differs.
+  """
+  saved = _read(manager, at, identity=ocp.args.JsonRestore()).identity
+  # A knob that there was not yet is none that differs.
+  saved, who = (_flat(x) for x in (saved, who))
+  for key in who:
+    if saved.get(key) != who[key] and not ('.' in key and key not in saved):
+      raise errors.UserError(
+        f'{manager.directory}: step {at} belongs to another run: its {key} is '
+        f'{saved.get(key)!r}, here it is {who[key]!r}; use another --workdir, '
+        'or the weights and data that this run started from.'
+      )
+
+
+def _flat(who):
+  """config.GROUP.KNOB -> value, beside what is no knob."""
+  knobs = who.get('config', {})
+  return {k: v for k, v in who.items() if k != 'config'} | {
+    f'config.{knob}': value for knob, value in knobs.items()
+  }
+
+
+def _read(manager, at, **items):
+  try:
+    return manager.restore(at, args=ocp.args.Composite(**items))
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise errors.UserError(
+      f'{manager.directory}: step {at} cannot be read '
+      f'({" ".join(str(e).split())[:300]}); it is damaged: delete that folder '
+      'to go on from the one before.'
+    ) from None

@@ -1,0 +1,1 @@
+"""Pretrained weights in, trained weights out."""

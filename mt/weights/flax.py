@@ -1,0 +1,278 @@
+"""Google's own Flax checkpoints of Gemma 1, 2 and 3, read.
+
+They lie in Orbax folders (mt/weights/flax_store.py) as a tree of single layers,
+either `flat` (transformer/layer_0/attn/q_einsum and so on, as published and
+as gemma.params saves it) or `nested`, with or without a vision tower:
+
+  embedder/input_embedding [V, D]           final_norm/scale [D]
+  layer_N/attn/q_einsum/w [H, D, A]         and kv_einsum/w [2, K, D, A],
+    or, where H = K, attn/qkv_einsum/w [3, H, D, A]
+  layer_N/attn/attn_vec_einsum/w [H, A, D]  layer_N/mlp/linear [F, D]
+  layer_N/mlp/gating_einsum [2, D, F], or [2, F, D] from Gemma 2 9B on
+  layer_N/{pre_attention,post_attention,pre_ffw,post_ffw}_norm/scale [D]
+  layer_N/attn/{_query,_key}_norm/scale [A]
+
+Source: gemma/modules.py, params.py and transformer.py of gemma 3.0.2. A
+checkpoint does not say which Gemma it is: its shapes do, as in the library's
+own `from_params`, and the rest comes from mt/gemma/sizes.py.
+"""
+
+import dataclasses
+import math
+import pathlib
+import re
+
+import tensorstore as ts
+
+from mt.base import errors
+from mt.gemma import model
+from mt.gemma import sizes
+from mt.weights import flax_store
+from mt.weights import load
+
+_PREFIXES = ('', 'transformer.', 'params.', 'params.transformer.')
+EMBEDDING = 'embedder.input_embedding'
+NORMS = {
+  'attn_norm': 'pre_attention_norm',
+  'ffw_norm': 'pre_ffw_norm',
+  'post_attn_norm': 'post_attention_norm',
+  'post_ffw_norm': 'post_ffw_norm',
+  'q_norm': 'attn._query_norm',
+  'k_norm': 'attn._key_norm',
+}
+# What the shapes tell; the vocabulary may lack rows that no token uses.
+_SHAPED = (
+  'num_layers',
+  'embed_dim',
+  'hidden_dim',
+  'num_heads',
+  'num_kv_heads',
+  'head_dim',
+  'qk_norm',
+  'post_norms',
+)
+_SPARE_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """An opened checkpoint whose arrays are not read yet.
+
+  Attributes:
+    store: the folder.
+    names: 'layer_0.attn.q_einsum' -> the array's name in the store; the text
+      model alone, without the endings '.w' and '.scale' that not all have.
+  """
+
+  store: flax_store.Store
+  names: dict[str, str]
+
+  def open(self, name: str) -> ts.TensorStore:
+    if name not in self.names:
+      raise self.store.damaged(f'no array {name}')
+    return flax_store.open_array(self.store, self.names[name])
+
+  def shape(self, name: str, rank: int) -> tuple[int, ...]:
+    found = self.open(name).shape
+    if len(found) != rank:
+      raise self.store.damaged(f'array {name} has the shape {found}')
+    return found
+
+
+def find_checkpoint(folder: str | pathlib.Path) -> pathlib.Path:
+  """The folder itself, or the one folder in it that is an Orbax checkpoint.
+
+  Kaggle's downloads have the checkpoint beside the tokenizer.
+
+  Raises:
+    errors.UserError: no checkpoint, or several.
+  """
+  folder = pathlib.Path(folder)
+  if flax_store.is_checkpoint(folder):
+    return folder
+  try:
+    inner = [p for p in sorted(folder.iterdir()) if p.is_dir()]
+  except OSError as e:
+    raise errors.UserError(
+      f'{folder}: cannot read it ({e.strerror}); check weights.source.'
+    ) from None
+  found = [p for p in inner if flax_store.is_checkpoint(p)]
+  if len(found) != 1:
+    names = ', '.join(p.name for p in found) or 'none'
+    raise errors.UserError(
+      f'{folder}: one Orbax checkpoint (a folder with manifest.ocdbt or '
+      f'_METADATA) expected, {names} found; give its folder in weights.source.'
+    )
+  return found[0]
+
+
+def find_tokenizer(folder: str | pathlib.Path) -> pathlib.Path:
+  """The SentencePiece model in a checkpoint's folder or in the one above.
+
+  Raises:
+    errors.UserError: none, or several of which none is tokenizer.model.
+  """
+  folder = pathlib.Path(folder).absolute()
+  for place in (folder, folder.parent):
+    files = sorted(place.glob('*.model'))
+    named = [f for f in files if f.name == 'tokenizer.model']
+    if len(named or files) == 1:
+      return (named or files)[0]
+    if files:
+      break
+  raise errors.UserError(
+    f'{folder}: {"several" if files else "no"} *.model beside it or in it, one '
+    'tokenizer.model expected; give its path in weights.tokenizer.'
+  )
+
+
+def open_checkpoint(folder: str | pathlib.Path) -> Checkpoint:
+  """Finds the text model in an Orbax folder.
+
+  Raises:
+    errors.UserError: damaged, or without Gemma's embedding.
+  """
+  store = flax_store.open_store(folder)
+  prefixes = [p for p in _PREFIXES if p + EMBEDDING in store.names]
+  if len(prefixes) != 1:
+    some = ', '.join(sorted(store.names)[:3])
+    raise errors.UserError(
+      f'{store.path}: {EMBEDDING} of a Gemma expected once, found '
+      f'{len(prefixes)} times among {len(store.names)} arrays ({some} …); give '
+      'the folder of a published Flax checkpoint in weights.source.'
+    )
+  names = {}
+  for full in store.names:
+    name = full.removeprefix(prefixes[0])
+    short = name.removesuffix('.w').removesuffix('.scale')
+    wanted = short in (EMBEDDING, 'final_norm') or name.startswith('layer_')
+    if full.startswith(prefixes[0]) and wanted:
+      if short in names:
+        raise store.damaged(f'array {short} is there twice')
+      names[short] = full
+  return Checkpoint(store, names)
+
+
+def read_config(ckpt: Checkpoint) -> sizes.ModelConfig:
+  """The published size that has a checkpoint's shapes.
+
+  Raises:
+    errors.UserError: another model, named with what is nearest to it.
+  """
+  vocab_size, width = ckpt.shape(EMBEDDING, 2)
+  layers = [re.match(r'layer_(\d{1,4})\.', n) for n in ckpt.names]
+  heads, head_dim, _ = ckpt.shape('layer_0.attn.attn_vec_einsum', 3)
+  kv_heads = heads
+  if 'layer_0.attn.qkv_einsum' not in ckpt.names:
+    kv_heads = ckpt.shape('layer_0.attn.kv_einsum', 4)[1]
+  found = {
+    'num_layers': 1 + max(int(m[1]) for m in layers if m),
+    'embed_dim': width,
+    'hidden_dim': ckpt.shape('layer_0.mlp.linear', 2)[0],
+    'num_heads': heads,
+    'num_kv_heads': kv_heads,
+    'head_dim': head_dim,
+    'qk_norm': 'layer_0.attn._query_norm' in ckpt.names,
+    'post_norms': 'layer_0.post_ffw_norm' in ckpt.names,
+  }
+
+  def differences(name):
+    size = dataclasses.asdict(sizes.SIZES[name])
+    out = [
+      f'{k} {v} (there {size[k]})' for k, v in found.items() if v != size[k]
+    ]
+    if not 0 <= size['vocab_size'] - vocab_size <= _SPARE_ROWS:
+      out.append(f'vocab_size {vocab_size} (there {size["vocab_size"]})')
+    return out
+
+  def distance(name):
+    size = dataclasses.asdict(sizes.SIZES[name])
+    ratios = [math.log((1 + found[k]) / (1 + size[k])) for k in found]
+    return len(differences(name)), sum(map(abs, ratios))
+
+  nearest = min(sizes.SIZES, key=distance)
+  if differences(nearest):
+    raise errors.UserError(
+      f'{ckpt.store.path}: no Gemma known here has these shapes, the nearest '
+      f'is {nearest}: {", ".join(differences(nearest))}; the sizes in '
+      'mt/gemma/sizes.py are those that can be read.'
+    )
+  return dataclasses.replace(sizes.SIZES[nearest], vocab_size=vocab_size)
+
+
+def layer_shapes(
+  cfg: sizes.ModelConfig, transposed: bool
+) -> dict[str, tuple[int, ...]]:
+  """Name in the checkpoint (without layer_N) -> shape, for every layer."""
+  d, f, a = cfg.embed_dim, cfg.hidden_dim, cfg.head_dim
+  h, k = cfg.num_heads, cfg.num_kv_heads
+  out = {
+    NORMS[name]: shape[1:]
+    for name, shape in model.param_shapes(cfg)['layers'].items()
+    if name in NORMS
+  }
+  if h == k:
+    out['attn.qkv_einsum'] = (3, h, d, a)
+  else:
+    out |= {'attn.q_einsum': (h, d, a), 'attn.kv_einsum': (2, k, d, a)}
+  return out | {
+    'attn.attn_vec_einsum': (h, a, d),
+    'mlp.gating_einsum': (2, f, d) if transposed else (2, d, f),
+    'mlp.linear': (f, d),
+  }
+
+
+def read_params(ckpt: Checkpoint, cfg: sizes.ModelConfig) -> model.Params:
+  """The float32 parameters of a checkpoint, read array by array.
+
+  Raises:
+    errors.UserError: an array is missing, damaged, too much, or its shape is
+      not the model's.
+  """
+  gating = ckpt.shape('layer_0.mlp.gating_einsum', 3)
+  transposed = gating[1:] != (cfg.embed_dim, cfg.hidden_dim)
+  expected = {
+    f'layer_{i}.{name}': shape
+    for i in range(cfg.num_layers)
+    for name, shape in layer_shapes(cfg, transposed).items()
+  }
+  expected |= {
+    EMBEDDING: (cfg.vocab_size, cfg.embed_dim),
+    'final_norm': (cfg.embed_dim,),
+  }
+  # All of it first: memory is not asked for before everything is there.
+  for name, shape in expected.items():
+    if (found := ckpt.open(name).shape) != shape:
+      raise ckpt.store.damaged(f'array {name} is {found}, {shape} expected')
+  if extra := sorted(ckpt.names.keys() - expected.keys()):
+    raise errors.UserError(
+      f'{ckpt.store.path}: {extra[0]} and {len(extra) - 1} more arrays are not '
+      "Gemma 1, 2 or 3's; give a published checkpoint in weights.source."
+    )
+
+  def read(name, *index):
+    part = ckpt.open(name)[index] if index else ckpt.open(name)
+    return flax_store.read_array(ckpt.store, name, part)
+
+  def leaf(ours, layer, shape):
+    if layer is None:
+      return read({'embedding': EMBEDDING}.get(ours, ours))
+    at = f'layer_{layer}.'
+    if ours in NORMS:
+      return read(at + NORMS[ours])
+    if ours in 'qkv':
+      if cfg.num_heads == cfg.num_kv_heads:
+        x = read(at + 'attn.qkv_einsum', 'qkv'.index(ours))
+      elif ours == 'q':
+        x = read(at + 'attn.q_einsum')
+      else:
+        x = read(at + 'attn.kv_einsum', 'kv'.index(ours))
+      return x.transpose(1, 0, 2).reshape(shape)
+    if ours == 'o':
+      return read(at + 'attn.attn_vec_einsum').reshape(shape)
+    if ours == 'down':
+      return read(at + 'mlp.linear')
+    x = read(at + 'mlp.gating_einsum', ('gate', 'up').index(ours))
+    return x.T if transposed else x
+
+  return load.stack(cfg, leaf)

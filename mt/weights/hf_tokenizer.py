@@ -1,0 +1,272 @@
+"""Hugging Face's tokenizer.json <-> a SentencePiece model.
+
+Format: github.com/huggingface/tokenizers, as GemmaConverter of transformers
+fills it: BPE over characters with byte fallback, the merges in the order of the
+scores, and the symbols that are never split as added tokens.
+"""
+
+import json
+import pathlib
+import re
+
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
+from mt.base import errors
+from mt.data import tokenizer
+from mt.weights import hf_config
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_SPACE = '\u2581'
+_BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
+# What transformers calls special besides the control tokens.
+_TURNS = ('<start_of_turn>', '<end_of_turn>')
+_ROLES = ('pad', 'eos', 'bos', 'unk')
+
+
+def read(path: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
+  """Rebuilds Gemma's SentencePiece model from a tokenizer.json.
+
+  A piece's score is the rank of the first merge that makes it: SentencePiece
+  merges by score, tokenizers by rank.
+
+  Args:
+    path: of the file; a tokenizer_config.json beside it names pad, BOS and EOS.
+    rows: of the embedding. Added tokens past them are left out: the published
+      text models of Gemma 3 list one for images that they have no row for.
+
+  Raises:
+    errors.UserError: damaged, or not of Gemma's kind.
+  """
+  whole = hf_config.read_json(path)
+
+  def bad(what):
+    return errors.UserError(
+      f"{path}: {what}; Gemma's BPE with byte fallback expected: set "
+      'weights.tokenizer to a tokenizer.model.'
+    )
+
+  m = whole.get('model')
+  if not isinstance(m, dict) or m.get('type', 'BPE') != 'BPE':
+    kind = m.get('type') if isinstance(m, dict) else m
+    raise bad(f'a tokenizer of type {str(kind)[:40]!r} found')
+  vocab, merges = m.get('vocab'), m.get('merges')
+  added = whole.get('added_tokens', [])
+  if not (
+    isinstance(vocab, dict)
+    and all(type(i) is int for i in vocab.values())
+    and isinstance(merges, list)
+    and isinstance(added, list)
+    and all(
+      isinstance(a, dict)
+      and type(a.get('id')) is int
+      and isinstance(a.get('content'), str)
+      for a in added
+    )
+  ):
+    raise bad('no vocabulary, merges and added tokens found')
+  symbols = {a['id']: a['content'] for a in added if a['id'] < rows}
+  by_id = {i: piece for piece, i in vocab.items()} | symbols
+  pieces = [by_id.get(i) for i in range(len(by_id))]
+  if not pieces or not all(pieces):
+    raise bad('the ids of its pieces are not 0, 1, 2, …')
+  if len(set(pieces)) != len(pieces) or len(pieces) < len(vocab):
+    raise bad('two pieces have one id, or one piece has two')
+  # Those of Gemma 1 and 2 have the tab where the model has its byte.
+  tab = vocab.get('<0x08>', -2) + 1 if '<0x09>' not in vocab else -1
+  if 0 <= tab < len(pieces) and pieces[tab] == '\t' and tab not in symbols:
+    pieces[tab] = '<0x09>'
+  ranks = _ranks(merges, bad)
+  special = _special_pieces(path, m.get('unk_token'))
+  proto = sp_pb2.ModelProto()
+  for i, piece in enumerate(pieces):
+    score, rank = 0.0, ranks.get(piece)
+    if piece in special:
+      kind = _UNKNOWN if special[piece] == 'unk' else _CONTROL
+    elif i in symbols:
+      kind = _USER_DEFINED
+    elif _BYTE_PIECE.fullmatch(piece):
+      kind = _BYTE
+    elif rank is None and len(piece) > 1:
+      kind = _USER_DEFINED  # No merge makes it, so it must be taken whole.
+    else:
+      # Single characters come last: no merge makes them.
+      kind, score = _NORMAL, -float(len(ranks) + i if rank is None else rank)
+    text = piece.replace(' ', _SPACE) if kind == _USER_DEFINED else piece
+    try:
+      proto.pieces.add(piece=text, score=score, type=kind)
+    except ValueError:  # A lone surrogate: UnicodeEncodeError.
+      raise bad(f'piece {i} is {piece[:40]!r}, no UTF-8') from None
+  ids = {role: pieces.index(p) for p, role in special.items() if p in pieces}
+  if len(ids) != len(_ROLES):
+    raise bad(f'of pad, EOS, BOS, unknown only {sorted(ids)} found')
+  tokenizer.set_gemma_spec(proto, [ids[role] for role in _ROLES])
+  return tokenizer.from_proto(proto.SerializeToString(), str(path))
+
+
+def _ranks(merges, bad):
+  """Piece -> the rank of the first merge that makes it."""
+  ranks = {}
+  for rank, pair in enumerate(merges):
+    # Older files have one text with a space in it.
+    pair = pair.split(' ') if isinstance(pair, str) else pair
+    if (
+      not isinstance(pair, list)
+      or len(pair) != 2
+      or not all(isinstance(p, str) for p in pair)
+    ):
+      raise bad(f'merge {rank} is {str(pair)[:40]!r}')
+    ranks.setdefault(''.join(pair), rank)
+  return ranks
+
+
+def _special_pieces(path, unknown):
+  """Piece -> 'pad', 'eos', 'bos' or 'unk'."""
+  out = {}
+  config = path.with_name('tokenizer_config.json')
+  fields = hf_config.read_json(config) if config.exists() else {}
+  for role in _ROLES:
+    value = fields.get(f'{role}_token')
+    if isinstance(value, dict):
+      value = value.get('content')
+    if role == 'unk' and value is None:
+      value = unknown
+    out[value if isinstance(value, str) else f'<{role}>'] = role
+  return out
+
+
+def write(folder: pathlib.Path, tok: tokenizer.Tokenizer) -> None:
+  """Writes tokenizer.model and the four files that transformers reads.
+
+  Raises:
+    OSError: the disk is full or not writable.
+  """
+  proto = sp_pb2.ModelProto.FromString(tok.proto)
+  pieces = [p.piece for p in proto.pieces]
+  special = {
+    f'{role}_token': pieces[i]
+    for role, i in (
+      ('bos', tok.bos_id),
+      ('eos', tok.eos_id),
+      ('pad', tok.pad_id),
+      ('unk', tok.spm.unk_id()),
+    )
+  }
+  (folder / 'tokenizer.model').write_bytes(tok.proto)
+  # Indented it takes twice as long, for 500,000 merges.
+  _write_json(folder / 'tokenizer.json', _fast(proto, tok, special), None)
+  _write_json(folder / 'special_tokens_map.json', special)
+  _write_json(
+    folder / 'tokenizer_config.json',
+    special
+    | {
+      'tokenizer_class': 'GemmaTokenizer',
+      'add_bos_token': True,
+      'add_eos_token': False,
+      'clean_up_tokenization_spaces': False,
+      'spaces_between_special_tokens': False,
+      'model_max_length': 10**30,  # As the published ones: no limit.
+    },
+  )
+
+
+def _write_json(path, value, indent=2):
+  text = json.dumps(value, ensure_ascii=False, indent=indent)
+  path.write_text(text + '\n', encoding='utf-8')
+
+
+def _fast(proto, tok, special):
+  """The content of tokenizer.json."""
+  vocab = {p.piece: i for i, p in enumerate(proto.pieces)}
+  if '\t' not in vocab and '<0x09>' in vocab:
+    # Gemma 1 and 2 have runs of tabs, but no tab, which merges must name.
+    vocab = {'\t' if p == '<0x09>' else p: i for p, i in vocab.items()}
+  added = []
+  for i, p in enumerate(proto.pieces):
+    if p.type in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+      symbol = p.type == _USER_DEFINED
+      added.append(
+        {
+          'id': i,
+          'content': p.piece,
+          'single_word': False,
+          'lstrip': False,
+          'rstrip': False,
+          # Runs of spaces are looked for where spaces are U+2581 already.
+          'normalized': symbol,
+          'special': not symbol or p.piece in _TURNS,
+        }
+      )
+  bos = special['bos_token']
+  return {
+    'version': '1.0',
+    'truncation': None,
+    'padding': None,
+    'added_tokens': added,
+    'normalizer': {
+      'type': 'Replace',
+      'pattern': {'String': ' '},
+      'content': _SPACE,
+    },
+    'pre_tokenizer': None,
+    'post_processor': {
+      'type': 'TemplateProcessing',
+      'single': [_template(bos), _sequence('A', 0)],
+      'pair': [
+        _template(bos),
+        _sequence('A', 0),
+        _template(bos, 1),
+        _sequence('B', 1),
+      ],
+      'special_tokens': {
+        bos: {'id': bos, 'ids': [tok.bos_id], 'tokens': [bos]}
+      },
+    },
+    'decoder': {
+      'type': 'Sequence',
+      'decoders': [
+        {
+          'type': 'Replace',
+          'pattern': {'String': _SPACE},
+          'content': ' ',
+        },
+        {'type': 'ByteFallback'},
+        {'type': 'Fuse'},
+      ],
+    },
+    'model': {
+      'type': 'BPE',
+      'dropout': None,
+      'unk_token': special['unk_token'],
+      'continuing_subword_prefix': None,
+      'end_of_word_suffix': None,
+      'fuse_unk': True,
+      'byte_fallback': proto.trainer_spec.byte_fallback,
+      'ignore_merges': False,
+      'vocab': vocab,
+      'merges': _merges(proto, vocab),
+    },
+  }
+
+
+def _template(token, type_id=0):
+  return {'SpecialToken': {'id': token, 'type_id': type_id}}
+
+
+def _sequence(name, type_id):
+  return {'Sequence': {'id': name, 'type_id': type_id}}
+
+
+def _merges(proto, vocab):
+  """All pairs of pieces that make a piece, by its score, as transformers."""
+  out = []
+  for p in proto.pieces:
+    if p.type not in (_NORMAL, _USER_DEFINED):
+      continue
+    piece = p.piece
+    score = 0.0 if p.type == _USER_DEFINED else p.score
+    for at in range(1, len(piece)):
+      left, right = piece[:at], piece[at:]
+      if left in vocab and right in vocab:
+        out.append((-score, -len(left), -len(right), left, right))
+  out.sort(key=lambda x: x[:3])
+  return [list(x[3:]) for x in out]

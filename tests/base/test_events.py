@@ -1,0 +1,93 @@
+"""Event files, read back by a reader of our own.
+
+A TFRecord is a length (uint64), its masked CRC-32C, the data, and theirs
+(tensorflow/core/lib/io/record_writer.h).
+"""
+
+import struct
+
+import pytest
+from tensorboardX.proto import event_pb2
+
+from mt.base import events
+from mt.base import journal
+from tests.fixtures.refusal import refusal
+
+
+def _crc32c(data):
+  """Castagnoli's CRC, bit by bit (RFC 3720, appendix B.4)."""
+  crc = 0xFFFFFFFF
+  for byte in data:
+    crc ^= byte
+    for _ in range(8):
+      crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+  return crc ^ 0xFFFFFFFF
+
+
+def _masked(data):
+  crc = _crc32c(data)
+  return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def test_the_reader_itself():
+  assert (
+    _crc32c(b'123456789') == 0xE3069283
+  )  # RFC 3720's algorithm, check value.
+
+
+def _read(workdir):
+  """[(tag, step, value)] of all event files of a run."""
+  out = []
+  for path in sorted((workdir / 'tensorboard').iterdir()):
+    content, at = path.read_bytes(), 0
+    while at < len(content):
+      (size,) = struct.unpack_from('<Q', content, at)
+      header = content[at : at + 8]
+      data = content[at + 12 : at + 12 + size]
+      assert struct.unpack_from('<I', content, at + 8)[0] == _masked(header)
+      assert struct.unpack_from('<I', content, at + 12 + size)[0] == _masked(
+        data
+      )
+      event = event_pb2.Event.FromString(data)
+      if at == 0:
+        assert event.file_version == 'brain.Event:2'
+      out += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+      at += size + 16
+  return out
+
+
+def test_events_are_those_of_metrics_jsonl(tmp_path):
+  writer = events.open_writer(tmp_path)
+  events.add(writer, {'step': 0, 'valid_loss': 2.5})
+  events.add(writer, {'step': 1, 'loss': 0.1, 'targets': 12, 'bad': None})
+  writer.close()
+  assert _read(tmp_path) == [
+    ('valid_loss', 0, 2.5),
+    ('loss', 1, pytest.approx(0.1)),
+    ('targets', 1, 12.0),
+  ]
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+  metrics = tmp_path / 'metrics.jsonl'
+  for _ in range(2):
+    writer = events.open_writer(tmp_path)
+    journal.cut_metrics(metrics, 2)
+    events.replay(writer, metrics)
+    first = len(list(journal.read_metrics(metrics))) + 1
+    for step in range(first, 5):
+      line = {'step': step, 'loss': step / 4}
+      journal.add_metrics(metrics, line)
+      events.add(writer, line)
+    writer.close()
+    if first == 1:  # As if it were of an earlier second.
+      (path,) = (tmp_path / 'tensorboard').iterdir()
+      path.rename(path.with_name('events.out.tfevents.1.host'))
+  assert _read(tmp_path) == [('loss', s, s / 4) for s in (1, 2, 3, 4)]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+  (tmp_path / 'tensorboard').write_text('')
+  refusal(
+    lambda: events.open_writer(tmp_path), tmp_path, 'event files', '--workdir'
+  )

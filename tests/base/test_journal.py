@@ -1,0 +1,83 @@
+import itertools
+import json
+
+import pytest
+
+from mt.base import errors
+from mt.base import journal
+
+
+def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  for step in (0, 1, 2, 3):
+    journal.add_metrics(path, {'step': step, 'loss': 1 / 3})
+  with open(path, 'ab') as f:
+    f.write(b'\xff\0\n{"step": 2, "lo')  # A crash in the middle of a line.
+  journal.cut_metrics(path, 2)
+  lines = [json.loads(x) for x in path.read_text().splitlines()]
+  assert [x['step'] for x in lines] == [0, 1, 2]
+  assert lines[0]['loss'] == 1 / 3  # To the last bit.
+  journal.cut_metrics(path, -1)
+  assert path.read_text() == ''
+
+
+def test_of_a_long_run_some_lines_and_all_validations(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  assert list(journal.read_metrics(path, most=10)) == []
+  for step in range(1, 101):
+    journal.add_metrics(path, {'step': step, 'loss': 1.0})
+    if step % 33 == 0:
+      journal.add_metrics(path, {'step': step, 'valid_loss': 2.0})
+  whole = list(journal.read_metrics(path))
+  assert list(journal.read_metrics(path, most=103)) == whole
+  some = list(journal.read_metrics(path, most=10))
+  assert some[-1] == whole[-1]
+  valid = [x for x in some if 'valid_loss' in x]
+  assert [x['step'] for x in valid] == [33, 66, 99]
+  steps = [x['step'] for x in some if 'loss' in x]
+  assert 8 <= len(steps) <= 10
+  assert max(b - a for a, b in itertools.pairwise(steps)) <= 11
+
+
+def test_metrics_that_cannot_be_written(tmp_path):
+  with pytest.raises(errors.UserError, match='cannot write metrics'):
+    journal.add_metrics(tmp_path / 'no' / 'metrics.jsonl', {'step': 0})
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+  progress = journal.Progress('step', 5, every=2)
+  for done in range(1, 6):
+    progress.update(done, f'loss {done}')
+  lines = capsys.readouterr().out.splitlines()
+  assert [x.split('  ')[:2] for x in lines] == [
+    ['step 2/5', 'loss 2'],
+    ['step 4/5', 'loss 4'],
+    ['step 5/5', 'loss 5'],
+  ]
+  silent = journal.Progress('translating', 3)
+  silent.update(3)
+  assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize(
+  'scores, waited',
+  [
+    ([], 0),
+    ([1.0], 0),
+    ([1.0, 2.0], 0),
+    ([2.0, 1.0], 1),
+    ([1.0, 2.0, 2.0, 1.5], 2),  # As good is not better.
+    ([2.0, 1.0, 2.5, 2.0], 1),
+    ([0.0, 0.0], 1),
+  ],
+)
+def test_validations_without_a_better_chrf(tmp_path, scores, waited):
+  path = tmp_path / 'metrics.jsonl'
+  assert journal.since_best(path) == 0
+  # The pretrained model was better than all of them.
+  journal.add_metrics(path, {'step': 0, 'valid_loss': 1.0, 'valid_chrf': 99.0})
+  for i, chrf in enumerate(scores):
+    journal.add_metrics(path, {'step': 2 * i + 1, 'loss': 1.0})
+    journal.add_metrics(path, {'step': 2 * i + 2, 'valid_loss': 1.0})
+    journal.add_metrics(path, {'step': 2 * i + 2, 'valid_chrf': chrf})
+  assert journal.since_best(path) == waited

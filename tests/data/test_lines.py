@@ -1,0 +1,283 @@
+"""A line of each format becomes a pair, or the reason why it is none."""
+
+import io
+import json
+
+import pytest
+
+from mt.base import errors
+from mt.data import lines
+from tests.fixtures.refusal import refusal
+
+# What str.splitlines() takes for the end of a line, besides LF and CR; text
+# copied from the web, such as MTNT's, does contain them.
+OTHER_BREAKS = '\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029'
+
+
+def _make(content, columns=(), name='x.tsv', pair='en-fr', turned=False):
+  """The parser that a file's beginning calls for, and whether it has a header.
+
+  The file is left where it was.
+  """
+  content = content if isinstance(content, bytes) else content.encode()
+  file = io.BytesIO(content)
+  made = lines.make_parser([name], [file], pair, columns, turned=turned)
+  assert file.tell() == 0
+  return made
+
+
+THREE = lines.Columns(3, 1, 2, id=0)
+KEYS = lines.Keys('en', 'fr')
+ALIGNED = lines.Aligned()
+
+# Columns.
+
+
+@pytest.mark.parametrize(
+  ('content', 'columns', 'expected'),
+  [
+    ('1\ta\tb\n', (), lines.Columns(3, 1, 2, id=0)),
+    ('a\tb\n', (), lines.Columns(2, 0, 1)),
+    ('a\tb', (), lines.Columns(2, 0, 1)),
+    ('a\tb\r\n', (), lines.Columns(2, 0, 1)),
+    # An empty last cell is one.
+    ('a\tb\t\n', (), lines.Columns(3, 1, 2, id=0)),
+    # The first line with something in it decides.
+    ('\n \t \n\r\na\tb\n1\ta\tb\n', (), lines.Columns(2, 0, 1)),
+    ('\u00a0\u2028\na\tb\n', (), lines.Columns(2, 0, 1)),
+    ('a\tb\tc\td\n', (4, 2), lines.Columns(4, 3, 1)),
+    ('a\tb\tc\n', (1, 2), lines.Columns(3, 0, 1)),
+  ],
+)
+def test_columns_by_number(content, columns, expected):
+  assert _make(content, columns) == (expected, False)
+
+
+@pytest.mark.parametrize('ending', ['\n', '\r\n', ''])
+def test_columns_by_name(ending):
+  header = 'n\tfrançais\tEnglish text' + ending
+  made = _make(header, ('English text', 'français'))
+  assert made == (lines.Columns(3, 2, 1), True)
+
+
+def test_columns_turned_round():
+  # Columns that are named stay where they are said to be.
+  named, _ = _make('1\ta\tb\n', (2, 3), turned=True)
+  assert (named.source, named.target) == (1, 2)
+  three, _ = _make('1\ta\tb\n', turned=True)
+  assert three == lines.Columns(3, 2, 1, id=0)
+  two, _ = _make('a\tb\n', turned=True)
+  assert two == lines.Columns(2, 1, 0)
+
+
+@pytest.mark.parametrize(
+  ('content', 'columns', 'words'),
+  [
+    ('just text\n', (), ['first line: 1,', 'source, target;']),
+    ('a\tb\tc\td\n', (), ['first line: 4,', 'data.columns']),
+    ('1\ta\tb\n', (3, 4), ['first line: 3,', 'expected (3, 4)']),
+    ('en\tde\n', ('en', 'fr'), ["no column 'fr'", "'en de'", 'data.columns']),
+    ('en\tfr \n', ('en', 'fr'), ["no column 'fr'"]),
+    # A header is the first line, whatever stands in it.
+    ('\nen\tfr\na\tb\n', ('en', 'fr'), ["no column 'en' in its first line"]),
+    ('EN\tFR\u2028x\n', ('EN', 'FR'), ["no column 'FR'", '\\u2028']),
+    (b'en\t\xff\n', ('en', 'fr'), ["no column 'fr'"]),
+    ('', (), ['no pair']),
+    ('\n\r\n\t\n', (), ['no pair']),
+    ('', ('en', 'fr'), ['no pair']),
+  ],
+)
+def test_columns_that_are_not_there(content, columns, words):
+  refusal(lambda: _make(content, columns, 'my/x.tsv'), 'my/x.tsv: ', *words)
+
+
+def test_a_strange_header_is_shown_in_part():
+  header = 'x' * 5000 + '\ten\n'
+  with pytest.raises(errors.UserError) as caught:
+    _make(header, ('en', 'fr'))
+  assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+  ('line', 'expected'),
+  [
+    ('7\tHi!\tSalut !', lines.Pair('7', 'Hi!', 'Salut !')),
+    (' 7 \t  a  b \t\u00a0c !\u202f', (' 7 ', '  a  b ', '\u00a0c !\u202f')),
+    ('\ta\tb', ('', 'a', 'b')),
+    # A quote is a character: csv.reader would go on to the next line.
+    ('1\t"so close\t""d', ('1', '"so close', '""d')),
+    ('1\ta', 'fewer than 3 columns'),
+    ('just text', 'fewer than 3 columns'),
+    ('1\ta\tb\t', 'more than 3 columns'),
+    ('1\ta\tb\tc', 'more than 3 columns'),
+    ('1\t\tb', 'an empty source'),
+    ('1\t \u00a0\u2028\tb', 'an empty source'),
+    ('1\ta\t', 'an empty target'),
+    ('1\ta\t\u3000', 'an empty target'),
+    ('\t\t', 'an empty line'),
+    ('', 'an empty line'),
+    ('1\ta\tb\0', 'a NUL character'),
+  ],
+)
+def test_a_line_of_columns(line, expected):
+  assert lines.parse_line(THREE, 5, [line.encode()]) == expected
+
+
+def test_a_line_without_an_id_has_its_number():
+  pair = lines.parse_line(lines.Columns(2, 1, 0), 5, [b'a\tb'])
+  assert pair == lines.Pair('5', 'b', 'a')
+
+
+# JSON.
+
+
+def test_keys():
+  assert _make('', name='x.jsonl') == (KEYS, False)
+  assert _make('', name='x.jsonl', pair='de-ja') == (
+    lines.Keys('de', 'ja'),
+    False,
+  )
+  made = _make('{}\n', ('translation.en', 'translation.fr'), 'x.jsonl')
+  assert made == (lines.Keys('translation.en', 'translation.fr'), False)
+
+
+HUGE = '9' * 5000  # More digits than Python makes an int of.
+
+
+@pytest.mark.parametrize(
+  ('line', 'expected'),
+  [
+    ('{"en": "a", "fr": "b"}', ('5', 'a', 'b')),
+    (' {"x": [{}], "fr": "é\\u00e9", "en": " a\\t"} ', ('5', ' a\t', 'éé')),
+    ('{"en": "\\ud83d\\ude00", "fr": "\U0001f600"}', ('5', '😀', '😀')),
+    ('{"en": "a\\u2028\\r\\u0085b", "fr": "c"}', ('5', 'a\u2028\r\x85b', 'c')),
+    ('{"en": "a", "fr": "b", "n": 1e999}', ('5', 'a', 'b')),
+    ('{"en": "a", "fr": "b"', 'not JSON'),
+    ('{"en": "a", "fr": "b"} x', 'not JSON'),
+    ("{'en': 'a', 'fr': 'b'}", 'not JSON'),
+    ('{"en": "a\tb", "fr": "c"}', 'not JSON'),
+    ('\ufeff{"en": "a", "fr": "b"}', 'not JSON'),
+    ('a\tb', 'not JSON'),
+    ('[' * 100_000, 'not JSON'),
+    ('{"en":' * 100_000, 'not JSON'),
+    ('{"en": "a", "fr": "b", "n": ' + HUGE + '}', 'not JSON'),
+    ('"en"', "no text under 'en'"),
+    ('["en", "fr"]', "no text under 'en'"),
+    ('null', "no text under 'en'"),
+    ('NaN', "no text under 'en'"),
+    ('{}', "no text under 'en'"),
+    ('{"en": "a"}', "no text under 'fr'"),
+    ('{"EN": "a", "fr": "b"}', "no text under 'en'"),
+    ('{"en": 3, "fr": "b"}', "no text under 'en'"),
+    ('{"en": null, "fr": "b"}', "no text under 'en'"),
+    ('{"en": "a", "fr": ["b"]}', "no text under 'fr'"),
+    ('{"en": "a", "fr": {"fr": "b"}}', "no text under 'fr'"),
+    ('{"en": "a\\nb", "fr": "c"}', 'a line break in a text'),
+    ('{"en": "a", "fr": "b\\r\\nc"}', 'a line break in a text'),
+    ('{"en": "a", "fr": "b\\u0000"}', 'a NUL character'),
+    ('{"en": "\\ud83d", "fr": "b"}', 'half a surrogate pair'),
+    ('{"en": "a", "fr": "\\ude00\\ud83d"}', 'half a surrogate pair'),
+    ('{"en": "", "fr": "b"}', 'an empty source'),
+    ('{"en": "a", "fr": " \\u2003"}', 'an empty target'),
+    (' ', 'an empty line'),
+  ],
+)
+def test_a_line_of_json(line, expected):
+  assert lines.parse_line(KEYS, 5, [line.encode()]) == expected
+
+
+def test_a_dot_goes_into_an_object():
+  keys = lines.Keys('translation.en', 'a.b.c')
+
+  def parse(value):
+    return lines.parse_line(keys, 1, [json.dumps(value).encode()])
+
+  good = {'translation': {'en': 'x', 'fr': 'z'}, 'a': {'b': {'c': 'y'}}}
+  assert parse(good) == ('1', 'x', 'y')
+  # A key with a dot in it comes before.
+  assert parse({**good, 'translation.en': 'w'}) == ('1', 'w', 'y')
+  assert parse({**good, 'a': {'b.c': 'v'}}) == ('1', 'x', 'v')
+  for translation in ('en', ['en'], None, {'en': 3}, {'de': 'x'}):
+    bad = {**good, 'translation': translation}
+    assert parse(bad) == "no text under 'translation.en'"
+  for value in ('b', 3, None, ['b.c'], {'b': 'c'}, {'b': None}):
+    assert parse({**good, 'a': value}) == "no text under 'a.b.c'"
+  for value in ('translation', 3, None, ['translation']):
+    assert parse(value) == "no text under 'translation.en'"
+
+
+# Aligned files.
+
+
+def test_two_files_are_aligned():
+  files = [io.BytesIO(b'a\n'), io.BytesIO(b'b\n')]
+  made = lines.make_parser(['x.en', 'x.fr'], files, 'en-fr', (), turned=False)
+  assert made == (ALIGNED, False)
+  assert [f.tell() for f in files] == [0, 0]
+
+
+@pytest.mark.parametrize(
+  ('source', 'target', 'expected'),
+  [
+    (' "a\t b', 'c\t', ('5', ' "a\t b', 'c\t')),
+    ('', ' \t\u2028', 'an empty line'),
+    ('', 'b', 'an empty source'),
+    ('a', ' ', 'an empty target'),
+    ('a', 'b\0', 'a NUL character'),
+    ('a\0', '', 'a NUL character'),
+    (b'\0\xe9', b'\xe9', 'a NUL character'),
+    ('a', b'\xe9', 'not UTF-8'),
+    (b'\xe9', '', 'not UTF-8'),
+  ],
+)
+def test_aligned_lines(source, target, expected):
+  raws = [x if isinstance(x, bytes) else x.encode() for x in (source, target)]
+  assert lines.parse_line(ALIGNED, 5, raws) == expected
+
+
+# Bytes.
+
+
+@pytest.mark.parametrize(
+  ('raw', 'text'),
+  [
+    (b'a\n', b'a'),
+    (b'a\r\n', b'a'),
+    (b'a', b'a'),
+    (b'a\r', b'a'),  # The last line of a file whose end was cut.
+    (b'a\r\r\n', b'a\r'),
+    (b'a\n\n', b'a\n'),
+    (b'\r\n', b''),
+    (b'a \t\x0b\n', b'a \t\x0b'),
+    (b'', b''),
+  ],
+)
+def test_a_line_ends_with_lf_or_crlf(raw, text):
+  assert lines.strip_end(raw) == text
+
+
+@pytest.mark.parametrize('char', [*OTHER_BREAKS, '\r', '\ufeff', '\x01'])
+def test_other_characters_are_text(char):
+  raw = f'1\tone{char}line\t{char}une{char} ligne'.encode()
+  assert lines.parse_line(THREE, 1, [raw]) == lines.Pair(
+    '1', f'one{char}line', f'{char}une{char} ligne'
+  )
+
+
+@pytest.mark.parametrize(
+  'raw',
+  [
+    '2\tcafé\td'.encode('latin-1'),
+    b'2\t\xf0\x9f\x98\td',  # Half an emoji.
+    b'2\t\xc0\x80\td',  # NUL, longer than need be.
+    b'2\t\xed\xa0\x80\td',  # A surrogate.
+    b'2\t\xf4\x90\x80\x80\td',  # Beyond the last character.
+  ],
+)
+def test_not_utf8(raw):
+  assert lines.parse_line(THREE, 1, [raw]) == 'not UTF-8'
+
+
+def test_utf16_without_a_mark_is_full_of_nuls():
+  raw = '2\ta\td'.encode('utf-16-le')
+  assert lines.parse_line(THREE, 1, [raw]) == 'a NUL character'

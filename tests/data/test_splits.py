@@ -1,0 +1,331 @@
+"""All that a run reads: rows, validation batches, and what says who it was."""
+
+import functools
+import pathlib
+
+import numpy as np
+import pytest
+
+from configs import default
+from mt.data import batches
+from mt.data import bitext
+from mt.data import corpus
+from mt.data import splits
+from mt.data import tokenizer
+from mt.gemma import sharding
+from tests.fixtures.refusal import refusal
+
+
+@functools.cache
+def _tokenizer():
+  path = corpus.SAMPLE / 'valid' / 'valid.en-fr.tsv'
+  pairs = bitext.open_bitext([path], 'en-fr').read()
+  return tokenizer.train([t for p in pairs for t in (p.source, p.target)], 400)
+
+
+def _write(path, lengths, word='mot'):
+  """A pair of each length, in words, on both sides."""
+  path.write_text(
+    ''.join(
+      f'{i}{" word" * n}\t{i}{f" {word}" * n}\n' for i, n in enumerate(lengths)
+    )
+  )
+  return str(path)
+
+
+@pytest.fixture
+def config(tmp_path):
+  c = default.get_config()
+  c.data.source = _write(tmp_path / 'train.tsv', [*range(9)] * 4)
+  c.data.valid = _write(tmp_path / 'valid.tsv', range(1, 13))
+  c.data.length = 64
+  c.train.max_steps, c.train.batch_size = 30, 4
+  return c
+
+
+def _read(config, mesh=None):
+  splits = ['train', 'valid', *(['test'] if config.eval.test else [])]
+  return splits.read(
+    config, _tokenizer(), corpus.read_splits(config.data, splits), mesh
+  )
+
+
+def _equal(got, want):
+  assert len(got) == len(want) > 0
+  for a, b in zip(got, want, strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      np.testing.assert_array_equal(a[name], b[name])
+
+
+# Training.
+
+
+def test_batches_are_those_of_the_config(config):
+  got = list(_read(config).train)
+  # train.max_steps, over several epochs, none like the other.
+  assert len(got) == len({b['tokens'].tobytes() for b in got}) == 30
+  assert {x.shape for b in got for x in b.values()} == {(4, 64)}
+  assert max(b['segment_ids'].max() for b in got) > 1
+  _equal(list(_read(config).train), got)
+  config.seed = 1
+  other = list(_read(config).train)
+  assert any(
+    (a['tokens'] != b['tokens']).any() for a, b in zip(got, other, strict=True)
+  )
+
+
+def test_widths_are_those_of_the_buckets(config):
+  config.data.packing = False
+  got = list(_read(config).train)
+  assert {b['tokens'].shape for b in got} == {(4, 64)}
+  assert max(b['segment_ids'].max() for b in got) == 1
+  config.data.buckets = (24, 40)
+  bucketed = list(_read(config).train)
+  assert {b['tokens'].shape for b in bucketed} == {(4, 24), (4, 40), (4, 64)}
+  assert all(x.shape == b['tokens'].shape for b in bucketed for x in b.values())
+  # Which is what they are for.
+  padding = [
+    np.mean(np.concatenate([b['segment_ids'].ravel() for b in bs]) == 0)
+    for bs in (got, bucketed)
+  ]
+  assert padding[1] < 0.7 * padding[0]
+
+
+def test_each_process_reads_its_part(config, monkeypatch):
+  whole = list(_read(config).train)
+  for process in (0, 1):
+    own = list(range(2 * process, 2 * process + 2))
+    monkeypatch.setattr(sharding, 'own_rows', lambda *_, own=own: own)
+    part = slice(2 * process, 2 * process + 2)
+    _equal(
+      list(_read(config, mesh='of two processes').train),
+      [{k: v[part] for k, v in b.items()} for b in whole],
+    )
+
+
+def test_workers_are_those_of_the_config(config, monkeypatch):
+  seen = []
+  monkeypatch.setattr(
+    batches, 'train_iterator', lambda *args, **kwargs: seen.append(kwargs)
+  )
+  config.data.workers, config.data.max_wait = 3, 7.0
+  _read(config)
+  assert seen[0]['workers'] == 3 and seen[0]['max_wait'] == 7.0
+
+
+def _sources(config, tmp_path, weights=()):
+  """Two more, told apart by their words, of 36, 12 and 4 pairs."""
+  config.data.source = ','.join(
+    [
+      config.data.source,
+      _write(tmp_path / 'b.tsv', [3] * 12, 'XX'),
+      _write(tmp_path / 'c.tsv', [3] * 4, 'YY'),
+    ]
+  )
+  config.data.weights = weights
+  config.data.packing = False
+  config.train.max_steps = 260
+
+
+@pytest.mark.parametrize(
+  ('weights', 'shares'),
+  [((), (36, 12, 4)), ((1, 1, 2), (1, 1, 2)), ((0.7, 0.2, 0.1), (7, 2, 1))],
+)
+def test_sources_are_mixed(config, tmp_path, weights, shares):
+  """Without weights, in proportion to their pairs: every row is a pair."""
+  _sources(config, tmp_path, weights)
+  tok = _tokenizer()
+  counts = np.zeros(3)
+  for batch in _read(config).train:
+    for tokens in batch['tokens'].tolist():
+      text = tok.decode(tokens)
+      counts[('XX' in text) + 2 * ('YY' in text)] += 1
+  assert counts.sum() == 1040
+  want = 1040 * np.array(shares) / sum(shares)
+  np.testing.assert_allclose(counts, want, atol=2)
+
+
+# Whose data it was.
+
+
+def test_the_digest_changes_with_what_is_learned(config, tmp_path):
+  digests = [_read(config).train_digest]
+  assert _read(config).train_digest == digests[0]
+
+  def changed():
+    digests.append(_read(config).train_digest)
+
+  config.data.length = 60
+  changed()
+  config.template.prompt += ' '
+  changed()
+  config.template.target_prefix = ''
+  changed()
+  _write(tmp_path / 'train.tsv', [*range(9)] * 4, 'mots')
+  changed()
+  _sources(config, tmp_path)
+  changed()
+  config.data.weights = (36, 12, 5)
+  changed()
+  config.data.source = ','.join(reversed(config.data.source.split(',')))
+  changed()
+  assert len(set(digests)) == len(digests)
+
+
+def test_the_digest_does_not_change_with_other_things(config, tmp_path):
+  digest = _read(config).train_digest
+  # More steps of the same, other validation, another place.
+  config.train.max_steps = 99
+  config.data.valid = _write(tmp_path / 'v.tsv', [3, 4], 'autre')
+  config.data.source = _write(tmp_path / 'moved.tsv', [*range(9)] * 4)
+  config.data.workers = 1
+  assert _read(config).train_digest == digest
+
+
+# Validation and scores.
+
+
+def _rows_of(valid):
+  return [
+    row[ids == segment].tolist()
+    for batch in valid
+    for row, ids in zip(batch['tokens'], batch['segment_ids'], strict=True)
+    for segment in range(1, ids.max() + 1)
+  ]
+
+
+def test_validation_has_the_first_pairs_that_fit(config):
+  got = _read(config)
+  assert {b['tokens'].shape for b in got.valid} == {(4, 64)}
+  lengths = sorted(map(len, _rows_of(got.valid)))
+  assert 0 < len(lengths) < 12 and lengths[-1] <= 64  # Some do not fit.
+  # What does not fit is scored all the same.
+  assert [p.source for p in got.scored['valid']] == [
+    p.source for p in bitext.open_bitext([config.data.valid], 'en-fr').read()
+  ]
+  config.eval.loss_pairs = 3
+  few = _rows_of(_read(config).valid)
+  assert len(few) == 3
+  assert [_tokenizer().decode(r).count('word') for r in sorted(few)] == [
+    1,
+    2,
+    3,
+  ]
+
+
+def test_scored_pairs(config, tmp_path):
+  config.data.test = _write(tmp_path / 'test.tsv', [2] * 7)
+  assert {k: len(v) for k, v in _read(config).scored.items()} == {'valid': 12}
+  config.eval.test = True
+  config.eval.translate_pairs = 5
+  scored = _read(config).scored
+  assert {k: len(v) for k, v in scored.items()} == {'valid': 5, 'test': 5}
+  assert [p.id for p in scored['valid']] == ['1', '2', '3', '4', '5']
+
+
+# What is said, and what is refused.
+
+
+def test_what_became_of_the_pairs_is_said(config, capsys, tmp_path):
+  long = [*range(9)] * 4 + [70, 80]
+  config.data.source = _write(tmp_path / 'train.tsv', long)
+  config.data.length = 48
+  config.eval.loss_pairs = 10
+  rows = _read(config).train
+  said = capsys.readouterr().out
+  examples, plan = splits.training_rows(
+    config, _tokenizer(), corpus.read_splits(config.data, ['train'])['train']
+  )[0][0].part(0)
+  # By hand, from the examples themselves.
+  kept = [i for i in range(38) if examples.sizes[i] <= 48]
+  tokens = sum(int(examples.sizes[i]) for i in kept)
+  prompts = sum(int(examples.target_starts[i]) for i in kept)
+  dropped = 38 - len(kept)
+  assert dropped >= 2
+  assert (
+    f'train: 38 pairs, {dropped} dropped (more than data.length=48 tokens), '
+    f'{tokens:,} tokens, {tokens - prompts:,} of them targets, in {len(plan)} '
+    f'rows, {1 - tokens / (48 * len(plan)):.1%} of which is padding\n'
+  ) in said
+  assert f'train: {config.data.source}: 38 lines, 38 pairs\n' in said
+  assert f'valid: {config.data.valid}: 12 lines, 12 pairs\n' in said
+  found = _rows_of(_read(config).valid)
+  assert (
+    f'valid: 10 pairs for the loss, {10 - len(found)} of them dropped; '
+  ) in said
+  rows.close()
+
+
+@pytest.mark.parametrize('split', ['train', 'valid'])
+def test_a_split_of_which_nothing_fits(config, tmp_path, split):
+  lengths = [40, 30, 50]
+  path = tmp_path / f'{split}.tsv'
+  _write(path, lengths)
+  pair = corpus.read_splits(config.data, [split])[split][0].read()[1]
+  config.data.length = 10_000
+  (rows, *_), _ = splits.training_rows(
+    config, _tokenizer(), corpus.read_splits(config.data, [split])[split]
+  )
+  shortest = int(rows.store.block(0).sizes.min())
+  assert len(pair.source.split()) == 31
+  config.data.length = shortest - 1
+  if split == 'train':
+    _write(tmp_path / 'valid.tsv', [1])
+  refusal(
+    lambda: _read(config),
+    path,
+    'none of its pairs fits',
+    f'data.length={shortest - 1} ',
+    f'the shortest needs {shortest})',
+    'raise data.length',
+  )
+  config.data.length = shortest  # The advice works.
+  assert _read(config).valid
+
+
+def test_one_source_of_several_of_which_nothing_fits(config, tmp_path):
+  """Else the others would be trained on in silence."""
+  path = tmp_path / 'long.tsv'
+  config.data.source += ',' + _write(path, [200, 100])
+  refusal(lambda: _read(config), path, 'none of its pairs fits')
+
+
+# The sample of training pairs.
+
+
+def test_a_sample_of_training_pairs(config):
+  assert _read(config).minitrain == []
+  config.eval.minitrain_pairs = 5
+  first, again = _read(config).minitrain, _read(config).minitrain
+  _equal(first, again)
+  assert sum(int(b['segment_ids'].max(1).sum()) for b in first) == 5
+  config.seed = 1
+  other = _read(config).minitrain
+  assert not np.array_equal(first[0]['tokens'], other[0]['tokens'])
+  config.eval.minitrain_pairs, config.eval.loss_pairs = 30, 4
+  capped = _read(config).minitrain
+  assert sum(int(b['segment_ids'].max(1).sum()) for b in capped) == 4
+
+
+def test_the_sample_is_drawn_by_share(tmp_path):
+  texts = [
+    bitext.open_bitext(
+      [_write(tmp_path / f'{word}.tsv', range(50), word)], 'en-fr'
+    )
+    for word in ('mot', 'motus')
+  ]
+  pairs = splits.draw(texts, [0.9, 0.1], 40, seed=0)
+  assert len(pairs) == len(set(pairs)) == 40
+  own = [{p.target for p in text.read()} for text in texts]
+  counts = [sum(p.target in o - {'0'} for p in pairs) for o in own]
+  assert counts[0] > 25 and 0 < counts[1] < 15
+  assert len(splits.draw(texts, [1.0, 0.0], 80, seed=0)) == 50
+
+
+def test_a_sample_that_does_not_fit(config):
+  config.data.source = _write(
+    pathlib.Path(config.data.source), [1] + [300] * 40
+  )
+  config.eval.minitrain_pairs = 1
+  refusal(lambda: _read(config), 'eval.minitrain_pairs is 1', 'data.length=64')

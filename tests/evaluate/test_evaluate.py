@@ -1,0 +1,254 @@
+"""`python -m mt.evaluate` on a run of the debug model."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from configs import debug
+from mt.base import run_folder
+from mt.data import corpus
+from mt.evaluate import __main__ as evaluate
+from mt.evaluate import scores
+from mt.train import checkpoint
+from mt.train import loop
+from tests.fixtures.refusal import refusal
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run that has scored valid and test."""
+  config = debug.get_config()
+  config.data.length = 128
+  config.train.max_steps = 2
+  config.train.batch_size = 2
+  config.eval.every = 2
+  config.eval.loss_pairs = 4
+  config.eval.translate_every = config.eval.chrf_pairs = 0
+  config.eval.patience = 0
+  config.eval.translate_pairs = 3
+  config.eval.test = True
+  config.decode.max_ratio = 0.1
+  folder = tmp_path_factory.mktemp('run') / 'finished'
+  loop.run(config, folder)
+  return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+  """A copy, to be changed."""
+  return shutil.copytree(finished, tmp_path / 'run')
+
+
+def _lines(run, name):
+  return run_folder.read_lines(run / f'{name}.txt')
+
+
+def _change(path, change):
+  value = run_folder.read_json(path)
+  change(value)
+  run_folder.write_json(path, value)
+
+
+@pytest.fixture
+def translations(monkeypatch):
+  """The folders whose model is read in order to translate."""
+  folders = []
+  real = checkpoint.load_finetuned
+
+  def load(folder, at):
+    folders.append(folder)
+    return real(folder, at)
+
+  monkeypatch.setattr(checkpoint, 'load_finetuned', load)
+  return folders
+
+
+@pytest.mark.parametrize('split', ['valid', 'test'])
+def test_what_the_run_translated_is_not_translated_again(
+  run, translations, split
+):
+  got = evaluate.evaluate(run, split)
+  assert translations == []
+  after = _lines(run, f'translations/{split}.after')
+  assert _lines(run, f'evaluation/{split}.hypothesis') == after
+  own = run_folder.read_json(run / 'scores.json')[split]['after']
+  noise = own.pop('noise')
+  assert own.pop('step') == got['step'] == 2
+  assert (got['scores'], got['noise']) == (own, noise)
+  assert run_folder.read_json(run / 'evaluation' / f'{split}.json') == got
+
+
+def test_a_split_that_the_run_left_out_is_translated_once(run, translations):
+  for file in (run / 'translations').glob('test.*'):
+    file.rename(run / file.name)
+  evaluate.evaluate(run, 'test')
+  assert translations == [run]
+  made = _lines(run, 'evaluation/test.hypothesis')
+  assert made == _lines(run, 'test.after')
+  assert len(set(made)) > 1 or made[0]
+  assert _lines(run, 'evaluation/test.source') == _lines(run, 'test.source')
+  reference = _lines(run, 'evaluation/test.reference')
+  assert reference == _lines(run, 'test.reference')
+  evaluate.evaluate(run, 'test')
+  assert translations == [run]
+
+
+def _another_step(run):
+  steps = run / 'checkpoints'
+  shutil.copytree(steps / 'step_2', steps / 'step_3')
+
+
+def _another_decoding(run):
+  def change(config):
+    config['decode']['max_extra'] = 4
+
+  _change(run / 'config.json', change)
+
+
+def _other_texts(run):
+  def change(about):
+    about['sources'] = 'other'
+
+  _change(run / 'translations' / 'valid.after.json', change)
+
+
+def _damaged(run):
+  (run / 'translations' / 'valid.after.json').write_text('{"st')
+
+
+def _an_older_run(run):
+  (run / 'translations' / 'valid.after.json').unlink()
+
+
+@pytest.mark.parametrize(
+  'change',
+  [_another_step, _another_decoding, _other_texts, _damaged, _an_older_run],
+)
+def test_translations_of_something_else_are_made_again(
+  run, translations, change
+):
+  change(run)
+  got = evaluate.evaluate(run, 'valid')
+  assert translations == [run]
+  assert got['step'] == (3 if change is _another_step else 2)
+
+
+def test_the_first_pairs(run, translations):
+  before = {f: f.read_bytes() for f in (run / 'translations').iterdir()}
+  got = evaluate.evaluate(run, 'valid', pairs=2)
+  assert got['scores']['sentences'] == 2 and translations == [run]
+  assert {f: f.read_bytes() for f in (run / 'translations').iterdir()} == before
+  whole = corpus.read_splits(debug.get_config().data, ['valid'])['valid'][0]
+  assert len(evaluate.translate_split(run, 'valid', 0).sources) == len(whole)
+
+
+def test_two_runs_are_compared(run, translations, tmp_path):
+  other = shutil.copytree(run, tmp_path / 'other')
+  path = other / 'translations' / 'valid.after.txt'
+  run_folder.write_lines(path, ['une', 'deux', 'trois'])
+  got = evaluate.evaluate(run, 'valid', other)
+  assert translations == []
+  assert got['against'] == {
+    'workdir': str(other),
+    'step': 2,
+    'scores': scores.compare(
+      ['une', 'deux', 'trois'],
+      _lines(run, 'translations/valid.after'),
+      _lines(run, 'translations/valid.reference'),
+    ),
+  }
+  assert 'against' not in evaluate.evaluate(run, 'valid')
+
+
+def test_runs_of_other_sentences_are_not_compared(run, tmp_path):
+  other = shutil.copytree(run, tmp_path / 'other')
+
+  def change(config):
+    config['eval']['translate_pairs'] = 2
+
+  _change(other / 'config.json', change)
+  refusal(
+    lambda: evaluate.evaluate(run, 'valid', other),
+    other,
+    'valid',
+    '(2)',
+    '(3)',
+    '--pairs',
+  )
+
+
+def test_what_is_no_run(run, tmp_path):
+  empty = tmp_path / 'empty'
+  empty.mkdir()
+  refusal(lambda: evaluate.evaluate(empty, 'valid'), empty / 'config.json')
+  assert list(empty.iterdir()) == []
+  shutil.rmtree(run / 'checkpoints')
+  refusal(lambda: evaluate.evaluate(run, 'valid'), run, 'no checkpoint')
+
+
+def _command(*flags):
+  return subprocess.run(
+    [sys.executable, '-m', 'mt.evaluate', *map(str, flags)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_the_command(run):
+  done = _command(f'--workdir={run}', '--split=test', f'--against={run}')
+  assert done.returncode == 0, done.stderr
+  assert done.stderr == ''
+  result = json.loads((run / 'evaluation' / 'test.json').read_text())
+  assert done.stdout == evaluate.describe(result) + '\n'
+  done = _command(f'--workdir={run}', '--checkpoint=7')
+  assert done.returncode == 2 and 'no checkpoint of step 7' in done.stderr
+  page = (run / 'report.html').read_text()
+  assert 'Evaluation: test' in page and f'against {run}' in page
+
+
+def test_the_lines_of_the_command():
+  texts = ['lol', 'an ordinary little sentence'], ['mdr', 'x'], ['mdr', 'y']
+  result = {
+    'step': 1200,
+    'scores': scores.score(*texts[1:]),
+    'noise': scores.by_noise(*texts, 'ja'),
+    'against': {
+      'workdir': 'runs/b',
+      'step': 7,
+      'scores': scores.compare(texts[2], *texts[1:]),
+    },
+  }
+  shown = evaluate.describe(result).splitlines()
+  assert shown[0] == 'step 1200, 2 sentences'
+  assert shown[3].startswith('chrf        91.67  nrefs:1|case:mixed|eff:yes')
+  assert '  emoji              0  no sentence' in shown
+  assert '  typos              -  no rule for the source language' in shown
+  assert '  very short         1  100.00' in shown
+  assert 'against runs/b, step 7' in shown
+  assert shown[-1].startswith('chrf       100.00 ±0.00 ->  91.67 ±')
+  assert '(-8.33, p = ' in shown[-1] and 'seed:12345' in shown[-1]
+
+
+@pytest.mark.parametrize(
+  'flags, words',
+  [
+    (['--workdir=W', '--split=train'], ('split', 'train')),
+    (['--workdir=W', '--pairs=-1'], ('pairs', '-1')),
+    (['--workdir=W', 'test'], ("'test'",)),
+    (['--workdir=W'], ('W/config.json', '--workdir')),
+    ([], ('--workdir',)),
+  ],
+)
+def test_bad_flags_end_in_one_line(flags, words):
+  done = _command(*flags)
+  assert done.returncode in (1, 2) and done.stdout == ''
+  assert done.stderr.count('\n') == 1, done.stderr
+  for word in words:
+    assert word in done.stderr

@@ -1,0 +1,326 @@
+"""report.html, out of a folder written for it and out of a run."""
+
+import html.parser
+import json
+import os
+import time
+
+import pytest
+
+from configs import default
+from mt.base import journal
+from mt.base import run_folder
+from mt.evaluate import report
+from mt.evaluate import scores
+from mt.evaluate import sentences
+from tests.fixtures.refusal import refusal
+
+SOURCES = [
+  '<script>alert(1)</script> lol',
+  'A "quoted" & plain <b>sentence</b>.',
+  'the third one 😂',
+]
+REFERENCES = ['<img src=x onerror=alert(1)> mdr', 'Une phrase simple.', 'Trois']
+BEFORE = ['the script', 'A sentence', "</p></td><script src='//x.y'>"]
+AFTER = ['mdr', 'Une phrase très simple.', 'Quatre']
+
+
+class _Page(html.parser.HTMLParser):
+  """Tags with their attributes, texts by the tag around them."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.open, self.texts, self.bad = [], [], [], []
+    self.feed(text)
+    self.close()
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+    if tag not in ('meta', 'br', 'line', 'circle', 'polyline'):
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+
+  def handle_endtag(self, tag):
+    if not self.open or self.open.pop() != tag:
+      self.bad.append(tag)
+
+  def handle_data(self, data):
+    self.texts.append((self.open[-1] if self.open else '', data))
+
+  def text(self, *tags):
+    return ' '.join(t for tag, t in self.texts if not tags or tag in tags)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A run's folder, without a run."""
+  config = default.get_config()
+  config.train.max_steps = 20
+  config.optim.learning_rate = 0.5
+  config.data.source = '<script>evil()</script>'
+  run_folder.write_json(tmp_path / 'config.json', config.to_dict())
+  environment = {'python': '3.11', 'command': ['train.py', '--x=</table>']}
+  run_folder.write_json(tmp_path / 'environment.json', environment)
+  for step in range(21):
+    line = {'step': step, 'loss': 3 - step / 10, 'targets_per_s': 50 + step}
+    journal.add_metrics(tmp_path / 'metrics.jsonl', line)
+  return tmp_path
+
+
+def _finish(folder):
+  columns = SOURCES, REFERENCES, BEFORE, AFTER
+  for name, lines in zip(sentences.COLUMNS, columns, strict=True):
+    path = folder / 'translations' / f'valid.{name}.txt'
+    run_folder.write_lines(path, lines)
+  found = {
+    when: scores.score(texts, REFERENCES)
+    | {'noise': scores.by_noise(SOURCES, texts, REFERENCES, 'en')}
+    for when, texts in (('before', BEFORE), ('after', AFTER))
+  }
+  run_folder.write_json(folder / 'scores.json', {'valid': found})
+  return found
+
+
+def _page(folder):
+  report.write(folder)
+  return _Page((folder / 'report.html').read_text(encoding='utf-8'))
+
+
+def test_a_page_stands_alone(folder):
+  _finish(folder)
+  page = _page(folder)
+  assert not page.bad and not page.open
+  assert {tag for tag, _ in page.tags}.isdisjoint(
+    ('script', 'link', 'img', 'iframe', 'object', 'base', 'form', 'a')
+  )
+  for _, attributes in page.tags:
+    assert attributes.keys().isdisjoint(('src', 'href', 'srcset', 'style'))
+    assert not any(name.startswith('on') for name in attributes)
+  style = page.text('style')
+  assert 'url(' not in style and '@import' not in style
+  assert 'prefers-color-scheme:dark' in style and '@media(max-width' in style
+  metas = [a for tag, a in page.tags if tag == 'meta']
+  (policy,) = [a['content'] for a in metas if 'http-equiv' in a]
+  assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+  assert any(a.get('name') == 'viewport' for a in metas)
+  assert {'charset': 'utf-8'} in metas
+
+
+def test_texts_are_shown_and_never_obeyed(folder):
+  _finish(folder)
+  page = _page(folder)
+  shown = page.text()
+  for text in [*SOURCES, *REFERENCES]:
+    assert text in shown
+  assert '<script>evil()</script>' in shown and '--x=</table>' in shown
+  # Before and after are cut up by marks.
+  joined = ''.join(t for _, t in page.texts)
+  assert "</p></td><script src='//x.y'>" in joined
+
+
+def test_scores_come_with_their_signatures(folder):
+  found = _finish(folder)
+  page = _page(folder)
+  shown = page.text()
+  for when in ('before', 'after'):
+    for name in scores.NAMES:
+      assert f'{found[when][name]:.2f}' in shown
+  for name in scores.NAMES:
+    assert found['after'][f'{name}_signature'] in shown
+  difference = found['after']['chrf'] - found['before']['chrf']
+  assert f'{difference:+.2f}' in page.text('span')
+  assert 'step 20 of 20, done' in shown
+
+
+def test_noise_classes_are_counted(folder):
+  _finish(folder)
+  shown = _page(folder).text('td')
+  assert 'emoji 1 ' in shown and 'slang 1 ' in shown
+  assert 'very long 0 no sentence' in ' '.join(shown.split())
+
+
+def test_a_class_without_a_rule_says_so(folder):
+  found = _finish(folder)
+  for when in found.values():
+    del when['noise']['typos']
+  run_folder.write_json(folder / 'scores.json', {'valid': found})
+  shown = ' '.join(_page(folder).text('td').split())
+  assert 'typos – no rule' in shown
+
+
+def test_the_config_that_differs(folder):
+  shown = _page(folder).text('code')
+  assert 'optim.learning_rate 0.5 0.0001' in shown
+  assert 'train.max_steps 20 1000' in shown
+  assert 'optim.beta1' not in shown
+
+
+def test_curves(folder):
+  page = _page(folder)
+  classes = [a.get('class') for tag, a in page.tags if tag == 'polyline']
+  assert classes == ['series0', 'series0']  # Loss and throughput; no chrF yet.
+  assert 'nothing yet' in page.text('p')
+  for step in (0, 10, 20):
+    line = {'step': step, 'valid_loss': 3.0, 'valid_chrf': float(step)}
+    journal.add_metrics(folder / 'metrics.jsonl', line)
+  classes = [
+    a.get('class') for tag, a in _page(folder).tags if tag == 'polyline'
+  ]
+  assert classes == ['series0', 'series1', 'series0', 'series0']
+
+
+def test_the_loss_of_training_pairs_has_a_curve_of_its_own(folder):
+  for step in (0, 10):
+    line = {'step': step, 'valid_loss': 3.0, 'minitrain_loss': 2.0}
+    journal.add_metrics(folder / 'metrics.jsonl', line)
+  page = _page(folder)
+  classes = [a.get('class') for tag, a in page.tags if tag == 'polyline']
+  assert classes == ['series0', 'series1', 'series2', 'series0']
+  assert 'minitrain: memorised?' in page.text('span')
+
+
+def test_the_step_that_was_scored_is_named(folder):
+  found = _finish(folder)
+  assert 'after, step' not in _page(folder).text('th')  # A run of old.
+  found['before']['step'], found['after']['step'] = 0, 10
+  run_folder.write_json(folder / 'scores.json', {'valid': found})
+  page = _page(folder)
+  assert 'after, step 10' in page.text('th')
+
+
+def test_chrf_before_and_after_is_a_curve_of_two_points(folder):
+  _finish(folder)
+  page = _page(folder)
+  dots = [a for tag, a in page.tags if tag == 'circle']
+  assert len(dots) == 21 + 2 + 21
+
+
+def test_a_run_under_way(folder):
+  shown = _page(folder).text()
+  assert 'running' in shown and 'Sentences' not in shown
+
+
+def test_metrics_that_are_no_numbers(folder):
+  with open(folder / 'metrics.jsonl', 'a') as f:
+    f.write('{"step": 21, "loss": null}\n{"step": 22, "loss": NaN}\n{"step": 2')
+  page = _page(folder)
+  assert 'nan' not in page.text().lower()
+  assert len([a for tag, a in page.tags if tag == 'circle']) == 2 * 21
+
+
+def test_what_mt_evaluate_found(folder):
+  found = _finish(folder)['after']
+  result = {
+    'step': 20,
+    'scores': found,
+    'noise': found['noise'],
+    'against': {
+      'workdir': 'runs/<other>',
+      'step': 7,
+      'scores': scores.compare(BEFORE, AFTER, REFERENCES),
+    },
+  }
+  run_folder.write_json(folder / 'evaluation' / 'test.json', result)
+  run_folder.write_json(folder / 'evaluation' / 'test.hypothesis.json', {})
+  shown = _page(folder).text()
+  assert 'Evaluation: test, step 20' in shown
+  assert 'against runs/<other>, step 7' in shown
+  row = result['against']['scores']['chrf']
+  assert f'{row["baseline"]:.2f} ±{row["baseline_interval"]:.2f}' in shown
+
+
+def test_a_page_is_written_whole_or_not_at_all(folder, monkeypatch):
+  report.write(folder)
+  old = (folder / 'report.html').read_bytes()
+  _finish(folder)
+
+  def fail(*_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(os, 'replace', fail)
+  refusal(lambda: report.write(folder), folder / 'report.html', 'No space')
+  assert (folder / 'report.html').read_bytes() == old
+
+
+def test_a_folder_without_a_run(tmp_path):
+  refusal(lambda: report.write(tmp_path), tmp_path / 'config.json', '--workdir')
+
+
+def test_long_runs_have_small_pages(folder):
+  short = len(report.page(folder))
+  with open(folder / 'metrics.jsonl', 'a') as f:
+    for step in range(21, 20_000):
+      line = {'step': step, 'loss': 1 / step, 'targets_per_s': step}
+      f.write(json.dumps(line) + '\n')
+  start = time.monotonic()
+  text = report.page(folder)
+  assert time.monotonic() - start < 5
+  assert len(text) < short + 20_000
+
+
+# Sentences.
+
+
+@pytest.mark.parametrize(
+  'reference, text, expected',
+  [
+    ('le chat dort', 'le chat dort', 'le chat dort'),
+    ('le chat dort', 'le chien dort', 'le <mark>chien</mark> dort'),
+    ('a b c d', 'a x y d', 'a <mark>x y</mark> d'),
+    ('le gros chat', 'le chat', 'le<span class="gap">‸</span> chat'),
+    ('un chat', 'un  chat .', 'un  chat <mark>.</mark>'),
+    ('chat', '', '<span class="gap">‸</span>'),
+    ('', 'chat', '<mark>chat</mark>'),
+    ('l’ami', "l'ami", 'l&#x27;ami'),
+    ('l’ami', "l'amie", 'l&#x27;<mark>amie</mark>'),
+    ("l'ami", 'l’ami', 'l’ami'),
+    ('x' + ' de' * 300, 'y' + ' de' * 300, '<mark>y</mark>' + ' de' * 300),
+    ('私は猫が好き', '私は犬が好き', '私は<mark>犬</mark>が好き'),
+    ('a', '<b>', '<mark>&lt;b&gt;</mark>'),
+    ('a 😂', 'a 😭 ', 'a <mark>😭</mark> '),
+  ],
+)
+def test_differences_are_marked(reference, text, expected):
+  assert sentences.marked(reference, text) == expected
+
+
+def test_nothing_of_a_text_is_lost():
+  for reference, text in zip(REFERENCES * 2, BEFORE + AFTER, strict=True):
+    page = _Page(sentences.marked(reference, text))
+    shown = ''.join(t for tag, t in page.texts if tag != 'span')
+    assert shown == text
+
+
+def test_sentences_are_spread_and_the_worst_are_shown():
+  number = 200
+  sources = [f'source {i}' for i in range(number)]
+  references = [f'la phrase numéro {i}' for i in range(number)]
+  before, after = references[:], references[:]
+  before[0] = 'xxx'  # Gained.
+  after[7] = 'zzz'  # Lost all.
+  after[9] = 'la phrase'  # Lost some.
+  text = sentences.tables(sources, references, before, after, 'en', 'fr')
+  assert '40 of 200, evenly spread' in text
+  assert text.count('<tr>') == 1 + 40 + 1 + 2
+  spread, lost = text.split('Those that lost most')
+  assert 'source 0<' in spread and 'source 199<' in spread
+  assert 'source 7<' not in spread
+  assert lost.index('source 7<') < lost.index('source 9<')
+  assert 'source 0<' not in lost
+
+
+def test_few_sentences_are_all_shown():
+  text = sentences.tables(SOURCES, REFERENCES, BEFORE, AFTER, 'en', 'fr')
+  assert '3 of 3, evenly spread' in text
+  page = _Page(text)
+  assert [a['lang'] for tag, a in page.tags if tag == 'p' and 'lang' in a][
+    :4
+  ] == ['en', 'fr', 'fr', 'fr']
+  assert 'emoji' in page.text('span')
+
+
+def test_a_text_for_each_source():
+  with pytest.raises(AssertionError):
+    sentences.tables(SOURCES, REFERENCES, BEFORE, AFTER[:2], 'en', 'fr')

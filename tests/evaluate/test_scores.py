@@ -1,0 +1,155 @@
+"""BLEU and chrF, of all, by noise, of two systems."""
+
+import pytest
+import sacrebleu
+
+from mt.evaluate import noise
+from mt.evaluate import scores
+
+# Typographic quotes and spaces before ! and ?, on which tokenisers differ.
+HYPOTHESES = [
+  'Il a dit « bonjour » , non ?',
+  "C'est pas grave ! On y va demain…",
+  'le chat est sur la table avec le chien',
+]
+REFERENCES = [
+  'Il a dit « bonjour », non ?',
+  "C'est pas grave! On ira demain…",
+  'le chat dort sur la table avec un chien',
+]
+
+
+def test_scores_are_those_of_sacrebleu():
+  """Golden: the functions of sacreBLEU, called as its README does."""
+  got = scores.score(HYPOTHESES, REFERENCES)
+  refs = [REFERENCES]
+  bleu = sacrebleu.corpus_bleu(HYPOTHESES, refs).score
+  intl = sacrebleu.corpus_bleu(HYPOTHESES, refs, tokenize='intl').score
+  chrf = sacrebleu.corpus_chrf(HYPOTHESES, refs).score
+  assert got['bleu'] == round(bleu, 2)
+  assert got['bleu_intl'] == round(intl, 2)
+  assert got['chrf'] == round(chrf, 2)
+  assert got['sentences'] == 3
+  # Swapped or scored the other way round, each would be another number.
+  assert len({got['bleu'], got['bleu_intl'], got['chrf']}) == 3
+  swapped = scores.score(REFERENCES, HYPOTHESES)
+  assert all(swapped[k] != got[k] for k in ('bleu', 'bleu_intl', 'chrf'))
+
+
+def test_scores_have_not_moved():
+  """Golden: printed by the command `sacrebleu` 2.6.0, to two places.
+
+  Other numbers mean another metric: those of older runs no longer compare.
+  """
+  got = scores.score(HYPOTHESES, REFERENCES)
+  assert (got['bleu'], got['bleu_intl'], got['chrf']) == (65.76, 67.77, 78.70)
+
+
+def test_signatures_say_how_it_was_scored():
+  got = scores.score(HYPOTHESES, REFERENCES)
+  version = f'version:{sacrebleu.__version__}'
+  assert got['bleu_signature'] == (
+    f'nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|{version}'
+  )
+  assert got['bleu_intl_signature'] == (
+    f'nrefs:1|case:mixed|eff:no|tok:intl|smooth:exp|{version}'
+  )
+  assert got['chrf_signature'] == (
+    f'nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|{version}'
+  )
+
+
+def test_perfect_and_worthless():
+  got = scores.score(REFERENCES, REFERENCES)
+  assert got['bleu'] == got['bleu_intl'] == got['chrf'] == 100
+  got = scores.score([''] * 3, REFERENCES)
+  assert got['bleu'] == got['bleu_intl'] == got['chrf'] == 0
+
+
+def test_a_hypothesis_for_each_reference():
+  with pytest.raises(AssertionError):
+    scores.score(HYPOTHESES[:2], REFERENCES)
+
+
+# By noise.
+
+SOURCES = [
+  'he said lol 😂 and that was all',
+  'This is an ordinary sentence.',
+  'lol that cat is on the table with a dog',
+]
+
+
+def test_scores_by_noise():
+  got = scores.by_noise(SOURCES, HYPOTHESES, REFERENCES, 'en')
+  assert {k: v['sentences'] for k, v in got.items()} == {
+    'emoji': 1,
+    'capitals': 0,
+    'slang': 2,
+    'typos': 0,
+    'markup': 0,
+    'very short': 0,
+    'very long': 0,
+    scores.NO_CLASS: 1,
+  }
+  both = [HYPOTHESES[0], HYPOTHESES[2]], [[REFERENCES[0], REFERENCES[2]]]
+  assert got['slang']['chrf'] == round(sacrebleu.corpus_chrf(*both).score, 2)
+  one = sacrebleu.corpus_chrf([HYPOTHESES[1]], [[REFERENCES[1]]]).score
+  assert got[scores.NO_CLASS]['chrf'] == round(one, 2)
+  assert got['capitals']['chrf'] is None
+
+
+def test_classes_without_a_rule_are_left_out():
+  got = scores.by_noise(['lol 😂 ok so'], ['a'], ['b'], 'de')
+  assert got.keys() == {*noise.CLASSES, scores.NO_CLASS} - {'slang', 'typos'}
+  assert got['emoji'] == {'sentences': 1, 'chrf': 0.0}
+
+
+def test_by_noise_wants_a_translation_of_each():
+  with pytest.raises(AssertionError):
+    scores.by_noise(SOURCES, HYPOTHESES[:2], REFERENCES, 'en')
+
+
+# Two systems.
+
+WORSE = [
+  'Il a dit bonjour',
+  "C'est grave ! On y va",
+  'le chien est sur une table',
+]
+
+
+def test_a_comparison_is_that_of_sacrebleu():
+  """Golden: printed by sacreBLEU 2.6.0, `sacrebleu ref -i a b --paired-bs -w 4`
+
+  with `-m bleu chrf`, and with `-m bleu --tokenize intl`.
+  """
+  a = [REFERENCES[0], *WORSE[1:]] * 10
+  b = [WORSE[0], REFERENCES[1], HYPOTHESES[2]] * 10
+  got = scores.compare(a, b, REFERENCES * 10)
+  expected = {
+    'bleu': (48.6417, 16.3735, 49.6369, 12.0479, 0.3786),
+    'bleu_intl': (46.5947, 15.0939, 57.0759, 13.1918, 0.1399),
+    'chrf': (51.0551, 10.5395, 72.9120, 7.0712, 0.0010),
+  }
+  keys = 'baseline', 'baseline_interval', 'score', 'interval', 'p'
+  for name, numbers in expected.items():
+    for key, number in zip(keys, numbers, strict=True):
+      places = 4 if key == 'p' else 2
+      assert got[name][key] == round(number, places), (name, key)
+  assert got['bleu_intl']['signature'] == (
+    'nrefs:1|bs:1000|seed:12345|case:mixed|eff:no|tok:intl|smooth:exp'
+    f'|version:{sacrebleu.__version__}'
+  )
+
+
+def test_a_comparison_comes_out_the_same_again():
+  texts = WORSE * 4, HYPOTHESES * 4, REFERENCES * 4
+  assert scores.compare(*texts) == scores.compare(*texts)
+
+
+def test_the_same_translations_do_not_differ():
+  got = scores.compare(HYPOTHESES, HYPOTHESES, REFERENCES)
+  for name in scores.NAMES:
+    assert got[name]['p'] == 1.0
+    assert got[name]['baseline'] == got[name]['score']

@@ -1,0 +1,174 @@
+"""Attention against the `gemma` package, autodiff, and all queries at once."""
+
+import dataclasses
+import functools
+import math
+
+from gemma import positional_embeddings as gemma_positions
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mt.gemma import attention
+from mt.gemma import sizes
+from tests.fixtures import gemma_oracle
+
+_GEMMA3 = sizes.SIZES['gemma3_4b']
+
+
+def _case(kv_heads, length, seed=0):
+  """A model's config, q, k, v and the mask of packed rows with padding."""
+  cfg = dataclasses.replace(
+    sizes.SIZES['debug'],
+    num_heads=4,
+    num_kv_heads=kv_heads,
+    head_dim=8,
+    attn_softcap=2.0,
+  )
+  rng = np.random.default_rng(seed)
+  q, k, v = (
+    rng.normal(size=(2, length, heads, cfg.head_dim)).astype(np.float32)
+    for heads in (cfg.num_heads, kv_heads, kv_heads)
+  )
+  # Segments of up to 90 places, then padding.
+  ends = np.cumsum(rng.integers(1, 91, (2, length)), axis=1)
+  segments = np.stack([np.searchsorted(e, np.arange(length)) for e in ends]) + 1
+  segments[:, length - length // 10 :] = 0
+  positions = np.zeros_like(segments)
+  for at in range(1, length):
+    same = segments[:, at] == segments[:, at - 1]
+    positions[:, at] = np.where(same, positions[:, at - 1] + 1, 0)
+  mask = attention.make_mask(positions, positions, segments, segments, 50)
+  return cfg, (q, k, v), mask
+
+
+# One block, whole and short blocks, four blocks, more than 128 queries in one.
+@pytest.mark.parametrize('length', [1, 2, 128, 129, 256, 300, 512, 600])
+@pytest.mark.parametrize('kv_heads', [1, 2, 4])
+def test_blocks_of_queries_are_all_queries(kv_heads, length):
+  cfg, args, mask = _case(kv_heads, length)
+
+  def run(attend):
+    def total(*args):
+      out = attend(cfg, *args, mask)
+      return jnp.sum(jnp.sin(out)), out
+
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*args)
+
+  (grads, out), (want_grads, want) = map(
+    run, (attention.causal_attend, attention.attend)
+  )
+  assert out.shape == (2, length, cfg.num_heads * cfg.head_dim)
+  np.testing.assert_allclose(out, want, atol=1e-6)
+  for got, exact in zip(grads, want_grads, strict=True):
+    np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('length', 'share'), [(256, 3 / 4), (512, 5 / 8)])
+def test_keys_ahead_of_a_block_cost_nothing(length, share):
+  cfg, args, mask = _case(1, length)
+
+  def flops(attend):
+    run = jax.jit(lambda *args: attend(cfg, *args, mask))
+    return run.lower(*args).compile().cost_analysis()['flops']
+
+  assert flops(attention.causal_attend) < (share + 0.05) * flops(
+    attention.attend
+  )
+
+
+def test_softmax_and_its_derivative_are_autodiffs():
+  cfg, _, mask = _case(2, 40)
+  rng = np.random.default_rng(1)
+  group = cfg.num_heads // 2
+  logits = rng.normal(size=(2, 2, 40 * group, 40)).astype(np.float32)
+  weights = rng.normal(size=logits.shape).astype(np.float32)
+  wide = np.repeat(mask, group, axis=1)[:, None]  # Queries are (l, g).
+
+  def plain(x):
+    return jax.nn.softmax(jnp.where(wide, x, -1e30))
+
+  def ours(x):
+    return attention.masked_softmax(x, mask)
+
+  np.testing.assert_allclose(ours(logits), plain(logits), atol=1e-7)
+  got, want = (
+    jax.grad(lambda x, f=f: jnp.sum(f(x) * weights))(logits)
+    for f in (ours, plain)
+  )
+  np.testing.assert_allclose(got, want, atol=1e-6)
+  # Large logits, as in long sequences, overflow nothing.
+  far = jax.grad(lambda x: jnp.sum(ours(x) * weights))(1e4 * logits)
+  assert np.isfinite(far).all()
+
+
+def test_the_weights_are_kept_once_for_the_backward_pass():
+  cfg, (q, k, v), mask = _case(1, 40)
+  cfg = dataclasses.replace(cfg, attn_softcap=None)
+
+  def run(*args):
+    return attention.attend(cfg, *args, mask)
+
+  backward = jax.eval_shape(lambda *args: jax.vjp(run, *args)[1], q, k, v)
+  of_keys = [x for x in jax.tree.leaves(backward) if x.shape[-1:] == (40,)]
+  assert [x.shape for x in of_keys] == [(2, 1, 160, 40)]
+
+
+def test_attention_mask_of_a_packed_row():
+  positions = np.array([[0, 1, 2, 0, 1, 0]])
+  segments = np.array([[1, 1, 1, 2, 2, 0]])
+  got = attention.make_mask(positions, positions, segments, segments, 2)
+  want = [
+    [1, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0],
+    [0, 1, 1, 0, 0, 0],  # Window 2: itself and the one before.
+    [0, 0, 0, 1, 0, 0],
+    [0, 0, 0, 1, 1, 0],
+    [0, 0, 0, 0, 0, 1],  # Padding sees padding, lest its softmax be empty.
+  ]
+  np.testing.assert_array_equal(got[0], np.array(want, bool))
+
+
+def test_rope_by_hand_and_against_the_oracle():
+  # A quarter turn takes (1, 0) to (0, 1). The partner of entry i is i + A / 2,
+  # not its neighbour: here 1 with 3 and 2 with 4.
+  x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
+  angles = jnp.array([math.pi / 2, 0.0]).reshape(1, 1, 2)
+  got = attention.apply_rope(x, jnp.sin(angles), jnp.cos(angles))[0, 0, 0]
+  np.testing.assert_allclose(got, [-3.0, 2.0, 1.0, 4.0], atol=1e-6)
+  # Far out, as positions of a long context are, and with the 4B's scale.
+  cfg = dataclasses.replace(_GEMMA3, head_dim=16)
+  x = np.random.default_rng(0).normal(size=(2, 3, 4, 16)).astype(np.float32)
+  positions = np.array([[0, 1, 700], [3, 2000, 1]])
+  sin, cos = gemma_oracle.jit(functools.partial(attention.rope_tables, cfg))(
+    positions
+  )
+  for kind, base, scale in ((0, 10_000, 1), (1, 1_000_000, 8)):
+    got = gemma_oracle.jit(attention.apply_rope)(x, sin[kind], cos[kind])
+    want = gemma_oracle.jit(gemma_positions.apply_rope, static_argnums=(2, 3))(
+      x, positions, base, scale
+    )
+    # Float32 angles of 2000 radians are good to 1e-4.
+    np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+def test_rope_tables_by_hand():
+  cfg = dataclasses.replace(_GEMMA3, head_dim=4)
+  tables = gemma_oracle.jit(functools.partial(attention.rope_tables, cfg))(
+    np.array([[0, 1, 5]])
+  )
+  # base ** (-2 i / A) for i = 0 and 1; global ones divided by the scale, 8.
+  angles = np.array([0, 1, 5])[None, None, :, None] * np.array(
+    [[[[1.0, 0.01]]], [[[0.125, 0.000125]]]]
+  )
+  for got, want in zip(tables, (np.sin(angles), np.cos(angles)), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_wrong_shapes_are_named():
+  cfg, (q, k, v), mask = _case(1, 4)
+  with pytest.raises(AssertionError, match='shape'):
+    attention.causal_attend(cfg, q, k[:, :3], v, mask)
+  with pytest.raises(AssertionError, match='rank'):
+    attention.causal_attend(cfg, q, k, v, mask[0])

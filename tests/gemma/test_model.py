@@ -1,0 +1,399 @@
+"""The model against the `gemma` package; see gemma_oracle.py."""
+
+import collections
+import dataclasses
+import functools
+import math
+
+from gemma import layers as gemma_layers
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from mt.gemma import attention
+from mt.gemma import model
+from mt.gemma import sharding
+from mt.gemma import sizes
+from tests.fixtures import gemma_oracle
+
+# Small shapes in which no two dimensions agree (H * A != D, A != F, …), so that
+# a swapped axis cannot pass by luck. The caps are low enough to bend the logits
+# of a random model, and every window is shorter than the examples.
+_GEMMA1 = sizes.ModelConfig(
+  vocab_size=61,
+  num_layers=2,
+  embed_dim=24,
+  hidden_dim=40,
+  num_heads=4,
+  num_kv_heads=1,
+  head_dim=8,
+  query_scale=8**-0.5,
+)
+_GEMMA2 = dataclasses.replace(
+  _GEMMA1,
+  num_layers=3,
+  num_kv_heads=2,
+  query_scale=6**-0.5,  # embed_dim / num_heads, as in the 27B.
+  attention='LG',
+  window=4,
+  attn_softcap=2.0,
+  final_softcap=3.0,
+  post_norms=True,
+)
+_GEMMA3 = dataclasses.replace(
+  _GEMMA1,
+  num_layers=7,  # One past the pattern, which starts again.
+  num_kv_heads=2,
+  attention='LLLLLG',
+  window=3,
+  rope_base_global=1_000_000.0,
+  rope_scale_global=8.0,
+  qk_norm=True,
+  post_norms=True,
+)
+FAMILIES = {
+  'gemma1_multi_query': _GEMMA1,
+  'gemma1_multi_head': dataclasses.replace(_GEMMA1, num_kv_heads=4),
+  'gemma2': _GEMMA2,
+  'gemma3': _GEMMA3,
+}
+
+LENGTH = 15
+EXAMPLES = (6, 5, 3, 9, 6, 15)  # Their lengths.
+# Which examples stand in each row of [B, L]; what is left of a row is padding.
+ALONE = ((0,), (1,), (2,), (3,), (4,), (5,))
+PACKED = ((0, 1, 2), (), (3, 4), (5,), (), ())
+
+
+@functools.cache
+def _params(name: str) -> model.Params:
+  """Random parameters, norms too: at zero they would hide a forgotten 1 + w."""
+  rng = np.random.default_rng(7)
+
+  def draw(path, shape):
+    # Matrices and embedding with unit gain, in NumPy to save compilations.
+    std = 0.3 if 'norm' in path[-1].key else shape[-2] ** -0.5
+    std = shape[-1] ** -0.5 if path[-1].key == 'embedding' else std
+    return rng.normal(scale=std, size=shape).astype(np.float32)
+
+  shapes = model.param_shapes(FAMILIES[name])
+  return jax.tree.map_with_path(
+    draw, shapes, is_leaf=lambda x: isinstance(x, tuple)
+  )
+
+
+def _example_tokens(i):
+  tokens = np.random.default_rng(i).integers(0, 61, EXAMPLES[i], np.int32)
+  tokens[1] = 0  # Gemma's pad id, which is an ordinary token as well.
+  return tokens
+
+
+def _batch(layout):
+  """Tokens, positions, segment_ids [B, L], as data/batches.py has them."""
+  shape = (len(layout), LENGTH)
+  tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
+  for row, start, end, i, segment in _places(layout):
+    tokens[row, start:end] = _example_tokens(i)
+    positions[row, start:end] = np.arange(end - start)
+    segment_ids[row, start:end] = segment
+  return tokens, positions, segment_ids
+
+
+def _places(layout):
+  """(row, start, end, example, segment) of each example."""
+  for row, examples in enumerate(layout):
+    end = 0
+    for segment, i in enumerate(examples, 1):
+      start, end = end, end + EXAMPLES[i]
+      yield row, start, end, i, segment
+
+
+def _examples_in(array, layout):
+  """Cuts [B, L, …] into [length, …] of example 0, 1, …."""
+  places = sorted(_places(layout), key=lambda place: place[3])
+  return [array[row, start:end] for row, start, end, _, _ in places]
+
+
+def _our_logits(cfg, params, tokens, positions, segment_ids, **kwargs):
+  x = model.forward(cfg, params, tokens, positions, segment_ids, **kwargs)
+  logits = x @ params['embedding'].T.astype(x.dtype)
+  return attention.softcap(logits, cfg.final_softcap)
+
+
+def _normal(*shape):
+  return np.random.default_rng(5).normal(size=shape).astype(np.float32)
+
+
+def _weights(cfg, layout):
+  """A random cotangent of the logits for each example, zero at padding."""
+  weights = np.zeros((len(layout), LENGTH, cfg.vocab_size), np.float32)
+  for row, start, end, i, _ in _places(layout):
+    rng = np.random.default_rng(100 + i)
+    weights[row, start:end] = rng.normal(size=(end - start, cfg.vocab_size))
+  return weights
+
+
+@functools.cache
+def _program(logits_fn, cfg, **static):
+  """(params, inputs, weights) -> logits, gradients of sum(logits * weights)."""
+
+  def weighted(params, inputs, weights):
+    logits = logits_fn(cfg, params, *inputs, **static)
+    return jnp.sum(logits.astype(jnp.float32) * weights), logits
+
+  def run(params, inputs, weights):
+    grads, logits = jax.grad(weighted, has_aux=True)(params, inputs, weights)
+    return logits, grads
+
+  return gemma_oracle.jit(run)
+
+
+def _run(name, layout, inputs=None, **static):
+  """Our logits, a [length, V] for each example, and gradients."""
+  cfg = FAMILIES[name]
+  logits, grads = _program(_our_logits, cfg, **static)(
+    _params(name), inputs or _batch(layout), _weights(cfg, layout)
+  )
+  return _examples_in(np.asarray(logits), layout), grads
+
+
+@functools.cache
+def _oracle_run(name):
+  """The same of the oracle, which sees each example in a row of its own."""
+  cfg = FAMILIES[name]
+  tokens, positions, segment_ids = _batch(ALONE)
+  mask = np.tril(np.ones((LENGTH, LENGTH), bool)) & (segment_ids != 0)[:, None]
+  logits, grads = _program(gemma_oracle.logits, cfg)(
+    _params(name), (tokens, positions, mask), _weights(cfg, ALONE)
+  )
+  return _examples_in(np.asarray(logits), ALONE), grads
+
+
+def _relative_error(got, want):
+  got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+  assert got.shape == want.shape
+  assert np.linalg.norm(want) > 0, 'nothing to compare'
+  return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def _assert_near(got, want, tolerance):
+  """Compares whole arrays, leaf by leaf, by the norm of the difference."""
+  errors = jax.tree.map(_relative_error, got, want)
+  for path, error in jax.tree.leaves_with_path(errors):
+    assert error < tolerance, (jax.tree_util.keystr(path), error)
+
+
+@pytest.mark.parametrize('layout', [ALONE, PACKED], ids=['alone', 'packed'])
+@pytest.mark.parametrize('name', FAMILIES)
+def test_values_and_gradients_are_the_oracles(name, layout):
+  logits, grads = _run(name, layout)
+  want, want_grads = _oracle_run(name)
+  _assert_near(logits, want, 1e-5)
+  # The gradient of every parameter, summed over all examples.
+  assert jax.tree.structure(grads) == jax.tree.structure(_params(name))
+  _assert_near(grads, want_grads, 1e-5)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_a_packed_row_equals_each_example_alone(name):
+  """Ours against ours, which leaves less room than two implementations."""
+  alone, packed = _run(name, ALONE), _run(name, PACKED)
+  _assert_near(packed[0], alone[0], 1e-6)
+  _assert_near(packed[1], alone[1], 2e-6)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_padding_changes_nothing(name):
+  before = _run(name, PACKED)
+  tokens, positions, segment_ids = _batch(PACKED)
+  padding = segment_ids == 0
+  tokens[padding] = 17
+  positions[padding] = 5
+  after = _run(name, PACKED, (tokens, positions, segment_ids))
+  jax.tree.map(np.testing.assert_array_equal, after[0], before[0])
+  _assert_near(after[1], before[1], 1e-6)
+  # An empty softmax in a padded query would be NaN, and so would 0 * NaN be in
+  # every gradient.
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(before))
+
+
+def test_the_future_changes_nothing():
+  tokens, positions, segment_ids = _batch(PACKED)
+  before = _run('gemma3', PACKED)[0][5]
+  tokens[3, 9] = (tokens[3, 9] + 1) % 61  # Row 3 holds example 5.
+  after = _run('gemma3', PACKED, (tokens, positions, segment_ids))[0][5]
+  np.testing.assert_array_equal(after[:9], before[:9])
+  assert (after[9:] != before[9:]).any(axis=-1).all()
+
+
+def test_rms_norm_by_hand_and_against_the_oracle():
+  # rms([3, 4]) = sqrt(12.5); the second factor is 1 + 1.
+  got = model.rms_norm(jnp.array([3.0, 4.0]), jnp.array([0.0, 1.0]))
+  want = np.array([3.0, 8.0]) / math.sqrt(12.5)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  # A vector as small as this one shows the 1e-6 under the root.
+  x = 1e-3 * _normal(2, 3, 5)
+  scale = np.arange(5.0, dtype=np.float32)
+  oracle = gemma_layers.RMSNorm().apply({'params': {'scale': scale}}, x)
+  np.testing.assert_allclose(model.rms_norm(x, scale), oracle, rtol=1e-6)
+
+
+def test_rms_norm_of_bfloat16_is_computed_in_float32():
+  x = jnp.asarray(100 * _normal(4, 640), jnp.bfloat16)
+  scale = 0.1 * _normal(640)
+  got = model.rms_norm(x, scale)
+  want = model.rms_norm(x.astype(jnp.float32), scale).astype(jnp.bfloat16)
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(got, want)
+
+
+def test_layer_constants_by_hand():
+  windows, kinds = model.layer_constants(_GEMMA3)
+  assert list(windows[:5]) == [3] * 5 and windows[6] == 3
+  assert windows[5] >= 2**30
+  assert list(kinds[:7]) == [0, 0, 0, 0, 0, 1, 0]
+
+
+def test_remat_gives_the_same_gradients():
+  want = _run('gemma3', PACKED)
+  _assert_near(_run('gemma3', PACKED, remat='full'), want, 1e-5)
+
+
+def test_remat_keeps_only_the_input_of_each_layer():
+  cfg, params = FAMILIES['gemma3'], _params('gemma3')
+  batch = _batch(PACKED)
+  rows = len(PACKED)
+
+  def kept(remat):
+    # The leaves of a vjp function are what waits for the backward pass.
+    def run(params):
+      return model.forward(cfg, params, *batch, remat=remat)
+
+    backward = jax.eval_shape(lambda p: jax.vjp(run, p)[1], params)
+    shapes = [x.shape for x in jax.tree.leaves(backward)]
+    return [s for s in shapes if s[:2] == (cfg.num_layers, rows)]
+
+  assert kept('full') == [(cfg.num_layers, rows, LENGTH, cfg.embed_dim)]
+  # Else the line above would show nothing.
+  assert len(kept('none')) > len(kept('dots')) > 5
+  # What goes into the four norms, not what comes out; no angles.
+  widths = [s[-1] for s in kept('none')]
+  assert widths.count(cfg.embed_dim) == 4
+  assert cfg.head_dim // 2 not in widths
+
+
+def test_bfloat16_activations_keep_float32_parameters():
+  want, _ = _run('gemma3', PACKED)
+  got, grads = _run('gemma3', PACKED, dtype=jnp.bfloat16)
+  for x, y in zip(got, want, strict=True):
+    assert x.dtype == jnp.bfloat16 and y.dtype == jnp.float32
+    # bfloat16 has 8 bits: 0.4 % for each of some fifty roundings.
+    assert 1e-4 < _relative_error(x, y) < 0.05
+  for leaf in jax.tree.leaves(grads):
+    assert leaf.dtype == jnp.float32
+    assert np.isfinite(leaf).all()
+
+
+def test_init_params_has_unit_gain():
+  cfg = FAMILIES['gemma3']
+  init = gemma_oracle.jit(functools.partial(model.init_params, cfg))
+  params = init(jax.random.key(0))
+  assert jax.tree.map(jnp.shape, params) == model.param_shapes(cfg)
+  fan_in = {
+    'q': cfg.embed_dim,
+    'k': cfg.embed_dim,
+    'v': cfg.embed_dim,
+    'o': cfg.num_heads * cfg.head_dim,
+    'gate': cfg.embed_dim,
+    'up': cfg.embed_dim,
+    'down': cfg.hidden_dim,
+  }
+  for key, leaf in params['layers'].items():
+    std = 0 if 'norm' in key else fan_in[key] ** -0.5
+    assert np.std(leaf) == pytest.approx(std, rel=0.1), key
+  # No two layers, and no two matrices, may start out the same.
+  q, k, v = (np.asarray(params['layers'][m]) for m in 'qkv')
+  assert not np.array_equal(k, v) and not np.array_equal(q[0], q[1])
+  # Times sqrt(D) in `embed`, that is token vectors of variance 1.
+  x = model.embed(params, np.arange(cfg.vocab_size)[None], jnp.float32)
+  assert np.std(x) == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize('width', [7, 1024])
+def test_rows_kept_apart_change_no_gradient(width):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 3, width)).astype(np.float32)
+  layer = {'down': rng.normal(size=(width, 5)).astype(np.float32)}
+
+  def run(apart):
+    def total(layer, x):
+      return jnp.sum(jnp.sin(model.dense(layer, 'down', x, apart)))
+
+    return jax.value_and_grad(total, argnums=(0, 1))(layer, x)
+
+  got, want = map(jax.tree.leaves, (run(True), run(False)))
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('data', 'apart'), [(1, True), (2, False)])
+def test_rows_are_kept_apart_on_one_cpu_alone(data, apart):
+  cfg = dataclasses.replace(_GEMMA1, hidden_dim=1024)
+  axes = {'data': data, 'fsdp': 1, 'tensor': 1}
+  mesh = sharding.make_mesh(ml_collections.ConfigDict(axes))
+  params = model.init_params(cfg, jax.random.key(0))
+
+  def total(params):
+    ids = np.ones((2, 5), np.int32)
+    return jnp.sum(model.forward(cfg, params, ids, ids, ids, mesh=mesh))
+
+  # [N, B, L, F + 16], what the scan keeps for the gradient of `down`.
+  kept = f'[{cfg.num_layers},2,5,1040]'
+  assert (kept in str(jax.make_jaxpr(jax.grad(total))(params))) == apart
+
+
+_INT = np.zeros((2, 3), np.int32)
+_HEADS = np.zeros((2, 3, 4, 8), np.float32)
+_ONE_KEY = np.zeros((2, 3, 1, 8), np.float32)
+
+
+@pytest.mark.parametrize(
+  ('call', 'message'),
+  [
+    (lambda f: f(_INT[0], _INT, _INT), 'rank'),
+    (lambda f: f(_INT, _INT[0], _INT), 'shape'),
+    (lambda f: f(_INT, _INT, _INT[:, :2]), 'shape'),
+    (lambda f: f(_INT * 1.0, _INT, _INT), 'type'),
+    (lambda _: model.embed({}, _INT[0], jnp.float32), 'rank'),
+    (lambda _: model.rms_norm(jnp.ones((2, 8)), jnp.ones(7)), 'suffix'),
+    (lambda _: attention.apply_rope(_HEADS, _HEADS, _HEADS[..., 0]), 'rank'),
+    (lambda _: attention.rope_tables(_GEMMA3, _INT[0]), 'rank'),
+    (
+      lambda _: attention.attend(_GEMMA1, _HEADS, _ONE_KEY, _ONE_KEY, _INT),
+      'rank',
+    ),
+    (lambda _: attention.make_mask(_INT, _INT[0], _INT, _INT, 4), 'rank'),
+  ],
+)
+def test_wrong_shapes_are_named(call, message):
+  forward = functools.partial(
+    model.forward, _GEMMA1, _params('gemma1_multi_query')
+  )
+  with pytest.raises(AssertionError, match=message):
+    call(forward)
+
+
+def test_no_two_dimensions_of_the_small_models_agree():
+  """Guards the other tests: equal dimensions would hide swapped axes."""
+  for cfg in FAMILIES.values():
+    dims = [
+      cfg.vocab_size,
+      cfg.embed_dim,
+      cfg.hidden_dim,
+      cfg.num_heads * cfg.head_dim,
+      cfg.head_dim,
+      LENGTH,
+    ]
+    assert max(collections.Counter(dims).values()) == 1

@@ -1,0 +1,345 @@
+"""A run's model for other programs, whole or not at all."""
+
+import dataclasses
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import chex
+from gemma import params as gemma_params
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mt.train import checkpoint
+from mt.base import errors
+from mt.export import __main__ as export
+from mt.train import optimizer as optimizer_lib
+from mt.train import step
+from mt.weights import pretrained
+from mt.base import run_folder
+from tests.fixtures import flax_fixture
+from tests.fixtures import gguf_fixture
+from tests.fixtures import hf_fixture
+from tests.fixtures.refusal import refusal
+
+
+def write_run(folder, source, tok_proto, rank=4, alpha=12.0):
+  """A run of LoRA from `source`, as if its factors had been trained.
+
+  The same as `loop.run` leaves behind, without the minute that it takes.
+  """
+  from configs import debug
+
+  config = debug.get_config()
+  config.weights.source = str(source)
+  config.train.parts = 'lora'
+  config.train.lora_rank = rank
+  config.train.lora_alpha = alpha
+  run_folder.open_run(folder, config)
+  run_folder.write(folder / 'tokenizer.model', tok_proto)
+  _, opened = checkpoint.open_source(folder)
+  params = opened.read()
+  optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
+  state = step.init_state(
+    opened.config, params, config, optimizer, jax.random.key(0)
+  )
+  rng = np.random.default_rng(0)
+  trained = {
+    k: jnp.asarray(rng.normal(size=v.shape, scale=1 / 16), jnp.float32)
+    for k, v in state.trained.items()
+  }
+  manager = checkpoint.open_manager(folder)
+  checkpoint.save(
+    manager,
+    dataclasses.replace(state, trained=trained),
+    {},
+    checkpoint.identity(opened, params),
+  )
+  manager.close()
+  return folder
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """From a GGUF file of Gemma 2."""
+  folder = tmp_path_factory.mktemp('run')
+  cfg = gguf_fixture.tiny_config('gemma2', 400)
+  params = gguf_fixture.tiny_params(cfg)
+  proto = gguf_fixture.train_proto()
+  path = gguf_fixture.write_gguf(
+    folder / 'a.gguf', cfg, params, proto, 'gemma2'
+  )
+  return write_run(folder / 'run', path, proto)
+
+
+@pytest.fixture(scope='module')
+def finetuned(run):
+  _, source, params = checkpoint.load_finetuned(run)
+  return source, params
+
+
+def _open(path):
+  return pretrained.open_source(str(path), '', '', seed=0, texts=())
+
+
+def _command(*flags):
+  return subprocess.run(
+    [sys.executable, '-m', 'mt.export', *map(str, flags)],
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_the_command_writes_the_model_of_the_run(tmp_path, run, finetuned):
+  out = tmp_path / 'not' / 'yet' / 'there'
+  done = _command(f'--workdir={run}', '--to=hf', f'--out={out}')
+  assert done.returncode == 0, done.stderr
+  assert str(out) in done.stdout
+  source, params = finetuned
+  found = _open(out)
+  assert found.config == source.config
+  assert found.tokenizer.proto == source.tokenizer.proto
+  hf_fixture.assert_same(found.read(), jax.tree.map(np.asarray, params))
+  assert sorted(p.name for p in out.parent.iterdir()) == ['there']
+  assert {p.name for p in out.iterdir()} == {
+    'config.json',
+    'generation_config.json',
+    'model.safetensors',
+    'special_tokens_map.json',
+    'tokenizer.json',
+    'tokenizer.model',
+    'tokenizer_config.json',
+  }
+
+
+@pytest.mark.parametrize('to', ['hf', 'gemma', 'peft'])
+def test_the_checkpoint_is_chosen_by_flag(tmp_path, run, to):
+  flags = f'--to={to}', f'--out={tmp_path / "o"}', '--checkpoint=7'
+  done = _command(f'--workdir={run}', *flags)
+  assert done.returncode == 2 and 'no checkpoint of step 7' in done.stderr
+
+
+def test_the_adapter_is_of_that_checkpoint(tmp_path, run, monkeypatch):
+  asked = []
+
+  def load(workdir, at):
+    asked.append(at)
+    raise errors.UserError('Enough seen.')
+
+  monkeypatch.setattr(checkpoint, 'find_step', lambda _, which: (5, which))
+  monkeypatch.setattr(checkpoint, 'load_trained', load)
+  refusal(
+    lambda: export.to_peft(run, tmp_path / 'o', 'float32', False, 'last'),
+    'Enough',
+  )
+  assert asked == [5]
+
+
+def test_the_official_layout(tmp_path, run, finetuned):
+  done = _command(f'--workdir={run}', '--to=gemma', f'--out={tmp_path / "o"}')
+  assert done.returncode == 0, done.stderr
+  source, params = finetuned
+  read = gemma_params.load_and_format_params(str(tmp_path / 'o' / 'checkpoint'))
+  params = jax.tree.map(np.asarray, params)
+  want = flax_fixture.nested_tree(source.config, params, transposed=True)
+  chex.assert_trees_all_equal(read['transformer'], want)
+  assert (tmp_path / 'o' / 'tokenizer.model').read_bytes() == (
+    source.tokenizer.proto
+  )
+  export.to_gemma(run, tmp_path / 'base', 'bfloat16', base=True)
+  path = str(tmp_path / 'base' / 'checkpoint')
+  read = gemma_params.load_and_format_params(path)['transformer']
+  base = jax.tree.map(
+    lambda x: np.asarray(x.astype(ml_dtypes.bfloat16)), source.read()
+  )
+  want = flax_fixture.nested_tree(source.config, base, transposed=True)
+  chex.assert_trees_all_equal(read, want)
+
+
+def test_training_shows_in_the_export(tmp_path, run):
+  export.to_hf(run, tmp_path / 'tuned', 'float32', base=False)
+  export.to_hf(run, tmp_path / 'base', 'float32', base=True)
+  tuned, base = (_open(tmp_path / x).read() for x in ('tuned', 'base'))
+  config, source = checkpoint.open_source(run)
+  assert config.weights.source.endswith('a.gguf')
+  hf_fixture.assert_same(base, jax.tree.map(np.asarray, source.read()))
+  for name, x in tuned['layers'].items():
+    same = np.array_equal(x, base['layers'][name])
+    assert same == ('norm' in name), name
+
+
+def test_bfloat16_is_half_as_large(tmp_path, run, finetuned):
+  export.to_hf(run, tmp_path / 'a', 'bfloat16', base=False)
+  arrays = load_file(tmp_path / 'a' / 'model.safetensors')
+  assert {x.dtype for x in arrays.values()} == {np.dtype(ml_dtypes.bfloat16)}
+  config = json.loads((tmp_path / 'a' / 'config.json').read_text())
+  assert config['torch_dtype'] == 'bfloat16'
+  expected = jax.tree.map(
+    lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32),
+    finetuned[1],
+  )
+  hf_fixture.assert_same(_open(tmp_path / 'a').read(), expected)
+
+
+def test_an_adapter_holds_the_factors(tmp_path, run, finetuned):
+  export.to_peft(run, tmp_path / 'a', 'float32', base=False)
+  files = {p.name for p in (tmp_path / 'a').iterdir()}
+  assert files == {'adapter_config.json', 'adapter_model.safetensors'}
+  config = json.loads((tmp_path / 'a' / 'adapter_config.json').read_text())
+  assert (config['r'], config['lora_alpha']) == (4, 12.0)
+  assert config['target_modules'] == [
+    'down_proj',
+    'gate_proj',
+    'k_proj',
+    'o_proj',
+    'q_proj',
+    'up_proj',
+    'v_proj',
+  ]
+  # W + alpha / r * B A is the exported matrix, in PEFT's layout [out, in].
+  export.to_hf(run, tmp_path / 'tuned', 'float32', base=False)
+  export.to_hf(run, tmp_path / 'base', 'float32', base=True)
+  tuned, base = (
+    load_file(tmp_path / x / 'model.safetensors') for x in ('tuned', 'base')
+  )
+  factors = load_file(tmp_path / 'a' / 'adapter_model.safetensors')
+  changed = [k for k in tuned if not np.array_equal(tuned[k], base[k])]
+  assert len(changed) == 2 * 7
+  for name in changed:
+    stem = f'base_model.model.{name.removesuffix(".weight")}'
+    a = factors.pop(f'{stem}.lora_A.weight')
+    b = factors.pop(f'{stem}.lora_B.weight')
+    assert np.abs(b).max() > 0
+    merged = base[name] + 12.0 / 4 * b @ a
+    np.testing.assert_allclose(merged, tuned[name], atol=1e-6)
+  assert not factors
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize('what', ('file', 'full', 'link'))
+def test_nothing_is_overwritten(tmp_path, run, what):
+  out = tmp_path / 'out'
+  if what == 'file':
+    out.write_text('precious')
+  elif what == 'full':
+    out.mkdir()
+    (out / 'precious').write_text('')
+  else:
+    out.symlink_to(tmp_path / 'elsewhere')
+  refusal(lambda: export.to_hf(run, out, 'float32', base=True), out, '--out')
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['out']
+  done = _command(f'--workdir={run}', '--to=hf', f'--out={out}')
+  assert done.returncode == 2
+  assert done.stderr.startswith(f'error: {out}: there already')
+
+
+def test_an_empty_folder_is_taken(tmp_path, run):
+  (tmp_path / 'out').mkdir()
+  export.to_hf(run, tmp_path / 'out', 'float32', base=True)
+  assert (tmp_path / 'out' / 'config.json').exists()
+
+
+@pytest.mark.parametrize('error', (OSError, KeyboardInterrupt))
+def test_what_fails_in_the_middle_leaves_nothing(
+  tmp_path, run, monkeypatch, error
+):
+  def fail(path, *_):
+    path.write_text('half')
+    raise error(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+  monkeypatch.setattr(export.weights_hf.hf_config, 'write', fail)
+  out = tmp_path / 'new' / 'out'
+  if error is OSError:
+    refusal(
+      lambda: export.to_hf(run, out, 'float32', base=True),
+      'No space left on device',
+      '--out',
+    )
+  else:
+    with pytest.raises(KeyboardInterrupt):
+      export.to_hf(run, out, 'float32', base=True)
+  assert list((tmp_path / 'new').iterdir()) == []
+
+
+def test_the_folder_appears_when_it_is_whole(tmp_path):
+  out = tmp_path / 'out'
+  with export.new_folder(out) as part:
+    (part / 'a').write_text('')
+    assert not out.exists()
+  assert [p.name for p in out.iterdir()] == ['a']
+
+
+def test_a_race_for_the_folder_is_lost_politely(tmp_path):
+  out = tmp_path / 'out'
+
+  def other_was_faster():
+    with export.new_folder(out) as part:
+      (part / 'a').write_text('')
+      out.mkdir()
+      (out / 'precious').write_text('')
+
+  refusal(other_was_faster, out, 'there already')
+  assert [p.name for p in out.iterdir()] == ['precious']
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+  (tmp_path / 'file').write_text('')
+
+  def into_a_file():
+    with export.new_folder(tmp_path / 'file' / 'out'):
+      raise AssertionError
+
+  refusal(into_a_file, tmp_path / 'file', 'cannot write', '--out')
+
+
+def test_no_run_there_is_refused(tmp_path):
+  for write in (export.to_hf, export.to_peft):
+    refusal(
+      lambda write=write: write(
+        tmp_path, tmp_path / 'out', 'float32', base=False
+      ),
+      tmp_path / 'config.json',
+      '--workdir',
+    )
+  assert not any(tmp_path.iterdir())  # Nothing is made where nothing is.
+
+
+def test_only_lora_gives_an_adapter(tmp_path, run):
+  config = json.loads((run / 'config.json').read_text())
+  config['train']['parts'] = 'blocks'
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  refusal(
+    lambda: export.to_peft(tmp_path, tmp_path / 'out', 'float32', base=False),
+    tmp_path,
+    "'blocks'",
+    '--to=hf',
+  )
+  refusal(
+    lambda: export.to_peft(run, tmp_path / 'out', 'float32', base=True),
+    '--base',
+  )
+
+
+@pytest.mark.parametrize(
+  ('flags', 'word'),
+  [
+    (('--out=x',), 'workdir'),
+    (('--workdir=x',), 'out'),
+    (('--workdir=x', '--out=y', '--to=onnx'), 'onnx'),
+    (('--workdir=x', '--out=y', '--dtype=float16'), 'float16'),
+    (('--workdir=x', '--out=y', 'to=hf'), 'to=hf'),
+  ],
+)
+def test_wrong_flags_are_one_line(flags, word):
+  done = _command(*flags)
+  assert done.returncode in (1, 2)
+  assert word in done.stderr
+  assert len(done.stderr.strip().split('\n')) == 1, done.stderr

@@ -1,0 +1,179 @@
+import importlib
+import math
+import pathlib
+
+import pytest
+
+from configs import default
+from mt.base import errors
+from mt.data import corpus
+from mt.train import settings
+from tests.fixtures.refusal import refusal
+
+
+def _knobs(config, prefix=''):
+  for key, value in config.items():
+    if hasattr(value, 'items'):
+      yield from _knobs(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key
+
+
+CONFIGS = [
+  p.stem for p in (pathlib.Path(__file__).parents[2] / 'configs').glob('*.py')
+]
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_shipped_configs_are_valid_and_locked(name):
+  config = importlib.import_module(f'configs.{name}').get_config()
+  settings.check(config)
+  with pytest.raises(AttributeError):
+    config.optim.no_such_knob = 1
+  assert list(_knobs(config)) == list(_knobs(default.get_config()))
+
+
+@pytest.mark.parametrize(
+  'knob, value',
+  [
+    ('seed', -1),
+    ('weights.source', ''),
+    ('weights.size', 'gemma3_271m'),
+    ('data.pair', 'en_fr'),
+    ('data.pair', '../en-fr'),
+    ('data.pair', 'e-f'),
+    ('data.weights', (1.0, 0.0)),
+    ('data.weights', ('much', 'little')),
+    ('data.columns', (1,)),
+    ('data.columns', (0, 1)),
+    ('data.columns', (1, 'en')),
+    ('data.columns', ('en', '')),
+    ('data.max_bad_fraction', 1.5),
+    ('data.length', 7),
+    ('data.buckets', (4,)),
+    ('data.workers', -1),
+    ('data.workers', 257),
+    ('seed', 2**31),
+    ('data.columns', (1, 2**31)),
+    ('data.max_wait', 0.0),
+    ('data.max_wait', 1e300),
+    ('weights.tokenizer', '\0'),
+    ('train.label_smoothing', 1.0),
+    ('template.prompt', 'Translate this.'),
+    ('template.prompt', '{source}{source}'),
+    ('train.max_steps', 0),
+    ('train.batch_size', 0),
+    ('train.micro_batches', 0),
+    ('train.parts', ''),
+    ('train.remat', 'half'),
+    ('train.frozen_dtype', 'float16'),
+    ('train.max_skipped', 0),
+    ('train.lora_targets', ''),
+    ('train.lora_rank', 0),
+    ('train.lora_alpha', 0.0),
+    ('train.dtype', 'float16'),
+    ('optim.name', 'adam'),
+    ('optim.learning_rate', 0.0),
+    ('optim.learning_rate', math.nan),
+    ('optim.learning_rate', math.inf),
+    ('optim.schedule', 'cosin'),
+    ('optim.beta2', 1.0),
+    ('optim.clip_norm', -1.0),
+    ('optim.ema_decay', 1.0),
+    ('eval.every', 0),
+    ('eval.loss_batches', -1),
+    ('eval.texts', ('',)),
+    ('eval.texts', ('a', ' ')),
+    ('eval.texts', (3,)),
+    ('eval.chrf_pairs', -1),
+    ('eval.minitrain_pairs', -1),
+    ('eval.translate_every', -1),
+    ('eval.patience', -1),
+    ('decode.beam', 0),
+    ('decode.length_penalty', -0.5),
+    ('decode.length_penalty', math.nan),
+    ('decode.max_extra', 0),
+    ('decode.max_extra', 65537),
+    ('decode.max_ratio', 101.0),
+    ('checkpoint.keep', 0),
+    ('log.every', 0),
+  ],
+)
+def test_impossible_values_name_the_knob(knob, value):
+  config = default.get_config()
+  config.update_from_flattened_dict({knob: value})
+  with pytest.raises(errors.UserError) as e:
+    settings.check(config)
+  text = str(e.value)
+  assert text.startswith(f'{knob} is {value!r}')
+  assert 'expected' in text and '\n' not in text
+
+
+@pytest.mark.parametrize(
+  'values, words',
+  [
+    ({'optim.warmup_steps': 1001}, ('optim.warmup_steps', 'train.max_steps')),
+    ({'optim.name': 'sgd', 'optim.weight_decay': 0.1}, ('weight_decay', 'sgd')),
+    (
+      {'train.batch_size': 6, 'train.micro_batches': 4},
+      ('train.batch_size', 'train.micro_batches'),
+    ),
+    ({'data.source': 'sample,'}, ('data.source', "'sample,'")),
+    ({'data.weights': (1, 2)}, ('data.weights', '2 numbers', '1 sources')),
+    ({'data.buckets': (32,)}, ('data.buckets', 'data.packing=False')),
+    (
+      {
+        'data.buckets': (32,),
+        'data.packing': False,
+        'data.source': 'sample,x.tsv',
+      },
+      ('data.buckets', '2 mixed sources'),
+    ),
+    (
+      {'data.tfds_quoting': True, 'data.columns': (1, 2)},
+      ('data.tfds_quoting', 'data.columns=()'),
+    ),
+    (
+      {'data.tfds_quoting': True, 'data.valid': 'x.{lang}'},
+      ('data.tfds_quoting', '{lang}'),
+    ),
+    (
+      {'data.source': 'x.{split}.{lang}', 'data.columns': (1, 2)},
+      ('data.columns', 'aligned'),
+    ),
+    (
+      {
+        'eval.translate_every': 1,
+        'eval.translate_pairs': 3,
+        'eval.chrf_pairs': 4,
+      },
+      ('eval.chrf_pairs is 4', 'eval.translate_pairs=3'),
+    ),
+    ({'eval.chrf_pairs': 4}, ('eval.chrf_pairs is 4', 'translate_every=0')),
+    ({'eval.patience': 2}, ('eval.patience is 2', 'translate_every=0')),
+    ({'template.chat': True}, ('template.chat', 'template.target_prefix')),
+  ],
+)
+def test_values_that_contradict_each_other(values, words):
+  config = default.get_config()
+  config.update_from_flattened_dict(values)
+  refusal(lambda: settings.check(config), *words)
+
+
+def test_bytes_that_are_no_text_are_refused():
+  config = default.get_config()
+  config.eval.texts = ('Hello', '\udcff')
+  refusal(lambda: settings.check(config), 'eval.texts', 'UTF-8')
+
+
+def test_float16_is_refused_with_its_reason():
+  config = default.get_config()
+  config.train.dtype = 'float16'
+  refusal(lambda: settings.check(config), 'train.dtype', 'overflows')
+
+
+def test_names_that_would_break_the_line_are_shown_escaped():
+  config = default.get_config()
+  config.data.source = 'a\nb\x1b[31m\u2028é'
+  splits = lambda: corpus.read_splits(config.data, ['train'])  # noqa: E731
+  refusal(splits, r'a\nb\x1b[31m\u2028é/train/train.en-fr.tsv: ')

@@ -1,0 +1,460 @@
+"""Text in, text out, and the scores of it."""
+
+import functools
+import math
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
+from configs import default
+from mt.data import bitext
+from mt.data import corpus
+from mt.data import template as template_lib
+from mt.data import tokenizer
+from mt.evaluate import cached
+from mt.evaluate import samples
+from mt.gemma import model
+from mt.gemma import sizes
+from mt.translate import batching
+from mt.translate import decode
+from mt.translate import search as search_lib
+from mt.translate import translator as translator_lib
+
+SHARED = pathlib.Path(__file__).parents[3] / 'shared' / 'tokenizers'
+PLAIN = template_lib.Template('English: {source}\nFrench:', ' ')
+BARE = template_lib.Template('{source}\n')
+
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
+@functools.cache
+def _tokenizer():
+  path = corpus.SAMPLE / 'valid' / 'valid.en-fr.tsv'
+  pairs = bitext.open_bitext([path], 'en-fr').read()
+  texts = [t for p in pairs for t in (p.source, p.target)]
+  return tokenizer.train(texts, sizes.SIZES['debug'].vocab_size)
+
+
+@functools.cache
+def _with_newlines():
+  """As Gemma's own: runs of newlines are pieces, next to the byte <0x0A>."""
+  proto = sp_pb2.ModelProto.FromString(_tokenizer().proto)
+  for piece in ('\n', '\n\n', '\n\n\n'):
+    proto.pieces.add(piece=piece, score=0.0, type=4)  # User-defined.
+  return tokenizer.from_proto(proto.SerializeToString(), 'newlines')
+
+
+# A model that answers with a given text, whatever the prompt.
+
+_SCRIPT_SIZE = sizes.ModelConfig(
+  vocab_size=_tokenizer().vocab_size + 3,
+  num_layers=1,
+  embed_dim=24,
+  hidden_dim=4,
+  num_heads=1,
+  num_kv_heads=1,
+  head_dim=2,
+  query_scale=1.0,
+)
+
+
+def _script(*ids):
+  """Parameters by which each of these tokens is followed by the next.
+
+  All layers are zero, so that the logits of token u after t are proportional to
+  the product of their embeddings. Token n of the script is 3^n (e[n-1] + e[n]):
+  that gives 3^(2n + 1) with its successor, 2 * 3^(2n) with itself, and less
+  with all others. The last token is followed by itself, for ever.
+  """
+  assert len(set(ids)) == len(ids) < _SCRIPT_SIZE.embed_dim
+  params = jax.tree.map(
+    lambda shape: np.zeros(shape, np.float32),
+    model.param_shapes(_SCRIPT_SIZE),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  for n, i in enumerate(ids):
+    params['embedding'][i, max(0, n - 1) : n + 1] = 3.0**n
+  return params
+
+
+def _piece(text):
+  return _with_newlines().spm.piece_to_id(text)
+
+
+@functools.cache
+def _scripted(template, max_ratio=0.0001, max_extra=12):
+  return translator_lib.make_translator(
+    _SCRIPT_SIZE,
+    _with_newlines(),
+    template,
+    batch_size=4,
+    max_ratio=max_ratio,
+    max_extra=max_extra,
+  )
+
+
+def _answer(template, *ids, texts=('Hi!',)):
+  """What the translator makes of a model that says `ids`."""
+  tok = _with_newlines()
+  last = template_lib.prompt_ids('Hi!', tok, template)[-1]
+  return _scripted(template)(_script(last, *ids), texts)
+
+
+def _bonjour():
+  return _with_newlines().encode(' Bonj')
+
+
+def test_eos_ends_a_translation():
+  tok = _with_newlines()
+  (text,) = _answer(PLAIN, *_bonjour(), tok.eos_id, _piece('x'))
+  assert text == 'Bonj'  # Without the space, which is the template's.
+
+
+@pytest.mark.parametrize('stop', ['<0x0A>', '\n', '\n\n', '\n\n\n'])
+def test_a_new_line_ends_a_translation(stop):
+  assert _answer(PLAIN, *_bonjour(), _piece(stop), _piece('x')) == ['Bonj']
+
+
+def test_a_model_that_stops_at_once():
+  assert _answer(PLAIN, _with_newlines().eos_id, _piece('x')) == ['']
+
+
+def test_a_translation_is_one_line():
+  """Other line breaks than LF, which bytes can spell, become spaces."""
+  u2028 = [_piece(f'<0x{byte:02X}>') for byte in '\u2028'.encode()]
+  tok = _with_newlines()
+  said = [_piece('a'), _piece('<0x0D>'), _piece('b'), *u2028, _piece('c')]
+  assert _answer(PLAIN, *said, tok.eos_id) == ['a b c']
+  # Bytes that are no UTF-8 are shown as such and end nothing.
+  (text,) = _answer(PLAIN, _piece('a'), u2028[0], _piece('b'), tok.eos_id)
+  assert text == 'a\ufffdb'
+
+
+def test_the_prefix_is_taken_off_once():
+  tok = _with_newlines()
+  assert tok.spm.id_to_piece(_bonjour()[0]).startswith('\u2581')
+  template = template_lib.Template(PLAIN.prompt, ' B')
+  assert _answer(template, *_bonjour(), tok.eos_id) == ['onj']
+
+
+def test_n_best_translations_with_scores():
+  nbest = translator_lib.make_nbest(
+    sizes.SIZES['debug'],
+    _tokenizer(),
+    BARE,
+    batch_size=4,
+    max_ratio=0.1,
+    max_extra=5,
+    search=search_lib.Search(beam=3, n_best=3, length_penalty=2.0),
+  )
+  one, empty = nbest(_random_params(), ['why', ' '])
+  assert empty == [translator_lib.Translation('', 0.0, 0.0)]
+  assert len({t.text for t in one}) == 3
+  assert [t.score for t in one] == sorted((t.score for t in one), reverse=True)
+  for t in one:
+    lengths = [(t.log_probability / t.score) ** 0.5]
+    np.testing.assert_allclose(lengths, np.round(lengths), rtol=1e-4)
+    assert 1 <= lengths[0] < 6.5
+
+
+def test_length_is_limited_by_the_source():
+  """A model that never stops, the symptom of an EOS that was not learned."""
+  tok = _with_newlines()
+  sources = ['x', 'lol no', 'why would you even do this', '']
+  last = template_lib.prompt_ids('x', tok, BARE)[-1]
+  texts = _scripted(BARE, 1.5, 3)(_script(last, _piece('e')), sources)
+  for source, text in zip(sources[:3], texts[:3], strict=True):
+    assert text == 'e' * (math.floor(1.5 * len(tok.encode(source))) + 3)
+  assert len(set(map(len, texts))) == 4 and texts[3] == ''
+
+
+# Texts through a random model, which answers each differently.
+
+TEXTS = [
+  'Hi!',
+  '',
+  'lol no',
+  'someone in the quiet car is watching',
+  '   ',
+  'THIS IS FINE 🔥🔥',
+  'a',
+  'مرحبا hello',
+  '\u00a0\u2028',
+  'the mint has taken over. We live in its garden now, send help ' * 2,
+  'Hi!',
+  '[link](https://example.com)',
+  'why',
+]
+EMPTY = [i for i, text in enumerate(TEXTS) if not text.strip()]
+
+
+@functools.cache
+def _random_params():
+  cfg = sizes.SIZES['debug']
+  params = model.init_params(cfg, jax.random.key(1))
+  # What the layers add outweighs the embedding of the last token, which a model
+  # with tied embeddings would only repeat.
+  for name in ('post_attn_norm', 'post_ffw_norm'):
+    params['layers'][name] += 8.0
+  return params
+
+
+@functools.cache
+def _random(batch_size):
+  return translator_lib.make_translator(
+    sizes.SIZES['debug'],
+    _tokenizer(),
+    BARE,
+    batch_size=batch_size,
+    max_ratio=0.25,
+    max_extra=8,
+  )
+
+
+def _translate(texts, batch_size=4):
+  return _random(batch_size)(_random_params(), texts)
+
+
+@functools.cache
+def _alone():
+  """Each text through the translator without any other."""
+  return [_translate([text])[0] for text in TEXTS]
+
+
+def _buckets(texts):
+  prompts = [template_lib.prompt_ids(t, _tokenizer(), BARE) for t in texts]
+  return [batching.bucket(len(p)) for p in prompts]
+
+
+def test_one_line_in_one_line_out_in_order():
+  out = _translate(TEXTS)
+  assert out == _alone()
+  assert [i for i, text in enumerate(out) if not text] == EMPTY
+  assert all(len(text.splitlines()) <= 1 for text in out)
+  assert all(text == text.strip() for text in out)
+  # Were most of them the same, the order would not show.
+  assert len(set(out)) == len(set(TEXTS)) - len({TEXTS[i] for i in EMPTY}) + 1
+  assert len(set(_buckets(TEXTS))) == 2
+
+
+def test_neighbours_and_order_change_nothing():
+  order = np.random.default_rng(0).permutation(len(TEXTS))
+  out = _translate([TEXTS[i] for i in order])
+  assert out == [_alone()[i] for i in order]
+  # A call of its own for each half, and batches of another make-up.
+  half = len(TEXTS) // 2
+  assert _translate(TEXTS[:half]) + _translate(TEXTS[half:]) == _alone()
+  assert _translate(TEXTS * 3) == _alone() * 3
+
+
+def test_batch_size_changes_nothing():
+  short = [i for i, b in enumerate(_buckets(TEXTS)) if b == 32]
+  out = _translate([TEXTS[i] for i in short], batch_size=7)
+  assert out == [_alone()[i] for i in short]
+
+
+def test_a_very_long_text():
+  text = 'I KNOW its flat. مرحبا 🤡 ' * 12
+  assert _buckets([text]) == [512]
+  (out,) = _translate([text])
+  assert out and len(out.splitlines()) == 1
+  assert _translate(['Hi!', text, ''])[1] == out
+
+
+def test_nothing_to_translate(monkeypatch):
+  # Nothing may be compiled for it.
+  monkeypatch.setattr(decode, 'prefill', None)
+  monkeypatch.setattr(decode, 'step', None)
+  translator = translator_lib.make_translator(
+    sizes.SIZES['debug'],
+    _tokenizer(),
+    BARE,
+    batch_size=3,
+    max_ratio=1.0,
+    max_extra=1,
+  )
+  assert translator(_random_params(), []) == []
+  assert translator(_random_params(), ['', ' \u3000']) == ['', '']
+
+
+def test_progress_counts_every_sentence():
+  seen = []
+  _random(4)(_random_params(), TEXTS, seen.append)
+  assert seen == sorted(set(seen)) and seen[-1] == len(TEXTS)
+  assert len(seen) >= 4 and seen[0] > len(EMPTY)
+
+
+def test_limits_are_of_the_source_alone(monkeypatch):
+  """BOS and the newline are no part of it."""
+  seen = []
+  monkeypatch.setattr(
+    batching,
+    'make_decoder',
+    lambda *_, **__: (
+      lambda params, prompts, on_done: (
+        seen.extend(prompts) or [[batching.Hypothesis([], 1, 0.0, 0.0)]] * 2
+      )
+    ),
+  )
+  translator = translator_lib.make_nbest(
+    _SCRIPT_SIZE,
+    _with_newlines(),
+    BARE,
+    batch_size=3,
+    max_ratio=1.5,
+    max_extra=2,
+  )
+  out = translator(_script(5, 6), ['a', '', 'lol'], first=100)
+  assert [[t.text for t in n] for n in out] == [['']] * 3
+  for prompt, text, number in zip(seen, ('a', 'lol'), (100, 102), strict=True):
+    source = _with_newlines().encode(text)
+    ids = template_lib.prompt_ids(text, _with_newlines(), BARE)
+    assert len(source) == len(ids) - 2
+    assert prompt == batching.Prompt(ids, int(1.5 * len(source)) + 2, number)
+
+
+def test_stop_ids():
+  tok = _with_newlines()
+  pieces = ['</s>', '<0x0A>', '\n', '\n\n', '\n\n\n']
+  stops = translator_lib.stop_ids(tok, BARE)
+  assert stops.dtype == np.int32
+  assert sorted(stops) == sorted(map(_piece, pieces))
+  assert _piece('</s>') == tok.eos_id
+
+
+def test_stop_ids_of_gemma():
+  path = SHARED / 'gemma3' / 'tokenizer.model'
+  if not path.exists():
+    pytest.skip(f'no {path}')
+  tok = tokenizer.from_file(path)
+  pieces = [tok.spm.id_to_piece(i) for i in range(tok.vocab_size)]
+  stops = set(translator_lib.stop_ids(tok, BARE).tolist())
+  # EOS, the byte, and 31 runs of newlines.
+  newlines = {i for i, piece in enumerate(pieces) if '\n' in piece}
+  assert stops == {1, pieces.index('<0x0A>')} | newlines
+  chat = template_lib.Template('{source}', chat=True)
+  turn = pieces.index('<end_of_turn>')
+  assert set(translator_lib.stop_ids(tok, chat).tolist()) == stops | {turn}
+  assert len(newlines) == 31
+
+
+def test_the_translator_of_a_config(monkeypatch):
+  seen = {}
+  best, other = (translator_lib.Translation(t, -1.0, -2.0) for t in ('a', 'b'))
+  monkeypatch.setattr(
+    translator_lib,
+    'make_nbest',
+    lambda *args, **kw: (
+      seen.update(kw, args=args) or (lambda *_: [[best, other]])
+    ),
+  )
+  config = default.get_config()
+  config.template.target_bos = True
+  config.train.dtype = 'bfloat16'
+  config.decode = {
+    'batch_size': 5,
+    'max_ratio': 1.25,
+    'max_extra': 7,
+    'beam': 3,
+    'length_penalty': 0.5,
+  }
+  source = types.SimpleNamespace(config='the size', tokenizer='the tokenizer')
+  translator = translator_lib.from_config(config, source, 'the mesh')
+  template = template_lib.Template(
+    'English: {source}\nFrench:', config.template.target_prefix, target_bos=True
+  )
+  assert seen == {
+    'args': ('the size', 'the tokenizer', template),
+    'batch_size': 5,
+    'max_ratio': 1.25,
+    'max_extra': 7,
+    'search': search_lib.Search(beam=3, length_penalty=0.5),
+    'dtype': jnp.bfloat16,
+    'mesh': 'the mesh',
+  }
+  assert translator(None, ['x']) == ['a']
+
+
+# What the pretrained model said, remembered.
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  return tmp_path
+
+
+class _Counted:
+  def __init__(self, texts):
+    self.texts, self.calls = texts, 0
+
+  def __call__(self):
+    self.calls += 1
+    return self.texts
+
+
+def test_a_second_run_does_not_translate_again(cache):
+  texts = ['Salut 😀', '', 'a\u2028b "c"', '\u00a0!']
+  make = _Counted(texts)
+  key = [{'fingerprint': 1, 'prompt': 'é'}, ['Hi!']]
+  assert cached.remember(key, make) == texts
+  assert cached.remember(key, make) == texts
+  assert make.calls == 1
+  assert any(p.is_file() for p in cache.rglob('*')), 'kept elsewhere'
+
+
+def test_whatever_decides_the_texts_makes_another_key(cache, monkeypatch):
+  make = _Counted(['a'])
+  cached.remember([1, 'x'], make)
+  for n, key in enumerate([[2, 'x'], [1, 'y'], [[1], 'x'], [1, 'x', None]], 2):
+    other = _Counted([str(n)])
+    assert cached.remember(key, other) == [str(n)] and other.calls == 1
+  assert cached.remember([1, 'x'], make) == ['a'] and make.calls == 1
+  # The code of the decoder, of the model or of the translator.
+  for changed in (decode, model, batching, search_lib, translator_lib):
+    real = cached.inspect.getsource
+    with monkeypatch.context() as m:
+      m.setattr(
+        cached.inspect,
+        'getsource',
+        lambda x, c=changed, r=real: r(x) + '#' * (x is c),
+      )
+      other = _Counted(['b'])
+      assert cached.remember([1, 'x'], other) == ['b'], changed.__name__
+
+
+def test_a_failure_is_not_remembered(cache):
+  def fail():
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    cached.remember('key', fail)
+  assert cached.remember('key', _Counted(['a'])) == ['a']
+
+
+def test_a_damaged_file_is_made_again(cache):
+  cached.remember('key', lambda: ['a'])
+  (path,) = (p for p in cache.rglob('*') if p.is_file())
+  path.write_text('["a')
+  assert cached.remember('key', lambda: ['b']) == ['b']
+  assert cached.remember('key', lambda: ['c']) == ['b']
+
+
+def test_samples_are_spread_over_the_split():
+  columns = [[f'{name}{i}' for i in range(100)] for name in 'srba']
+  text = samples.samples(*columns)
+  blocks = text.split('\n\n')
+  assert len(blocks) == 8
+  assert blocks[0].split() == (
+    ['source', 's0', 'reference', 'r0', 'before', 'b0', 'after', 'a0']
+  )
+  assert 's99' in blocks[-1] and 's50' not in blocks[-1]
+  # Fewer sentences than asked for: each once.
+  text = samples.samples(*(c[:3] for c in columns))
+  assert text.count('source') == 3

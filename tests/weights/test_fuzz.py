@@ -1,0 +1,195 @@
+"""Damaged checkpoints of every kind: one sentence, or a clean read.
+
+The damage is done in a process of its own, whose memory is limited: a crash, a
+hang and a blow-up of memory are all seen from here. By hand:
+
+  python -m tests.weights.test_fuzz {gguf,orbax,plain} CASES SEED
+"""
+
+import collections
+import faulthandler
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+
+from mt.base import errors
+from mt.gemma import sizes
+from mt.weights import flax
+from mt.weights import gguf
+from mt.weights import gguf_file
+from tests.fixtures import flax_fixture
+from tests.fixtures import gguf_fixture
+from tests.fixtures.refusal import refusal
+
+ROOT = pathlib.Path(__file__).parents[2]
+CFG = gguf_fixture.tiny_config('gemma3', 400)
+_WORDS = (0, 1, 2**31 - 1, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
+
+
+def _flip(rng: random.Random, data: bytes, end: int) -> bytes:
+  """A change of one byte, or a few larger ones, within the first `end`."""
+  out = bytearray(data)
+  if rng.random() < 0.5:
+    out[rng.randrange(end)] ^= rng.randint(1, 255)
+    return bytes(out)
+  for _ in range(rng.randint(1, 4)):
+    at = rng.randrange(min(end, len(out) or 1))
+    kind = rng.randrange(1, 5) if at < len(out) else 4
+    if kind == 1:
+      out[at] ^= 1 << rng.randrange(8)
+    elif kind == 2:  # What counts, offsets and lengths look like.
+      out[at : at + 8] = rng.choice(_WORDS).to_bytes(8, 'little')
+    elif kind == 3:
+      del out[at : at + rng.randint(1, 16)]
+    else:
+      out[at:at] = rng.randbytes(rng.randint(1, 16))
+  return bytes(out)
+
+
+def _gguf_cases(folder, number, rng):
+  """Damage to header and tensor infos; yields (what, read)."""
+  params = gguf_fixture.tiny_params(CFG)
+  path = gguf_fixture.write_gguf(
+    folder / 'whole.gguf', CFG, params, gguf_fixture.train_proto()
+  )
+  data = path.read_bytes()
+  tensors = gguf_file.open_gguf(path).tensors.values()
+  start = min(t.offset for t in tensors)
+  infos = data.index(b'token_embd.weight') - 100
+  path = folder / 'damaged.gguf'
+
+  def read():
+    file = gguf_file.open_gguf(path)
+    gguf.read_tokenizer(file)
+    cfg = gguf.read_config(file)
+    return gguf.read_params(file, cfg)
+
+  for i in range(number):
+    if i % 10 == 0:
+      what, damaged = 'cut', data[: rng.randrange(len(data))]
+    elif i % 2:  # The vocabulary is most of the header, infos come behind it.
+      what, part = 'infos', data[infos:]
+      damaged = data[:infos] + _flip(rng, part, start - infos)
+    else:
+      what, damaged = 'header', _flip(rng, data, rng.choice((1000, start)))
+    path.write_bytes(damaged)
+    yield f'{what} {i}', read, False
+
+
+def _orbax_cases(folder, number, rng, ocdbt):
+  """Damage to each file in turn; yields (what, read, must be the same)."""
+  params = gguf_fixture.tiny_params(CFG)
+  whole = flax_fixture.save(folder / 'whole', CFG, params, ocdbt=ocdbt)
+  files = [p for p in whole.rglob('*') if p.is_file()]
+  # The names of OCDBT's files are random, their sizes are not.
+  files.sort(key=lambda p: (p.parent, p.stat().st_size, p.name))
+  path = folder / 'damaged'
+
+  def read():
+    ckpt = flax.open_checkpoint(path)
+    return flax.read_params(ckpt, flax.read_config(ckpt))
+
+  cases = [(file, how) for how in range(6) for file in files]
+  rng.shuffle(cases)
+  cases += [(rng.choice(files), 6) for _ in range(number)]
+  for file, how in cases[:number]:
+    shutil.copytree(whole, path, copy_function=os.link)
+    damaged = path / file.relative_to(whole)
+    data = file.read_bytes()
+    damaged.unlink()
+    if how > 0:
+      damaged.write_bytes(
+        [
+          b'',
+          data[:-1],
+          data[: len(data) // 2],
+          bytes(len(data)),
+          data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+          _flip(rng, data, len(data)),
+        ][how - 1]
+      )
+    # Half a chunk of zeros is a chunk like any other: zarr has no checksums.
+    yield f'{file.relative_to(whole)} {how}', read, how < 5
+    shutil.rmtree(path)
+
+
+def run(kind: str, number: int, seed: int) -> dict[str, int]:
+  """Reads `number` damaged checkpoints; the outcomes, counted."""
+  rng = random.Random(seed)
+  sizes.SIZES['tiny'] = CFG
+  want = gguf_fixture.tiny_params(CFG)
+  counts = collections.Counter()
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    if kind == 'gguf':
+      cases = _gguf_cases(folder, number, rng)
+    else:
+      cases = _orbax_cases(folder, number, rng, ocdbt=kind == 'orbax')
+    limit = None
+    for what, read, must_be_same in cases:
+      if limit is None:  # One whole reading first: threads, compiled programs.
+        size = pathlib.Path('/proc/self/statm').read_text().split()[0]
+        limit = int(size) * resource.getpagesize() + (1 << 30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+      try:
+        found = read()
+      except errors.UserError as e:
+        text = str(e)
+        assert '\n' not in text and text.endswith('.'), text
+        assert len(text) < 1000, text
+        counts['refused'] += 1
+        continue
+      except BaseException:
+        print(what, file=sys.stderr)
+        raise
+      same = jax.tree.all(jax.tree.map(np.array_equal, found, want))
+      assert same or not must_be_same, f'{what}: silently different'
+      counts['same' if same else 'different'] += 1
+  return counts
+
+
+@pytest.mark.parametrize(
+  'kind, number, refused',
+  [('gguf', 1000, 700), ('orbax', 150, 20), ('plain', 200, 100)],
+)
+def test_damage_is_one_sentence_or_a_clean_read(kind, number, refused):
+  done = subprocess.run(
+    [sys.executable, '-m', 'tests.weights.test_fuzz', kind, str(number), '0'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  counts = json.loads(done.stdout)
+  assert sum(counts.values()) == number
+  assert counts['refused'] > refused  # The damage is real.
+
+
+def test_more_heads_than_width(tmp_path):
+  """The two 27B have a query scale of width / heads: 0 here."""
+  header = {'gemma3.block_count': 62, 'gemma3.attention.head_count': 33}
+  path = gguf_fixture.write_gguf(
+    tmp_path / 'a.gguf',
+    CFG,
+    gguf_fixture.tiny_params(CFG),
+    gguf_fixture.train_proto(),
+    fields=header,
+  )
+  file = gguf_file.open_gguf(path)
+  refusal(lambda: gguf.read_params(file, gguf.read_config(file)), path)
+
+
+if __name__ == '__main__':
+  faulthandler.enable()
+  print(json.dumps(run(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

@@ -1,0 +1,395 @@
+"""Hugging Face folders: the same model in and out, or one clear refusal."""
+
+import json
+import os
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+from safetensors.numpy import load_file
+from safetensors.numpy import save_file
+
+from mt.data import tokenizer
+from mt.gemma import model
+from mt.gemma import sizes
+from mt.weights import hf
+from mt.weights import load
+from mt.weights import safetensors_out
+from tests.fixtures import gguf_fixture
+from tests.fixtures import hf_fixture
+from tests.fixtures.refusal import refusal
+
+_ARCHS = ('gemma', 'gemma2', 'gemma3')
+
+
+# In.
+
+
+@pytest.mark.parametrize('dtype', hf_fixture.DTYPES)
+@pytest.mark.parametrize('arch', _ARCHS)
+def test_a_folder_comes_back_bit_for_bit(tmp_path, arch, dtype):
+  dtype = hf_fixture.DTYPES[dtype]
+  cfg, params = hf_fixture.write_folder(
+    tmp_path, arch, hf_fixture.seven_layers(arch), dtype=dtype
+  )
+  expected = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), params)
+  config, found = hf_fixture.load(tmp_path)
+  assert config == cfg
+  hf_fixture.assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+  'prefix', ('', 'model.', 'language_model.model.', 'model.language_model.')
+)
+def test_any_prefix_is_found(tmp_path, prefix):
+  _, params = hf_fixture.write_folder(tmp_path, prefix=prefix)
+  hf_fixture.assert_same(hf_fixture.load(tmp_path)[1], params)
+
+
+def _multimodal(tmp_path, text, vision, prefix, tower):
+  """A folder such as google/gemma-3-4b-pt; vision has a file of its own."""
+  cfg, params = hf_fixture.write_folder(tmp_path, prefix=prefix)
+  (tmp_path / 'model.safetensors').unlink()
+  whole = hf_fixture.tensors('gemma3', params, prefix=prefix)
+  extra = {f'{tower}vision_tower.encoder.layers.0.weight': vision}
+  extra[f'{tower}multi_modal_projector.mm_input_projection_weight'] = vision
+  hf_fixture.write_shards(tmp_path, [whole, extra])
+  fields = {'model_type': 'gemma3', 'text_config': text, 'vision_config': {}}
+  (tmp_path / 'config.json').write_text(json.dumps(fields))
+  return cfg, params
+
+
+@pytest.mark.parametrize(
+  ('prefix', 'tower'),
+  [('language_model.model.', ''), ('model.language_model.', 'model.')],
+  ids=('published', 'newer'),
+)
+def test_vision_is_not_even_opened(tmp_path, prefix, tower):
+  cfg = gguf_fixture.tiny_config('gemma3', 400)
+  text = hf_fixture.config_json('gemma3', cfg)
+  _, params = _multimodal(tmp_path, text, np.ones(9, 'f4'), prefix, tower)
+  shard = tmp_path / 'model-00002-of-00002.safetensors'
+  assert len(load_file(shard)) == 2
+  shard.write_bytes(b'broken')
+  config, found = hf_fixture.load(tmp_path)
+  assert config == cfg
+  hf_fixture.assert_same(found, params)
+  shard.unlink()
+  hf_fixture.assert_same(hf_fixture.load(tmp_path)[1], params)
+
+
+def test_vision_in_the_same_file_is_left_alone(tmp_path):
+  _, params = hf_fixture.write_folder(tmp_path, prefix='language_model.model.')
+  whole = hf_fixture.tensors('gemma3', params, prefix='language_model.model.')
+  # A type that numpy does not have: reading it would fail.
+  header, data = hf_fixture.split_file(safetensors.numpy.save(whole))
+  header['vision_tower.x'] = {
+    'dtype': 'F8_E4M3',
+    'shape': [8],
+    'data_offsets': [len(data), len(data) + 8],
+  }
+  hf_fixture.write_raw(tmp_path / 'model.safetensors', header, data + bytes(8))
+  hf_fixture.assert_same(hf_fixture.load(tmp_path)[1], params)
+
+
+def test_several_files_and_their_index(tmp_path):
+  _, params = hf_fixture.write_folder(tmp_path)
+  whole = load_file(tmp_path / 'model.safetensors')
+  (tmp_path / 'model.safetensors').unlink()
+  names = sorted(whole)
+  shards = [{n: whole[n] for n in names[i::3]} for i in range(3)]
+  hf_fixture.write_shards(tmp_path, shards)
+  hf_fixture.assert_same(hf_fixture.load(tmp_path)[1], params)
+  (tmp_path / 'model.safetensors.index.json').unlink()  # Not needed.
+  hf_fixture.assert_same(hf_fixture.load(tmp_path)[1], params)
+
+
+def test_links_into_a_cache_are_followed(tmp_path):
+  # The Hub's cache has links to ../../blobs.
+  _, params = hf_fixture.write_folder(tmp_path / 'blobs')
+  (tmp_path / 'snapshot').mkdir()
+  for file in (tmp_path / 'blobs').iterdir():
+    (tmp_path / 'snapshot' / file.name).symlink_to(file)
+  hf_fixture.assert_same(hf_fixture.load(tmp_path / 'snapshot')[1], params)
+
+
+@pytest.mark.parametrize('at_once', (1, 100, 1000))
+def test_large_tensors_are_placed_in_parts(tmp_path, monkeypatch, at_once):
+  _, params = hf_fixture.write_folder(tmp_path)
+  monkeypatch.setattr(load, '_AT_ONCE', at_once)
+  hf_fixture.assert_same(hf_fixture.load(tmp_path)[1], params)
+
+
+def test_opening_reads_no_tensor(tmp_path, monkeypatch):
+  hf_fixture.write_folder(tmp_path)
+
+  def must_not(*_):
+    raise AssertionError('a tensor was read before it was asked for')
+
+  monkeypatch.setattr(hf, 'read_params', must_not)
+  assert hf_fixture.open_folder(tmp_path).tokenizer.vocab_size == 400
+
+
+# What is missing, or does not fit.
+
+
+def test_a_pickle_is_refused(tmp_path):
+  hf_fixture.write_folder(tmp_path)
+  (tmp_path / 'model.safetensors').unlink()
+  (tmp_path / 'pytorch_model.bin').write_bytes(b'\x80\x02}q\x00.')
+  refusal(
+    lambda: hf_fixture.load(tmp_path),
+    tmp_path,
+    'pickle',
+    'run code',
+    'save_pretrained',
+  )
+
+
+def test_a_pickle_beside_safetensors_is_not_looked_at(tmp_path):
+  _, params = hf_fixture.write_folder(tmp_path)
+  (tmp_path / 'pytorch_model.bin').write_bytes(b'\x80\x02}q\x00.')
+  hf_fixture.assert_same(hf_fixture.load(tmp_path)[1], params)
+
+
+@pytest.mark.parametrize(
+  ('file', 'words'),
+  [
+    ('config.json', ('no config.json', 'whole folder')),
+    ('model.safetensors', ('no .safetensors', 'whole folder')),
+    ('tokenizer.model', ('tokenizer.json', 'weights.tokenizer')),
+  ],
+)
+def test_a_missing_file_is_refused(tmp_path, file, words):
+  hf_fixture.write_folder(tmp_path)
+  (tmp_path / file).unlink()
+  refusal(lambda: hf_fixture.load(tmp_path), tmp_path, *words)
+
+
+def test_a_tokenizer_of_the_config_fills_the_gap(tmp_path):
+  hf_fixture.write_folder(tmp_path / 'a')
+  os.rename(tmp_path / 'a' / 'tokenizer.model', tmp_path / 'b.model')
+  source = hf_fixture.open_folder(tmp_path / 'a', tmp_path / 'b.model')
+  assert source.tokenizer.proto == gguf_fixture.train_proto()
+
+
+@pytest.mark.parametrize('rows', (399, 400 + 129))
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, rows, monkeypatch):
+  def must_not(*_):
+    raise AssertionError('a tensor was read before the refusal')
+
+  monkeypatch.setattr(hf, 'read_params', must_not)
+  hf_fixture.write_folder(
+    tmp_path, cfg=gguf_fixture.tiny_config('gemma3', rows)
+  )
+  refusal(
+    lambda: hf_fixture.open_folder(tmp_path),
+    tmp_path,
+    '400',
+    rows,
+    'weights.tokenizer',
+  )
+
+
+def _change(tmp_path, change, arch='gemma3'):
+  """A folder whose tensors went through `change` (dict -> dict)."""
+  hf_fixture.write_folder(tmp_path, arch)
+  path = tmp_path / 'model.safetensors'
+  save_file(change(load_file(path)), path)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'model.embed_tokens.weight',
+    'model.norm.weight',
+    'model.layers.0.mlp.up_proj.weight',
+    'model.layers.1.self_attn.k_norm.weight',
+  ],
+)
+def test_a_missing_tensor_is_refused(tmp_path, name):
+  _change(tmp_path, lambda t: {k: v for k, v in t.items() if k != name})
+  word = 'embed_tokens' if 'embed' in name else name
+  refusal(lambda: hf_fixture.load(tmp_path), tmp_path, word, 'complete')
+
+
+@pytest.mark.parametrize(
+  ('name', 'turn'),
+  [
+    ('model.embed_tokens.weight', lambda x: x[:, :16]),
+    ('model.layers.0.self_attn.q_proj.weight', lambda x: x.T),
+    ('model.layers.1.input_layernorm.weight', lambda x: x[:1]),
+    ('model.layers.1.mlp.down_proj.weight', lambda x: x[0]),
+    ('model.norm.weight', lambda x: x[None]),
+  ],
+)
+def test_a_tensor_of_another_shape_is_refused(tmp_path, name, turn):
+  def change(tensors):
+    return tensors | {name: np.ascontiguousarray(turn(tensors[name]))}
+
+  _change(tmp_path, change)
+  refusal(lambda: hf_fixture.load(tmp_path), tmp_path, name, 'promises')
+
+
+@pytest.mark.parametrize('dtype', (np.float64, np.int8, np.uint8))
+def test_quantised_weights_are_refused(tmp_path, dtype):
+  name = 'model.layers.0.mlp.up_proj.weight'
+  _change(tmp_path, lambda t: t | {name: t[name].astype(dtype)})
+  refusal(lambda: hf_fixture.load(tmp_path), tmp_path, name, 'quantised')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'model.layers.0.self_attn.q_proj.bias',
+    'model.layers.0.self_attn.q_proj.weight.absmax',
+    'model.layers.0.self_attn.q_proj.lora_A.weight',
+    'model.layers.2.input_layernorm.weight',
+  ],
+)
+def test_a_tensor_that_would_be_ignored_is_refused(tmp_path, name):
+  _change(tmp_path, lambda t: t | {name: np.ones(3, np.float32)})
+  refusal(lambda: hf_fixture.load(tmp_path), tmp_path, name, 'no part')
+
+
+def test_rope_rates_of_old_files_and_a_tied_head_are_ignored(tmp_path):
+  _change(
+    tmp_path,
+    lambda t: (
+      t
+      | {
+        'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(8, np.float32),
+        'lm_head.weight': t['model.embed_tokens.weight'],
+      }
+    ),
+  )
+  hf_fixture.load(tmp_path)
+
+
+def test_gemma_2_is_not_taken_for_gemma_1(tmp_path):
+  # Gemma 1 calls its one norm before the feed-forward as Gemma 2 calls the one
+  # after attention: a wrong model_type would compute something else.
+  hf_fixture.write_folder(tmp_path, 'gemma2', config={'model_type': 'gemma'})
+  refusal(
+    lambda: hf_fixture.load(tmp_path),
+    tmp_path,
+    'feedforward_layernorm',
+    'no part',
+  )
+
+
+def test_one_tensor_in_two_files_is_refused(tmp_path):
+  _, params = hf_fixture.write_folder(tmp_path)
+  whole = load_file(tmp_path / 'model.safetensors')
+  (tmp_path / 'model.safetensors').unlink()
+  save_file(whole, tmp_path / 'a.safetensors')
+  save_file(
+    {'model.norm.weight': params['final_norm']}, tmp_path / 'b.safetensors'
+  )
+  refusal(
+    lambda: hf_fixture.load(tmp_path),
+    tmp_path,
+    'model.norm.weight',
+    'a.safetensors',
+  )
+
+
+# Out.
+
+
+@pytest.fixture(scope='module')
+def tok():
+  return tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
+
+
+@pytest.mark.parametrize('dtype', (np.float32, ml_dtypes.bfloat16))
+@pytest.mark.parametrize('arch', _ARCHS)
+def test_what_is_written_has_the_published_names(tmp_path, tok, arch, dtype):
+  cfg = hf_fixture.seven_layers(arch)
+  params = gguf_fixture.tiny_params(cfg)
+  hf.write(tmp_path, cfg, params, tok, dtype)
+  found = load_file(tmp_path / 'model.safetensors')
+  expected = hf_fixture.tensors(arch, params, dtype)
+  assert found.keys() == expected.keys()
+  for name, x in expected.items():
+    assert found[name].dtype == x.dtype
+    np.testing.assert_array_equal(found[name], x, err_msg=name)
+  config, again = hf_fixture.load(tmp_path)
+  assert config == cfg
+  rounded = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), params)
+  hf_fixture.assert_same(again, rounded)
+
+
+def test_what_is_written_from_arrays_of_jax_is_the_same(tmp_path, tok):
+  cfg = sizes.SIZES['debug']
+  params = model.init_params(cfg, jax.random.key(0))
+  hf.write(tmp_path, cfg, params, tok)
+  config, again = hf_fixture.load(tmp_path)
+  assert config == cfg
+  hf_fixture.assert_same(again, jax.tree.map(np.asarray, params))
+
+
+def test_large_models_are_several_files(tmp_path):
+  rng = np.random.default_rng(0)
+  arrays = {
+    name: rng.normal(size=shape).astype(np.float32)
+    for name, shape in (
+      ('a', (10, 10)),
+      ('b', (3,)),
+      ('c', (40, 9)),
+      ('d', (7,)),
+    )
+  }
+  entries = [
+    safetensors_out.Entry(k, v.shape, lambda v=v: v) for k, v in arrays.items()
+  ]
+  safetensors_out.write(tmp_path, entries, np.float32, shard_bytes=420)
+  index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
+  total = sum(x.nbytes for x in arrays.values())
+  assert index['metadata']['total_size'] == total
+  files = sorted(p.name for p in tmp_path.glob('*.safetensors'))
+  # One that is larger than a file may be has a file of its own.
+  assert files == [f'model-0000{i}-of-00003.safetensors' for i in (1, 2, 3)]
+  merged = {}
+  for file in files:
+    part = load_file(tmp_path / file)
+    assert {k: index['weight_map'][k] for k in part} == dict.fromkeys(
+      part, file
+    )
+    merged |= part
+  assert merged.keys() == arrays.keys()
+  for name, x in arrays.items():
+    np.testing.assert_array_equal(merged[name], x)
+
+
+def test_several_files_of_ours_are_read(tmp_path, tok, monkeypatch):
+  cfg = gguf_fixture.tiny_config('gemma2', 400)
+  params = gguf_fixture.tiny_params(cfg)
+  monkeypatch.setattr(
+    hf.safetensors_out.write,
+    '__kwdefaults__',
+    {'shard_bytes': 20_000, 'stem': 'model'},
+  )
+  hf.write(tmp_path, cfg, params, tok)
+  assert len(list(tmp_path.glob('model-*.safetensors'))) > 3
+  hf_fixture.assert_same(hf_fixture.load(tmp_path)[1], params)
+
+
+def test_a_written_tensor_is_gone_before_the_next_is_made(tmp_path):
+  held = []
+
+  class Watched(np.ndarray):
+    def __del__(self):
+      if held:
+        held.pop()
+
+  def get():
+    assert not held
+    held.append(1)
+    return np.zeros(5, np.float32).view(Watched)
+
+  entries = [safetensors_out.Entry(str(i), (5,), get) for i in range(4)]
+  safetensors_out.write(tmp_path, entries, np.float32)
+  assert len(load_file(tmp_path / 'model.safetensors')) == 4

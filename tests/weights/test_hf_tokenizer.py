@@ -1,0 +1,336 @@
+"""tokenizer.json: the same ids as the SentencePiece model, both ways."""
+
+import collections
+import json
+import random
+import tracemalloc
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import pytest
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
+from mt.base import errors
+from mt.data import tokenizer
+from mt.weights import gguf
+from mt.weights import gguf_file
+from mt.weights import hf_tokenizer
+from mt.weights import pretrained
+from tests.fixtures import gguf_fixture
+from tests.fixtures import nasty
+from tests.fixtures.refusal import refusal
+
+_MEMORY = 64 * 2**20
+
+
+@pytest.fixture(scope='module')
+def original():
+  return tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
+
+
+@pytest.fixture(scope='module')
+def written(original, tmp_path_factory):
+  """The folder of the files that transformers reads."""
+  folder = tmp_path_factory.mktemp('tokenizer')
+  hf_tokenizer.write(folder, original)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def rebuilt(written):
+  return hf_tokenizer.read(written / 'tokenizer.json', 400)
+
+
+def _content(written):
+  return json.loads((written / 'tokenizer.json').read_text('utf-8'))
+
+
+def _read(path, content, rows=400):
+  path.write_text(json.dumps(content))
+  return hf_tokenizer.read(path, rows)
+
+
+def _assert_same_ids(rebuilt, original, text):
+  ids = original.encode(text)
+  assert rebuilt.encode(text) == ids
+  assert rebuilt.decode(ids) == original.decode(ids)
+
+
+def _same_everywhere(rebuilt, original):
+  for text in nasty.TEXTS:
+    _assert_same_ids(rebuilt, original, text)
+
+
+def test_pieces_and_special_ids_come_back(rebuilt, original):
+  assert rebuilt.vocab_size == original.vocab_size == 400
+  for name in ('pad_id', 'bos_id', 'eos_id'):
+    assert getattr(rebuilt, name) == getattr(original, name)
+  assert rebuilt.spm.unk_id() == original.spm.unk_id()
+  ours = sp_pb2.ModelProto.FromString(rebuilt.proto).pieces
+  theirs = sp_pb2.ModelProto.FromString(original.proto).pieces
+  for a, b in zip(ours, theirs, strict=True):
+    assert (a.piece, a.type) == (b.piece, b.type)
+
+
+@pytest.mark.parametrize('text', nasty.TEXTS, ids=range(len(nasty.TEXTS)))
+def test_nasty_texts_are_encoded_as_by_the_original(rebuilt, original, text):
+  _assert_same_ids(rebuilt, original, text)
+  prompt = f'English: {text}\nFrench: {text}'
+  _assert_same_ids(rebuilt, original, prompt)
+
+
+@settings(max_examples=300, deadline=None)
+@given(nasty.ANY)
+def test_any_text_is_encoded_as_by_the_original(rebuilt, original, text):
+  _assert_same_ids(rebuilt, original, text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 399)))
+def test_any_ids_are_decoded_as_by_the_original(rebuilt, original, ids):
+  assert rebuilt.decode(ids) == original.decode(ids)
+
+
+def test_a_gguf_vocabulary_goes_the_same_way(tmp_path, original):
+  # Its added tokens have the score -1000 instead of 0.
+  cfg = gguf_fixture.tiny_config('gemma3', 400)
+  path = gguf_fixture.write_gguf(
+    tmp_path / 'a.gguf',
+    cfg,
+    gguf_fixture.tiny_params(cfg),
+    gguf_fixture.train_proto(),
+  )
+  tok = gguf.read_tokenizer(gguf_file.open_gguf(path))
+  hf_tokenizer.write(tmp_path, tok)
+  assert _content(tmp_path)['model']['merges']
+  again = hf_tokenizer.read(tmp_path / 'tokenizer.json', 400)
+  _same_everywhere(again, original)
+
+
+def test_our_own_small_tokenizers_go_the_same_way(tmp_path):
+  # Their special pieces are <s> and </s>, as SentencePiece calls them.
+  tok = tokenizer.train(nasty.TEXTS * 3, 400)
+  hf_tokenizer.write(tmp_path, tok)
+  again = hf_tokenizer.read(tmp_path / 'tokenizer.json', 400)
+  assert (again.bos_id, again.eos_id) == (tok.bos_id, tok.eos_id)
+  _same_everywhere(again, tok)
+
+
+def test_the_files_say_what_transformers_needs(written):
+  files = {p.name for p in written.iterdir()}
+  assert files == {
+    'tokenizer.model',
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'special_tokens_map.json',
+  }
+  assert (
+    written / 'tokenizer.model'
+  ).read_bytes() == gguf_fixture.train_proto()
+  config = json.loads((written / 'tokenizer_config.json').read_text())
+  assert config['add_bos_token'] is True
+  assert config['add_eos_token'] is False
+  special = json.loads((written / 'special_tokens_map.json').read_text())
+  assert special == {
+    'bos_token': '<bos>',
+    'eos_token': '<eos>',
+    'pad_token': '<pad>',
+    'unk_token': '<unk>',
+  }
+
+
+def test_the_knob_takes_one(written, original):
+  source = pretrained.open_source(
+    'random', 'debug', written / 'tokenizer.json', seed=0, texts=()
+  )
+  _same_everywhere(source.tokenizer, original)
+
+
+# Other ways to write one.
+
+
+def test_merges_may_be_texts(tmp_path, written, original):
+  content = _content(written)
+  model = content['model']
+  model['merges'] = [' '.join(pair) for pair in model['merges']]
+  _same_everywhere(_read(tmp_path / 't.json', content), original)
+
+
+def test_added_tokens_need_not_be_in_the_vocabulary(
+  tmp_path, written, original
+):
+  content = _content(written)
+  for token in content['added_tokens']:
+    del content['model']['vocab'][token['content']]
+  _same_everywhere(_read(tmp_path / 't.json', content), original)
+
+
+def test_tokens_without_a_row_are_left_out(tmp_path, written, original):
+  # Gemma 3 270M and 1B list <image_soft_token>, number 262,144.
+  content = _content(written)
+  content['added_tokens'].append({'id': 400, 'content': '<image_soft_token>'})
+  tok = _read(tmp_path / 't.json', content)
+  assert tok.vocab_size == 400
+  _same_everywhere(tok, original)
+  tok = _read(tmp_path / 't.json', content, rows=464)  # As 4B has.
+  assert tok.vocab_size == 401
+  assert tok.encode('<image_soft_token>') == [400]
+  _same_everywhere(tok, original)
+
+
+def test_symbols_that_no_merge_makes_are_taken_whole(
+  tmp_path, written, original
+):
+  # Files from before 2024 list only the first few as added tokens.
+  content = _content(written)
+  content['added_tokens'] = [
+    t for t in content['added_tokens'] if t['special'] or t['id'] < 20
+  ]
+  names = [t['content'] for t in content['added_tokens']]
+  assert '<b>' in {p['content'] for p in _content(written)['added_tokens']}
+  if '<b>' in names:
+    content['added_tokens'] = content['added_tokens'][: names.index('<b>')]
+  tok = _read(tmp_path / 't.json', content)
+  for text in ('<b>bold</b>', 'a<b>\n\n<b>', '<mask><unused0>'):
+    _assert_same_ids(tok, original, text)
+
+
+def test_a_tab_in_place_of_its_byte(tmp_path, written):
+  # As in the files of Gemma 1 and 2, whose models have runs of tabs, no tab.
+  m = sp_pb2.ModelProto.FromString(gguf_fixture.train_proto())
+  for p in m.pieces:
+    if p.piece == '\t':
+      p.piece, p.type = '\t\t', 1
+  tok = tokenizer.from_proto(m.SerializeToString(), 'x')
+  hf_tokenizer.write(tmp_path, tok)
+  content = _content(tmp_path)
+  assert '<0x09>' not in content['model']['vocab']
+  assert ['\t', '\t'] in content['model']['merges']
+  again = hf_tokenizer.read(tmp_path / 'tokenizer.json', 400)
+  for text in ('\t', 'a\tb', '\t\t', '\t\t\t', *nasty.TEXTS):
+    _assert_same_ids(again, tok, text)
+
+
+@pytest.mark.parametrize('form', ('text', 'object'))
+def test_special_tokens_are_those_of_the_config(tmp_path, written, form):
+  content = _content(written)
+  names = {'bos_token': '[multimodal]', 'pad_token': '<unused0>'}
+  fields = {
+    k: {'content': v, 'special': True} if form == 'object' else v
+    for k, v in names.items()
+  }
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(fields))
+  tok = _read(tmp_path / 'tokenizer.json', content)
+  assert tok.spm.id_to_piece(tok.bos_id) == '[multimodal]'
+  assert tok.spm.id_to_piece(tok.pad_id) == '<unused0>'
+  assert tok.spm.id_to_piece(tok.eos_id) == '<eos>'
+
+
+# Refusals.
+
+
+def _set(*path_and_value):
+  *path, value = path_and_value
+
+  def change(content):
+    level = content
+    for key in path[:-1]:
+      level = level[key]
+    level[path[-1]] = value
+
+  return change
+
+
+def _swap_id(content):
+  vocab = content['model']['vocab']
+  vocab['<bos>x'] = 2
+
+
+def _hole(content):
+  vocab = content['model']['vocab']
+  vocab[next(p for p, i in vocab.items() if i == 399)] = 400
+
+
+_BROKEN = {
+  'another kind': (_set('model', 'type', 'Unigram'), "'Unigram'"),
+  'a kind that is a list': (_set('model', 'type', ['BPE']), 'BPE'),
+  'no model': (_set('model', None), 'None'),
+  'a model that is text': (_set('model', 'BPE'), 'BPE'),
+  'no vocabulary': (_set('model', 'vocab', None), 'no vocabulary'),
+  'a vocabulary as a list': (_set('model', 'vocab', ['a']), 'no vocabulary'),
+  'an id that is text': (_set('model', 'vocab', 'a', '7'), 'no vocabulary'),
+  'an id that is a truth': (_set('model', 'vocab', 'a', True), 'no vocabulary'),
+  'a negative id': (_set('model', 'vocab', 'new', -1), '0, 1, 2'),
+  'a huge id': (_set('model', 'vocab', 'new', 2**60), '0, 1, 2'),
+  'a hole': (_hole, '0, 1, 2'),
+  'two pieces of one id': (_swap_id, 'one id'),
+  'no merges': (_set('model', 'merges', {}), 'merges'),
+  'a merge of three': (_set('model', 'merges', [['a', 'b', 'c']]), 'merge 0'),
+  'a merge of numbers': (_set('model', 'merges', [[1, 2]]), 'merge 0'),
+  'a merge that is a number': (_set('model', 'merges', [1]), 'merge 0'),
+  'added tokens as text': (_set('added_tokens', 'x'), 'added tokens'),
+  'an added token without id': (
+    _set('added_tokens', [{'content': 'x'}]),
+    'added tokens',
+  ),
+  'an added token of a list': (
+    _set('added_tokens', [{'id': [1], 'content': 'x'}]),
+    'added tokens',
+  ),
+  'no UTF-8': (_set('added_tokens', 5, 'content', '\ud800'), 'UTF-8'),
+  'no unknown': (_set('model', 'unk_token', 'nowhere'), 'unknown'),
+}
+
+
+@pytest.mark.parametrize('what', _BROKEN)
+def test_a_broken_file_is_refused(tmp_path, written, what):
+  change, word = _BROKEN[what]
+  content = _content(written)
+  change(content)
+  path = tmp_path / 'tokenizer.json'
+  refusal(lambda: _read(path, content), path, word, 'weights.tokenizer')
+
+
+def test_bytes_that_are_not_all_there_are_refused(tmp_path, written):
+  content = _content(written)
+  vocab = content['model']['vocab']
+  content['model']['vocab'] = {
+    'x' + p if p == '<0x41>' else p: i for p, i in vocab.items()
+  }
+  path = tmp_path / 'tokenizer.json'
+  refusal(lambda: _read(path, content), path, 'SentencePiece')
+
+
+def test_a_damaged_file_loads_or_is_refused(tmp_path, written):
+  whole = (written / 'tokenizer.json').read_bytes()
+  counts, wrong = collections.Counter(), []
+  for seed in range(300):
+    rng, data = random.Random(seed), bytearray(whole)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+      at, what = rng.randrange(len(data)), rng.randrange(4)
+      if what == 0:
+        data[at] = rng.randrange(256)
+      elif what == 1:
+        del data[at : at + rng.choice((1, 4, 50))]
+      elif what == 2:
+        data[at:at] = rng.choice((b'9', b'-', b'"', b'{', b'null,', b'\\ud8'))
+      else:
+        data[at : at + 1] = rng.choice((b'1', b'e', b' ', b'x', b'\xe2'))
+    path = tmp_path / f'{seed}.json'
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+      hf_tokenizer.read(path, 400)
+      counts['loaded'] += 1
+    except errors.UserError as e:
+      counts['refused'] += 1
+      if str(path) not in str(e) or '\n' in str(e):
+        wrong.append((seed, str(e)))
+    except BaseException as e:  # noqa: BLE001  To list all of them.
+      wrong.append((seed, repr(e)))
+    if tracemalloc.get_traced_memory()[1] > _MEMORY:
+      wrong.append((seed, 'memory'))
+    tracemalloc.stop()
+  assert not wrong, f'{len(wrong)} of 300 seeds: {wrong[:10]}'
+  assert min(counts['loaded'], counts['refused']) > 20

