@@ -33,7 +33,7 @@ def main(argv):
   processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   from mt.train import loop
 
-  with processes.together():
+  with processes.exit_if_peer_lost():
     loop.run(config, _WORKDIR.value or pathlib.Path('runs') / path.stem)
 
 

@@ -29,11 +29,11 @@ class UserError(Exception):
     super().__init__(''.join(shown))
 
 
-class Stuck(UserError):
+class ExitNow(UserError):
   """Something does not come back, and an orderly end would wait for it."""
 
 
-class Stopped(Exception):
+class Interrupted(Exception):
   """Someone asked the program to end; with its exit code."""
 
   def __init__(self, message: str, code: int):
@@ -54,11 +54,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       logging.set_verbosity(logging.WARNING)  # Orbax has much to tell.
     try:
       main(argv)
-    except Stuck as e:
+    except ExitNow as e:
       _leave(e, EXIT_CODE, at_once=True)
     except UserError as e:
       _leave(e, EXIT_CODE)
-    except Stopped as e:
+    except Interrupted as e:
       _leave(e, e.code)
     except KeyboardInterrupt:
       _leave('interrupted; a run goes on from its last checkpoint', 130)
@@ -95,7 +95,7 @@ def read_config(
 
 
 def _terminated(number, _frame):
-  raise Stopped(
+  raise Interrupted(
     'terminated; a run goes on from its last checkpoint', 128 + number
   )
 

@@ -15,8 +15,8 @@ import numpy as np
 import tqdm
 
 from mt.base import errors
+from mt.base import files
 from mt.base import processes
-from mt.base import run_folder
 
 
 def say(text: str) -> None:
@@ -37,7 +37,7 @@ def cut_metrics(path: pathlib.Path, last_step: int) -> None:
   """
   if processes.is_first() and path.exists():
     kept = [json.dumps(x) for x in read_metrics(path) if x['step'] <= last_step]
-    run_folder.write(path, ''.join(x + '\n' for x in kept))
+    files.write(path, ''.join(x + '\n' for x in kept))
 
 
 def add_metrics(path: pathlib.Path, line: dict[str, Any]) -> None:

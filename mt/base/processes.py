@@ -103,7 +103,7 @@ def sync(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def of_first(value: float) -> float:
+def broadcast_from_first(value: float) -> float:
   """The number that process 0 has, in all of them, to the last bit."""
   if jax.process_count() == 1:
     return value
@@ -134,10 +134,10 @@ def _over_processes():
 
 def agree(value: bool) -> bool:
   """What process 0 says, in all of them."""
-  return bool(of_first(float(value)))
+  return bool(broadcast_from_first(float(value)))
 
 
-def first_first(make: Callable[[], T]) -> T:
+def first_then_others(make: Callable[[], T]) -> T:
   """`make()` in every process, in process 0 before all others.
 
   What it downloads or writes down is there when they come.
@@ -151,7 +151,7 @@ def first_first(make: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def together():
+def exit_if_peer_lost():
   """Ends this process with one sentence if another one is lost."""
   try:
     yield

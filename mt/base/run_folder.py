@@ -15,7 +15,6 @@ lock               held while a run is at work
 """
 
 from collections.abc import Iterator
-from collections.abc import Sequence
 import contextlib
 import fcntl
 import importlib.metadata
@@ -31,6 +30,7 @@ import ml_collections
 
 from configs import default
 from mt.base import errors
+from mt.base import files
 from mt.base import processes
 
 # Knobs that may change between two starts of one run. None changes what a step
@@ -48,70 +48,6 @@ _OF_CHRF = ('eval.chrf_pairs', 'eval.translate_pairs', 'decode.beam')
 _OF_CHRF += ('decode.length_penalty', 'decode.max_ratio', 'decode.max_extra')
 
 
-def write(path: pathlib.Path, content: str | bytes) -> None:
-  """Writes a file whole or not at all; text as UTF-8.
-
-  Of several processes the first one writes, and the others do nothing.
-
-  Raises:
-    errors.UserError: the folder is not writable, the disk is full.
-  """
-  if not processes.is_first():
-    return
-  part = path.with_name(f'{path.name}.{os.getpid()}.part')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(part, path)
-  except OSError as e:
-    with contextlib.suppress(OSError):
-      part.unlink(missing_ok=True)  # It may be what fills the disk.
-    raise _unwritable(path, e) from None
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """`write` for JSON, indented, with real characters."""
-  write(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
-
-
-def write_lines(path: pathlib.Path, lines: Sequence[str]) -> None:
-  """`write` for texts, one a line; a newline inside becomes a space."""
-  write(path, ''.join(line.replace('\n', ' ') + '\n' for line in lines))
-
-
-def _read(path):
-  try:
-    # Not read_text: it takes a carriage return inside a line for its end.
-    return path.read_bytes().decode()
-  except UnicodeDecodeError as e:
-    raise errors.UserError(
-      f'{path}: damaged (not UTF-8 at byte {e.start}); delete it and run the '
-      'command that wrote it again.'
-    ) from None
-  except OSError as e:
-    raise errors.UserError(
-      f'{path}: cannot read it ({e.strerror}); --workdir must name the folder '
-      'of a run of train.py.'
-    ) from None
-
-
-def read_lines(path: pathlib.Path) -> list[str]:
-  """What write_lines wrote."""
-  return _read(path).split('\n')[:-1]
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """What write_json wrote.
-
-  Raises:
-    errors.UserError: missing, unreadable or damaged.
-  """
-  try:
-    return json.loads(_read(path))
-  except ValueError as e:
-    raise errors.UserError(f'{path}: damaged JSON ({e}).') from None
-
-
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """The config that a run was started with.
 
@@ -119,7 +55,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """
   config = default.get_config()
   with config.unlocked():
-    config.update(_tuples(read_json(workdir / 'config.json')))
+    config.update(_tuples(files.read_json(workdir / 'config.json')))
   return config
 
 
@@ -145,7 +81,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115 Closed below.
   except OSError as e:
-    raise _unwritable(path, e) from None
+    raise files.unwritable(path, e) from None
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,18 +91,11 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         'another --workdir.'
       ) from None
     except OSError as e:
-      raise _unwritable(path, e) from None
+      raise files.unwritable(path, e) from None
     yield
 
 
-def _unwritable(path, e):
-  return errors.UserError(
-    f'{path}: cannot write it ({e.strerror}); give --workdir a folder with '
-    'space that you may write to.'
-  )
-
-
-def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   """Claims a folder for a run, or finds that it belongs to the same one.
 
   A folder without a checkpoint is anybody's: that start came to nothing.
@@ -178,7 +107,7 @@ def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   saved = (workdir / 'checkpoints').glob('*step_*')  # Damaged ones too.
   if all('tmp' in path.name for path in saved):
     for name in ('config.json', 'tokenizer.model'):
-      remove(workdir / name)
+      files.remove(workdir / name)
   if path.exists():
     old = read_config(workdir)
     also = _OF_CHRF if old.eval.translate_every else ()
@@ -188,11 +117,11 @@ def open_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
           f'{workdir} holds a run with {knob}={was!r}, this one has {now!r}; '
           'use another --workdir, or the config of that run.'
         )
-  write_json(path, config.to_dict())
-  write_json(workdir / 'environment.json', environment())
+  files.write_json(path, config.to_dict())
+  files.write_json(workdir / 'environment.json', environment())
 
 
-def bound(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def step_knobs(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The knobs that decide what a step computes, as JSON gives them back."""
   flat = json.loads(json.dumps(dict(_flat(config.to_dict()))))
   return {k: v for k, v in flat.items() if not k.startswith(_FREE)}
@@ -204,25 +133,6 @@ def _flat(config, prefix=''):
       yield from _flat(value, f'{prefix}{key}.')
     else:
       yield prefix + key, value
-
-
-def remove(path: pathlib.Path) -> None:
-  """Removes a file, if it is there.
-
-  Of several processes the first one does it.
-
-  Raises:
-    errors.UserError: the folder is not writable.
-  """
-  if not processes.is_first():
-    return
-  try:
-    path.unlink(missing_ok=True)
-  except OSError as e:
-    raise errors.UserError(
-      f'{path}: cannot remove what an earlier start left ({e.strerror}); give '
-      '--workdir a folder that you may write to.'
-    ) from None
 
 
 def differences(

@@ -66,10 +66,10 @@ def leave(number: int, at: int) -> None:
   """Ends the run.
 
   Raises:
-    errors.Stopped: always; its exit code is 128 + the signal's number.
+    errors.Interrupted: always; its exit code is 128 + the signal's number.
   """
   word = 'interrupted' if number == signal.SIGINT else 'terminated'
   where = f'at step {at}, which is saved' if at else 'before its first step'
-  raise errors.Stopped(
+  raise errors.Interrupted(
     f'{word} {where}; the same command goes on from there', 128 + number
   )

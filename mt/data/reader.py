@@ -83,7 +83,7 @@ class Reader:
         'the run began and start again.'
       ) from None
     except queue.Empty:
-      raise errors.Stuck(
+      raise errors.ExitNow(
         f'{what} did not come within data.max_wait={self._max_wait:g} s; see '
         'that its disk answers and start again, or raise data.max_wait.'
       ) from None

@@ -20,6 +20,7 @@ import ml_collections
 
 from mt.base import compiling
 from mt.base import errors
+from mt.base import files
 from mt.base import journal
 from mt.base import run_folder
 from mt.data import corpus
@@ -78,10 +79,12 @@ def translate_split(
   chosen = chosen[: number or None]
   sources = [p.source for p in chosen]
   references = [p.target for p in chosen]
-  made = cached.made_by(step, config.decode, sources)
+  made = cached.provenance(step, config.decode, sources)
   path = workdir / 'evaluation' / f'{split}.hypothesis.txt'
-  texts = cached.kept(workdir / 'translations' / f'{split}.after.txt', made)
-  texts = cached.kept(path, made) if texts is None else texts
+  texts = cached.read_if_current(
+    workdir / 'translations' / f'{split}.after.txt', made
+  )
+  texts = cached.read_if_current(path, made) if texts is None else texts
   if texts is None:
     config, source, params = checkpoint.load_finetuned(workdir, step)
     progress = journal.Progress(f'translating {split}', len(sources))
@@ -89,8 +92,8 @@ def translate_split(
     texts = translator(params, sources, progress.update)
     progress.close()
   for name, lines in (('source', sources), ('reference', references)):
-    run_folder.write_lines(path.with_name(f'{split}.{name}.txt'), lines)
-  cached.keep(path, made, texts)
+    files.write_lines(path.with_name(f'{split}.{name}.txt'), lines)
+  cached.write(path, made, texts)
   return Evaluated(config, step, sources, references, texts)
 
 
@@ -140,7 +143,7 @@ def evaluate(
         other.hypotheses, own.hypotheses, own.references
       ),
     }
-  run_folder.write_json(workdir / 'evaluation' / f'{split}.json', out)
+  files.write_json(workdir / 'evaluation' / f'{split}.json', out)
   return out
 
 

@@ -13,8 +13,8 @@ import ml_collections
 
 from mt.base import cache
 from mt.base import errors
+from mt.base import files
 from mt.base import processes
-from mt.base import run_folder
 from mt.data import template
 from mt.data import tokenizer
 from mt.gemma import model
@@ -24,7 +24,7 @@ from mt.translate import search
 from mt.translate import translator as translator_lib
 
 
-def remember(key: Any, make: Callable[[], list[str]]) -> list[str]:
+def cached(key: Any, make: Callable[[], list[str]]) -> list[str]:
   """What `make` returns, kept on disk under everything that decides it.
 
   The pretrained model's translations of a validation set are the same in every
@@ -49,15 +49,15 @@ def remember(key: Any, make: Callable[[], list[str]]) -> list[str]:
   texts = None
   if processes.is_first() and path.exists():
     with contextlib.suppress(errors.UserError):  # Damaged: made once more.
-      texts = run_folder.read_json(path)
+      texts = files.read_json(path)
   if processes.agree(texts is not None):
     return texts or []  # Only the first process has a use for them.
   texts = make()
-  run_folder.write_json(path, texts)
+  files.write_json(path, texts)
   return texts
 
 
-def made_by(
+def provenance(
   step: int, decode_config: ml_collections.ConfigDict, sources: Sequence[str]
 ) -> dict[str, Any]:
   """What a run's translations depend on, as JSON: equal here, equal there.
@@ -72,17 +72,19 @@ def made_by(
   return json.loads(json.dumps(made))  # Tuples become lists.
 
 
-def keep(
+def write(
   path: pathlib.Path, made: dict[str, Any], texts: Sequence[str]
 ) -> None:
   """Writes translations to a .txt and, last, `made` to the .json beside it."""
-  run_folder.write_lines(path, texts)
-  run_folder.write_json(path.with_suffix('.json'), made)
+  files.write_lines(path, texts)
+  files.write_json(path.with_suffix('.json'), made)
 
 
-def kept(path: pathlib.Path, made: dict[str, Any]) -> list[str] | None:
-  """The translations that `keep` wrote, if they were made like this."""
+def read_if_current(
+  path: pathlib.Path, made: dict[str, Any]
+) -> list[str] | None:
+  """The translations that `write` wrote, if they were made like this."""
   with contextlib.suppress(errors.UserError):  # Missing or damaged.
-    if run_folder.read_json(path.with_suffix('.json')) == made:
-      return run_folder.read_lines(path)
+    if files.read_json(path.with_suffix('.json')) == made:
+      return files.read_lines(path)
   return None

@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 from configs import default
+from mt.base import files
 from mt.base import journal
 from mt.base import run_folder
 from mt.evaluate import chart
@@ -83,16 +84,16 @@ def write(workdir: pathlib.Path) -> None:
   Raises:
     errors.UserError: no run there, a damaged file, or no place to write.
   """
-  run_folder.write(workdir / 'report.html', page(workdir))
+  files.write(workdir / 'report.html', page(workdir))
 
 
 def page(workdir: pathlib.Path) -> str:
   """The page, see `write`."""
-  config = run_folder.read_json(workdir / 'config.json')
+  config = files.read_json(workdir / 'config.json')
   curves, last = _read_curves(workdir / 'metrics.jsonl')
   scores = {}
   if (workdir / 'scores.json').exists():
-    scores = run_folder.read_json(workdir / 'scores.json')
+    scores = files.read_json(workdir / 'scores.json')
   name = workdir.absolute().name
   steps = config['train']['max_steps']
   title = ', '.join(
@@ -127,11 +128,11 @@ def page(workdir: pathlib.Path) -> str:
     out += ['<h2>chrF by noise</h2>', _ABOUT_NOISE, _grid(tables)]
   for path in sorted((workdir / 'evaluation').glob('*.json')):
     if '.' not in path.stem:
-      out.append(_evaluation(path.stem, run_folder.read_json(path)))
+      out.append(_evaluation(path.stem, files.read_json(path)))
   for split in scores:
     out.append(f'<h2>Sentences: {_text(split)}</h2>')
     texts = [
-      run_folder.read_lines(workdir / 'translations' / f'{split}.{name}.txt')
+      files.read_lines(workdir / 'translations' / f'{split}.{name}.txt')
       for name in sentences.COLUMNS
     ]
     out.append(sentences.tables(*texts, *config['data']['pair'].split('-')))
@@ -145,7 +146,7 @@ def page(workdir: pathlib.Path) -> str:
   out.append(_table(('knob', 'here', 'default'), rows) if rows else _nothing())
   rows = [
     (_text(key), _code(value))
-    for key, value in run_folder.read_json(workdir / 'environment.json').items()
+    for key, value in files.read_json(workdir / 'environment.json').items()
   ]
   out += ['<h2>Environment</h2>', _table(('', ''), rows), '</body></html>\n']
   return '\n'.join(out)

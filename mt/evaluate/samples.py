@@ -6,8 +6,8 @@ import pathlib
 import chex
 import numpy as np
 
+from mt.base import files
 from mt.base import journal
-from mt.base import run_folder
 from mt.gemma import model
 from mt.translate import translator as translator_lib
 
@@ -45,6 +45,6 @@ def show_texts(
   made = translator(params, list(texts))
   for name, lines in (('source', texts), ('after', made)):
     path = workdir / 'translations' / f'texts.{name}.txt'
-    run_folder.write_lines(path, lines)
+    files.write_lines(path, lines)
   for source, after in zip(texts, made, strict=True):
     journal.say(f'source     {source}\nafter      {after}')

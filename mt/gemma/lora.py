@@ -23,7 +23,7 @@ _PATTERNS = {'all': '.*', 'blocks': '(?!embedding).*'}
 LORA_TARGETS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 
 
-def split(
+def partition(
   params: model.Params,
   parts: str,
   *,
@@ -84,7 +84,7 @@ def _fitting(knob, pattern, names, *shorthands):
   return chosen
 
 
-def join(trained: Flat, frozen: Flat, *, lora_scale: float) -> model.Params:
+def merge(trained: Flat, frozen: Flat, *, lora_scale: float) -> model.Params:
   """The model's parameters again; LoRA's alpha / rank goes into B."""
   chex.assert_scalar_positive(lora_scale)
   flat = frozen | trained
@@ -98,7 +98,7 @@ def fold(params: model.Params) -> model.Params:
   """Adds the low-rank products to their matrices: same function, no factors.
 
   Args:
-    params: as `join` returns them.
+    params: as `merge` returns them.
   """
   layers = {k: v for k, v in params['layers'].items() if '_lora_' not in k}
   for name in LORA_TARGETS:

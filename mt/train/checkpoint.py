@@ -130,7 +130,7 @@ def save(
     manager.save(int(state.step), args=args, metrics=metrics)
   except (OSError, ValueError) as e:  # ValueError: of tensorstore.
     # Orbax's other writers are still at it.
-    raise errors.Stuck(
+    raise errors.ExitNow(
       f'{manager.directory}: cannot save step {int(state.step)} '
       f'({" ".join(str(e).split())[:300]}); the checkpoints before it are '
       'whole: free some space and start again.'
@@ -192,7 +192,7 @@ def restore_model(
   """
   manifest.check(pathlib.Path(manager.directory), at)
   name = 'ema' if state.ema else 'trained'
-  args = {name: ocp.args.StandardRestore(_abstract(state.best))}
+  args = {name: ocp.args.StandardRestore(_abstract(state.eval_params))}
   found = {name: _read(manager, at, **args)[name]}
   return dataclasses.replace(state, step=state.step * 0 + at, **found)
 

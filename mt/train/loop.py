@@ -15,6 +15,7 @@ import ml_collections
 
 from mt.base import compiling
 from mt.base import events
+from mt.base import files
 from mt.base import journal
 from mt.base import processes
 from mt.base import run_folder
@@ -63,12 +64,14 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
 
 def _run(config, workdir, mesh, started):
   if processes.is_first():
-    run_folder.open_run(workdir, config)
-    manifest.settle(workdir / 'checkpoints')
+    run_folder.claim(workdir, config)
+    manifest.quarantine_damaged(workdir / 'checkpoints')
   processes.sync('settled')
   compiling.keep_compiled_programs()
 
-  texts, source = processes.first_first(lambda: open_inputs(config, workdir))
+  texts, source = processes.first_then_others(
+    lambda: open_inputs(config, workdir)
+  )
   memory.check(source.config, config, mesh)
   data = splits.read(config, source.tokenizer, texts, mesh)
   params = sharding.on_host(source.read)
@@ -95,7 +98,7 @@ def _run(config, workdir, mesh, started):
     run, state = warm_start.begin(run, state)
   del params
   if run.checkpoints.latest_step() is None:
-    results.forget(run, '*')
+    results.drop_stale(run, '*')
   results.translate_splits(run, 'before', lambda: run_lib.folded(run, state), 0)
   state, resumed = resume(run, state)
   events.replay(run.events, run.metrics_path)
@@ -153,7 +156,7 @@ def open_weights(
     force_download=config.weights.force_download,
   )
   if not kept.exists():
-    run_folder.write(kept, source.tokenizer.proto)
+    files.write(kept, source.tokenizer.proto)
   return source
 
 
@@ -196,7 +199,7 @@ def resume(
     journal.cut_metrics(run.metrics_path, int(state.step))
     journal.say(f'resumed: {run.workdir} at step {int(state.step)}')
   if not training.ended(run, int(state.step)):
-    results.forget(run, 'after')  # It is of fewer steps.
+    results.drop_stale(run, 'after')  # It is of fewer steps.
   return state, restored is not None
 
 

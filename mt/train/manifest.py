@@ -137,7 +137,7 @@ def check_space(checkpoints: pathlib.Path, need: int) -> None:
     )
 
 
-def settle(checkpoints: pathlib.Path) -> None:
+def quarantine_damaged(checkpoints: pathlib.Path) -> None:
   """Moves aside what is damaged, so that the newest checkpoint is whole.
 
   Older ones are measured, and their small files read.

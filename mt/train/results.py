@@ -4,9 +4,9 @@ from collections.abc import Callable
 import dataclasses
 import time
 
+from mt.base import files
 from mt.base import journal
 from mt.base import processes
-from mt.base import run_folder
 from mt.data import template as template_lib
 from mt.evaluate import cached
 from mt.evaluate import samples
@@ -31,9 +31,9 @@ def translate_splits(
   config = run.config
   for split, pairs in run.data.scored.items():
     sources = [p.source for p in pairs]
-    made = cached.made_by(at, config.decode, sources)
+    made = cached.provenance(at, config.decode, sources)
     path = _translations(run, split, when)
-    if processes.agree(cached.kept(path, made) is not None):
+    if processes.agree(cached.read_if_current(path, made) is not None):
       continue
     progress = journal.Progress(f'translating {split} ({when})', len(sources))
 
@@ -45,7 +45,7 @@ def translate_splits(
       # With the languages' names, which come from data.pair.
       template = dataclasses.asdict(template_lib.from_config(config))
       key = [run.identity, template, config.decode.to_dict()]
-      texts = cached.remember([*key, config.train.dtype, sources], work)
+      texts = cached.cached([*key, config.train.dtype, sources], work)
     else:
       texts = work()
     progress.close()
@@ -55,24 +55,24 @@ def translate_splits(
     )
     columns = {'source': sources, 'reference': [p.target for p in pairs]}
     for name, lines in columns.items():
-      run_folder.write_lines(_translations(run, split, name), lines)
-    cached.keep(path, made, texts)
+      files.write_lines(_translations(run, split, name), lines)
+    cached.write(path, made, texts)
 
 
 def _translations(run, split, name):
   return run.workdir / 'translations' / f'{split}.{name}.txt'
 
 
-def forget(run: run_lib.Run, when: str) -> None:
+def drop_stale(run: run_lib.Run, when: str) -> None:
   """Takes scores and translations for not made: they are of other steps.
 
   Args:
     run: the run.
     when: 'before' or 'after' training; * for both.
   """
-  run_folder.remove(run.scores_path)
+  files.remove(run.scores_path)
   for path in _translations(run, '*', when).parent.glob(f'*.{when}.json'):
-    run_folder.remove(path)
+    files.remove(path)
 
 
 def valid_chrf(
@@ -92,12 +92,12 @@ def valid_chrf(
   if at:
     texts = run.translator(params(), [p.source for p in pairs])
   elif processes.is_first():
-    texts = run_folder.read_lines(_translations(run, 'valid', 'before'))
+    texts = files.read_lines(_translations(run, 'valid', 'before'))
   score = 0.0
   if processes.is_first():
     references = [p.target for p in pairs]
     score = scores_lib.score(texts[: len(pairs)], references)['chrf']
-  return processes.of_first(score)
+  return processes.broadcast_from_first(score)
 
 
 def report(run: run_lib.Run, at: int) -> None:
@@ -110,7 +110,7 @@ def report(run: run_lib.Run, at: int) -> None:
   steps, scores = {'before': 0, 'after': at}, {}
   for split, pairs in run.data.scored.items():
     texts = {
-      when: run_folder.read_lines(_translations(run, split, when))
+      when: files.read_lines(_translations(run, split, when))
       for when in ('before', 'after')
     }
     sources = [p.source for p in pairs]
@@ -124,9 +124,9 @@ def report(run: run_lib.Run, at: int) -> None:
       }
     if split == 'valid':
       text = samples.samples(sources, references, **texts)
-      run_folder.write(run.workdir / 'samples.txt', text)
+      files.write(run.workdir / 'samples.txt', text)
       journal.say('\n' + text)
-  run_folder.write_json(run.scores_path, scores)
+  files.write_json(run.scores_path, scores)
   for split, both in scores.items():
     for name in scores_lib.NAMES:
       before, after = both['before'][name], both['after'][name]

@@ -48,7 +48,7 @@ class Run:
   def checkpoint_identity(self) -> dict[str, Any]:
     return self.identity | {
       'data': self.data.train_digest,
-      'config': run_folder.bound(self.config),
+      'config': run_folder.step_knobs(self.config),
     }
 
   @property
@@ -69,5 +69,5 @@ def record(run: Run, line: dict[str, Any]) -> None:
 def folded(run: Run, state: step.TrainState) -> model.Params:
   """The parameters that translate: low-rank products added in."""
   return lora.fold(
-    step.model_params(run.config.train, state.best, state.frozen)
+    step.model_params(run.config.train, state.eval_params, state.frozen)
   )

@@ -53,7 +53,7 @@ class TrainState:
   ema: lora.Flat
 
   @property
-  def best(self) -> lora.Flat:
+  def eval_params(self) -> lora.Flat:
     """What is evaluated, translates and is exported: EMA if there is one."""
     return self.ema or self.trained
 
@@ -102,7 +102,7 @@ def split_params(
 ) -> tuple[lora.Flat, lora.Flat]:
   """The parameters as (trained, frozen), each where and as it is kept."""
   policy = precision.make_policy(train)
-  trained, frozen = lora.split(
+  trained, frozen = lora.partition(
     params,
     train.parts,
     rank=train.lora_rank,
@@ -130,7 +130,7 @@ def model_params(
 ) -> model.Params:
   """The parameters that mt/gemma/model.py takes, out of the two parts."""
   scale = train.lora_alpha / train.lora_rank
-  return lora.join(trained, frozen, lora_scale=scale)
+  return lora.merge(trained, frozen, lora_scale=scale)
 
 
 def batch_nll(
@@ -323,7 +323,7 @@ def make_eval_step(
   """A jitted step without gradients. Metrics: nll (sum), targets."""
 
   def eval_step(state, batch):
-    params = model_params(config.train, state.best, state.frozen)
+    params = model_params(config.train, state.eval_params, state.frozen)
     return {
       'nll': batch_nll(cfg, params, batch, config.train, mesh),
       'targets': jnp.sum(batch['target_mask']),

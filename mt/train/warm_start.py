@@ -61,7 +61,7 @@ def begin(
       ),
       at,
     )
-  trained = trained.best
+  trained = trained.eval_params
   ema = jax.tree.map(jnp.copy, trained) if state.ema else {}
   journal.say(f'warm start: {workdir}, {about}')
   written = manifest.folder_of(workdir / 'checkpoints', at) / manifest.NAME

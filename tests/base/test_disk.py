@@ -96,7 +96,7 @@ def test_full_during_each_kind_of_file_and_then_not(
     monkeypatch, checkpoint, 'save', lambda *_: _fill(disk, leave=300_000)
   )
   monkeypatch.setattr(manifest, 'check_space', lambda *_: None)
-  with pytest.raises(errors.Stuck, match='cannot save step 2'):
+  with pytest.raises(errors.ExitNow, match='cannot save step 2'):
     loop.run(config, workdir)
   monkeypatch.undo()
   (disk / 'filler').unlink()

@@ -183,4 +183,4 @@ def test_incomplete_addresses_are_refused(monkeypatch, flags, env, words):
 def test_a_single_process_needs_nothing():
   processes.start('', 0, -1)
   assert processes.is_first() and processes.agree(True)
-  assert processes.first_first(lambda: 3) == 3
+  assert processes.first_then_others(lambda: 3) == 3

@@ -45,7 +45,7 @@ def test_saved_within_a_step_and_the_same_run_after(
   both = signal.SIGINT, signal.SIGTERM
   before = [signal.getsignal(x) for x in both]
   monkeypatch.setattr(journal, 'add_metrics', add_and_ask)
-  with pytest.raises(errors.Stopped, match='step 3, which is saved') as e:
+  with pytest.raises(errors.Interrupted, match='step 3, which is saved') as e:
     loop.run(config, tmp_path / 'cut')
   assert e.value.code == code
   assert manifest.steps(tmp_path / 'cut' / 'checkpoints') == [3]

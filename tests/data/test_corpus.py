@@ -7,7 +7,7 @@ import re
 import pytest
 
 from configs import default
-from mt.base import run_folder
+from mt.base import files
 from mt.data import bitext
 from mt.data import corpus
 from tests.fixtures.refusal import refusal
@@ -231,8 +231,8 @@ def test_some_texts(tmp_path):
 
 
 def test_a_newline_in_a_text_is_a_space_in_a_workdir(tmp_path):
-  run_folder.write_lines(tmp_path / 'x.txt', ['a\nb', 'c'])  # See tfds_quoting.
-  assert run_folder.read_lines(tmp_path / 'x.txt') == ['a b', 'c']
+  files.write_lines(tmp_path / 'x.txt', ['a\nb', 'c'])  # See tfds_quoting.
+  assert files.read_lines(tmp_path / 'x.txt') == ['a b', 'c']
 
 
 # The bundled sample.

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from configs import debug
-from mt.base import run_folder
+from mt.base import files
 from mt.data import corpus
 from mt.evaluate import __main__ as evaluate
 from mt.evaluate import scores
@@ -46,13 +46,13 @@ def run(finished, tmp_path):
 
 
 def _lines(run, name):
-  return run_folder.read_lines(run / f'{name}.txt')
+  return files.read_lines(run / f'{name}.txt')
 
 
 def _change(path, change):
-  value = run_folder.read_json(path)
+  value = files.read_json(path)
   change(value)
-  run_folder.write_json(path, value)
+  files.write_json(path, value)
 
 
 @pytest.fixture
@@ -77,11 +77,11 @@ def test_what_the_run_translated_is_not_translated_again(
   assert translations == []
   after = _lines(run, f'translations/{split}.after')
   assert _lines(run, f'evaluation/{split}.hypothesis') == after
-  own = run_folder.read_json(run / 'scores.json')[split]['after']
+  own = files.read_json(run / 'scores.json')[split]['after']
   noise = own.pop('noise')
   assert own.pop('step') == got['step'] == 2
   assert (got['scores'], got['noise']) == (own, noise)
-  assert run_folder.read_json(run / 'evaluation' / f'{split}.json') == got
+  assert files.read_json(run / 'evaluation' / f'{split}.json') == got
 
 
 def test_a_split_that_the_run_left_out_is_translated_once(run, translations):
@@ -151,7 +151,7 @@ def test_the_first_pairs(run, translations):
 def test_two_runs_are_compared(run, translations, tmp_path):
   other = shutil.copytree(run, tmp_path / 'other')
   path = other / 'translations' / 'valid.after.txt'
-  run_folder.write_lines(path, ['une', 'deux', 'trois'])
+  files.write_lines(path, ['une', 'deux', 'trois'])
   got = evaluate.evaluate(run, 'valid', other)
   assert translations == []
   assert got['against'] == {

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from configs import default
+from mt.base import files
 from mt.base import journal
-from mt.base import run_folder
 from mt.evaluate import report
 from mt.evaluate import scores
 from mt.evaluate import sentences
@@ -60,9 +60,9 @@ def folder(tmp_path):
   config.train.max_steps = 20
   config.optim.learning_rate = 0.5
   config.data.source = '<script>evil()</script>'
-  run_folder.write_json(tmp_path / 'config.json', config.to_dict())
+  files.write_json(tmp_path / 'config.json', config.to_dict())
   environment = {'python': '3.11', 'command': ['train.py', '--x=</table>']}
-  run_folder.write_json(tmp_path / 'environment.json', environment)
+  files.write_json(tmp_path / 'environment.json', environment)
   for step in range(21):
     line = {'step': step, 'loss': 3 - step / 10, 'targets_per_s': 50 + step}
     journal.add_metrics(tmp_path / 'metrics.jsonl', line)
@@ -73,13 +73,13 @@ def _finish(folder):
   columns = SOURCES, REFERENCES, BEFORE, AFTER
   for name, lines in zip(sentences.COLUMNS, columns, strict=True):
     path = folder / 'translations' / f'valid.{name}.txt'
-    run_folder.write_lines(path, lines)
+    files.write_lines(path, lines)
   found = {
     when: scores.score(texts, REFERENCES)
     | {'noise': scores.by_noise(SOURCES, texts, REFERENCES, 'en')}
     for when, texts in (('before', BEFORE), ('after', AFTER))
   }
-  run_folder.write_json(folder / 'scores.json', {'valid': found})
+  files.write_json(folder / 'scores.json', {'valid': found})
   return found
 
 
@@ -145,7 +145,7 @@ def test_a_class_without_a_rule_says_so(folder):
   found = _finish(folder)
   for when in found.values():
     del when['noise']['typos']
-  run_folder.write_json(folder / 'scores.json', {'valid': found})
+  files.write_json(folder / 'scores.json', {'valid': found})
   shown = ' '.join(_page(folder).text('td').split())
   assert 'typos – no rule' in shown
 
@@ -185,7 +185,7 @@ def test_the_step_that_was_scored_is_named(folder):
   found = _finish(folder)
   assert 'after, step' not in _page(folder).text('th')  # A run of old.
   found['before']['step'], found['after']['step'] = 0, 10
-  run_folder.write_json(folder / 'scores.json', {'valid': found})
+  files.write_json(folder / 'scores.json', {'valid': found})
   page = _page(folder)
   assert 'after, step 10' in page.text('th')
 
@@ -222,8 +222,8 @@ def test_what_mt_evaluate_found(folder):
       'scores': scores.compare(BEFORE, AFTER, REFERENCES),
     },
   }
-  run_folder.write_json(folder / 'evaluation' / 'test.json', result)
-  run_folder.write_json(folder / 'evaluation' / 'test.hypothesis.json', {})
+  files.write_json(folder / 'evaluation' / 'test.json', result)
+  files.write_json(folder / 'evaluation' / 'test.hypothesis.json', {})
   shown = _page(folder).text()
   assert 'Evaluation: test, step 20' in shown
   assert 'against runs/<other>, step 7' in shown

@@ -48,7 +48,7 @@ def _base(dtype=np.float32):
 
 
 def _lora(base=None):
-  return lora.split(base or _base(), 'lora', rank=RANK, key=KEY)
+  return lora.partition(base or _base(), 'lora', rank=RANK, key=KEY)
 
 
 def _with_random_b(trained):
@@ -84,7 +84,7 @@ def _loss(params):
 @functools.cache
 def _gradients_of_factors():
   def loss(trained, frozen):
-    return _loss(lora.join(trained, frozen, lora_scale=SCALE))
+    return _loss(lora.merge(trained, frozen, lora_scale=SCALE))
 
   return _jit(jax.grad(loss))
 
@@ -115,9 +115,9 @@ def _paths(params):
 @pytest.mark.parametrize('mode', ['all', 'blocks', 'lora', 'layers/(q|v)'])
 def test_parts_are_disjoint_and_complete(mode):
   base = _base()
-  trained, frozen = lora.split(base, mode, rank=RANK, key=KEY)
+  trained, frozen = lora.partition(base, mode, rank=RANK, key=KEY)
   assert not set(trained) & set(frozen)
-  joined = lora.join(trained, frozen, lora_scale=SCALE)
+  joined = lora.merge(trained, frozen, lora_scale=SCALE)
   factors = {k for k in trained if '_lora_' in k}
   assert set(trained) | set(frozen) == _paths(base) | factors == _paths(joined)
   if mode == 'lora':
@@ -144,7 +144,7 @@ def test_what_each_mode_trains():
 def test_parts_that_fit_nothing_are_refused(parts):
   names = ('all', 'lora') if '(' not in parts else ('regular expression',)
   refusal(
-    lambda: lora.split(_base(), parts, rank=RANK, key=KEY),
+    lambda: lora.partition(_base(), parts, rank=RANK, key=KEY),
     'train.parts',
     repr(parts),
     *names,
@@ -153,7 +153,7 @@ def test_parts_that_fit_nothing_are_refused(parts):
 
 def test_a_pattern_trains_what_it_fits():
   base = _base()
-  trained, frozen = lora.split(
+  trained, frozen = lora.partition(
     base, r'layers/(q|.*norm)|final_norm', rank=RANK, key=KEY
   )
   norms = ('attn_norm', 'ffw_norm', 'post_attn_norm', 'post_ffw_norm')
@@ -163,7 +163,7 @@ def test_a_pattern_trains_what_it_fits():
 
 
 def test_lora_targets_choose_matrices():
-  trained, frozen = lora.split(
+  trained, frozen = lora.partition(
     _base(), 'lora', rank=RANK, targets='q|v', key=KEY
   )
   names = {f'layers/{m}_lora_{x}' for m in 'qv' for x in 'ab'}
@@ -171,12 +171,12 @@ def test_lora_targets_choose_matrices():
   every, _ = _lora()
   for name in names:  # The choice of the others decides nothing.
     np.testing.assert_array_equal(trained[name], every[name])
-  joined = lora.join(_with_random_b(trained), frozen, lora_scale=SCALE)
+  joined = lora.merge(_with_random_b(trained), frozen, lora_scale=SCALE)
   folded = lora.fold(joined)
   assert _relative_error(_forward(folded), _forward(joined)) < 1e-5
   np.testing.assert_array_equal(folded['layers']['k'], frozen['layers/k'])
   refusal(
-    lambda: lora.split(_base(), 'lora', rank=RANK, targets='w', key=KEY),
+    lambda: lora.partition(_base(), 'lora', rank=RANK, targets='w', key=KEY),
     'train.lora_targets',
     "'w'",
     'gate',
@@ -201,7 +201,7 @@ def test_factors_fit_their_matrices(dtype):
 
 def test_factors_come_from_the_key():
   first, again = _lora()[0], _lora()[0]
-  other, _ = lora.split(_base(), 'lora', rank=RANK, key=jax.random.key(12))
+  other, _ = lora.partition(_base(), 'lora', rank=RANK, key=jax.random.key(12))
   for path in first:
     np.testing.assert_array_equal(first[path], again[path])
     if path.endswith('_lora_a'):
@@ -217,7 +217,7 @@ def test_factors_come_from_the_key():
 
 def test_lora_starts_from_the_pretrained_function():
   base = _base()
-  joined = lora.join(*_lora(base), lora_scale=SCALE)
+  joined = lora.merge(*_lora(base), lora_scale=SCALE)
   for name in lora.LORA_TARGETS:
     layer = {k: v[1] for k, v in joined['layers'].items()}
     assert f'{name}_lora_a' in layer
@@ -244,7 +244,7 @@ def test_scale_is_applied_once(scale):
   trained, frozen = _lora(base)
   trained = _with_random_b(trained)
   want = _merged_by_hand(trained, base, scale)
-  joined = lora.join(trained, frozen, lora_scale=scale)
+  joined = lora.merge(trained, frozen, lora_scale=scale)
   for got in (joined, lora.fold(joined)):
     assert _relative_error(_forward(got), _forward(want)) < 1e-5
   # Were the factors too small to be seen, the lines above would show nothing.
@@ -255,8 +255,8 @@ def test_join_does_not_scale_what_it_was_given():
   trained, frozen = _lora()
   trained = _with_random_b(trained)
   before = {k: np.array(v) for k, v in trained.items()}
-  once = lora.join(trained, frozen, lora_scale=SCALE)
-  twice = lora.join(trained, frozen, lora_scale=SCALE)
+  once = lora.merge(trained, frozen, lora_scale=SCALE)
+  twice = lora.merge(trained, frozen, lora_scale=SCALE)
   jax.tree.map(np.testing.assert_array_equal, once, twice)
   for path, leaf in before.items():
     np.testing.assert_array_equal(trained[path], leaf)
@@ -285,7 +285,7 @@ def test_gradients_are_those_of_the_merged_matrices():
 def test_fold_leaves_the_layout_of_the_base(dtype):
   base = _base(dtype)
   trained, frozen = _lora(base)
-  joined = lora.join(_with_random_b(trained), frozen, lora_scale=SCALE)
+  joined = lora.merge(_with_random_b(trained), frozen, lora_scale=SCALE)
   before = _paths(joined)
   folded = lora.fold(joined)
   assert jax.tree.structure(folded) == jax.tree.structure(base)
@@ -302,7 +302,7 @@ def test_fold_adds_in_float32():
   base = _base(jnp.bfloat16)
   trained, frozen = _lora(base)
   trained = _with_random_b(trained)
-  folded = lora.fold(lora.join(trained, frozen, lora_scale=SCALE))
+  folded = lora.fold(lora.merge(trained, frozen, lora_scale=SCALE))
   want = _merged_by_hand(trained, base, SCALE)['layers']
   for name in lora.LORA_TARGETS:
     got = np.float32(folded['layers'][name])
@@ -315,12 +315,12 @@ def test_fold_adds_in_float32():
 @pytest.mark.parametrize('mode', ['all', 'blocks'])
 def test_fold_of_no_factors_changes_nothing(mode):
   base = _base()
-  parts = lora.split(base, mode, rank=RANK, key=KEY)
-  folded = lora.fold(lora.join(*parts, lora_scale=SCALE))
+  parts = lora.partition(base, mode, rank=RANK, key=KEY)
+  folded = lora.fold(lora.merge(*parts, lora_scale=SCALE))
   jax.tree.map(np.testing.assert_array_equal, folded, base)
 
 
 @pytest.mark.parametrize('scale', [0.0, -1.0])
 def test_scale_must_be_positive(scale):
   with pytest.raises(AssertionError):
-    lora.join(*_lora(), lora_scale=scale)
+    lora.merge(*_lora(), lora_scale=scale)

@@ -7,6 +7,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from mt.base import files
 from mt.train import checkpoint
 from mt.evaluate import __main__ as evaluate
 from mt.export import __main__ as export
@@ -95,7 +96,7 @@ def test_the_best_is_kept_and_does_everything_after(
   config.eval.test = True
   config.eval.texts = ('Hello!',)
   kept = []
-  real = cached.keep
+  real = cached.write
   monkeypatch.setattr(
     evaluate, 'keep', lambda path, *a: kept.append(path.stem) or real(path, *a)
   )
@@ -272,7 +273,7 @@ def test_other_translations_in_the_folder_are_not_taken_for_its_own(
   shutil.rmtree(tmp_path / 'other' / 'checkpoints')
   for when in ('before', 'after'):
     path = tmp_path / 'other' / 'translations' / f'valid.{when}.txt'
-    run_folder.write_lines(path, ['of another', 'model'])
+    files.write_lines(path, ['of another', 'model'])
   loop.run(config, tmp_path / 'other')
   _assert_same(tmp_path / 'own', tmp_path / 'other')
 
@@ -284,7 +285,7 @@ def test_what_is_compared_stays_the_same(config, tmp_path):
     config.update_from_flattened_dict(
       {k.replace('_', '.', 1): v for k, v in values.items()}
     )
-    run_folder.open_run(tmp_path, config)
+    run_folder.claim(tmp_path, config)
 
   again(eval_patience=3, eval_every=7, decode_batch_size=2)
   refusal(lambda: again(eval_chrf_pairs=1), tmp_path, 'eval.chrf_pairs=0')

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from mt.base import files
 from mt.train import checkpoint
 from mt.train import loop
 from mt.train import manifest
@@ -66,14 +67,14 @@ def test_damage_to_any_file_is_seen_and_gone_past(whole, tmp_path, capsys, how):
     shutil.copytree(source, workdir)
     folder = workdir / 'checkpoints'
     _damage(folder / 'step_4' / file, how)
-    manifest.settle(folder)
+    manifest.quarantine_damaged(folder)
     out = capsys.readouterr().out
     if str(file) != _IRRELEVANT:
       assert 'step 4 is damaged' in out and str(file) in out, file
       assert 'of step 2' in out and out.count('\n') == 1
       assert manifest.steps(folder) == [2]
       assert (folder / 'damaged-step_4').is_dir()
-      manifest.settle(folder)
+      manifest.quarantine_damaged(folder)
       assert capsys.readouterr().out == ''
     shutil.rmtree(workdir)
 
@@ -151,7 +152,7 @@ def test_a_checkpoint_half_written_is_none(whole, tmp_path):
   os.rename(folder / 'step_4', folder / 'step_4.orbax-checkpoint-tmp')
   other = config.copy_and_resolve_references()
   other.seed = 7
-  run_folder.open_run(workdir, other)
+  run_folder.claim(workdir, other)
 
 
 def test_a_checkpoint_of_another_config_or_version_is_refused(
@@ -161,13 +162,13 @@ def test_a_checkpoint_of_another_config_or_version_is_refused(
   config, workdir = _copy(whole, tmp_path)
   other = config.copy_and_resolve_references()
   other.optim.learning_rate = 0.5
-  run_folder.write_json(workdir / 'config.json', other.to_dict())
+  files.write_json(workdir / 'config.json', other.to_dict())
   refusal(
     lambda: loop.run(other, workdir),
     'step 4 belongs to another run',
     'config.optim.learning_rate is 0.01',
     '0.5',
   )
-  run_folder.write_json(workdir / 'config.json', config.to_dict())
+  files.write_json(workdir / 'config.json', config.to_dict())
   monkeypatch.setattr(checkpoint, 'VERSION', 2)
   refusal(lambda: loop.run(config, workdir), 'version is 1, here it is 2')

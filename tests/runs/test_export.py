@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mt.base import files
 from mt.train import checkpoint
 from mt.base import errors
 from mt.export import __main__ as export
@@ -41,8 +42,8 @@ def write_run(folder, source, tok_proto, rank=4, alpha=12.0):
   config.train.parts = 'lora'
   config.train.lora_rank = rank
   config.train.lora_alpha = alpha
-  run_folder.open_run(folder, config)
-  run_folder.write(folder / 'tokenizer.model', tok_proto)
+  run_folder.claim(folder, config)
+  files.write(folder / 'tokenizer.model', tok_proto)
   _, opened = checkpoint.open_source(folder)
   params = opened.read()
   optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)

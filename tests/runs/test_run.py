@@ -432,9 +432,9 @@ def test_remembered_translations_are_of_one_pair_of_languages(
 
 def test_a_run_goes_on_with_other_workers(debug_config, tmp_path):
   """Which the sentence about a worker that was killed advises."""
-  run_folder.open_run(tmp_path, debug_config)
+  run_folder.claim(tmp_path, debug_config)
   (tmp_path / 'checkpoints' / 'step_1').mkdir(parents=True)
   debug_config.data.workers, debug_config.data.max_bad_fraction = 2, 0.5
-  run_folder.open_run(tmp_path, debug_config)
+  run_folder.claim(tmp_path, debug_config)
   debug_config.data.length += 1
-  refusal(lambda: run_folder.open_run(tmp_path, debug_config), 'data.length')
+  refusal(lambda: run_folder.claim(tmp_path, debug_config), 'data.length')

@@ -403,19 +403,19 @@ def test_a_second_run_does_not_translate_again(cache):
   texts = ['Salut 😀', '', 'a\u2028b "c"', '\u00a0!']
   make = _Counted(texts)
   key = [{'fingerprint': 1, 'prompt': 'é'}, ['Hi!']]
-  assert cached.remember(key, make) == texts
-  assert cached.remember(key, make) == texts
+  assert cached.cached(key, make) == texts
+  assert cached.cached(key, make) == texts
   assert make.calls == 1
   assert any(p.is_file() for p in cache.rglob('*')), 'kept elsewhere'
 
 
 def test_whatever_decides_the_texts_makes_another_key(cache, monkeypatch):
   make = _Counted(['a'])
-  cached.remember([1, 'x'], make)
+  cached.cached([1, 'x'], make)
   for n, key in enumerate([[2, 'x'], [1, 'y'], [[1], 'x'], [1, 'x', None]], 2):
     other = _Counted([str(n)])
-    assert cached.remember(key, other) == [str(n)] and other.calls == 1
-  assert cached.remember([1, 'x'], make) == ['a'] and make.calls == 1
+    assert cached.cached(key, other) == [str(n)] and other.calls == 1
+  assert cached.cached([1, 'x'], make) == ['a'] and make.calls == 1
   # The code of the decoder, of the model or of the translator.
   for changed in (decode, model, batching, search_lib, translator_lib):
     real = cached.inspect.getsource
@@ -426,7 +426,7 @@ def test_whatever_decides_the_texts_makes_another_key(cache, monkeypatch):
         lambda x, c=changed, r=real: r(x) + '#' * (x is c),
       )
       other = _Counted(['b'])
-      assert cached.remember([1, 'x'], other) == ['b'], changed.__name__
+      assert cached.cached([1, 'x'], other) == ['b'], changed.__name__
 
 
 def test_a_failure_is_not_remembered(cache):
@@ -434,16 +434,16 @@ def test_a_failure_is_not_remembered(cache):
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    cached.remember('key', fail)
-  assert cached.remember('key', _Counted(['a'])) == ['a']
+    cached.cached('key', fail)
+  assert cached.cached('key', _Counted(['a'])) == ['a']
 
 
 def test_a_damaged_file_is_made_again(cache):
-  cached.remember('key', lambda: ['a'])
+  cached.cached('key', lambda: ['a'])
   (path,) = (p for p in cache.rglob('*') if p.is_file())
   path.write_text('["a')
-  assert cached.remember('key', lambda: ['b']) == ['b']
-  assert cached.remember('key', lambda: ['c']) == ['b']
+  assert cached.cached('key', lambda: ['b']) == ['b']
+  assert cached.cached('key', lambda: ['c']) == ['b']
 
 
 def test_samples_are_spread_over_the_split():

@@ -118,10 +118,10 @@ def test_the_knob_forces(server, monkeypatch, tmp_path):
 def test_a_run_goes_on_without_forcing(tmp_path):
   config = default.get_config()
   config.weights.force_download = True
-  run_folder.open_run(tmp_path, config)
+  run_folder.claim(tmp_path, config)
   (tmp_path / 'checkpoints' / 'step_1').mkdir(parents=True)
   config.weights.force_download = False
-  run_folder.open_run(tmp_path, config)
+  run_folder.claim(tmp_path, config)
 
 
 def test_a_source_is_read(server, monkeypatch):

@@ -1,0 +1,165 @@
+"""The table of parameters: one row says all there is to know of a weight.
+
+Everything under `layers/` is stacked on a leading axis N, so that one
+`lax.scan` goes through the layers. Norm weights are stored as the published
+checkpoints do: the factor is 1 + w. A matrix `m` may have low-rank partners
+`m_lora_a` [N, in, R] and `m_lora_b` [N, R, out], see mt/gemma/lora.py.
+
+A new matrix is a row here and the line in mt/gemma/model.py that uses it. Its
+shape, initial values, place on a mesh, LoRA factors, and its way in and out of
+GGUF and Hugging Face files follow.
+"""
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mt.gemma import sizes
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+  """A row of the table.
+
+  Attributes:
+    path: where it lies in the tree, such as layers/q.
+    shape: its dimension letters, see mt/gemma/sizes.py; (HA) is one axis.
+    axes: the logical axis of each dimension, for mt/gemma/sharding.py.
+    gguf: its name in a GGUF file; of a layer's, what follows `blk.N.`. Norms
+      have 1 added there.
+    hf: its name in a Hugging Face folder, without `model.` and `.weight`; of a
+      layer's, what follows `layers.N.`.
+    lora: whether it may have low-rank factors.
+  """
+
+  path: str
+  shape: str
+  axes: tuple[str, ...]
+  gguf: str
+  hf: str
+  lora: bool = False
+
+  @property
+  def name(self) -> str:
+    """The last part of its path."""
+    return self.path.rpartition('/')[2]
+
+  @property
+  def stacked(self) -> bool:
+    """Whether there is one in each layer."""
+    return self.path.startswith('layers/')
+
+  @property
+  def norm(self) -> bool:
+    """Whether it is the scale of an RMSNorm, which begins at zero."""
+    return self.axes[-1] == 'norm'
+
+  @property
+  def transposed(self) -> bool:
+    """Whether GGUF and Hugging Face have it as [out, in]."""
+    return self.stacked and not self.norm
+
+
+def table(cfg: sizes.ModelConfig) -> tuple[Parameter, ...]:
+  """All parameters of a model, in the order of the tree's leaves."""
+  p = Parameter
+  norm, head_norm = ('layers', 'norm'), ('layers', 'norm')
+  to_heads = ('layers', 'embed', 'heads')
+  to_kv_heads = ('layers', 'embed', 'kv_heads')
+  to_ffw = ('layers', 'embed', 'ffw')
+  # Gemma 1 has no norm after attention; Hugging Face gives its name to another.
+  ffw_norm = 'pre_feedforward_layernorm'
+  if not cfg.post_norms:
+    ffw_norm = 'post_attention_layernorm'
+  rows = [
+    p('embedding', 'VD', ('vocab', 'width'), 'token_embd', 'embed_tokens'),
+    p('final_norm', 'D', ('norm',), 'output_norm', 'norm'),
+    p('layers/attn_norm', 'ND', norm, 'attn_norm', 'input_layernorm'),
+    p('layers/q', 'ND(HA)', to_heads, 'attn_q', 'self_attn.q_proj', True),
+    p('layers/k', 'ND(KA)', to_kv_heads, 'attn_k', 'self_attn.k_proj', True),
+    p('layers/v', 'ND(KA)', to_kv_heads, 'attn_v', 'self_attn.v_proj', True),
+    p(
+      'layers/o',
+      'N(HA)D',
+      ('layers', 'heads', 'embed'),
+      'attn_output',
+      'self_attn.o_proj',
+      True,
+    ),
+    p('layers/ffw_norm', 'ND', norm, 'ffn_norm', ffw_norm),
+    p('layers/gate', 'NDF', to_ffw, 'ffn_gate', 'mlp.gate_proj', True),
+    p('layers/up', 'NDF', to_ffw, 'ffn_up', 'mlp.up_proj', True),
+    p(
+      'layers/down',
+      'NFD',
+      ('layers', 'ffw', 'embed'),
+      'ffn_down',
+      'mlp.down_proj',
+      True,
+    ),
+  ]
+  if cfg.post_norms:
+    rows += [
+      p(
+        'layers/post_attn_norm',
+        'ND',
+        norm,
+        'post_attention_norm',
+        'post_attention_layernorm',
+      ),
+      p(
+        'layers/post_ffw_norm',
+        'ND',
+        norm,
+        'post_ffw_norm',
+        'post_feedforward_layernorm',
+      ),
+    ]
+  if cfg.qk_norm:
+    rows += [
+      p('layers/q_norm', 'NA', head_norm, 'attn_q_norm', 'self_attn.q_norm'),
+      p('layers/k_norm', 'NA', head_norm, 'attn_k_norm', 'self_attn.k_norm'),
+    ]
+  return tuple(rows)
+
+
+def unflatten(flat: dict[str, Any]) -> Params:
+  """{'layers/q': x, …} -> {'layers': {'q': x}, …}."""
+  tree = {'layers': {}}
+  for path, leaf in flat.items():
+    place = tree['layers'] if path.startswith('layers/') else tree
+    place[path.removeprefix('layers/')] = leaf
+  return tree
+
+
+def flatten(tree: Params) -> dict[str, Any]:
+  """The inverse of `unflatten`."""
+  flat = {k: v for k, v in tree.items() if k != 'layers'}
+  return flat | {f'layers/{k}': v for k, v in tree['layers'].items()}
+
+
+def shapes(cfg: sizes.ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Path -> shape of every parameter."""
+  dims = cfg.dims()
+  return {p.path: dims[p.shape] for p in table(cfg)}
+
+
+def init(
+  cfg: sizes.ModelConfig, key: chex.PRNGKey, dtype: jnp.dtype = jnp.float32
+) -> Params:
+  """Random parameters: normal with variance 1 / fan-in, norms at zero."""
+  rows = sorted(table(cfg), key=lambda p: p.path)
+  dims, flat = cfg.dims(), {}
+  for k, p in zip(jax.random.split(key, len(rows)), rows, strict=True):
+    shape = dims[p.shape]
+    if p.norm:
+      flat[p.path] = jnp.zeros(shape, dtype)
+    else:
+      fan_in = shape[-2] if p.stacked else shape[-1]
+      flat[p.path] = jax.random.normal(k, shape, dtype) * fan_in**-0.5
+  return unflatten(flat)
