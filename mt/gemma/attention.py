@@ -1,6 +1,6 @@
 """Attention over packed rows: who sees whom, RoPE, softmax, products.
 
-Dimension letters are those of mt/gemma/model.py.
+Dimension letters are those of mt/gemma/sizes.py.
 """
 
 import chex
@@ -10,7 +10,21 @@ import jax.numpy as jnp
 from mt.gemma.sizes import ModelConfig
 
 MASKED = -2.3819763e38  # Gemma's own "minus infinity" for attention logits.
-_QUERIES, _MOST_BLOCKS = 128, 4  # In a block of causal_attend; of blocks.
+_GLOBAL_WINDOW = 2**30  # Wider than any sequence.
+_BLOCK, _MOST_BLOCKS = 128, 4  # Queries in a block of causal_attend; blocks.
+
+
+def layer_kinds(cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+  """What differs between layers: windows, and which RoPE; [N] int32 each.
+
+  The second is an index into the tables of `rope_tables`.
+  """
+  kinds = [cfg.attention[i % len(cfg.attention)] for i in range(cfg.num_layers)]
+  window = {'L': cfg.window or _GLOBAL_WINDOW, 'G': _GLOBAL_WINDOW}
+  return (
+    jnp.array([window[k] for k in kinds], jnp.int32),
+    jnp.array(['LG'.index(k) for k in kinds], jnp.int32),
+  )
 
 
 def make_mask(
@@ -33,7 +47,10 @@ def make_mask(
   Returns:
     [B, L, S] bool.
   """
-  chex.assert_rank([q_positions, k_positions, q_segments, k_segments], 2)
+  dims = chex.Dimensions()
+  dims['BL'], dims['BS'] = q_positions.shape, k_positions.shape
+  chex.assert_shape([q_positions, q_segments], dims['BL'])
+  chex.assert_shape([k_positions, k_segments], dims['BS'])
   distance = q_positions[:, :, None] - k_positions[:, None, :]
   same = q_segments[:, :, None] == k_segments[:, None, :]
   return same & (distance >= 0) & (distance < window)
@@ -70,7 +87,8 @@ def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     x: [B, L, heads, A].
     sin, cos: [B, L, A / 2] of the angles, float32.
   """
-  chex.assert_rank([x, sin, cos], [4, 3, 3])
+  chex.assert_rank(x, 4)
+  chex.assert_shape([sin, cos], (*x.shape[:2], x.shape[3] // 2))
   sin, cos = sin[:, :, None], cos[:, :, None]
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -80,35 +98,6 @@ def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
   """cap * tanh(x / cap), or x where there is no cap."""
   return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-@jax.custom_vjp
-def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
-  """Softmax over the keys that a query may see.
-
-  Autodiff would keep its result twice, and the mask.
-
-  Args:
-    logits: [B, K, L * G, S].
-    mask: [B, L, S] bool.
-  """
-  chex.assert_rank([logits, mask], [4, 3])
-  b, heads, _, s = logits.shape
-  shown = logits.reshape(b, heads, mask.shape[1], -1, s)
-  shown = jnp.where(mask[:, None, :, None], shown, MASKED)
-  return jax.nn.softmax(shown.reshape(logits.shape), axis=-1)
-
-
-def _masked_softmax_fwd(logits, mask):
-  probs = masked_softmax(logits, mask)
-  return probs, probs
-
-
-def _masked_softmax_bwd(probs, g):
-  return probs * (g - jnp.sum(probs * g, -1, keepdims=True)), None
-
-
-masked_softmax.defvjp(_masked_softmax_fwd, _masked_softmax_bwd)
 
 
 def attend(
@@ -124,22 +113,24 @@ def attend(
   Returns:
     [B, L, H * A] in the dtype of `v`.
   """
-  chex.assert_rank([q, k, v, mask], [4, 4, 4, 3])
-  (b, l, h, a), heads = q.shape, cfg.num_kv_heads
-  group = h // heads
-  # r = (l, g), the queries of a key head: where there is one such head, as in
-  # the smallest models, no operand of a product is copied or turned round.
-  q = q.reshape(b, l, heads, group, a).swapaxes(1, 2)
-  q = q.reshape(b, heads, l * group, a)
+  dims = cfg.dims()
+  dims['BL'], dims['_S'] = q.shape[:2], k.shape[:2]
+  chex.assert_shape(q, dims['BLHA'])
+  chex.assert_shape([k, v], dims['BSKA'])
+  chex.assert_shape(mask, dims['BLS'])
+  dims.G = dims.H // dims.K
+  # The L * G queries of a key head are one axis: where there is one such head,
+  # as in the smallest models, no operand of a product is copied or transposed.
+  q = q.reshape(dims['BLKGA']).swapaxes(1, 2).reshape(dims['BK(LG)A'])
   k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
   logits = jnp.einsum(
     'bkra,bksa->bkrs', q, k, preferred_element_type=jnp.float32
   )
-  logits = softcap(logits, cfg.attn_softcap)
-  probs = masked_softmax(logits, mask).astype(v.dtype)
+  logits = softcap(logits, cfg.attn_softcap).reshape(dims['BKLGS'])
+  logits = jnp.where(mask[:, None, :, None], logits, MASKED)
+  probs = jax.nn.softmax(logits.reshape(dims['BK(LG)S']), -1).astype(v.dtype)
   out = jnp.einsum('bkrs,bksa->bkra', probs, v)
-  out = out.reshape(b, heads, l, group, a).swapaxes(1, 2)
-  return out.reshape(b, l, h * a)
+  return out.reshape(dims['BKLGA']).swapaxes(1, 2).reshape(dims['BL(HA)'])
 
 
 def causal_attend(
@@ -158,15 +149,17 @@ def causal_attend(
   Returns:
     [B, L, H * A] in the dtype of `v`.
   """
-  chex.assert_rank([q, k, v, mask], [4, 4, 4, 3])
-  chex.assert_equal_shape_prefix([q, k, v, mask], 2)
-  length = q.shape[1]
-  block = max(_QUERIES, -(-length // _MOST_BLOCKS))
+  dims = cfg.dims()
+  dims['BL'] = q.shape[:2]
+  chex.assert_shape(q, dims['BLHA'])
+  chex.assert_shape([k, v], dims['BLKA'])
+  chex.assert_shape(mask, dims['BLL'])
+  block = max(_BLOCK, -(-dims.L // _MOST_BLOCKS))
   return jnp.concatenate(
     [
       attend(cfg, q[:, at:end], k[:, :end], v[:, :end], mask[:, at:end, :end])
-      for at in range(0, length, block)
-      for end in [min(at + block, length)]
+      for at in range(0, dims.L, block)
+      for end in [min(at + block, dims.L)]
     ],
     axis=1,
   )

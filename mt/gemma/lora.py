@@ -9,62 +9,64 @@ zero, so that training starts from the pretrained function.
 import re
 
 import chex
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
 from mt.base import errors
-from mt.gemma import model
+from mt.gemma import parameters
+from mt.gemma import sizes
 
 Flat = dict[str, jax.Array]
 
 # Names for what is asked for most; anything else is a pattern of paths.
 _PATTERNS = {'all': '.*', 'blocks': '(?!embedding).*'}
-LORA_TARGETS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
+
+
+def targets(cfg: sizes.ModelConfig) -> list[str]:
+  """The matrices that may have low-rank factors."""
+  return [p.name for p in parameters.table(cfg) if p.lora]
 
 
 def partition(
-  params: model.Params,
+  cfg: sizes.ModelConfig,
+  params: parameters.Params,
   parts: str,
   *,
   rank: int,
   key: chex.PRNGKey,
-  targets: str = '.*',
+  on: str = '.*',
 ) -> tuple[Flat, Flat]:
   """Parts the parameters into (trained, frozen).
 
   Args:
+    cfg: the model's shape.
     params: of the model, as loaded.
     parts: 'all'; 'blocks' (everything but the embedding); 'lora' (float32
       factors of `rank` on matrices of the blocks, the rest frozen); or a
       regular expression for the whole path of what is trained.
     rank: R.
     key: for the random factors A, normal with variance 1 / fan-in.
-    targets: a regular expression for the whole name of the matrices that get
-      factors, among LORA_TARGETS.
+    on: a regular expression for the whole name of the matrices that get
+      factors, among `targets`.
 
   Raises:
-    errors.UserError: parts or targets is no pattern, or fits nothing.
+    errors.UserError: parts or `on` is no pattern, or fits nothing.
   """
-  flat = traverse_util.flatten_dict(params, sep='/')
+  flat = parameters.flatten(params)
   if parts != 'lora':
     pattern = _PATTERNS.get(parts, parts)
     chosen = _fitting('train.parts', pattern, flat, "'all', 'blocks', 'lora'")
     trained = {k: v for k, v in flat.items() if k in chosen}
     return trained, {k: v for k, v in flat.items() if k not in chosen}
-  chosen = _fitting('train.lora_targets', targets, LORA_TARGETS)
+  chosen = _fitting('train.lora_targets', on, targets(cfg))
+  keys = jax.random.split(key, len(targets(cfg)))
   factors = {}
-  for k, name in zip(
-    jax.random.split(key, len(LORA_TARGETS)), LORA_TARGETS, strict=True
-  ):
-    if name not in chosen:
-      continue
-    n, fan_in, fan_out = flat[f'layers/{name}'].shape
-    a = jax.random.normal(k, (n, fan_in, rank), jnp.float32) * fan_in**-0.5
-    factors[f'layers/{name}_lora_a'] = a
-    factors[f'layers/{name}_lora_b'] = jnp.zeros(
-      (n, rank, fan_out), jnp.float32
-    )
+  for k, name in zip(keys, targets(cfg), strict=True):
+    if name in chosen:
+      n, fan_in, fan_out = flat[f'layers/{name}'].shape
+      a = jax.random.normal(k, (n, fan_in, rank), jnp.float32) * fan_in**-0.5
+      factors[f'layers/{name}_lora_a'] = a
+      factors[f'layers/{name}_lora_b'] = jnp.zeros((n, rank, fan_out))
   return factors, flat
 
 
@@ -75,7 +77,7 @@ def _fitting(knob, pattern, names, *shorthands):
     raise errors.UserError(
       f'{knob} is {pattern!r}, no regular expression ({e}); such as '
       f"'layers/(q|v)' expected."
-    ) from None
+    ) from e
   if not chosen:
     raise errors.UserError(
       f'{knob} is {pattern!r}, which fits none of '
@@ -84,28 +86,29 @@ def _fitting(knob, pattern, names, *shorthands):
   return chosen
 
 
-def merge(trained: Flat, frozen: Flat, *, lora_scale: float) -> model.Params:
+def merge(
+  trained: Flat, frozen: Flat, *, lora_scale: float
+) -> parameters.Params:
   """The model's parameters again; LoRA's alpha / rank goes into B."""
-  chex.assert_scalar_positive(lora_scale)
   flat = frozen | trained
   for name in trained:
     if name.endswith('_lora_b'):
       flat[name] = trained[name] * lora_scale
-  return traverse_util.unflatten_dict(flat, sep='/')
+  return parameters.unflatten(flat)
 
 
-def fold(params: model.Params) -> model.Params:
+def fold(params: parameters.Params) -> parameters.Params:
   """Adds the low-rank products to their matrices: same function, no factors.
 
   Args:
     params: as `merge` returns them.
   """
-  layers = {k: v for k, v in params['layers'].items() if '_lora_' not in k}
-  for name in LORA_TARGETS:
-    if f'{name}_lora_a' in params['layers']:
-      w = layers[name]
-      a = params['layers'][f'{name}_lora_a']
-      b = params['layers'][f'{name}_lora_b']
+  layers = params['layers']
+  out = {k: v for k, v in layers.items() if '_lora_' not in k}
+  for name in out:
+    if f'{name}_lora_a' in layers:
+      w, a, b = layers[name], layers[f'{name}_lora_a'], layers[f'{name}_lora_b']
+      chex.assert_equal_shape_prefix([w, a, b], 1)
       product = jnp.einsum('nir,nro->nio', a, b)
-      layers[name] = (w.astype(jnp.float32) + product).astype(w.dtype)
-  return params | {'layers': layers}
+      out[name] = (w.astype(jnp.float32) + product).astype(w.dtype)
+  return params | {'layers': out}

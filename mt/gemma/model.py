@@ -1,27 +1,9 @@
 """Gemma 1, 2 and 3 text models as pure functions over a plain pytree.
 
-Dimension letters, used in every shape of this project:
-  B batch rows, L tokens in a row, S cache slots, D model width, H query heads,
-  K key/value heads, G = H / K query heads per key/value head, A head width,
-  F feed-forward width, V vocabulary, N layers, R LoRA rank, T targets.
-
-Parameters are a nested dict; everything under `layers` is stacked on a leading
-axis N and consumed by one `lax.scan`, so that the compile time does not grow
-with depth:
-
-  embedding [V, D]          final_norm [D]
-  layers/attn_norm [N, D]   layers/q [N, D, H*A]   layers/k, v [N, D, K*A]
-  layers/o [N, H*A, D]      layers/ffw_norm [N, D]
-  layers/gate, up [N, D, F] layers/down [N, F, D]
-  Gemma 2 and 3 add layers/post_attn_norm, post_ffw_norm [N, D];
-  Gemma 3 adds layers/q_norm, k_norm [N, A].
-
-Norm weights are stored as the published checkpoints do: the factor is 1 + w.
-Any matrix `m` may have low-rank partners `m_lora_a` [N, in, R] and `m_lora_b`
-[N, R, out], whose product is added to it (see mt/gemma/lora.py).
-
-The published sizes stand in mt/gemma/sizes.py. The tests compare values and
-gradients with the modules of the `gemma` package.
+The parameters are those of the table in mt/gemma/parameters.py, the letters of
+all shapes those of mt/gemma/sizes.py. The layers are stacked and go through one
+`lax.scan`, so that the compile time does not grow with depth. The tests compare
+values and gradients with the modules of the `gemma` package.
 """
 
 from collections.abc import Callable
@@ -36,15 +18,15 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 
 from mt.gemma import attention
+from mt.gemma import parameters
 from mt.gemma import sharding
+from mt.gemma.parameters import Params
 from mt.gemma.sizes import ModelConfig
 
-Params = dict[str, Any]
-
-# What of a layer's forward pass is kept for the backward pass: all that takes
-# long to compute; the results of products with weights; what goes into it.
+# What of a layer's forward pass is kept for the backward pass: everything; the
+# results of products with weights; what goes into the layer.
 REMAT = {
-  'none': lambda body: body,
+  'none': lambda layer: layer,
   'dots': functools.partial(
     jax.checkpoint,
     policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -53,57 +35,20 @@ REMAT = {
   'full': functools.partial(jax.checkpoint, prevent_cse=False),
 }
 
-_GLOBAL_WINDOW = 2**30  # Wider than any sequence.
+# Under `none` too, norms and GeGLU are computed again from their arguments: no
+# slower, and 1.0 GB less for four rows of the 270M (docs/measurements.md).
+_from_arguments = functools.partial(jax.checkpoint, prevent_cse=False)
+
 _ACTIVATIONS = ('rows', 'length', 'width')
-_GAP = 16  # Numbers between rows that are kept apart: a cache line of float32.
+
+init_params = parameters.init  # TEMPORARY
 
 
-def param_shapes(cfg: ModelConfig) -> Params:
-  """The parameter tree with a shape tuple for each leaf."""
-  n, d, f = cfg.num_layers, cfg.embed_dim, cfg.hidden_dim
-  q, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-  layers = {
-    'attn_norm': (n, d),
-    'q': (n, d, q),
-    'k': (n, d, kv),
-    'v': (n, d, kv),
-    'o': (n, q, d),
-    'ffw_norm': (n, d),
-    'gate': (n, d, f),
-    'up': (n, d, f),
-    'down': (n, f, d),
-  }
-  if cfg.post_norms:
-    layers |= {'post_attn_norm': (n, d), 'post_ffw_norm': (n, d)}
-  if cfg.qk_norm:
-    layers |= {'q_norm': (n, cfg.head_dim), 'k_norm': (n, cfg.head_dim)}
-  return {
-    'embedding': (cfg.vocab_size, d),
-    'layers': layers,
-    'final_norm': (d,),
-  }
+def param_shapes(cfg):  # TEMPORARY
+  return parameters.unflatten(parameters.shapes(cfg))
 
 
-def init_params(
-  cfg: ModelConfig, key: chex.PRNGKey, dtype: jnp.dtype = jnp.float32
-) -> Params:
-  """Random parameters: normal with variance 1 / fan-in, norms at zero."""
-  shapes = param_shapes(cfg)
-  leaves, treedef = jax.tree.flatten_with_path(
-    shapes, is_leaf=lambda x: isinstance(x, tuple)
-  )
-  keys = jax.random.split(key, len(leaves))
-  out = []
-  for k, (path, shape) in zip(keys, leaves, strict=True):
-    if 'norm' in path[-1].key:
-      out.append(jnp.zeros(shape, dtype))
-    else:
-      fan_in = shape[-1] if path[-1].key == 'embedding' else shape[-2]
-      out.append(jax.random.normal(k, shape, dtype) * fan_in**-0.5)
-  return jax.tree.unflatten(treedef, out)
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
+@_from_arguments
 def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
   """x / rms(x) * (1 + scale) over the last axis, computed in float32.
 
@@ -117,52 +62,33 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
   return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-# Kept for the backward pass are the arguments alone: [B, L, F] is large.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """gelu(gate) * up, the tanh form of GELU (arXiv 1606.08415)."""
+@_from_arguments
+def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+  """gelu(gate) * up, the tanh form of GELU (arXiv 1606.08415, 2002.05202)."""
   chex.assert_equal_shape([gate, up])
   return jax.nn.gelu(gate) * up
 
 
-def layer_constants(cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
-  """What differs between layers: windows, tables of RoPE; [N] int32 each."""
-  kinds = [cfg.attention[i % len(cfg.attention)] for i in range(cfg.num_layers)]
-  window = {'L': cfg.window or _GLOBAL_WINDOW, 'G': _GLOBAL_WINDOW}
-  return (
-    jnp.array([window[k] for k in kinds], jnp.int32),
-    jnp.array(['LG'.index(k) for k in kinds], jnp.int32),
-  )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: jax.Array, w: jax.Array, apart: bool = False) -> jax.Array:
+@jax.custom_vjp
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
   """x @ w: [B, L, in], [in, out] -> [B, L, out].
 
-  Autodiff would form the gradient of `w` as [out, in] and turn it round. Here
-  `x` is turned round. With `apart`, its rows are kept a cache line apart until
-  then: those of a multiple of 4 KiB all fall into the same few places of a
-  CPU's cache when a column is read.
+  Autodiff would form the gradient of `w` as [out, in] and transpose it: with
+  `x` transposed instead, a step of all weights takes a third less time on a CPU
+  (docs/measurements.md).
   """
-  del apart
   return x @ w
 
 
-def _matmul_fwd(x, w, apart):
-  kept = None
-  if w.perturbed:
-    kept = x.value
-    if apart:
-      kept = jnp.pad(kept, ((0, 0), (0, 0), (0, _GAP)))
-  return x.value @ w.value, (kept, w.value if x.perturbed else None)
+def _matmul_fwd(x, w):
+  kept = x.value if w.perturbed else None, w.value if x.perturbed else None
+  return x.value @ w.value, kept
 
 
-def _matmul_bwd(apart, kept, g):
+def _matmul_bwd(kept, g):
   x, w = kept
   if isinstance(g, jax.custom_derivatives.SymbolicZero):
     return None, None
-  if apart and x is not None:
-    x = x[..., :-_GAP]
   d_w = None if x is None else jnp.einsum('bli,blo->io', x, g)
   return None if w is None else g @ w.T, d_w
 
@@ -170,22 +96,19 @@ def _matmul_bwd(apart, kept, g):
 matmul.defvjp(_matmul_fwd, _matmul_bwd, symbolic_zeros=True)
 
 
-def dense(
-  layer: Params, name: str, x: jax.Array, apart: bool = False
-) -> jax.Array:
+def dense(layer: Params, name: str, x: jax.Array) -> jax.Array:
   """x @ matrix, plus its low-rank partner if there is one.
 
   Args:
     layer: the parameters of a layer.
     name: of the matrix [in, out].
     x: [B, L, in].
-    apart: see `matmul`; where `in` is no multiple of 1,024, it is nothing.
   """
-  apart = apart and x.shape[-1] % 1024 == 0
-  y = matmul(x, layer[name].astype(x.dtype), apart)
+  chex.assert_rank([x, layer[name]], [3, 2])
+  y = matmul(x, layer[name].astype(x.dtype))
   if name + '_lora_a' in layer:
     a, b = layer[name + '_lora_a'], layer[name + '_lora_b']
-    low = matmul(x, a.astype(x.dtype), apart)
+    low = matmul(x, a.astype(x.dtype))
     y = y + matmul(low, b.astype(x.dtype))
   return y
 
@@ -194,45 +117,43 @@ def block(
   cfg: ModelConfig,
   layer: Params,
   x: jax.Array,
-  rotate: Callable[[jax.Array], jax.Array],
-  attend_fn: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
+  sin: jax.Array,
+  cos: jax.Array,
+  attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
   dense: Callable[[Params, str, jax.Array], jax.Array] = dense,
 ) -> tuple[jax.Array, Any]:
   """One transformer layer.
 
   Args:
+    cfg: the model's shape.
     layer: the parameters of this layer, without the leading axis N.
     x: [B, L, D].
-    rotate: attention.apply_rope by this layer's angles, of [B, L, heads, A].
-    attend_fn: (q [B, L, H, A], k, v [B, L, K, A]) -> ([B, L, H * A], extra);
-      where training masks and decoding reads and writes its cache.
+    sin, cos: [B, L, A / 2] float32, of this layer's kind.
+    attend: (q [B, L, H, A], k, v [B, L, K, A]) -> ([B, L, H * A], extra); where
+      training masks, and decoding reads and writes its cache.
     dense: (layer, name of a matrix, [B, L, in]) -> [B, L, out].
 
   Returns:
-    [B, L, D] and the `extra` of `attend_fn`.
+    [B, L, D] and the `extra` of `attend`.
   """
-  chex.assert_rank(x, 3)
-  b, l, _ = x.shape
-
-  # Kept for the backward pass is `x`, not what the norm makes of it.
-  @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
-  def normed(layer, x, norm, names):
-    y = rms_norm(x, layer[norm])
-    return [dense(layer, name, y) for name in names]
-
-  q, k, v = normed(layer, x, 'attn_norm', ('q', 'k', 'v'))
-  q = q.reshape(b, l, cfg.num_heads, cfg.head_dim)
-  k = k.reshape(b, l, cfg.num_kv_heads, cfg.head_dim)
-  v = v.reshape(b, l, cfg.num_kv_heads, cfg.head_dim)
+  dims = cfg.dims()
+  dims['BL'] = x.shape[:2]
+  chex.assert_shape(x, dims['BLD'])
+  y = rms_norm(x, layer['attn_norm'])
+  q = dense(layer, 'q', y).reshape(dims['BLHA'])
+  k = dense(layer, 'k', y).reshape(dims['BLKA'])
+  v = dense(layer, 'v', y).reshape(dims['BLKA'])
   if cfg.qk_norm:
     q, k = rms_norm(q, layer['q_norm']), rms_norm(k, layer['k_norm'])
-  q = rotate(q) * cfg.query_scale
-  y, extra = attend_fn(q, rotate(k), v)
+  q = attention.apply_rope(q, sin, cos) * cfg.query_scale
+  k = attention.apply_rope(k, sin, cos)
+  y, extra = attend(q, k, v)
   y = dense(layer, 'o', y)
   if cfg.post_norms:
     y = rms_norm(y, layer['post_attn_norm'])
   x = x + y
-  y = gated(*normed(layer, x, 'ffw_norm', ('gate', 'up')))
+  y = rms_norm(x, layer['ffw_norm'])
+  y = geglu(dense(layer, 'gate', y), dense(layer, 'up', y))
   y = dense(layer, 'down', y)
   if cfg.post_norms:
     y = rms_norm(y, layer['post_ffw_norm'])
@@ -240,14 +161,13 @@ def block(
 
 
 def embed(
-  params: Params,
+  table: jax.Array,
   tokens: jax.Array,
   dtype: jnp.dtype,
   mesh: Mesh | None = None,
 ) -> jax.Array:
-  """Token vectors times sqrt(D): [B, L] int32 -> [B, L, D]."""
-  chex.assert_rank(tokens, 2)
-  table = params['embedding']
+  """Token vectors times sqrt(D): [V, D], [B, L] int32 -> [B, L, D]."""
+  chex.assert_rank([table, tokens], 2)
   scale = jnp.sqrt(float(table.shape[-1])).astype(dtype)
   vocab = sharding.split_over(mesh, 'vocab', table.shape[0])
   if not vocab:
@@ -278,27 +198,45 @@ def embed(
   return look_up(table, tokens) * scale
 
 
-def embed_vjp(
-  table: jax.Array, tokens: jax.Array, dtype: jnp.dtype
-) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]:
-  """`embed`, and a function that adds its gradient to one that is there.
+def add_embed_grad(
+  d_table: jax.Array, tokens: jax.Array, d_x: jax.Array, mesh: Mesh | None
+) -> jax.Array:
+  """Adds the gradient of `embed` to one that is there, in its memory.
 
   Args:
-    table: [V, D].
+    d_table: [V, D], so far.
     tokens: [B, L] int32.
-    dtype: of the vectors.
+    d_x: [B, L, D], gradient of the token vectors.
+    mesh: as in `embed`.
 
   Returns:
-    [B, L, D] and (gradient of the table [V, D], of the vectors [B, L, D]) ->
-    the table's whole gradient.
+    [V, D].
   """
-  chex.assert_rank([table, tokens], 2)
+  dims = chex.Dimensions()
+  dims['VD'], dims['BL'] = d_table.shape, tokens.shape
+  chex.assert_shape(d_x, dims['BLD'])
+  d_x = d_x * jnp.sqrt(float(dims.D)).astype(d_x.dtype)
+  vocab = sharding.split_over(mesh, 'vocab', dims.V)
+  rows = sharding.split_over(mesh, 'rows', dims.B)
 
-  def pull(d_table, d_x):
-    scale = jnp.sqrt(float(table.shape[-1])).astype(dtype)
-    return d_table.at[tokens].add((d_x * scale).astype(d_table.dtype))
+  def add(part, tokens, d_x):
+    if rows:
+      tokens = lax.all_gather(tokens, rows, tiled=True)
+      d_x = lax.all_gather(d_x, rows, tiled=True)
+    at = tokens - (lax.axis_index(vocab) * len(part) if vocab else 0)
+    at = jnp.where((at >= 0) & (at < len(part)), at, len(part))
+    return part.at[at].add(d_x.astype(part.dtype), mode='drop')
 
-  return embed({'embedding': table}, tokens, dtype), pull
+  if mesh is None:
+    return add(d_table, tokens, d_x)
+  by_rows, by_vocab = PartitionSpec(rows or None), PartitionSpec(vocab or None)
+  return jax.shard_map(
+    add,
+    mesh=mesh,
+    in_specs=(by_vocab, by_rows, by_rows),
+    out_specs=by_vocab,
+    check_vma=False,  # Nothing is differentiated through it.
+  )(d_table, tokens, d_x)
 
 
 def forward(
@@ -317,7 +255,7 @@ def forward(
 
   Args:
     cfg: the model's shape.
-    params: see the module's docstring.
+    params: see mt/gemma/parameters.py.
     tokens: [B, L] int32.
     positions: [B, L] int32, from 0 in each segment.
     segment_ids: [B, L] int32, 0 for padding, 1, 2, … for packed examples.
@@ -329,37 +267,34 @@ def forward(
   Returns:
     [B, L, D], after the final norm.
   """
-  chex.assert_rank(tokens, 2)
-  chex.assert_equal_shape([tokens, positions, segment_ids])
+  dims = cfg.dims()
+  dims['BL'] = tokens.shape
+  chex.assert_shape([tokens, positions, segment_ids], dims['BL'])
   chex.assert_type([tokens, positions, segment_ids], int)
+  chex.assert_shape(params['embedding'], dims['VD'])
+  rope = attention.rope_tables(cfg, positions)
 
-  # A wider sharded axis would move data between devices.
-  apart = mesh is None and jax.default_backend() == 'cpu'
-
-  tables = attention.rope_tables(cfg, positions)
-
-  # Kept for the backward pass is the number of the layer's kind alone.
-  @functools.partial(jax.checkpoint, prevent_cse=False)
-  def rotate(x, tables, kind):
-    return attention.apply_rope(x, *(t[kind] for t in tables))
-
-  def body(x, per_layer):
+  def layer_fn(x, per_layer):
     layer, window, kind = per_layer
     mask = attention.make_mask(
       positions, positions, segment_ids, segment_ids, window
     )
+    sin, cos = (table[kind] for table in rope)
     x, _ = block(
       cfg,
       layer,
       x,
-      lambda x: rotate(x, tables, kind),
+      sin,
+      cos,
       lambda q, k, v: (attention.causal_attend(cfg, q, k, v, mask), None),
-      functools.partial(dense, apart=apart),
     )
     return sharding.constrain(x, mesh, _ACTIVATIONS), None
 
-  x = embed(params, tokens, dtype, mesh) if embedded is None else embedded
+  x = embedded
+  if x is None:
+    x = embed(params['embedding'], tokens, dtype, mesh)
+  chex.assert_shape(x, dims['BLD'])
   x = sharding.constrain(x, mesh, _ACTIVATIONS)
-  per_layer = params['layers'], *layer_constants(cfg)
-  x, _ = lax.scan(REMAT[remat](body), x, per_layer)
+  per_layer = params['layers'], *attention.layer_kinds(cfg)
+  x, _ = lax.scan(REMAT[remat](layer_fn), x, per_layer)
   return rms_norm(x, params['final_norm'])

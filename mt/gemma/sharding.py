@@ -11,6 +11,7 @@ Without a mesh (None: a single device) nothing here does anything.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -19,10 +20,10 @@ from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-import ml_collections
 import numpy as np
 
 from mt.base import errors
+from mt.gemma import parameters
 from mt.gemma import sizes
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
@@ -37,26 +38,14 @@ RULES = {
   'ffw': ('tensor',),
 }
 
-# Logical axes of each matrix in mt/gemma/model.py; norms are whole everywhere.
-_MATRICES = {
-  'embedding': ('vocab', 'width'),
-  'layers/q': ('layers', 'embed', 'heads'),
-  'layers/k': ('layers', 'embed', 'kv_heads'),
-  'layers/v': ('layers', 'embed', 'kv_heads'),
-  'layers/o': ('layers', 'heads', 'embed'),
-  'layers/gate': ('layers', 'embed', 'ffw'),
-  'layers/up': ('layers', 'embed', 'ffw'),
-  'layers/down': ('layers', 'ffw', 'embed'),
-}
-
 
 def make_mesh(
-  mesh: ml_collections.ConfigDict, devices: list[jax.Device] | None = None
+  mesh: Mapping[str, int], devices: list[jax.Device] | None = None
 ) -> Mesh | None:
   """The mesh of `config.mesh`, or None for a single device.
 
   Args:
-    mesh: sizes of the three axes; one may be -1 and takes what is left.
+    mesh: size of each of MESH_AXES; one may be -1 and takes what is left.
     devices: jax.devices() where None. One process may leave some unused.
 
   Raises:
@@ -93,7 +82,7 @@ def make_mesh(
   )
 
 
-def check_rows(mesh: Mesh | None, train: ml_collections.ConfigDict) -> None:
+def check_rows(mesh: Mesh | None, batch_size: int, micro_batches: int) -> None:
   """Refuses a batch that does not divide over the mesh.
 
   Raises:
@@ -102,12 +91,12 @@ def check_rows(mesh: Mesh | None, train: ml_collections.ConfigDict) -> None:
   if mesh is None:
     return
   shards = mesh.shape['data'] * mesh.shape['fsdp']
-  unit = shards * train.micro_batches
-  if train.batch_size % unit:
+  unit = shards * micro_batches
+  if batch_size % unit:
     raise errors.UserError(
-      f'train.batch_size is {train.batch_size}, but mesh.data * mesh.fsdp = '
-      f'{shards} devices take rows in train.micro_batches='
-      f'{train.micro_batches} parts; a multiple of {unit} expected.'
+      f'train.batch_size is {batch_size}, but mesh.data * mesh.fsdp = {shards} '
+      f'devices take rows in train.micro_batches={micro_batches} parts; a '
+      f'multiple of {unit} expected.'
     )
 
 
@@ -132,7 +121,6 @@ def place(
     axes: one for each dimension.
     units: what may be split of each: its size, or the number of heads in it.
   """
-  chex.assert_equal_size([np.empty(len(axes)), np.empty(len(units))])
   chosen = [
     split_over(mesh, a, n) or None for a, n in zip(axes, units, strict=True)
   ]
@@ -162,15 +150,28 @@ def whole(mesh: Mesh) -> NamedSharding:
 def of_parameter(
   cfg: sizes.ModelConfig, mesh: Mesh, path: str, shape: tuple[int, ...]
 ) -> NamedSharding:
-  """Of the parameter at `path`, low-rank factors included."""
+  """Of what has the path and the shape of a parameter or a low-rank factor.
+
+  So of the optimizer's averages and of EMA as well. Norms, and whatever has
+  another shape (Adafactor's averages, say), are whole on every device.
+
+  Args:
+    cfg: the model's shape.
+    mesh: the mesh.
+    path: such as layers/q or layers/q_lora_a.
+    shape: of the array.
+  """
   matrix, _, factor = path.partition('_lora_')
-  if matrix not in _MATRICES:
+  rows = {p.path: p for p in parameters.table(cfg)}
+  if matrix not in rows or rows[matrix].norm:
     return whole(mesh)
-  axes = _MATRICES[matrix]
-  if factor:  # A is [N, in, R], B is [N, R, out].
-    axes = (
-      axes[:2] + ('rank',) if factor == 'a' else ('layers', 'rank', axes[2])
-    )
+  axes = rows[matrix].axes
+  if factor == 'a':  # [N, in, R].
+    axes = (*axes[:2], 'rank')
+  elif factor == 'b':  # [N, R, out].
+    axes = ('layers', 'rank', axes[2])
+  if len(shape) != len(axes):
+    return whole(mesh)
   heads = {'heads': cfg.num_heads, 'kv_heads': cfg.num_kv_heads}
   units = [heads.get(a, n) for a, n in zip(axes, shape, strict=True)]
   return place(mesh, axes, tuple(units))
@@ -178,9 +179,6 @@ def of_parameter(
 
 def of_tree(cfg: sizes.ModelConfig, mesh: Mesh, tree: Any) -> Any:
   """NamedShardings for a tree whose leaves lie under the parameters' paths.
-
-  What has the name and the shape of a parameter (the optimizer's averages, EMA)
-  lies as that does; anything else is whole on every device.
 
   Args:
     cfg: the model's shape.
@@ -190,9 +188,6 @@ def of_tree(cfg: sizes.ModelConfig, mesh: Mesh, tree: Any) -> Any:
 
   def one(path, leaf):
     name = next((str(k.key) for k in reversed(path) if hasattr(k, 'key')), '')
-    axes = _MATRICES.get(name.partition('_lora_')[0], ())
-    if len(leaf.shape) != len(axes):  # Adafactor's averages, say.
-      return whole(mesh)
     return of_parameter(cfg, mesh, name, leaf.shape)
 
   return jax.tree.map_with_path(one, tree)

@@ -56,7 +56,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   started = time.monotonic()
   settings.check(config)
   mesh = sharding.make_mesh(config.mesh)
-  sharding.check_rows(mesh, config.train)
+  sharding.check_rows(mesh, config.train.batch_size, config.train.micro_batches)
   workdir = pathlib.Path(folder)
   with run_folder.locked(workdir):
     _run(config, workdir, mesh, started)

@@ -133,7 +133,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   """Compiles the train step of `config` for its mesh."""
   cfg = model_size(config.weights)
   mesh = sharding.make_mesh(config.mesh)
-  sharding.check_rows(mesh, config.train)
+  sharding.check_rows(mesh, config.train.batch_size, config.train.micro_batches)
   state = abstract_state(cfg, config, mesh)
   batch = abstract_batch(config, mesh)
   optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)

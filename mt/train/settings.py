@@ -9,7 +9,6 @@ import ml_collections
 
 from mt.base import errors
 from mt.gemma import model
-from mt.gemma import precision
 from mt.gemma import sizes
 from mt.train import optimizer
 
@@ -38,7 +37,7 @@ _POSITIVE = (lambda v: 0 < v < math.inf, 'more than 0')
 _TEXT = (bool, 'some text')
 _MESH = (lambda v: v == -1 or v >= 1, '1 or more, or -1 for what is left')
 _FORMAT = (
-  lambda v: v in precision.CHOICES,
+  lambda v: v in ('float32', 'bfloat16'),
   "float32 or bfloat16 (float16 overflows in Gemma's activations)",
 )
 

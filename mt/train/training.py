@@ -48,7 +48,6 @@ def train(
     config,
     optimizer,
     run.mesh,
-    shapes=1 + len(config.data.buckets),
   )
   progress = journal.Progress('step', last, first, config.log.every)
   clock = time.monotonic()

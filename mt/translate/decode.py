@@ -6,8 +6,6 @@ the row gets there. So prompts of any length share a batch, and a row can be
 given to another sentence at any time.
 """
 
-import functools
-
 import chex
 import jax
 from jax import lax
@@ -82,13 +80,13 @@ def extend(
   slots, dtype = cache['k'][0].shape[1], cache['k'][0].dtype
   at = start[:, None] + jnp.arange(l, dtype=jnp.int32)
   slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (b, slots))
-  windows, kinds = model.layer_constants(cfg)
+  windows, kinds = attention.layer_kinds(cfg)
   sin, cos = attention.rope_tables(cfg, at)
   keys, values = list(cache['k']), list(cache['v'])
   write = jax.vmap(
     lambda old, new, i: lax.dynamic_update_slice_in_dim(old, new, i, 0)
   )
-  x = model.embed(params, tokens, dtype)
+  x = model.embed(params['embedding'], tokens, dtype)
   for n, layer in enumerate(params['layers']):
     mask = attention.make_mask(
       at, slot, jnp.ones_like(at), jnp.ones_like(slot), windows[n]
@@ -100,10 +98,7 @@ def extend(
       return attention.attend(cfg, q, keys[n], values[n], mask), None
 
     kind = kinds[n]
-    rotate = functools.partial(
-      attention.apply_rope, sin=sin[kind], cos=cos[kind]
-    )
-    x, _ = model.block(cfg, layer, x, rotate, attend, _dense)
+    x, _ = model.block(cfg, layer, x, sin[kind], cos[kind], attend, _dense)
   cache = {'k': tuple(keys), 'v': tuple(values)}
   return model.rms_norm(x, params['final_norm']), cache
 

@@ -1,0 +1,131 @@
+"""The training state: one immutable pytree of all that training changes.
+
+What is trained, its gradients, the optimizer and EMA are float32, always: in
+bfloat16 a weight of 1.0 does not move under steps of 1e-3. What is left to
+choose is the format of activations (train.dtype) and of frozen weights
+(train.frozen_dtype). float16 is none of the choices: Gemma's activations go
+beyond its largest number, 65,504.
+"""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import optax
+
+from mt.gemma import lora
+from mt.gemma import parameters
+from mt.gemma import sharding
+from mt.gemma import sizes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that training changes or reads.
+
+  Attributes:
+    step: int32 scalar, steps done, the skipped ones included.
+    skipped: int32 scalar, steps skipped for numbers that are not finite.
+    skipped_in_a_row: int32 scalar, those up to the last step; 0 after a good
+      one.
+    trained: float32 parameters by path, see mt/gemma/lora.py.
+    frozen: the other parameters by path.
+    opt_state: of the optimizer, for `trained` alone.
+    ema: moving averages of `trained`, float32; {} where optim.ema_decay is 0.
+  """
+
+  step: jax.Array
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
+  trained: lora.Flat
+  frozen: lora.Flat
+  opt_state: optax.OptState
+  ema: lora.Flat
+
+  @property
+  def eval_params(self) -> lora.Flat:
+    """What is evaluated, translates and is exported: EMA if there is one."""
+    return self.ema or self.trained
+
+
+def init_state(
+  cfg: sizes.ModelConfig,
+  params: parameters.Params,
+  config: ml_collections.ConfigDict,
+  optimizer: optax.GradientTransformation,
+  key: chex.PRNGKey,
+  mesh: Mesh | None = None,
+) -> TrainState:
+  """The state before the first step.
+
+  Args:
+    cfg: the model's shape.
+    params: pretrained; the state takes them over.
+    config: for `train` and `optim`.
+    optimizer: see mt/train/optimizer.py.
+    key: for the random half of LoRA's factors.
+    mesh: where the state shall be; on a single device where None.
+
+  Raises:
+    errors.UserError: train.parts or train.lora_targets names nothing.
+  """
+  trained, frozen = split_params(cfg, params, config.train, key, mesh)
+
+  def rest(trained):
+    ema = jax.tree.map(jnp.copy, trained) if config.optim.ema_decay else {}
+    counts = dict.fromkeys(('step', 'skipped', 'skipped_in_a_row'), 0)
+    counts = {k: jnp.int32(v) for k, v in counts.items()}
+    return counts | {'opt_state': optimizer.init(trained), 'ema': ema}
+
+  if mesh is not None:
+    places = sharding.of_tree(cfg, mesh, jax.eval_shape(rest, trained))
+    rest = jax.jit(rest, out_shardings=places)
+  return TrainState(trained=trained, frozen=frozen, **rest(trained))
+
+
+def split_params(
+  cfg: sizes.ModelConfig,
+  params: parameters.Params,
+  train: ml_collections.ConfigDict,
+  key: chex.PRNGKey,
+  mesh: Mesh | None = None,
+) -> tuple[lora.Flat, lora.Flat]:
+  """The parameters as (trained, frozen), each where and as it is kept."""
+  parts = lora.partition(
+    cfg,
+    params,
+    train.parts,
+    rank=train.lora_rank,
+    on=train.lora_targets,
+    key=key,
+  )
+
+  def kept(path, x, dtype):
+    x = x.astype(dtype)
+    if mesh is None:
+      return x
+    return sharding.put(x, sharding.of_parameter(cfg, mesh, path, x.shape))
+
+  return tuple(
+    {k: kept(k, v, dtype) for k, v in flat.items()}
+    for flat, dtype in zip(parts, ('float32', train.frozen_dtype), strict=True)
+  )
+
+
+def model_params(
+  train: ml_collections.ConfigDict, trained: lora.Flat, frozen: lora.Flat
+) -> parameters.Params:
+  """The parameters that mt/gemma/model.py takes, out of the two parts."""
+  scale = train.lora_alpha / train.lora_rank
+  return lora.merge(trained, frozen, lora_scale=scale)
+
+
+@jax.jit
+def all_finite(state: TrainState) -> jax.Array:
+  """Whether every number that training changes is one: bool scalar."""
+  leaves = jax.tree.leaves((state.trained, state.opt_state, state.ema))
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
