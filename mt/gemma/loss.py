@@ -19,7 +19,7 @@ pass only hands them on. With label smoothing e (1512.00567) the target is
 
 On a mesh each device has its rows of the vocabulary, forever, and its rows of
 the batch. Devices that share both split and exchange hidden states, never the
-embedding: see VocabAxes.
+embedding: see mt/gemma/loss_chunk.py.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 
 from mt.gemma import attention
-from mt.gemma import sharding
+from mt.gemma import loss_chunk
 
 # Widths of a chunk besides the largest, in 18ths of it, up to a multiple of 16.
 _NARROWER, _PARTS = (9, 10, 12), 18
@@ -58,18 +58,6 @@ def reference_nll(
   nll = jnp.where(weights[:, 1:] != 0, nll, 0.0)
   nll = jnp.pad(nll, ((0, 0), (1, 0)))  # Position 0 is no target.
   return jnp.sum(weights * nll), nll
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-  cap: float | None
-  smoothing: float
-  chunk: int
-  tile: int
-  mesh: Mesh | None
-  rows: int  # B, what a mesh may split of the M places.
-  hidden_grad: bool = False
-  embedding_grad: bool = False
 
 
 def target_nll(
@@ -117,7 +105,9 @@ def target_nll(
   dims['BLD'], dims['VD'] = hidden.shape, embedding.shape
   chex.assert_shape(hidden, dims['BLD'])
   chex.assert_shape([tokens, weights], dims['BL'])
-  options = _Options(final_softcap, smoothing, chunk, tile, mesh, dims.B)
+  options = loss_chunk.Options(
+    final_softcap, smoothing, chunk, tile, mesh, dims.B
+  )
   total, nll = _nll(
     hidden[:, :-1].reshape(-1, dims.D),
     embedding,
@@ -185,68 +175,14 @@ def _nll_bwd(options, kept, cotangents):
 _nll.defvjp(_nll_fwd, _nll_bwd, symbolic_zeros=True)
 
 
-class VocabAxes(NamedTuple):
-  """Mesh axes as the loss sees them; all () on a single device.
-
-  Attributes:
-    vocab: over which the vocabulary is split.
-    shared: those of them over which rows are split as well: a chunk holds the
-      rows of all devices along them.
-    copies: the others of them; the same rows on each.
-    rows_only: over which rows alone are split.
-  """
-
-  vocab: tuple[str, ...] = ()
-  shared: tuple[str, ...] = ()
-  copies: tuple[str, ...] = ()
-  rows_only: tuple[str, ...] = ()
-
-  def gather(self, x):
-    return lax.all_gather(x, self.shared, tiled=True) if self.shared else x
-
-  def scatter_sum(self, x):
-    if self.shared:
-      x = lax.psum_scatter(x, self.shared, tiled=True)
-    return lax.psum(x, self.copies) if self.copies else x
-
-  def own(self, x, size):
-    """This device's part of what `gather` made."""
-    if not self.shared:
-      return x
-    at = lax.axis_index(self.shared) * size
-    return lax.dynamic_slice_in_dim(x, at, size)
-
-  def sum(self, x):
-    return lax.psum(x, self.vocab) if self.vocab else x
-
-  def max(self, x):
-    return lax.pmax(x, self.vocab) if self.vocab else x
-
-  def sum_rows(self, x):
-    return lax.psum(x, self.rows_only) if self.rows_only else x
-
-  def num_vocab_shards(self):
-    return lax.axis_size(self.vocab) if self.vocab else 1
-
-  def first_row(self, v):
-    """The number of the first of the v rows of the vocabulary that are here."""
-    return lax.axis_index(self.vocab) * v if self.vocab else 0
-
-
 def _evaluate(options, hidden, embedding, targets, weights) -> _Result:
   """The loss, and its gradients as the options ask for."""
   mesh = options.mesh
+  axes = loss_chunk.vocab_axes(mesh, options.rows, len(embedding))
   if mesh is None:
-    return _on_device(options, VocabAxes(), hidden, embedding, targets, weights)
-  rows = sharding.split_over(mesh, 'rows', options.rows)
-  vocab = sharding.split_over(mesh, 'vocab', len(embedding))
-  axes = VocabAxes(
-    vocab=vocab,
-    shared=tuple(a for a in vocab if a in rows),
-    copies=tuple(a for a in vocab if a not in rows),
-    rows_only=tuple(a for a in rows if a not in vocab),
-  )
-  by_rows, by_vocab = PartitionSpec(rows or None), PartitionSpec(vocab or None)
+    return _on_device(options, axes, hidden, embedding, targets, weights)
+  by_rows = PartitionSpec(axes.rows or None)
+  by_vocab = PartitionSpec(axes.vocab or None)
   return jax.shard_map(
     functools.partial(_on_device, options, axes),
     mesh=mesh,
@@ -300,7 +236,7 @@ def _on_device(options, axes, hidden, embedding, targets, weights) -> _Result:
       def take(x):
         return axes.gather(x.at[at].get(mode='fill', fill_value=0))
 
-      chunk = _Chunk(at, take(hidden), take(targets), take(weights))
+      chunk = loss_chunk.Chunk(at, take(hidden), take(targets), take(weights))
       return _add_chunk(options, axes, embedding, chunk, in_place, result)
 
     return lax.fori_loop(0, chunks, one_chunk, result)
@@ -325,15 +261,6 @@ def _on_device(options, axes, hidden, embedding, targets, weights) -> _Result:
   return result._replace(total=axes.sum_rows(result.total))
 
 
-class _Chunk(NamedTuple):
-  """Targets that are taken at once; t of them, with those of `axes.shared`."""
-
-  at: jax.Array  # Their places among this device's M.
-  h: jax.Array  # [t, D]; 0 where the chunk is filled up.
-  y: jax.Array  # [t]
-  weights: jax.Array  # [t]; 0 where the chunk is filled up.
-
-
 def _add_chunk(options, axes, embedding, chunk, in_place, result) -> _Result:
   """The result with one more chunk in it.
 
@@ -346,146 +273,20 @@ def _add_chunk(options, axes, embedding, chunk, in_place, result) -> _Result:
     logits_buffer = (
       result.d_embedding if in_place else jnp.zeros(shape, jnp.float32)
     )
-  seen = _first_pass(options, axes, embedding, chunk, logits_buffer)
+  seen = loss_chunk.first_pass(options, axes, embedding, chunk, logits_buffer)
   nll = axes.own(seen.nll, len(chunk.at))
   result = result._replace(
     total=result.total + jnp.sum(chunk.weights * seen.nll),
     nll=result.nll.at[chunk.at].set(nll, mode='drop'),
   )
   if options.hidden_grad:
-    d_h = _hidden_grad(options, axes, embedding, chunk, seen)
+    d_h = loss_chunk.hidden_grad_of(options, axes, embedding, chunk, seen)
     d_hidden = result.d_hidden.at[chunk.at].set(d_h, mode='drop')
     result = result._replace(d_hidden=d_hidden)
   if options.embedding_grad:
     so_far = None if in_place else result.d_embedding
-    d_embedding = _embedding_grad(options, axes, chunk, seen, so_far)
+    d_embedding = loss_chunk.embedding_grad_of(
+      options, axes, chunk, seen, so_far
+    )
     result = result._replace(d_embedding=d_embedding)
   return result
-
-
-class _Seen(NamedTuple):
-  """What the first pass leaves of t targets.
-
-  The sums for the gradient are over the rows of the vocabulary that are here.
-  """
-
-  nll: jax.Array  # [t]
-  lse: jax.Array  # [t], log of the sum of all exponentials.
-  picked: jax.Array  # [t], the targets' own logits.
-  top: jax.Array  # [t], the largest logit here.
-  exps: jax.Array | tuple  # [t, D], sum of exp(logit - top) * slope * vector.
-  mean: jax.Array | tuple  # [t or 1, D], sum of slope * vector.
-  logits_buffer: jax.Array | tuple  # [V, t or more], before the cap.
-
-
-def _tile(options, v):
-  """The size of the tiles of a vocabulary of v, all equal."""
-  return v // next(n for n in range(-(-v // options.tile), v + 1) if v % n == 0)
-
-
-def _slope(logits, cap):
-  """d logits / d what they were before the cap; [V, 1] ones without one."""
-  if cap is None:
-    return jnp.ones_like(logits[:, :1])
-  return 1.0 - jnp.square(logits / cap)
-
-
-def _product(equation, a, b):
-  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
-
-def _first_pass(options, axes, embedding, chunk, logits_buffer) -> _Seen:
-  (v, d), (h, t), e = (
-    embedding.shape,
-    (chunk.h, len(chunk.y)),
-    options.smoothing,
-  )
-  tile = _tile(options, v)
-  y = chunk.y - axes.first_row(v)
-
-  def one_tile(i, carry):
-    top, norm, picked, total, exps, mean, logits_buffer = carry
-    part = lax.dynamic_slice_in_dim(embedding, i * tile, tile).astype(h.dtype)
-    # [tile, t]: the vocabulary first is what a CPU multiplies fastest.
-    raw = _product('vd,td->vt', part, h)
-    if options.embedding_grad:
-      logits_buffer = lax.dynamic_update_slice(
-        logits_buffer, raw, (i * tile, 0)
-      )
-    logits = attention.softcap(raw, options.cap)
-    new_top = jnp.maximum(top, jnp.max(logits, axis=0))
-    shrink, p = jnp.exp(top - new_top), jnp.exp(logits - new_top)
-    norm = norm * shrink + jnp.sum(p, axis=0)
-    at = y - i * tile
-    found = jnp.take_along_axis(logits, at[None], axis=0, mode='clip')[0]
-    picked += jnp.where((at >= 0) & (at < tile), found, 0.0)
-    if e:
-      total += jnp.sum(logits, axis=0)
-    if options.hidden_grad:
-      slope = _slope(logits, options.cap)
-      p = (p * slope).astype(h.dtype)
-      exps = exps * shrink[:, None] + _product('vt,vd->td', p, part)
-      if e:
-        mean += _product('vt,vd->td', slope.astype(h.dtype), part)
-    return new_top, norm, picked, total, exps, mean, logits_buffer
-
-  zeros, some = jnp.zeros(t, jnp.float32), 1 if options.cap is None else t
-  start = (
-    *(zeros - jnp.inf, zeros, zeros, zeros),
-    jnp.zeros((t, d), jnp.float32) if options.hidden_grad else (),
-    jnp.zeros((some, d), jnp.float32) if options.hidden_grad and e else (),
-    logits_buffer,
-  )
-  here, norm, picked, total, exps, mean, logits_buffer = lax.fori_loop(
-    0, v // tile, one_tile, start
-  )
-  top = axes.max(here)
-  lse = jnp.log(axes.sum(norm * jnp.exp(here - top))) + top
-  picked = axes.sum(picked)
-  nll = lse - (1 - e) * picked
-  if e:
-    nll -= e * axes.sum(total) / (v * axes.num_vocab_shards())
-  return _Seen(nll, lse, picked, here, exps, mean, logits_buffer)
-
-
-def _hidden_grad(options, axes, embedding, chunk, seen):
-  """[own targets, D]: the first pass's sums, normalised, less the target."""
-  v, e = len(embedding), options.smoothing
-  at = chunk.y - axes.first_row(v)
-  vectors = jnp.take(embedding, at, axis=0, mode='clip').astype(jnp.float32)
-  here = (at >= 0) & (at < v)
-  slope = _slope(seen.picked[:, None], options.cap)[:, 0]
-  d_h = seen.exps * jnp.exp(seen.top - seen.lse)[:, None]
-  d_h -= ((1 - e) * here * slope)[:, None] * vectors
-  if e:
-    d_h -= e / (v * axes.num_vocab_shards()) * seen.mean
-  return axes.scatter_sum(d_h * chunk.weights[:, None])
-
-
-def _embedding_grad(options, axes, chunk, seen, so_far):
-  """The embedding's gradient [V, D] of a chunk.
-
-  It is added to `so_far`, in its memory; where that is None, it takes the place
-  of the logits.
-  """
-  buffer, e = seen.logits_buffer, options.smoothing
-  v, t = len(buffer), len(chunk.y)
-  tile = _tile(options, v)
-  y = chunk.y - axes.first_row(v)
-
-  def one_tile(i, out):
-    raw = out if so_far is None else buffer
-    raw = lax.dynamic_slice(raw, (i * tile, 0), (tile, t))
-    logits = attention.softcap(raw, options.cap)
-    onehot = jnp.arange(tile)[:, None] == y - i * tile
-    g = jnp.exp(logits - seen.lse) - (1 - e) * onehot
-    if e:
-      g -= e / (v * axes.num_vocab_shards())
-    g = (g * _slope(logits, options.cap) * chunk.weights).astype(chunk.h.dtype)
-    part = _product('vt,td->vd', g, chunk.h)
-    if so_far is not None:
-      part += lax.dynamic_slice_in_dim(out, i * tile, tile)
-    return lax.dynamic_update_slice_in_dim(out, part, i * tile, 0)
-
-  start = buffer if so_far is None else so_far
-  return lax.fori_loop(0, v // tile, one_tile, start)

@@ -11,6 +11,7 @@ GGUF and Hugging Face files follow.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -35,6 +36,9 @@ class Parameter:
     hf: its name in a Hugging Face folder, without `model.` and `.weight`; of a
       layer's, what follows `layers.N.`.
     lora: whether it may have low-rank factors.
+    init: `normal`, with variance 1 / fan-in, or `zeros`.
+    published: whether checkpoints have it. What a fork has added begins with
+      its initial values where the checkpoint lacks it.
   """
 
   path: str
@@ -43,6 +47,8 @@ class Parameter:
   gguf: str
   hf: str
   lora: bool = False
+  init: str = 'normal'
+  published: bool = True
 
   @property
   def name(self) -> str:
@@ -56,7 +62,7 @@ class Parameter:
 
   @property
   def norm(self) -> bool:
-    """Whether it is the scale of an RMSNorm, which begins at zero."""
+    """Whether it is the scale of an RMSNorm."""
     return self.axes[-1] == 'norm'
 
   @property
@@ -68,7 +74,7 @@ class Parameter:
 def table(cfg: sizes.ModelConfig) -> tuple[Parameter, ...]:
   """All parameters of a model, in the order of the tree's leaves."""
   p = Parameter
-  norm, head_norm = ('layers', 'norm'), ('layers', 'norm')
+  norm = functools.partial(Parameter, axes=('layers', 'norm'), init='zeros')
   to_heads = ('layers', 'embed', 'heads')
   to_kv_heads = ('layers', 'embed', 'kv_heads')
   to_ffw = ('layers', 'embed', 'ffw')
@@ -78,8 +84,8 @@ def table(cfg: sizes.ModelConfig) -> tuple[Parameter, ...]:
     ffw_norm = 'post_attention_layernorm'
   rows = [
     p('embedding', 'VD', ('vocab', 'width'), 'token_embd', 'embed_tokens'),
-    p('final_norm', 'D', ('norm',), 'output_norm', 'norm'),
-    p('layers/attn_norm', 'ND', norm, 'attn_norm', 'input_layernorm'),
+    p('final_norm', 'D', ('norm',), 'output_norm', 'norm', init='zeros'),
+    norm('layers/attn_norm', 'ND', gguf='attn_norm', hf='input_layernorm'),
     p('layers/q', 'ND(HA)', to_heads, 'attn_q', 'self_attn.q_proj', True),
     p('layers/k', 'ND(KA)', to_kv_heads, 'attn_k', 'self_attn.k_proj', True),
     p('layers/v', 'ND(KA)', to_kv_heads, 'attn_v', 'self_attn.v_proj', True),
@@ -91,7 +97,7 @@ def table(cfg: sizes.ModelConfig) -> tuple[Parameter, ...]:
       'self_attn.o_proj',
       True,
     ),
-    p('layers/ffw_norm', 'ND', norm, 'ffn_norm', ffw_norm),
+    norm('layers/ffw_norm', 'ND', gguf='ffn_norm', hf=ffw_norm),
     p('layers/gate', 'NDF', to_ffw, 'ffn_gate', 'mlp.gate_proj', True),
     p('layers/up', 'NDF', to_ffw, 'ffn_up', 'mlp.up_proj', True),
     p(
@@ -105,25 +111,23 @@ def table(cfg: sizes.ModelConfig) -> tuple[Parameter, ...]:
   ]
   if cfg.post_norms:
     rows += [
-      p(
+      norm(
         'layers/post_attn_norm',
         'ND',
-        norm,
-        'post_attention_norm',
-        'post_attention_layernorm',
+        gguf='post_attention_norm',
+        hf='post_attention_layernorm',
       ),
-      p(
+      norm(
         'layers/post_ffw_norm',
         'ND',
-        norm,
-        'post_ffw_norm',
-        'post_feedforward_layernorm',
+        gguf='post_ffw_norm',
+        hf='post_feedforward_layernorm',
       ),
     ]
   if cfg.qk_norm:
     rows += [
-      p('layers/q_norm', 'NA', head_norm, 'attn_q_norm', 'self_attn.q_norm'),
-      p('layers/k_norm', 'NA', head_norm, 'attn_k_norm', 'self_attn.k_norm'),
+      norm('layers/q_norm', 'NA', gguf='attn_q_norm', hf='self_attn.q_norm'),
+      norm('layers/k_norm', 'NA', gguf='attn_k_norm', hf='self_attn.k_norm'),
     ]
   return tuple(rows)
 
@@ -152,12 +156,12 @@ def shapes(cfg: sizes.ModelConfig) -> dict[str, tuple[int, ...]]:
 def init(
   cfg: sizes.ModelConfig, key: chex.PRNGKey, dtype: jnp.dtype = jnp.float32
 ) -> Params:
-  """Random parameters: normal with variance 1 / fan-in, norms at zero."""
+  """Random parameters, as the rows of the table say."""
   rows = sorted(table(cfg), key=lambda p: p.path)
   dims, flat = cfg.dims(), {}
   for k, p in zip(jax.random.split(key, len(rows)), rows, strict=True):
     shape = dims[p.shape]
-    if p.norm:
+    if p.init == 'zeros':
       flat[p.path] = jnp.zeros(shape, dtype)
     else:
       fan_in = shape[-2] if p.stacked else shape[-1]
