@@ -30,8 +30,11 @@ def fork(tmp_path):
       shutil.copytree(ROOT / part, home / part, ignore=skip)
     shutil.copy(ROOT / 'train.py', home)
     diff = (ROOT / 'docs' / 'forks' / f'{name}.diff').read_text('utf-8')
+    command = ['patch', '-p1', '--no-backup-if-mismatch']
+    if not shutil.which('patch'):  # As on a very bare machine.
+      command = ['git', 'apply', '-p1']
     done = subprocess.run(
-      ['patch', '-p1', '--no-backup-if-mismatch'],
+      command,
       cwd=home,
       input=diff,
       text=True,
