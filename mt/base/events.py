@@ -79,4 +79,4 @@ def _told(where):
     raise errors.UserError(
       f'{where}: cannot write event files ({e.strerror}); give --workdir a '
       'folder with space that you may write to.'
-    ) from None
+    ) from e

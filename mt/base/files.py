@@ -158,6 +158,7 @@ def remove(path: pathlib.Path) -> None:
 
 
 def unwritable(path: pathlib.Path | str, e: OSError) -> errors.UserError:
+  """What to say where a file or folder cannot be written."""
   return errors.UserError(
     f'{path}: cannot write it ({e.strerror or e}); make space there, or name '
     'a folder that you may write to (--workdir, --out, XDG_CACHE_HOME).'

@@ -46,13 +46,8 @@ grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}
 grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
 figure{margin:0;padding:.6rem;background:var(--card);border-radius:.5rem}
 figcaption{font-size:.85rem}figcaption b{color:var(--fg)}
-svg{display:block;width:100%;height:auto;overflow:visible}
-svg text{fill:var(--dim);font-size:11px}svg .grid{stroke:var(--line)}
-polyline.many{opacity:.6}
-polyline{fill:none;stroke-width:1.6;stroke-linejoin:round}
-polyline.series0,circle.series0{stroke:var(--a)}circle.series0{fill:var(--a)}
-polyline.series1,circle.series1{stroke:var(--b)}circle.series1{fill:var(--b)}
-polyline.series2,circle.series2{stroke:var(--good)}circle.series2{fill:var(--good)}
+svg{display:block;width:100%;height:auto;overflow:visible;
+stroke-linejoin:round}
 .key0{color:var(--a)}.key1{color:var(--b)}.key2{color:var(--good)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:left;

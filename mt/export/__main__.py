@@ -15,6 +15,7 @@ from absl import flags
 import ml_dtypes
 import numpy as np
 
+from mt.base import cli
 from mt.base import errors
 from mt.base import files
 from mt.base import journal
@@ -113,11 +114,7 @@ def to_peft(
 _WRITERS = {'hf': to_hf, 'gemma': to_gemma, 'peft': to_peft}
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise errors.UserError(
-      f'{argv[1]!r} is no flag; write --workdir=W --to=hf --out=DIR.'
-    )
+def main(_):
   f = flags.FLAGS
   out = pathlib.Path(f.out)
   files.check_new(out)  # Before minutes go into it.
@@ -137,4 +134,4 @@ if __name__ == '__main__':
     'base', False, 'Export the weights that the run started from.'
   )
   flags.mark_flags_as_required(['workdir', 'out'])
-  errors.run(main)
+  cli.run(main)
