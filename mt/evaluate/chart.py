@@ -27,7 +27,7 @@ _NO_METADATA = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
 _STYLE = {
   'svg.fonttype': 'none',  # Text stays text.
   'svg.hashsalt': '',  # The same page again has the same names in it.
-  'font.size': 11,
+  'font.size': 12,
   'lines.markersize': 4,
   'axes.edgecolor': _LINE,
   'axes.formatter.limits': (-4, 9),

@@ -104,7 +104,7 @@ def test_a_page_stands_alone(folder):
     assert attributes.get('xlink:href', '#').startswith('#')
   style = page.text('style')
   assert 'url(' not in style and '@import' not in style
-  assert 'prefers-color-scheme:dark' in style and '@media(max-width' in style
+  assert 'prefers-color-scheme: dark' in style and '(max-width' in style
   metas = [a for tag, a in page.tags if tag == 'meta']
   (policy,) = [a['content'] for a in metas if 'http-equiv' in a]
   assert policy == "default-src 'none'; style-src 'unsafe-inline'"
