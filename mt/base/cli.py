@@ -140,7 +140,7 @@ def help_of_command() -> str:
   parts = [(sys.modules['__main__'].__doc__ or '').strip(), 'Flags']
   own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
   for flag in sorted(own, key=lambda f: f.name):
-    parts.append(_entry(flag.name, flag.default, flag.help))
+    parts.append(_entry(flag.name, flag.default_unparsed, flag.help))
   if 'config' in flags.FLAGS:
     parts += ['Knobs, with the defaults of configs/default.py', help_of_knobs()]
   return '\n\n'.join(parts)
@@ -154,6 +154,8 @@ def help_of_knobs() -> str:
 
 
 def _entry(name, value, text):
+  if isinstance(value, str):
+    value = repr(value)[1:-1]  # A line break in a prompt.
   shown = '' if value is None else f'={value}'
   indent = '      '
   text = textwrap.fill(

@@ -24,13 +24,15 @@ _VARIABLES = {
 }
 *_, _DIM, _LINE = _VARIABLES
 _NO_METADATA = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+# Left, bottom, width, height. A layout that fits itself takes twice the time.
+_PLACE = 0.13, 0.18, 0.86, 0.79
 _STYLE = {
   'svg.fonttype': 'none',  # Text stays text.
   'svg.hashsalt': '',  # The same page again has the same names in it.
   'font.size': 12,
   'lines.markersize': 4,
   'axes.edgecolor': _LINE,
-  'axes.formatter.limits': (-4, 9),
+  'axes.formatter.limits': (-6, 9),
   'axes.formatter.useoffset': False,
   'axes.facecolor': 'none',
   'axes.grid': True,
@@ -80,8 +82,8 @@ def lines(title: str, series: Sequence[Series]) -> str:
   if not any(points for _, points in series):
     return '<p class="empty">nothing yet</p>'
   with mpl.rc_context(_STYLE):
-    fig = figure.Figure(figsize=(5.4, 3.1), layout='constrained')
-    axes = fig.subplots()
+    fig = figure.Figure(figsize=(5.4, 3.1))
+    axes = fig.add_axes(_PLACE)
     for (_, points), color in zip(series, _VARIABLES, strict=False):
       few = len(points) <= 40
       x, y = zip(*thin(points), strict=True) if points else ((), ())

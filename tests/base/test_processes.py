@@ -107,9 +107,10 @@ def test_the_first_process_decides():
     s.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{s.getsockname()[1]}'
   code = (
-    'import sys; from mt import distributed as d; i = int(sys.argv[1]); '
+    'import sys; from mt.base import processes as d; i = int(sys.argv[1]); '
     f'd.start({address!r}, 2, i); '
-    'print("got", d.of_first(1 / 3 + i), d.agree(i == 0), d.agree(i == 1), '
+    'print("got", d.broadcast_from_first(1 / 3 + i), '
+    'd.agree(i == 0), d.agree(i == 1), '
     '*(int(d.largest(x)) for x in (3 + i, 9 - i, 0)))'
   )
   started = [
