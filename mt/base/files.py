@@ -151,10 +151,7 @@ def remove(path: pathlib.Path) -> None:
   try:
     path.unlink(missing_ok=True)
   except OSError as e:
-    raise errors.UserError(
-      f'{path}: cannot remove what an earlier start left ({e.strerror}); give '
-      '--workdir a folder that you may write to.'
-    ) from e
+    raise unwritable(path, e) from e
 
 
 def unwritable(path: pathlib.Path | str, e: OSError) -> errors.UserError:

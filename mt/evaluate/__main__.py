@@ -135,22 +135,22 @@ def evaluate(
     ),
   }
   if against:
-    out['against'] = _compare(
-      own, workdir, translate_split(against, split, pairs), against
-    )
+    other = translate_split(against, split, pairs)
+    if (other.sources, other.references) != (own.sources, own.references):
+      raise errors.UserError(
+        f'{against}: its {split} split has other sentences '
+        f'({len(other.sources)}) than that of {workdir} ({len(own.sources)}); '
+        'compare runs with the same data, and give both --pairs.'
+      )
+    out['against'] = {
+      'workdir': str(against),
+      'step': other.step,
+      'scores': scores.compare(
+        other.hypotheses, own.hypotheses, own.references
+      ),
+    }
   files.write_json(workdir / 'evaluation' / f'{split}.json', out)
   return out
-
-
-def _compare(own, workdir, other, against):
-  if (other.sources, other.references) != (own.sources, own.references):
-    raise errors.UserError(
-      f'{against}: other sentences ({len(other.sources)}) than those of '
-      f'{workdir} ({len(own.sources)}); compare runs with the same data, and '
-      'give both --pairs.'
-    )
-  found = scores.compare(other.hypotheses, own.hypotheses, own.references)
-  return {'workdir': str(against), 'step': other.step, 'scores': found}
 
 
 def describe(result: dict[str, Any]) -> str:
