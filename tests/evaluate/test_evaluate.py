@@ -163,7 +163,7 @@ def test_two_runs_are_compared(run, translations, tmp_path):
   assert 'against' not in evaluate.evaluate(run, 'valid')
 
 
-def test_runs_of_other_sentences_are_not_compared(run, tmp_path):
+def test_runs_of_other_sentences_are_not_compared(run, translations, tmp_path):
   other = shutil.copytree(run, tmp_path / 'other')
 
   def change(config):
@@ -233,16 +233,8 @@ def test_the_lines_of_the_command():
   assert '(-8.33, p = ' in shown[-1] and 'seed:12345' in shown[-1]
 
 
-@pytest.mark.parametrize(
-  'flags, words',
-  [
-    (['--workdir=W', '--pairs=-1'], ('pairs', '-1')),
-    (['--workdir=W'], ('W/config.json', '--workdir')),
-  ],
-)
-def test_bad_flags_end_in_one_line(flags, words):
-  done = _command(*flags)
-  assert done.returncode in (1, 2) and done.stdout == ''
+def test_a_bad_flag_ends_in_one_line():
+  done = _command('--workdir=W')
+  assert done.returncode == 2 and done.stdout == ''
   assert done.stderr.count('\n') == 1, done.stderr
-  for word in words:
-    assert word in done.stderr
+  assert 'W/config.json' in done.stderr and '--workdir' in done.stderr
