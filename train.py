@@ -4,7 +4,7 @@ import pathlib
 
 from absl import flags
 
-from mt.base import errors
+from mt.base import cli
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', '', 'Folder of the run; runs/CONFIG where none is given.'
@@ -21,8 +21,8 @@ _PLAN = flags.DEFINE_bool(
 )
 
 
-def main(argv):
-  config, path = errors.read_config(argv)
+def main(_):
+  config, path = cli.read_config()
   if _PLAN.value:
     from mt.train import plan  # After the flags: --help takes no seconds.
 
@@ -38,5 +38,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
-  errors.define_config()
-  errors.run(main)
+  cli.define_config()
+  cli.run(main)

@@ -7,6 +7,7 @@ import pytest
 
 _CACHE = tempfile.TemporaryDirectory(prefix='mt-tests-')
 os.environ['XDG_CACHE_HOME'] = _CACHE.name
+os.environ['MPLCONFIGDIR'] = _CACHE.name  # Of matplotlib.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Meshes need devices. What asks for no mesh takes the first.
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'

@@ -4,9 +4,7 @@ from collections.abc import Callable
 import ctypes
 import functools
 from typing import Any
-import uuid
 
-import chex
 import jax
 
 from mt.base import cache
@@ -18,21 +16,25 @@ def jit_once(fn: Callable, shapes: int = 1, **kwargs) -> Callable:
 
   One more trace means that a shape or a dtype changed between two calls, which
   would cost a compilation at every such change; it raises AssertionError.
+  (chex.assert_max_traces counts by the function's source, which two models in
+  one process share.)
 
   Args:
     fn: with a `__name__`, which the compiled program bears.
     shapes: how many shapes of its arguments there are.
     **kwargs: of jax.jit.
   """
+  traces = 0
 
-  def once(*args):
+  @functools.wraps(fn)
+  def counted(*args):
+    nonlocal traces
+    traces += 1
+    if traces > shapes:
+      raise AssertionError(f'{fn.__name__} is traced more than {shapes} times')
     return fn(*args)
 
-  # chex counts by name and place of definition: a fresh name for each wrapper
-  # lets two of them live in one process.
-  once.__name__ = f'{fn.__name__}_{uuid.uuid4().hex}'
-  counted = chex.assert_max_traces(once, n=shapes)
-  return jax.jit(functools.wraps(fn)(counted), **kwargs)
+  return jax.jit(counted, **kwargs)
 
 
 def ahead(fn: Callable, *args: Any) -> None:
@@ -64,6 +66,6 @@ def keep_compiled_programs() -> None:
       raise errors.UserError(
         f'{folder}: cannot keep compiled programs ({e.strerror}); set '
         'JAX_COMPILATION_CACHE_DIR or XDG_CACHE_HOME to a writable folder.'
-      ) from None
+      ) from e
     jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

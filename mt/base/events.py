@@ -17,7 +17,7 @@ from tensorboardX import event_file_writer
 from tensorboardX import summary
 from tensorboardX.proto import event_pb2
 
-from mt.base import errors
+from mt.base import files
 from mt.base import journal
 from mt.base import processes
 
@@ -76,7 +76,4 @@ def _told(where):
   try:
     yield
   except OSError as e:
-    raise errors.UserError(
-      f'{where}: cannot write event files ({e.strerror}); give --workdir a '
-      'folder with space that you may write to.'
-    ) from None
+    raise files.unwritable(where, e) from e

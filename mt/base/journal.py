@@ -58,7 +58,7 @@ def add_metrics(path: pathlib.Path, line: dict[str, Any]) -> None:
     raise errors.UserError(
       f'{path}: cannot write metrics ({e.strerror}); the last checkpoint is '
       'whole: make room and start again.'
-    ) from None
+    ) from e
 
 
 def table_line(

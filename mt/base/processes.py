@@ -9,7 +9,6 @@ from collections.abc import Callable
 import contextlib
 import functools
 import os
-import sys
 from typing import TypeVar
 
 import jax
@@ -77,15 +76,15 @@ def start(coordinator: str, processes: int, process: int) -> None:
     raise errors.UserError(
       f'--coordinator={coordinator}: cannot join the other processes '
       f'({_short(e)}); start all of them with the same coordinator.'
-    ) from None
+    ) from e
 
 
 def _number(name, default):
   text = os.environ.get(name, str(default))
   try:
     return int(text)
-  except ValueError:
-    raise errors.UserError(f'{name} is {text!r}; a number expected.') from None
+  except ValueError as e:
+    raise errors.UserError(f'{name} is {text!r}; a number expected.') from e
 
 
 def _short(e):
@@ -152,17 +151,17 @@ def first_then_others(make: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def exit_if_peer_lost():
-  """Ends this process with one sentence if another one is lost."""
+  """Ends this process with one sentence if another one is lost.
+
+  Raises:
+    errors.ExitNow: an orderly end would wait for the lost one.
+  """
   try:
     yield
   except jax.errors.JaxRuntimeError as e:
     if jax.process_count() == 1:
       raise
-    sys.stdout.flush()
-    print(
-      f'error: process {jax.process_index()} lost another one ({_short(e)}); '
-      'start all of them again, the run goes on from its last checkpoint.',
-      file=sys.stderr,
-      flush=True,
-    )
-    os._exit(errors.EXIT_CODE)  # An orderly end would wait for the lost one.
+    raise errors.ExitNow(
+      f'process {jax.process_index()} lost another one ({_short(e)}); start '
+      'all of them again, the run goes on from its last checkpoint.'
+    ) from e

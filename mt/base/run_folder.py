@@ -81,17 +81,17 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115 Closed below.
   except OSError as e:
-    raise files.unwritable(path, e) from None
+    raise files.unwritable(path, e) from e
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except BlockingIOError as e:
       raise errors.UserError(
         f'{workdir}: another run is at work in it; wait for its end, or give '
         'another --workdir.'
-      ) from None
+      ) from e
     except OSError as e:
-      raise files.unwritable(path, e) from None
+      raise files.unwritable(path, e) from e
     yield
 
 

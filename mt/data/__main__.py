@@ -13,6 +13,7 @@ import matplotlib.figure
 import ml_collections
 import numpy as np
 
+from mt.base import cli
 from mt.base import errors
 from mt.base import journal
 from mt.data import batches
@@ -190,16 +191,16 @@ def _epoch(source, share, size, config) -> str:
 
 def define_flags() -> None:
   """Defines --config and --plot."""
-  errors.define_config()
+  cli.define_config()
   flags.DEFINE_string('plot', '', 'A PNG of the lengths, to be written there.')
 
 
-def main(argv: Sequence[str]) -> None:
-  config, _ = errors.read_config(argv)
+def main(_: Sequence[str]) -> None:
+  config, _ = cli.read_config()
   color = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
   print(show(config, color, flags.FLAGS.plot))
 
 
 if __name__ == '__main__':
   define_flags()
-  errors.run(main)
+  cli.run(main)

@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 import ml_collections
 
+from mt.base import cli
 from mt.base import compiling
 from mt.base import errors
 from mt.base import files
@@ -80,21 +81,26 @@ def translate_split(
   sources = [p.source for p in chosen]
   references = [p.target for p in chosen]
   made = cached.provenance(step, config.decode, sources)
-  path = workdir / 'evaluation' / f'{split}.hypothesis.txt'
-  texts = cached.read_if_current(
-    workdir / 'translations' / f'{split}.after.txt', made
-  )
-  texts = cached.read_if_current(path, made) if texts is None else texts
+  of_run = workdir / 'translations' / f'{split}.after.txt'
+  own = workdir / 'evaluation' / f'{split}.hypothesis.txt'
+  texts = cached.read_if_current(of_run, made)
   if texts is None:
-    config, source, params = checkpoint.load_finetuned(workdir, step)
-    progress = journal.Progress(f'translating {split}', len(sources))
-    translator = translator_lib.from_config(config, source)
-    texts = translator(params, sources, progress.update)
-    progress.close()
+    texts = cached.read_if_current(own, made)
+  if texts is None:
+    texts = _translate(workdir, step, split, sources)
   for name, lines in (('source', sources), ('reference', references)):
-    files.write_lines(path.with_name(f'{split}.{name}.txt'), lines)
-  cached.write(path, made, texts)
+    files.write_lines(own.with_name(f'{split}.{name}.txt'), lines)
+  cached.write(own, made, texts)
   return Evaluated(config, step, sources, references, texts)
+
+
+def _translate(workdir, step, split, sources):
+  config, source, params = checkpoint.load_finetuned(workdir, step)
+  progress = journal.Progress(f'translating {split}', len(sources))
+  translator = translator_lib.from_config(config, source)
+  texts = translator(params, sources, progress.update)
+  progress.close()
+  return texts
 
 
 def evaluate(
@@ -164,24 +170,23 @@ def describe(result: dict[str, Any]) -> str:
       text = f'{row["sentences"]:6,}  {row["chrf"]:6.2f}'
     out.append(f'  {name:14}{text}')
   if 'against' in result:
-    other = result['against']
-    out.append(f'against {other["workdir"]}, step {other["step"]}')
-    for name in scores.NAMES:
-      row = other['scores'][name]
-      out.append(
-        f'{name:10} {row["baseline"]:6.2f} ±{row["baseline_interval"]:.2f} -> '
-        f'{row["score"]:6.2f} ±{row["interval"]:.2f}  '
-        f'({row["score"] - row["baseline"]:+.2f}, p = {row["p"]:.4f})  '
-        f'{row["signature"]}'
-      )
+    out += _describe_comparison(result['against'])
   return '\n'.join(out)
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise errors.UserError(
-      f'{argv[1]!r} is no flag; write --workdir=W --split=valid, with dashes.'
+def _describe_comparison(other):
+  yield f'against {other["workdir"]}, step {other["step"]}'
+  for name in scores.NAMES:
+    row = other['scores'][name]
+    yield (
+      f'{name:10} {row["baseline"]:6.2f} ±{row["baseline_interval"]:.2f} -> '
+      f'{row["score"]:6.2f} ±{row["interval"]:.2f}  '
+      f'({row["score"] - row["baseline"]:+.2f}, p = {row["p"]:.4f})  '
+      f'{row["signature"]}'
     )
+
+
+def main(_):
   given = flags.FLAGS
   compiling.keep_compiled_programs()
   workdir = pathlib.Path(given.workdir)
@@ -208,4 +213,4 @@ if __name__ == '__main__':
     lower_bound=0,
   )
   flags.mark_flag_as_required('workdir')
-  errors.run(main)
+  cli.run(main)

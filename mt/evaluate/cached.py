@@ -4,7 +4,6 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import contextlib
 import hashlib
-import inspect
 import json
 import pathlib
 from typing import Any
@@ -15,13 +14,26 @@ from mt.base import cache
 from mt.base import errors
 from mt.base import files
 from mt.base import processes
-from mt.data import template
-from mt.data import tokenizer
-from mt.gemma import model
-from mt.translate import batching
-from mt.translate import decode
-from mt.translate import search
-from mt.translate import translator as translator_lib
+
+# All code that makes a translation, in mt/: whole rooms, and two files.
+_CODE = 'gemma', 'weights', 'translate', 'data/template.py', 'data/tokenizer.py'
+_MT = pathlib.Path(__file__).parents[1]
+
+
+def code_digest() -> str:
+  """A digest of the code that makes translations: changed code, changed digest.
+
+  A fork that changes RoPE is not to be shown the old model's translations.
+  """
+  paths = [
+    path
+    for part in _CODE
+    for path in ([_MT / part] if '.' in part else (_MT / part).rglob('*.py'))
+  ]
+  digest = hashlib.sha256()
+  for path in sorted(paths):
+    digest.update(f'{path.relative_to(_MT)}\n'.encode() + path.read_bytes())
+  return digest.hexdigest()
 
 
 def cached(key: Any, make: Callable[[], list[str]]) -> list[str]:
@@ -31,21 +43,11 @@ def cached(key: Any, make: Callable[[], list[str]]) -> list[str]:
   run that starts from it; a sweep pays for them once.
 
   Args:
-    key: JSON; the code of the decoder is added.
+    key: JSON; the code that translates is added.
     make: () -> translations.
   """
-  modules = (
-    model,
-    decode,
-    search,
-    batching,
-    translator_lib,
-    template,
-    tokenizer,
-  )
-  code = [inspect.getsource(m) for m in modules]
-  digest = hashlib.sha256(json.dumps([key, code]).encode()).hexdigest()
-  path = cache.cache_dir() / 'translations' / f'{digest}.json'
+  digest = hashlib.sha256(json.dumps([key, code_digest()]).encode())
+  path = cache.cache_dir() / 'translations' / f'{digest.hexdigest()}.json'
   texts = None
   if processes.is_first() and path.exists():
     with contextlib.suppress(errors.UserError):  # Damaged: made once more.

@@ -26,56 +26,7 @@ _ABOUT_NOISE = (
   '<p class="dim">A sentence may be in several classes; the rules are '
   'in mt/evaluate/noise.py.</p>'
 )
-_STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1c1c20;--dim:#5e5e6a;
---line:#dcdce2;--card:#f6f6f9;--a:#1d5fbf;--b:#b4500f;--mark:#ffe0c7;
---good:#17693a;--bad:#a8261d}
-@media(prefers-color-scheme:dark){:root{--bg:#141519;--fg:#e7e7ea;--dim:#a0a0ac;
---line:#35363d;--card:#1d1f25;--a:#7fb2ff;--b:#ffb077;--mark:#5c3410;
---good:#7dd39b;--bad:#ff9c92}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:1rem;max-width:75rem;background:var(--bg);
-color:var(--fg);font:1rem/1.5 system-ui,sans-serif;
--webkit-text-size-adjust:100%}
-h1{font-size:1.5rem;margin:0;overflow-wrap:anywhere}
-h2{font-size:1.2rem;margin:2rem 0 .5rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
-p{margin:.3rem 0}.dim,small,figcaption,.empty{color:var(--dim)}
-.grid{display:grid;gap:1rem 2rem;
-grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}
-.charts{display:grid;gap:1rem;
-grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
-figure{margin:0;padding:.6rem;background:var(--card);border-radius:.5rem}
-figcaption{font-size:.85rem}figcaption b{color:var(--fg)}
-svg{display:block;width:100%;height:auto;overflow:visible}
-svg text{fill:var(--dim);font-size:11px}svg .grid{stroke:var(--line)}
-polyline.many{opacity:.6}
-polyline{fill:none;stroke-width:1.6;stroke-linejoin:round}
-polyline.series0,circle.series0{stroke:var(--a)}circle.series0{fill:var(--a)}
-polyline.series1,circle.series1{stroke:var(--b)}circle.series1{fill:var(--b)}
-polyline.series2,circle.series2{stroke:var(--good)}circle.series2{fill:var(--good)}
-.key0{color:var(--a)}.key1{color:var(--b)}.key2{color:var(--good)}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:left;
-vertical-align:top;overflow-wrap:anywhere}
-th{font-weight:600}thead th{color:var(--dim);font-size:.85rem}
-.num{text-align:right}.numbers{max-width:40rem}
-.numbers th,.numbers td{white-space:nowrap}
-@media(max-width:30rem){.numbers th,.numbers td{padding:.3rem .2rem;
-font-size:.85rem}}
-.up{color:var(--good)}.down{color:var(--bad)}
-code{font:.85rem/1.4 ui-monospace,monospace;overflow-wrap:anywhere}
-mark{background:var(--mark);color:inherit;border-radius:.2rem;padding:0 .1em}
-.gap{color:var(--b);font-weight:700}
-.tag{display:inline-block;border:1px solid var(--line);border-radius:1rem;
-padding:0 .5rem;margin-right:.3rem;font-size:.75rem;color:var(--dim)}
-.sentences{table-layout:fixed}.sentences p{margin:0;white-space:pre-wrap}
-@media(max-width:48rem){.sentences,.sentences tbody,.sentences tr,.sentences td{
-display:block}.sentences thead{display:none}
-.sentences tr{padding:.6rem;margin:.6rem 0;background:var(--card);
-border-radius:.5rem}.sentences td{border:0;padding:.2rem 0}
-.sentences td::before{content:attr(data-name);display:block;font-size:.75rem;
-color:var(--dim)}}
-"""
+_STYLE = pathlib.Path(__file__).with_suffix('.css').read_text('utf-8')
 
 
 def write(workdir: pathlib.Path) -> None:
@@ -90,35 +41,16 @@ def write(workdir: pathlib.Path) -> None:
 def page(workdir: pathlib.Path) -> str:
   """The page, see `write`."""
   config = files.read_json(workdir / 'config.json')
-  curves, last = _read_curves(workdir / 'metrics.jsonl')
   scores = {}
   if (workdir / 'scores.json').exists():
     scores = files.read_json(workdir / 'scores.json')
-  name = workdir.absolute().name
-  steps = config['train']['max_steps']
-  title = ', '.join(
-    config[group][knob]
-    for group, knob in (
-      ('weights', 'source'),
-      ('data', 'pair'),
-      ('train', 'parts'),
-    )
-  )
-  state = 'done' if scores else 'running: scores come at the end'
-  out = [
-    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-    "style-src 'unsafe-inline'\">"
-    '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    f'<title>{_text(name)}</title><style>{_STYLE}</style></head><body>'
-    f'<h1>{_text(name)}</h1><p class="dim">{_text(title)}; '
-    f'step {last:,} of {steps:,}, {state}</p>'
-  ]
+  curves, last = _read_curves(workdir / 'metrics.jsonl')
+  out = [_head(workdir.absolute().name, config, last, bool(scores))]
   if scores:
     tables = [(split, _scores(both)) for split, both in scores.items()]
     out += ['<h2>Scores</h2>', _grid(tables)]
     out.append(_signatures(next(iter(scores.values()))['after']))
-  out += ['<h2>Curves</h2>', _curves(curves, scores, steps)]
+  out += ['<h2>Curves</h2>', _curves(curves, scores, last)]
   if scores:
     tables = [
       (split, _noise(both['before']['noise'], both['after']['noise']))
@@ -130,26 +62,49 @@ def page(workdir: pathlib.Path) -> str:
     if '.' not in path.stem:
       out.append(_evaluation(path.stem, files.read_json(path)))
   for split in scores:
-    out.append(f'<h2>Sentences: {_text(split)}</h2>')
     texts = [
       files.read_lines(workdir / 'translations' / f'{split}.{name}.txt')
       for name in sentences.COLUMNS
     ]
+    out.append(f'<h2>Sentences: {_text(split)}</h2>')
     out.append(sentences.tables(*texts, *config['data']['pair'].split('-')))
-  defaults = default.get_config().to_dict()
-  old = json.loads(json.dumps(defaults))
-  rows = [
-    (f'<code>{_text(knob)}</code>', _code(now), _code(was))
-    for knob, was, now in run_folder.differences(old, config)
-  ]
-  out.append('<h2>Config that differs from the default</h2>')
-  out.append(_table(('knob', 'here', 'default'), rows) if rows else _nothing())
-  rows = [
-    (_text(key), _code(value))
-    for key, value in files.read_json(workdir / 'environment.json').items()
-  ]
+  out += ['<h2>Config that differs from the default</h2>', _config(config)]
+  environment = files.read_json(workdir / 'environment.json')
+  rows = [(_text(key), _code(value)) for key, value in environment.items()]
   out += ['<h2>Environment</h2>', _table(('', ''), rows), '</body></html>\n']
   return '\n'.join(out)
+
+
+def _head(name, config, last, done) -> str:
+  title = ', '.join(
+    (
+      config['weights']['source'],
+      config['data']['pair'],
+      config['train']['parts'],
+    )
+  )
+  state = 'done' if done else 'running: scores come at the end'
+  return (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+    "style-src 'unsafe-inline'\">"
+    '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    f'<title>{_text(name)}</title>'
+    f'<style>{_STYLE}</style></head><body>'
+    f'<h1>{_text(name)}</h1><p class="dim">{_text(title)}; '
+    f'step {last:,} of {config["train"]["max_steps"]:,}, {state}</p>'
+  )
+
+
+def _config(config) -> str:
+  was = json.loads(json.dumps(default.get_config().to_dict()))
+  rows = [
+    (f'<code>{_text(knob)}</code>', _code(now), _code(old))
+    for knob, old, now in run_folder.differences(was, config)
+  ]
+  if not rows:
+    return '<p class="dim">nothing</p>'
+  return _table(('knob', 'here', 'default'), rows)
 
 
 def _text(value: Any) -> str:
@@ -159,10 +114,6 @@ def _text(value: Any) -> str:
 def _code(value):
   shown = value if isinstance(value, str) else json.dumps(value)
   return f'<code>{_text(shown)}</code>'
-
-
-def _nothing():
-  return '<p class="dim">nothing</p>'
 
 
 def _table(head, rows, numbers: Sequence[int] = ()) -> str:
@@ -227,13 +178,13 @@ def _read_curves(path):
   return curves, last
 
 
-def _curves(curves, scores, steps) -> str:
+def _curves(curves, scores, last) -> str:
   loss = [('training', curves['loss']), ('validation', curves['valid_loss'])]
   if minitrain := curves['minitrain_loss']:
     loss.append(('minitrain: memorised?', minitrain))
 
   def at(both, when):  # Runs of old have no step in their scores.
-    return both[when].get('step', {'before': 0, 'after': steps}[when])
+    return both[when].get('step', {'before': 0, 'after': last}[when])
 
   chrf = [('validation', curves['valid_chrf'])]
   if not chrf[0][1]:

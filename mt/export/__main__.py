@@ -9,17 +9,15 @@
            base is what --to=hf --base writes
 """
 
-from collections.abc import Iterator
-import contextlib
-import os
 import pathlib
-import shutil
 
 from absl import flags
 import ml_dtypes
 import numpy as np
 
+from mt.base import cli
 from mt.base import errors
+from mt.base import files
 from mt.base import journal
 from mt.base import run_folder
 from mt.train import checkpoint
@@ -28,44 +26,6 @@ from mt.weights import hf
 from mt.weights import peft
 
 _DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
-
-
-@contextlib.contextmanager
-def new_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder to write into, which becomes `out` when the block ends well.
-
-  Nothing is left behind otherwise.
-
-  Raises:
-    errors.UserError: `out` is there and not an empty folder, the disk is full
-      or not writable.
-  """
-  out = out.absolute()
-  part = out.with_name(f'.{out.name}.{os.getpid()}.part')
-  check_new(out)
-  try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part.mkdir()
-    try:
-      yield part
-      check_new(out)  # Minutes have passed.
-      os.replace(part, out)
-    finally:
-      shutil.rmtree(part, ignore_errors=True)
-  except OSError as e:
-    raise errors.UserError(
-      f'{e.filename or out}: cannot write it ({e.strerror}); give --out a '
-      'folder with space that you may write to.'
-    ) from None
-
-
-def check_new(out: pathlib.Path) -> None:
-  """Refuses what is there already, before minutes go into an export."""
-  if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
-    raise errors.UserError(
-      f'{out}: there already, and nothing is overwritten; give --out a new '
-      'folder.'
-    )
 
 
 def _step(workdir, which):
@@ -101,7 +61,7 @@ def to_hf(
     which: of the run's checkpoints, see checkpoint.find_step.
   """
   source, params = _load(workdir, base, which)
-  with new_folder(out) as part:
+  with files.new_folder(out) as part:
     hf.write(part, source.config, params, source.tokenizer, _DTYPES[dtype])
 
 
@@ -114,7 +74,7 @@ def to_gemma(
 ) -> None:
   """Writes Google's own Flax layout; the arguments are those of to_hf."""
   source, params = _load(workdir, base, which)
-  with new_folder(out) as part:
+  with files.new_folder(out) as part:
     flax_out.write(part, source.config, params, source.tokenizer, dtype)
 
 
@@ -139,7 +99,7 @@ def to_peft(
     )
   at = _step(workdir, which)
   config, source, trained, _ = checkpoint.load_trained(workdir, at)
-  with new_folder(out) as part:
+  with files.new_folder(out) as part:
     peft.write(
       part,
       source.config,
@@ -154,14 +114,10 @@ def to_peft(
 _WRITERS = {'hf': to_hf, 'gemma': to_gemma, 'peft': to_peft}
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise errors.UserError(
-      f'{argv[1]!r} is no flag; write --workdir=W --to=hf --out=DIR.'
-    )
+def main(_):
   f = flags.FLAGS
   out = pathlib.Path(f.out)
-  check_new(out)
+  files.check_new(out)  # Before minutes go into it.
   _WRITERS[f.to](pathlib.Path(f.workdir), out, f.dtype, f.base, f.checkpoint)
   journal.say(f'written: {out}')
 
@@ -178,4 +134,4 @@ if __name__ == '__main__':
     'base', False, 'Export the weights that the run started from.'
   )
   flags.mark_flags_as_required(['workdir', 'out'])
-  errors.run(main)
+  cli.run(main)

@@ -29,6 +29,7 @@ from typing import BinaryIO
 from absl import flags
 import ml_collections
 
+from mt.base import cli
 from mt.base import compiling
 from mt.base import errors
 from mt.base import run_folder
@@ -259,4 +260,4 @@ def _write(stream: BinaryIO, lines: Sequence[str]) -> None:
 
 if __name__ == '__main__':
   define_flags()
-  errors.run(main)
+  cli.run(main)

@@ -72,7 +72,7 @@ def test_full_during_each_kind_of_file_and_then_not(
 
   def refused(*words):
     refusal(lambda: loop.run(config, workdir), *words)
-    assert not list(run_folder.rglob('*.part'))
+    assert not list(workdir.rglob('*.part'))
     monkeypatch.undo()
     (disk / 'filler').unlink()
 
@@ -124,7 +124,7 @@ _HOLDER = """
 import sys, time
 from mt.base import run_folder
 import pathlib
-with workdir.locked(pathlib.Path(sys.argv[1])):
+with run_folder.locked(pathlib.Path(sys.argv[1])):
   print('locked', flush=True)
   time.sleep(1000)
 """

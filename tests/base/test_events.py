@@ -89,5 +89,5 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
   (tmp_path / 'tensorboard').write_text('')
   refusal(
-    lambda: events.open_writer(tmp_path), tmp_path, 'event files', '--workdir'
+    lambda: events.open_writer(tmp_path), tmp_path, 'cannot write', '--workdir'
   )

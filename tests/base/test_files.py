@@ -1,3 +1,7 @@
+"""Files and folders are written whole or not at all."""
+
+import pytest
+
 from mt.base import files
 from mt.base import run_folder
 from tests.fixtures.refusal import refusal
@@ -20,6 +24,57 @@ def test_damaged_files_are_one_sentence(tmp_path):
   refusal(lambda: files.read_json(path), path, 'damaged JSON')
   path.unlink()
   refusal(lambda: files.read_lines(path), path, 'cannot read it')
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+  path = tmp_path / 'new' / 'x'
+  with files.new_file(path) as f:
+    f.write(b'old')
+    assert not path.exists()
+  with pytest.raises(ZeroDivisionError), files.new_file(path, 'w') as f:
+    f.write(str(1 / 0))
+  assert path.read_text() == 'old'
+  with files.new_file(path, 'w') as f:
+    f.write('é')
+  assert path.read_bytes() == 'é'.encode()
+  assert [p.name for p in path.parent.iterdir()] == ['x']
+
+  def into_a_file():
+    with files.new_file(path / 'y'):
+      raise AssertionError
+
+  refusal(into_a_file, path, 'cannot write', '--workdir')
+
+
+def test_the_folder_appears_when_it_is_whole(tmp_path):
+  out = tmp_path / 'out'
+  with files.new_folder(out) as part:
+    (part / 'a').write_text('')
+    assert not out.exists()
+  assert [p.name for p in out.iterdir()] == ['a']
+
+
+def test_a_race_for_the_folder_is_lost_politely(tmp_path):
+  out = tmp_path / 'out'
+
+  def other_was_faster():
+    with files.new_folder(out) as part:
+      (part / 'a').write_text('')
+      out.mkdir()
+      (out / 'precious').write_text('')
+
+  refusal(other_was_faster, out, 'there already')
+  assert [p.name for p in out.iterdir()] == ['precious']
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+  (tmp_path / 'file').write_text('')
+
+  def into_a_file():
+    with files.new_folder(tmp_path / 'file' / 'out'):
+      raise AssertionError
+
+  refusal(into_a_file, tmp_path / 'file', 'cannot write', '--out')
 
 
 def test_differences_are_named():

@@ -73,32 +73,28 @@ def _numbers(workdir, *kinds):
 
 
 def test_two_processes_are_one_run(tmp_path):
-  """From two to one, and from one to two, in the middle of a run."""
-  one, two = '--config.mesh.data=1', '--config.mesh.data=-1'
-  fsdp, half = '--config.mesh.fsdp=2', '--config.train.max_steps=2'
-  whole = '--config.train.max_steps=4'
-  _run(tmp_path / 'whole', 1, one, whole)
-  outs = _run(tmp_path / 'fewer', 2, two, fsdp, half)
+  """From one to two, and from two to one, in the middle of a run."""
+  one, two = ('--config.mesh.data=1',), ('--config.mesh.fsdp=2',)
+  steps = '--config.train.max_steps='
+  whole, workdir = tmp_path / 'whole', tmp_path / 'changing'
+  _run(whole, 1, *one, steps + '6')
+  _run(workdir, 1, *one, steps + '2')
+  outs = _run(workdir, 2, *two, '--config.mesh.data=-1', steps + '4')
   assert 'data 2 x fsdp 2' in outs[0] and '2 processes' in outs[0]
   # Process 0 speaks for both; the other's lines are Gloo's own.
   assert 'step' in outs[0] and 'step' not in outs[1]
-  assert 'resumed' in _run(tmp_path / 'fewer', 1, one, whole)[0]
-  _run(tmp_path / 'more', 1, one, half)
-  outs = _run(tmp_path / 'more', 2, two, fsdp, whole)
   assert 'resumed' in outs[0] and 'valid chrf' in outs[0]
-  scored = json.loads((tmp_path / 'more' / 'scores.json').read_text())['valid']
-  curve = _numbers(tmp_path / 'more', 'valid_chrf')
+  scored = json.loads((workdir / 'scores.json').read_text())['valid']
+  curve = _numbers(workdir, 'valid_chrf')
   chosen = max((chrf, at) for (at, _), chrf in curve.items() if at)[1]
   assert scored['after']['step'] == chosen
   assert f'best: step {chosen} of 4' in outs[0] and 'best' not in outs[1]
+  assert 'resumed' in _run(workdir, 1, *one, steps + '6')[0]
   kinds = 'loss', 'valid_loss', 'minitrain_loss'
-  want = _numbers(tmp_path / 'whole', *kinds)
-  assert len(want) == 4 + 3 + 3
-  for name in ('fewer', 'more'):
-    got = _numbers(tmp_path / name, *kinds)
-    assert got.keys() == want.keys()
-    for key, value in want.items():
-      np.testing.assert_allclose(got[key], value, rtol=1e-5, err_msg=str(key))
+  want, got = _numbers(whole, *kinds), _numbers(workdir, *kinds)
+  assert len(want) == 6 + 4 + 4 and got.keys() == want.keys()
+  for key, value in want.items():
+    np.testing.assert_allclose(got[key], value, rtol=1e-5, err_msg=str(key))
 
 
 def test_the_first_process_decides():
@@ -107,9 +103,10 @@ def test_the_first_process_decides():
     s.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{s.getsockname()[1]}'
   code = (
-    'import sys; from mt import distributed as d; i = int(sys.argv[1]); '
+    'import sys; from mt.base import processes as d; i = int(sys.argv[1]); '
     f'd.start({address!r}, 2, i); '
-    'print("got", d.of_first(1 / 3 + i), d.agree(i == 0), d.agree(i == 1), '
+    'print("got", d.broadcast_from_first(1 / 3 + i), '
+    'd.agree(i == 0), d.agree(i == 1), '
     '*(int(d.largest(x)) for x in (3 + i, 9 - i, 0)))'
   )
   started = [

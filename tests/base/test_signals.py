@@ -61,7 +61,7 @@ def test_saved_within_a_step_and_the_same_run_after(
 
 _TWICE = """
 import os, signal
-from mt.base import errors, signals
+from mt.base import cli, signals
 def main(_):
   with signals.listening() as listener:
     os.kill(os.getpid(), signal.SIGTERM)
@@ -70,12 +70,12 @@ def main(_):
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
     print('still here')
-errors.run(main)
+cli.run(main)
 """
 _OUTSIDE = """
 import os, signal
-from mt.base import errors
-errors.run(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+from mt.base import cli
+cli.run(lambda _: os.kill(os.getpid(), signal.SIGTERM))
 """
 
 

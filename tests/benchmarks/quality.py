@@ -22,6 +22,7 @@ import time
 from absl import flags
 
 from configs import gemma3_270m
+from mt.base import cli
 from mt.base import compiling
 from mt.base import errors
 from mt.data import corpus
@@ -115,4 +116,4 @@ if __name__ == '__main__':
   flags.DEFINE_float('seconds', 3600, 'Of training.', 1)
   flags.DEFINE_float('learning_rate', 1e-3, 'Highest, of AdamW.')
   flags.DEFINE_integer('threads', 2, 'CPUs that PEFT may use.', 1)
-  errors.run(main)
+  cli.run(main)

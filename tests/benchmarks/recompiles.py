@@ -18,6 +18,7 @@ from absl import flags
 import jax
 
 from configs import gemma3_270m
+from mt.base import cli
 from mt.base import errors
 from mt.gemma import model
 from mt.gemma import sizes
@@ -122,4 +123,4 @@ def main(argv):
 if __name__ == '__main__':
   flags.DEFINE_integer('sentences', 1000, 'In each of the two calls.', 1)
   flags.DEFINE_bool('real', False, 'The whole of Gemma 3 270M.')
-  errors.run(main)
+  cli.run(main)

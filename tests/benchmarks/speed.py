@@ -24,6 +24,7 @@ import time
 
 from absl import flags
 
+from mt.base import cli
 from mt.base import errors
 from mt.data import batches
 from mt.data import corpus
@@ -211,4 +212,4 @@ if __name__ == '__main__':
   flags.DEFINE_integer('threads', 2, 'CPUs that each process may use.', 1)
   flags.DEFINE_list('only', [], 'Sides, tasks or SIDE.TASK; all if not given.')
   flags.DEFINE_string('work', 'runs/bench', 'Folder for models and answers.')
-  errors.run(main)
+  cli.run(main)

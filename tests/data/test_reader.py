@@ -107,12 +107,12 @@ def test_what_does_not_come_is_an_error_in_time():
 _SILENT = """
 import time
 import grain
-from mt.base import errors
+from mt.base import cli
 from mt.data import reader
 def main(_):
   rows = grain.MapDataset.range(9).map(lambda _: time.sleep(1000))
   next(reader.Reader(lambda _: rows.to_iter_dataset(), 9, 'a.tsv', None, 0.5))
-errors.run(main)
+cli.run(main)
 """
 
 
@@ -125,7 +125,7 @@ def test_nobody_waits_for_what_does_not_come():
     text=True,
     timeout=120,
   )
-  assert done.returncode == errors.EXIT_CODE
+  assert done.returncode == errors.UserError.code
   assert done.stderr.count('\n') == 1 and 'a.tsv' in done.stderr
 
 

@@ -1,33 +1,10 @@
 import math
+import re
 from xml.etree import ElementTree
 
-from hypothesis import given
-from hypothesis import strategies as st
 import pytest
 
 from mt.evaluate import chart
-
-
-@pytest.mark.parametrize(
-  'low, high, expected',
-  [
-    (0, 100, [0, 20, 40, 60, 80, 100]),
-    (0.31, 2.4, [0.5, 1.0, 1.5, 2.0]),
-    (1, 7, [2, 4, 6]),
-    (0, 0.004, [0, 0.001, 0.002, 0.003, 0.004]),
-    (5, 5, [5]),
-  ],
-)
-def test_ticks(low, high, expected):
-  assert chart.ticks(low, high) == pytest.approx(expected)
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_ticks_are_few_and_within(low, size):
-  found = chart.ticks(low, low + size)
-  assert 1 <= len(found) <= 6
-  slack = size * 1e-6 + abs(low) * 1e-9
-  assert all(low - slack <= t <= low + size + slack for t in found)
 
 
 def test_thin_keeps_the_mean():
@@ -42,58 +19,63 @@ def test_thin_keeps_the_mean():
 
 
 def _svg(text):
+  """The element, the dots of each curve and how many points each line has."""
   root = ElementTree.fromstring(text)
-  return root, [e for e in root if e.tag == 'circle']
+  dots, lines = {}, {}
+  for e in root.iter():
+    color = re.search(r'stroke: var\((--a|--b|--good)\)', e.get('style', ''))
+    if color and e.tag.endswith('use'):
+      place = float(e.get('x')), float(e.get('y'))
+      dots.setdefault(color[1], []).append(place)
+    elif color and 'fill: none' in e.get('style'):
+      lines[color[1]] = len(re.findall('[ML]', e.get('d')))
+  return root, dots, lines
 
 
 def test_higher_is_higher_and_later_is_further_right():
-  _, dots = _svg(chart.lines('Loss', [('a', [(0, 1.0), (10, 3.0), (20, 2.0)])]))
-  xs = [float(d.get('cx')) for d in dots]
-  ys = [float(d.get('cy')) for d in dots]
-  assert xs == sorted(xs) and xs[1] - xs[0] == pytest.approx(
-    xs[2] - xs[1], 0.01
-  )
+  text = chart.lines('Loss', [('a', [(0, 1.0), (10, 3.0), (20, 2.0)])])
+  root, dots, _ = _svg(text)
+  xs, ys = zip(*dots['--a'], strict=True)
+  assert list(xs) == sorted(xs)
+  assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], 0.01)
   assert ys[1] < ys[2] < ys[0]
   assert ys[2] == pytest.approx((ys[0] + ys[1]) / 2, abs=0.1)
-
-
-def test_all_of_it_is_inside():
-  series = [('a', [(x, math.sin(x) * 1e3) for x in range(30)])]
-  root, dots = _svg(chart.lines('t', series))
   _, _, width, height = map(float, root.get('viewBox').split())
-  for dot in dots:
-    assert 0 <= float(dot.get('cx')) <= width
-    assert 0 <= float(dot.get('cy')) <= height
+  assert all(0 <= x <= width and 0 <= y <= height for x, y in dots['--a'])
 
 
-def test_series_have_their_own_class():
-  root, dots = _svg(
-    chart.lines('t', [('a', [(0, 1)]), ('b', [(0, 2), (1, 3)])])
+def test_it_belongs_into_a_page():
+  """Text is text, colours are the page's, nothing is fetched or changed."""
+  text = chart.lines('<script>"&', [('a', [(0, 1.0), (1, 2.0)])])
+  root, _, _ = _svg(text)
+  assert root[0].text == '<script>"&' and root[0].tag.endswith('title')
+  texts = [e.text for e in root.iter() if e.tag.endswith('text')]
+  assert 'step' in texts and '1' in texts and '1.0' in texts
+  assert not re.search(
+    '#00000|<style|metadata|font-family|width="[0-9.]+pt', text
   )
-  assert [d.get('class') for d in dots] == ['series0', 'series1', 'series1']
-  assert [e.get('class') for e in root if e.tag == 'polyline'] == ['series1']
+  assert all(x[0] == '#' for x in re.findall('href="([^"]*)', text))
+  assert text == chart.lines('<script>"&', [('a', [(0, 1.0), (1, 2.0)])])
 
 
-def test_many_points_are_a_line_without_dots():
-  root, dots = _svg(chart.lines('t', [('a', [(x, x) for x in range(10**4)])]))
-  (line,) = [e for e in root if e.tag == 'polyline']
-  assert not dots and len(line.get('points').split()) < 500
+def test_each_series_has_its_colour_and_many_points_have_no_dots():
+  many = [(x, x) for x in range(10**4)]
+  _, dots, lines = _svg(
+    chart.lines('t', [('a', many), ('b', [(0, 2), (1, 3)]), ('c', [(0, 1)])])
+  )
+  assert {name: len(d) for name, d in dots.items()} == {'--b': 2, '--good': 1}
+  assert lines['--a'] < 500 and lines['--b'] == 2
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_left_out(value):
-  _, dots = _svg(chart.lines('t', [('a', [(0, 1.0), (1, value), (2, 2.0)])]))
-  assert len(dots) == 2
+  points = [(0, 1.0), (1, value), (2, 2.0)]
+  _, dots, _ = _svg(chart.lines('t', [('a', points)]))
+  assert len(dots['--a']) == 2
 
 
 def test_nothing_and_one_value():
   assert 'nothing yet' in chart.lines('t', [('a', [])])
   assert 'nothing yet' in chart.lines('t', [])
-  for value in (0, 5.0, -5.0):
-    assert len(_svg(chart.lines('t', [('a', [(3, value)])]))[1]) == 1
-
-
-def test_names_are_text():
-  root, _ = _svg(chart.lines('<script>"&', [('a', [(0, 1)])], 'a<b'))
-  assert root.find('title').text == '<script>"&'
-  assert 'a<b' in [e.text for e in root]
+  for value in (0, 5.0, -5.0, 1e12):
+    assert len(_svg(chart.lines('t', [('a', [(3, value)])]))[1]['--a']) == 1

@@ -13,7 +13,6 @@ from mt.base import files
 from mt.data import corpus
 from mt.evaluate import __main__ as evaluate
 from mt.evaluate import scores
-from mt.train import checkpoint
 from mt.train import loop
 from tests.fixtures.refusal import refusal
 
@@ -57,15 +56,14 @@ def _change(path, change):
 
 @pytest.fixture
 def translations(monkeypatch):
-  """The folders whose model is read in order to translate."""
+  """Nothing is translated: the folders whose model would do it."""
   folders = []
-  real = checkpoint.load_finetuned
 
-  def load(folder, at):
+  def translate(folder, step, split, sources):
     folders.append(folder)
-    return real(folder, at)
+    return [f'made of {source}' for source in sources]
 
-  monkeypatch.setattr(checkpoint, 'load_finetuned', load)
+  monkeypatch.setattr(evaluate, '_translate', translate)
   return folders
 
 
@@ -84,19 +82,18 @@ def test_what_the_run_translated_is_not_translated_again(
   assert files.read_json(run / 'evaluation' / f'{split}.json') == got
 
 
-def test_a_split_that_the_run_left_out_is_translated_once(run, translations):
+def test_a_split_that_the_run_left_out_is_translated_once(run, monkeypatch):
   for file in (run / 'translations').glob('test.*'):
     file.rename(run / file.name)
   evaluate.evaluate(run, 'test')
-  assert translations == [run]
   made = _lines(run, 'evaluation/test.hypothesis')
   assert made == _lines(run, 'test.after')
   assert len(set(made)) > 1 or made[0]
   assert _lines(run, 'evaluation/test.source') == _lines(run, 'test.source')
   reference = _lines(run, 'evaluation/test.reference')
   assert reference == _lines(run, 'test.reference')
+  monkeypatch.delattr(evaluate, '_translate')
   evaluate.evaluate(run, 'test')
-  assert translations == [run]
 
 
 def _another_step(run):
@@ -166,7 +163,7 @@ def test_two_runs_are_compared(run, translations, tmp_path):
   assert 'against' not in evaluate.evaluate(run, 'valid')
 
 
-def test_runs_of_other_sentences_are_not_compared(run, tmp_path):
+def test_runs_of_other_sentences_are_not_compared(run, translations, tmp_path):
   other = shutil.copytree(run, tmp_path / 'other')
 
   def change(config):
@@ -188,6 +185,8 @@ def test_what_is_no_run(run, tmp_path):
   empty.mkdir()
   refusal(lambda: evaluate.evaluate(empty, 'valid'), empty / 'config.json')
   assert list(empty.iterdir()) == []
+  none = 'no checkpoint of step 7'
+  refusal(lambda: evaluate.evaluate(run, 'valid', which='7'), run, none)
   shutil.rmtree(run / 'checkpoints')
   refusal(lambda: evaluate.evaluate(run, 'valid'), run, 'no checkpoint')
 
@@ -207,8 +206,6 @@ def test_the_command(run):
   assert done.stderr == ''
   result = json.loads((run / 'evaluation' / 'test.json').read_text())
   assert done.stdout == evaluate.describe(result) + '\n'
-  done = _command(f'--workdir={run}', '--checkpoint=7')
-  assert done.returncode == 2 and 'no checkpoint of step 7' in done.stderr
   page = (run / 'report.html').read_text()
   assert 'Evaluation: test' in page and f'against {run}' in page
 
@@ -236,19 +233,8 @@ def test_the_lines_of_the_command():
   assert '(-8.33, p = ' in shown[-1] and 'seed:12345' in shown[-1]
 
 
-@pytest.mark.parametrize(
-  'flags, words',
-  [
-    (['--workdir=W', '--split=train'], ('split', 'train')),
-    (['--workdir=W', '--pairs=-1'], ('pairs', '-1')),
-    (['--workdir=W', 'test'], ("'test'",)),
-    (['--workdir=W'], ('W/config.json', '--workdir')),
-    ([], ('--workdir',)),
-  ],
-)
-def test_bad_flags_end_in_one_line(flags, words):
-  done = _command(*flags)
-  assert done.returncode in (1, 2) and done.stdout == ''
+def test_a_bad_flag_ends_in_one_line():
+  done = _command('--workdir=W')
+  assert done.returncode == 2 and done.stdout == ''
   assert done.stderr.count('\n') == 1, done.stderr
-  for word in words:
-    assert word in done.stderr
+  assert 'W/config.json' in done.stderr and '--workdir' in done.stderr

@@ -270,37 +270,6 @@ def test_what_fails_in_the_middle_leaves_nothing(
   assert list((tmp_path / 'new').iterdir()) == []
 
 
-def test_the_folder_appears_when_it_is_whole(tmp_path):
-  out = tmp_path / 'out'
-  with export.new_folder(out) as part:
-    (part / 'a').write_text('')
-    assert not out.exists()
-  assert [p.name for p in out.iterdir()] == ['a']
-
-
-def test_a_race_for_the_folder_is_lost_politely(tmp_path):
-  out = tmp_path / 'out'
-
-  def other_was_faster():
-    with export.new_folder(out) as part:
-      (part / 'a').write_text('')
-      out.mkdir()
-      (out / 'precious').write_text('')
-
-  refusal(other_was_faster, out, 'there already')
-  assert [p.name for p in out.iterdir()] == ['precious']
-
-
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
-  (tmp_path / 'file').write_text('')
-
-  def into_a_file():
-    with export.new_folder(tmp_path / 'file' / 'out'):
-      raise AssertionError
-
-  refusal(into_a_file, tmp_path / 'file', 'cannot write', '--out')
-
-
 def test_no_run_there_is_refused(tmp_path):
   for write in (export.to_hf, export.to_peft):
     refusal(

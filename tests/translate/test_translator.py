@@ -16,8 +16,6 @@ from mt.data import bitext
 from mt.data import corpus
 from mt.data import template as template_lib
 from mt.data import tokenizer
-from mt.evaluate import cached
-from mt.evaluate import samples
 from mt.gemma import model
 from mt.gemma import sizes
 from mt.translate import batching
@@ -379,82 +377,3 @@ def test_the_translator_of_a_config(monkeypatch):
     'mesh': 'the mesh',
   }
   assert translator(None, ['x']) == ['a']
-
-
-# What the pretrained model said, remembered.
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-  return tmp_path
-
-
-class _Counted:
-  def __init__(self, texts):
-    self.texts, self.calls = texts, 0
-
-  def __call__(self):
-    self.calls += 1
-    return self.texts
-
-
-def test_a_second_run_does_not_translate_again(cache):
-  texts = ['Salut 😀', '', 'a\u2028b "c"', '\u00a0!']
-  make = _Counted(texts)
-  key = [{'fingerprint': 1, 'prompt': 'é'}, ['Hi!']]
-  assert cached.cached(key, make) == texts
-  assert cached.cached(key, make) == texts
-  assert make.calls == 1
-  assert any(p.is_file() for p in cache.rglob('*')), 'kept elsewhere'
-
-
-def test_whatever_decides_the_texts_makes_another_key(cache, monkeypatch):
-  make = _Counted(['a'])
-  cached.cached([1, 'x'], make)
-  for n, key in enumerate([[2, 'x'], [1, 'y'], [[1], 'x'], [1, 'x', None]], 2):
-    other = _Counted([str(n)])
-    assert cached.cached(key, other) == [str(n)] and other.calls == 1
-  assert cached.cached([1, 'x'], make) == ['a'] and make.calls == 1
-  # The code of the decoder, of the model or of the translator.
-  for changed in (decode, model, batching, search_lib, translator_lib):
-    real = cached.inspect.getsource
-    with monkeypatch.context() as m:
-      m.setattr(
-        cached.inspect,
-        'getsource',
-        lambda x, c=changed, r=real: r(x) + '#' * (x is c),
-      )
-      other = _Counted(['b'])
-      assert cached.cached([1, 'x'], other) == ['b'], changed.__name__
-
-
-def test_a_failure_is_not_remembered(cache):
-  def fail():
-    raise KeyboardInterrupt
-
-  with pytest.raises(KeyboardInterrupt):
-    cached.cached('key', fail)
-  assert cached.cached('key', _Counted(['a'])) == ['a']
-
-
-def test_a_damaged_file_is_made_again(cache):
-  cached.cached('key', lambda: ['a'])
-  (path,) = (p for p in cache.rglob('*') if p.is_file())
-  path.write_text('["a')
-  assert cached.cached('key', lambda: ['b']) == ['b']
-  assert cached.cached('key', lambda: ['c']) == ['b']
-
-
-def test_samples_are_spread_over_the_split():
-  columns = [[f'{name}{i}' for i in range(100)] for name in 'srba']
-  text = samples.samples(*columns)
-  blocks = text.split('\n\n')
-  assert len(blocks) == 8
-  assert blocks[0].split() == (
-    ['source', 's0', 'reference', 'r0', 'before', 'b0', 'after', 'a0']
-  )
-  assert 's99' in blocks[-1] and 's50' not in blocks[-1]
-  # Fewer sentences than asked for: each once.
-  text = samples.samples(*(c[:3] for c in columns))
-  assert text.count('source') == 3

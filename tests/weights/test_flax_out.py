@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
+from mt.base import files
 from mt.data import tokenizer
-from mt.export import __main__ as export
 from mt.gemma import sizes
 from mt.weights import flax_out
 from mt.weights import flax_store
@@ -32,7 +32,7 @@ def tok():
 
 
 def _write(folder, *args):
-  with export.new_folder(folder) as part:
+  with files.new_folder(folder) as part:
     flax_out.write(part, *args)
 
 
