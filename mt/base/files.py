@@ -1,14 +1,85 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import json
 import os
 import pathlib
+import shutil
+from typing import IO
 from typing import Any
 
 from mt.base import errors
 from mt.base import processes
+
+
+@contextlib.contextmanager
+def new_file(path: pathlib.Path, mode: str = 'wb') -> Iterator[IO]:
+  """An open file that becomes `path` when the block ends well.
+
+  It replaces what stood there; nothing is left of it otherwise. Text is UTF-8.
+
+  Raises:
+    errors.UserError: the folder is not writable, the disk is full.
+  """
+  part = _part(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      with open(part, mode, encoding=None if 'b' in mode else 'utf-8') as f:
+        yield f
+      os.replace(part, path)
+    finally:
+      with contextlib.suppress(OSError):
+        part.unlink(missing_ok=True)  # It may be what fills the disk.
+  except OSError as e:
+    raise unwritable(path, e) from e
+
+
+@contextlib.contextmanager
+def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder to write into, which becomes `path` when the block ends well.
+
+  Nothing is left of it otherwise.
+
+  Raises:
+    errors.UserError: `path` is there and not an empty folder, its folder is
+      not writable, the disk is full.
+  """
+  path = path.absolute()
+  part = _part(path)
+  try:
+    check_new(path)
+    part.mkdir(parents=True)
+    try:
+      yield part
+      check_new(path)  # Minutes may have passed.
+      os.replace(part, path)
+    finally:
+      shutil.rmtree(part, ignore_errors=True)
+  except OSError as e:
+    raise unwritable(e.filename or path, e) from e
+
+
+def check_new(path: pathlib.Path) -> None:
+  """Refuses a file, a link or a folder with something in it.
+
+  Raises:
+    errors.UserError: it is there.
+  """
+  if (
+    path.is_symlink()
+    or path.is_file()
+    or (path.is_dir() and any(path.iterdir()))
+  ):
+    raise errors.UserError(
+      f'{path}: there already, and nothing is overwritten; name a new folder.'
+    )
+
+
+def _part(path):
+  return path.with_name(f'{path.name}.{os.getpid()}.part')
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
@@ -17,19 +88,11 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
   Of several processes the first one writes, and the others do nothing.
 
   Raises:
-    errors.UserError: the folder is not writable, the disk is full.
+    errors.UserError: see new_file.
   """
-  if not processes.is_first():
-    return
-  part = path.with_name(f'{path.name}.{os.getpid()}.part')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(part, path)
-  except OSError as e:
-    with contextlib.suppress(OSError):
-      part.unlink(missing_ok=True)  # It may be what fills the disk.
-    raise unwritable(path, e) from None
+  if processes.is_first():
+    with new_file(path) as f:
+      f.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -50,12 +113,12 @@ def _read(path):
     raise errors.UserError(
       f'{path}: damaged (not UTF-8 at byte {e.start}); delete it and run the '
       'command that wrote it again.'
-    ) from None
+    ) from e
   except OSError as e:
     raise errors.UserError(
       f'{path}: cannot read it ({e.strerror}); --workdir must name the folder '
       'of a run of train.py.'
-    ) from None
+    ) from e
 
 
 def read_lines(path: pathlib.Path) -> list[str]:
@@ -72,7 +135,7 @@ def read_json(path: pathlib.Path) -> Any:
   try:
     return json.loads(_read(path))
   except ValueError as e:
-    raise errors.UserError(f'{path}: damaged JSON ({e}).') from None
+    raise errors.UserError(f'{path}: damaged JSON ({e}).') from e
 
 
 def remove(path: pathlib.Path) -> None:
@@ -91,11 +154,11 @@ def remove(path: pathlib.Path) -> None:
     raise errors.UserError(
       f'{path}: cannot remove what an earlier start left ({e.strerror}); give '
       '--workdir a folder that you may write to.'
-    ) from None
+    ) from e
 
 
-def unwritable(path, e):
+def unwritable(path: pathlib.Path | str, e: OSError) -> errors.UserError:
   return errors.UserError(
-    f'{path}: cannot write it ({e.strerror}); give --workdir a folder with '
-    'space that you may write to.'
+    f'{path}: cannot write it ({e.strerror or e}); make space there, or name '
+    'a folder that you may write to (--workdir, --out, XDG_CACHE_HOME).'
   )
