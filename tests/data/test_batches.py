@@ -1,5 +1,6 @@
 """Examples to rows, rows to batches: order, position, mixtures, processes."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -24,6 +25,10 @@ from tests.fixtures.refusal import refusal
 
 PLAIN = template.Template('English: {source}\nFrench:', ' ')
 KINDS = numbered_rows.KINDS
+QUICK = {  # Compiling is most of the time.
+  'xla_backend_optimization_level': 0,
+  'xla_llvm_disable_expensive_passes': True,
+}
 
 # A row.
 
@@ -70,7 +75,8 @@ def test_the_row_in_the_docstring():
 
 def test_a_packed_batch_costs_what_its_examples_cost_alone():
   """Loss and gradients: neighbours in a row must not be seen."""
-  cfg = sizes.SIZES['debug']
+  debug = sizes.SIZES['debug']
+  cfg = dataclasses.replace(debug, num_layers=2, attention='LG')
   pairs = numbered_rows.sample_pairs()
   short = sorted(pairs, key=lambda p: len(p.source + p.target))[:6]
   tok = tokenizer.train([t for p in pairs for t in p[1:]], cfg.vocab_size)
@@ -80,7 +86,7 @@ def test_a_packed_batch_costs_what_its_examples_cost_alone():
   assert len(plan) <= len(short) / 2, 'little is packed'
   params = model.init_params(cfg, jax.random.key(1))
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=QUICK)
   def value_and_grad(batch):
     def nll(params):
       names = ('tokens', 'positions', 'segment_ids')
