@@ -1,6 +1,9 @@
-"""Parallel text on disk: what is read of it."""
+"""Parallel text on disk: what is read of it, counted, noted and refused."""
 
 import json
+import os
+import random
+import re
 
 from hypothesis import assume
 from hypothesis import given
@@ -9,9 +12,15 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from mt.base import errors
+from mt.data import bitext
 from tests.fixtures.bitext_files import BOM
 from tests.fixtures.bitext_files import open_text
 from tests.fixtures.bitext_files import tuples
+from tests.fixtures.bitext_files import write
+from tests.fixtures.refusal import refusal
+
+# What is read.
 
 
 @pytest.mark.parametrize('last', [True, False])
@@ -24,9 +33,9 @@ def test_three_columns(tmp_path, ending, last):
   assert text.notes == ()
 
 
-def test_two_columns(tmp_path):
-  text = open_text(tmp_path, 'Hi!\tSalut !\nno\tnon\n', bad=0)
-  assert tuples(text) == [('1', 'Hi!', 'Salut !'), ('2', 'no', 'non')]
+def test_the_first_line_with_something_in_it_tells_the_columns(tmp_path):
+  text = open_text(tmp_path, '\n \t \n\u00a0\u2028\na\tb\n1\ta\tb\nc\td\n')
+  assert tuples(text) == [('4', 'a', 'b'), ('6', 'c', 'd')]
 
 
 def test_line_endings_may_be_mixed(tmp_path):
@@ -46,8 +55,9 @@ def test_chosen_columns(tmp_path, columns):
   assert text.num_lines == len(text) == 3 - header
 
 
-def test_turned_round(tmp_path):
-  text = open_text(tmp_path, '1\ta\tb\n2\tc\td\n', turned=True, bad=0)
+def test_reversed_pair(tmp_path):
+  content = '1\ta\tb\n2\tc\td\n'
+  text = open_text(tmp_path, content, reversed_pair=True, bad=0)
   assert tuples(text) == [('1', 'b', 'a'), ('2', 'd', 'c')]
 
 
@@ -77,7 +87,7 @@ _any_text = st.text(
 ).filter(str.strip)
 
 
-@settings(deadline=None)  # Disks are slow at times.
+@settings(max_examples=60, deadline=None)  # Disks are slow at times.
 @given(
   pairs=st.lists(st.tuples(_any_text, _any_text), min_size=1, max_size=8),
   kind=st.sampled_from(['two', 'three', 'jsonl', 'aligned']),
@@ -114,3 +124,444 @@ def test_what_is_written_is_read_back(
   which = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=12))
   assert text.read(which) == [rows[i] for i in which]
   assert text.read(np.array(which, np.int64)) == [rows[i] for i in which]
+
+
+# Lines that cannot be used.
+
+
+@pytest.mark.parametrize('start', [b'', BOM], ids=['', 'BOM'])
+@pytest.mark.parametrize('ending', [b'\n', b'\r\n'], ids=['LF', 'CRLF'])
+def test_bad_lines_are_counted(tmp_path, ending, start):
+  rows = [
+    b'1\ta\tb',
+    b'',
+    b'2\ta',
+    b'2\ta\tb\t',
+    b'3\tc\td',
+    b'2\t \tb',
+    b' \t\t ',
+    b'2\ta\t',
+    b'2\ta\tb\0',
+    b'2\ta\xe2\x80\t\xa8b',
+    b'4\te\tf',
+    b'no columns',
+  ]
+  for last in (ending, b''):
+    text = open_text(tmp_path, start + ending.join(rows) + last)
+    assert [p.id for p in text.read()] == ['1', '3', '4']
+    assert (text.num_lines, len(text)) == (12, 3)
+    assert text.unusable == {
+      'an empty line': (2, 2),
+      'fewer than 3 columns': (2, 3),
+      'more than 3 columns': (1, 4),
+      'an empty source': (1, 6),
+      'an empty target': (1, 8),
+      'a NUL character': (1, 9),
+      'not UTF-8': (1, 10),
+    }
+
+
+@pytest.mark.parametrize('start', [b'', BOM], ids=['', 'BOM'])
+def test_line_numbers_count_the_header(tmp_path, start):
+  rows = [b'en\tfr', b'a\tb', b'', b'c\t', b'\xff\td', b'e\tf', b'', b'\tf']
+  content = start + b''.join(row + b'\n' for row in rows)
+  text = open_text(tmp_path, content, columns=('en', 'fr'))
+  assert tuples(text) == [('2', 'a', 'b'), ('6', 'e', 'f')]
+  assert text.num_lines == 7
+  assert text.unusable == {
+    'an empty line': (2, 3),
+    'an empty target': (1, 4),
+    'not UTF-8': (1, 5),
+    'an empty source': (1, 8),
+  }
+  rows = [b'fr\tx\ten\r', *(b'%d\t\ta%d' % (n, n) for n in range(3)), b'b']
+  text = open_text(tmp_path, start + b'\n'.join(rows), columns=('en', 'fr'))
+  assert text.unusable == {'fewer than 3 columns': (1, 5)}
+  assert tuples(text)[2] == ('4', 'a2', '2')
+
+
+@pytest.mark.parametrize('marks', [(b'', b''), (b'', BOM), (BOM, b'')])
+def test_bad_aligned_lines_are_counted(tmp_path, marks):
+  sources = [b'a', b'', b'', b'd', b'e\xff', b'f', b'g']
+  targets = [b'A', b'B', b'', b' ', b'E', b'\0', b'G']
+  contents = [
+    mark + b''.join(x + b'\n' for x in side)
+    for mark, side in zip(marks, (sources, targets), strict=True)
+  ]
+  text = open_text(tmp_path, *contents, suffix='.txt')
+  assert tuples(text) == [('1', 'a', 'A'), ('7', 'g', 'G')]
+  assert text.num_lines == 7
+  assert text.unusable == {
+    'an empty source': (1, 2),
+    'an empty line': (1, 3),
+    'an empty target': (1, 4),
+    'not UTF-8': (1, 5),
+    'a NUL character': (1, 6),
+  }
+  noted = [n.split(':')[0][-6:] for n in text.notes]
+  assert noted == [f'x{n}.txt' for n in (0, 1) if marks[n]]
+
+
+def test_the_most_frequent_reason_comes_first(tmp_path):
+  content = '1\ta\tb\n\n2\ta\n2\ta\n' + '3\ta\t\n' * 1200
+  text = bitext.describe(open_text(tmp_path, content))
+  assert text.endswith(
+    ': 1,204 lines, 1 pairs; not used: '
+    '1,200 an empty target (the first in line 5), '
+    '2 fewer than 3 columns (the first in line 3), '
+    '1 an empty line (the first in line 2)'
+  )
+
+
+def test_a_byte_order_mark_is_left_out_and_noted(tmp_path):
+  text = open_text(tmp_path, BOM + b'1\ta\tb\n', bad=0)
+  assert tuples(text) == [('1', 'a', 'b')]
+  (note,) = text.notes
+  assert 'byte-order mark' in note and note in bitext.describe(text)
+  # Anywhere else it is a character.
+  text = open_text(tmp_path, BOM * 2 + b'1\ta\tb\n' + BOM + b'2\tc\td\n', bad=0)
+  assert [p.id for p in text.read()] == ['\ufeff1', '\ufeff2']
+
+
+def test_too_many_bad_lines_stop(tmp_path):
+  content = b'1\ta\tb\n' * 6 + b'1\ta\n\n\xff\n1\ta\n'
+  refusal(
+    lambda: open_text(tmp_path, content, bad=0.25),
+    tmp_path / 'x0.tsv',
+    '4 of its 10 lines cannot be used',
+    '2 fewer than 3 columns (the first in line 7)',
+    '1 an empty line (the first in line 8)',
+    '1 not UTF-8 (the first in line 9)',
+    'data.max_bad_fraction=0.25',
+  )
+  assert len(open_text(tmp_path, content, bad=0.4)) == 6
+
+
+def test_without_a_fraction_one_bad_line_stops(tmp_path):
+  path = write(tmp_path / 'x.tsv', '1\ta\tb\n' * 999 + '\n')
+  refusal(
+    lambda: bitext.open_bitext([path], 'en-fr'),
+    '1 of its 1,000 lines',
+    'data.max_bad_fraction=0;',
+  )
+
+
+def test_exactly_the_fraction_does_not_stop(tmp_path):
+  total = 100
+  for bad in (1, 7, 28, 29, 57, 58, 99):  # 0.29 * 100 is less than 29.
+    content = 'a\tb\n' * (total - bad) + '\n' * bad
+    assert len(open_text(tmp_path, content, bad=bad / 100)) == total - bad
+    with pytest.raises(errors.UserError):
+      open_text(tmp_path, content + '\n', bad=bad / 100)
+
+
+# Files that are no parallel text.
+
+
+@pytest.mark.parametrize('suffix', ['.tsv', '.jsonl'])
+@pytest.mark.parametrize('content', [b'', BOM, b'\n', b'\r\n \n', b'\r'])
+def test_a_file_without_pairs(tmp_path, content, suffix):
+  path = tmp_path / f'x0{suffix}'
+  call = lambda: open_text(tmp_path, content, suffix=suffix)  # noqa: E731
+  refusal(call, path, 'no pair in it')
+
+
+def test_aligned_files_without_pairs(tmp_path):
+  for content in (b'', BOM, b'\n\n'):
+    call = lambda c=content: open_text(tmp_path, c, c)  # noqa: E731
+    refusal(call, tmp_path / 'x0.tsv', tmp_path / 'x1.tsv', 'no pair in it')
+
+
+@pytest.mark.parametrize('what', ['missing', 'a folder', 'under a file'])
+@pytest.mark.parametrize('other', [(), ('x.tsv',)])
+def test_a_file_that_cannot_be_read(tmp_path, what, other):
+  file = write(tmp_path / 'x.tsv', 'a\tb\n')
+  path, reason = {
+    'missing': (tmp_path / 'y.tsv', 'No such file'),
+    'a folder': (tmp_path, 'Is a directory'),
+    'under a file': (file / 'y.tsv', 'Not a directory'),
+  }[what]
+  paths = [*(tmp_path / name for name in other), path]
+  refusal(
+    lambda: bitext.open_bitext(paths, 'en-fr'),
+    f'{path}: cannot read',
+    reason,
+    'data.source',
+  )
+
+
+@pytest.mark.parametrize('codec', ['utf-16-le', 'utf-16-be'])
+@pytest.mark.parametrize('suffix', ['.tsv', '.jsonl', '.txt'])
+def test_utf16_is_refused(tmp_path, codec, suffix):
+  content = '\ufeff1\ta\tb\n'.encode(codec)
+  contents = [b'a\n', content] if suffix == '.txt' else [content]
+  refusal(
+    lambda: open_text(tmp_path, *contents, suffix=suffix),
+    tmp_path / f'x{len(contents) - 1}{suffix}',
+    'UTF-16 found, UTF-8 expected',
+    'iconv',
+  )
+
+
+@pytest.mark.parametrize(
+  ('x', 'y', 'counts'),
+  [
+    ('a\nb\nc\n', 'a\nb\n', (3, 2)),
+    ('a\nb', 'a\nb\nc', (2, 3)),
+    ('a\n', '', (1, 0)),
+    ('a\r\nb\r\n', 'a\u2028b\x0cc\rd\r\n', (2, 1)),
+    ('a\n', 'a\n' + 'b\n' * 1999, (1, 2000)),
+  ],
+)
+def test_aligned_files_of_different_length(tmp_path, x, y, counts):
+  names = [tmp_path / 'x0.txt', tmp_path / 'x1.txt']
+  more, less = sorted((0, 1), key=lambda n: -counts[n])
+  refusal(
+    lambda: open_text(tmp_path, x, y, suffix='.txt'),
+    f'{names[more]} has {counts[more]:,} lines and {names[less]} '
+    f'{counts[less]:,};',
+  )
+
+
+# Between a look at a file and a read.
+
+
+def _gone(path):
+  path.unlink()
+  return 'No such file'
+
+
+def _shorter(path):
+  os.truncate(path, 5)
+  return 'another size or time'
+
+
+def _same_size_later(path):
+  path.write_bytes(path.read_bytes()[::-1])
+  os.utime(path, ns=(0, 1))  # A clock may be too coarse to tell.
+  return 'another size or time'
+
+
+def _another_file(path):
+  stat = path.stat()
+  copy = path.with_name('copy')
+  copy.write_bytes(path.read_bytes())
+  os.replace(copy, path)
+  os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  return 'another size or time'
+
+
+def _no_longer_utf8(path):
+  stat = path.stat()
+  with open(path, 'r+b') as f:
+    f.write(b'\xff' * 8)
+  os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  return "can't decode"
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    _gone,
+    _shorter,
+    _same_size_later,
+    _another_file,
+    _no_longer_utf8,
+  ],
+  ids=lambda f: f.__name__.strip('_'),
+)
+@pytest.mark.parametrize('file', [None, 1])
+def test_a_file_that_changes_is_refused(tmp_path, file, change):
+  sides = ['a\tb\nc\td\ne\tf\n'] if file is None else ['a1\nb2\nc3\nd4\n'] * 2
+  text = open_text(tmp_path, *sides, bad=0)
+  path = tmp_path / f'x{file or 0}.tsv'
+  text.read([0])
+  reason = change(path)
+  for which in ([0], None):
+    refusal(lambda w=which: text.read(w), f'{path}: changed or gone', reason)
+
+
+def test_a_file_that_is_touched_only_by_reading_is_no_other(tmp_path):
+  text = open_text(tmp_path, 'a\tb\n', bad=0)
+  path = tmp_path / 'x0.tsv'
+  os.utime(path, ns=(0, path.stat().st_mtime_ns))
+  assert len(text.read()) == 1
+
+
+# The digest.
+
+
+def test_the_digest_is_of_the_content(tmp_path):
+  content = '1\ta\tb\n2\tc\td\n'
+  text = open_text(tmp_path, content)
+  (tmp_path / 'other').mkdir()
+  again = open_text(tmp_path / 'other', content, suffix='.csv')
+  os.utime(tmp_path / 'other' / 'x0.csv', ns=(0, 0))
+  later = open_text(tmp_path / 'other', None, suffix='.csv')
+  assert text.digest == again.digest == later.digest
+  assert len({text.stats, again.stats, later.stats}) == 3
+  for other in (content.replace('d', 'D'), content + '\n', content[:-1]):
+    assert open_text(tmp_path, other).digest != text.digest
+
+
+def test_the_digest_is_of_every_file(tmp_path):
+  a, b = 'a\nb\n', 'c\nd\n'
+  made = [
+    open_text(tmp_path, *sides).digest
+    for sides in ((a, b), (b, a), (a, a), (b, b), ('a\nB\n', b))
+  ]
+  assert len({*made}) == len(made)
+
+
+def test_the_digest_is_of_the_way_of_reading(tmp_path):
+  content = 'en\tfr\tfr\na\tb\tc\n'
+  open_text(tmp_path, content)
+  made = [
+    open_text(tmp_path, None, columns=columns, reversed_pair=other_way).digest
+    for columns in ((), (1, 2), (1, 3), (3, 1), ('en', 'fr'))
+    for other_way in (False, True)
+  ]
+  # (1, 2) and ('en', 'fr') differ in whether the first line is a pair; only the
+  # usual columns can be reversed.
+  assert made[0] != made[1] and made[2::2] == made[3::2]
+  assert len({*made}) == 6
+  content = '{"en": "a", "fr": "b"}\n'
+  made = [
+    open_text(tmp_path, content, suffix='.jsonl', columns=columns).digest
+    for columns in ((), ('en', 'fr'), ('fr', 'en'))
+  ]
+  assert made[0] == made[1] != made[2]
+
+
+# Any bytes at all, against a slow reading of whole files.
+
+CHUNKS = [
+  *(b'\t', b'\t', b'\n', b'\n', b'\r\n', b'\r', b'\0', b' ', b'"', b"'", b'\\'),
+  *(BOM, b'\xff', b'\xff\xfe', b'\xc3', b'\xa9', b'\xe2\x80', b'\xed\xa0\x80'),
+  *(c.encode() for c in 'é\x0b\x0c\x1c\x85\u00a0\u2028\u2029\u3000😀'),
+  *(b'a', b'b c', b'1\ta\tb', b'x' * 90),
+]
+
+LINES = {
+  'tsv': [
+    b'1\ta\tb',
+    b'2\tc "d\te',
+    b'3\t \xc3\xa9\t\xe2\x80\xa8f',
+    b'a\tb',
+    b'4\ta\t',
+  ],
+  'txt': [b'a', b'b\tc', b'"', b'\xc3\xa9', b''],
+}
+
+
+MORE_OR_LESS = [f'{x} than {n}' for x in ('fewer', 'more') for n in (2, 3)]
+
+
+def _file(rng, kind):
+  """Lines that are mostly good, or mostly not, or no lines at all."""
+  parts = [rng.choice([b'', b'', b'', BOM, b'\xff\xfe', b'\n'])]
+  share = rng.choice([0.0, 0.1, 0.5, 1.0])
+  good = LINES[kind][: rng.randint(1, len(LINES[kind]))]
+  for _ in range(rng.randrange(9)):
+    if rng.random() < share:
+      parts += rng.choices(CHUNKS, k=rng.randrange(9))
+    else:
+      parts.append(rng.choice(good))
+    parts.append(rng.choice([b'\n', b'\n', b'\n', b'\r\n', b'']))
+  return b''.join(parts)
+
+
+def _slow(contents, kind):
+  """What is to be found, from whole files: pairs, reason -> [line numbers].
+
+  None for files that are no parallel text at all.
+  """
+  if any(c[:2] in (b'\xff\xfe', b'\xfe\xff') for c in contents):
+    return None
+  contents = [c[3:] if c[:3] == BOM else c for c in contents]
+  files = [re.findall(rb'[^\n]*\n|[^\n]+', c) for c in contents]
+  if len({*map(len, files)}) > 1:
+    return None
+  rows = [line for line in files[0] if line.decode(errors='replace').strip()]
+  width = rows[0].count(b'\t') + 1 if rows else 0
+  if kind == 'tsv' and width not in (2, 3):
+    return None
+  pairs, bad = [], {}
+  for number, raws in enumerate(zip(*files, strict=True), 1):
+    found = _slow_line(number, raws, kind, width)
+    if isinstance(found, str):
+      bad.setdefault(found, []).append(number)
+    else:
+      pairs.append(found)
+  return (pairs, bad) if pairs else None
+
+
+def _slow_line(number, raws, kind, width):
+  texts = [
+    re.sub(rb'\r?\n?\Z', b'', raw).decode('utf-8', 'surrogateescape')
+    for raw in raws
+  ]
+  if '\0' in ''.join(texts):
+    return 'a NUL character'
+  if re.search('[\udc80-\udcff]', ''.join(texts)):
+    return 'not UTF-8'  # A byte that is none has become half a surrogate.
+  if ''.join(texts).strip() == '':
+    return 'an empty line'
+  name = str(number)
+  if kind == 'tsv':
+    count = texts[0].count('\t') + 1
+    if count != width:
+      return f'{"more" if count > width else "fewer"} than {width} columns'
+    *rest, source, target = texts[0].split('\t')
+    name = rest[0] if rest else name
+  else:
+    source, target = texts
+  if not source.strip():
+    return 'an empty source'
+  if not target.strip():
+    return 'an empty target'
+  return (name, source, target)
+
+
+@pytest.mark.parametrize(('kind', 'number'), [('tsv', 4000), ('txt', 1000)])
+def test_any_bytes(tmp_path, kind, number):
+  """No crash, no line uncounted, and the very pairs of a plain parser."""
+  rng = random.Random(7)
+  done = {'refused': 0, 'read': 0}
+  reasons = set()
+  for _ in range(number):
+    contents = [_file(rng, kind) for _ in range(2 if kind == 'txt' else 1)]
+    if kind == 'txt' and rng.random() < 0.9:  # As many lines in each.
+      ends = [c.count(b'\n') + (c[-1:] not in (b'\n', b'')) for c in contents]
+      less = ends.index(min(ends))
+      if contents[less][-1:] not in (b'\n', b''):
+        contents[less] += b'\n'
+      contents[less] += b'z\n' * (max(ends) - min(ends))
+    expected = _slow(contents, kind)
+    try:
+      text = open_text(tmp_path, *contents, suffix=f'.{kind}')
+    except errors.UserError as e:
+      assert expected is None, (contents, str(e))
+      assert str(e).endswith('.') and len(str(e).splitlines()) == 1
+      done['refused'] += 1
+      continue
+    assert expected is not None, contents
+    pairs, bad = expected
+    assert text.read() == pairs, contents
+    counts = {reason: (len(at), at[0]) for reason, at in bad.items()}
+    assert text.unusable == counts, contents
+    assert len(pairs) + sum(map(len, bad.values())) == text.num_lines, contents
+    which = rng.choices(range(len(pairs)), k=3)
+    assert text.read(which) == [pairs[i] for i in which], contents
+    done['read'] += 1
+    reasons.update(bad)
+  # The files are of every kind, or nothing would be shown.
+  assert min(done.values()) > number // 10, done
+  assert reasons == {
+    'an empty line',
+    'an empty source',
+    'an empty target',
+    'not UTF-8',
+    'a NUL character',
+    *(f'{x} columns' for x in (MORE_OR_LESS if kind == 'tsv' else ())),
+  }
