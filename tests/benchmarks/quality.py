@@ -20,7 +20,6 @@ import sys
 import time
 
 from absl import flags
-
 import numpy as np
 
 from configs import gemma3_270m
