@@ -2,8 +2,6 @@
 
 import json
 import os
-import random
-import re
 
 from hypothesis import assume
 from hypothesis import given
@@ -86,11 +84,35 @@ _any_text = st.text(
   st.characters(exclude_categories=['Cs'], exclude_characters='\0\t\n\r'),
 ).filter(str.strip)
 
+# Of each kind of text: a pair as a line of each file, and lines that are none.
+KINDS = {
+  'two': (lambda n, s, t: [f'{s}\t{t}'], ['a\tb\tc', 'a', '\tb', ' \t']),
+  'three': (lambda n, s, t: [f'é{n}\t{s}\t{t}'], ['1\ta', '1\ta\t ', '\0']),
+  'jsonl': (
+    lambda n, s, t: [json.dumps({'en': s, 'fr': t})],
+    ['a\tb', '{"en": "a"}', '{"en": "a\\nb", "fr": ""}', '[' * 9000],
+  ),
+  'aligned': (lambda n, s, t: [s, t], []),
+}
+REASONS = {
+  'a\tb\tc': 'more than 2 columns',
+  'a': 'fewer than 2 columns',
+  '\tb': 'an empty source',
+  ' \t': 'an empty line',
+  '1\ta': 'fewer than 3 columns',
+  '1\ta\t ': 'an empty target',
+  '\0': 'a NUL character',
+  'a\tb': 'not JSON',
+  '[' * 9000: 'not JSON',
+  '{"en": "a"}': "no text under 'fr'",
+  '{"en": "a\\nb", "fr": ""}': 'a line break in a text',
+}
 
-@settings(max_examples=60, deadline=None)  # Disks are slow at times.
+
+@settings(max_examples=200, deadline=None)  # Disks are slow at times.
 @given(
   pairs=st.lists(st.tuples(_any_text, _any_text), min_size=1, max_size=8),
-  kind=st.sampled_from(['two', 'three', 'jsonl', 'aligned']),
+  kind=st.sampled_from([*KINDS]),
   ending=st.sampled_from(['\n', '\r\n']),
   mark=st.booleans(),
   data=st.data(),
@@ -98,32 +120,31 @@ _any_text = st.text(
 def test_what_is_written_is_read_back(
   tmp_path_factory, pairs, kind, ending, mark, data
 ):
-  def whole(column):
-    return (BOM if mark else b'') + ''.join(x + ending for x in column).encode()
-
-  ids = [str(n + 1) for n in range(len(pairs))]
-  if kind == 'aligned':
-    columns = [whole(c) for c in zip(*pairs, strict=True)]
-  elif kind == 'jsonl':
-    columns = [whole(json.dumps({'en': s, 'fr': t}) for s, t in pairs)]
-  elif kind == 'two':
-    columns = [whole('\t'.join(row) for row in pairs)]
-  else:
-    ids = [f'é{n}' for n in ids]
-    columns = [
-      whole('\t'.join((n, *row)) for n, row in zip(ids, pairs, strict=True))
-    ]
-  suffix = '.jsonl' if kind == 'jsonl' else '.tsv'
+  """No line uncounted, and the very pairs, whatever stands between them."""
+  line, bad = KINDS[kind]
+  rows, numbers, unusable = [], [], {}
+  for n, pair in enumerate(pairs):
+    numbers.append(len(rows) + 1)
+    rows.append(line(n, *pair))
+    for other in data.draw(st.lists(st.sampled_from(bad or ['']), max_size=2)):
+      rows.append([other] * len(rows[0]))
+      reason = REASONS.get(other, 'an empty line')
+      count, first = unusable.get(reason, (0, len(rows)))
+      unusable[reason] = count + 1, first
+  contents = [
+    (BOM if mark else b'') + ''.join(x + ending for x in column).encode()
+    for column in zip(*rows, strict=True)
+  ]
   # A text may begin with the character that a mark is made of.
-  assume(mark or not any(c.startswith(BOM) for c in columns))
-  text = open_text(
-    tmp_path_factory.getbasetemp(), *columns, suffix=suffix, bad=0
-  )
-  rows = [(n, *row) for n, row in zip(ids, pairs, strict=True)]
-  assert tuples(text) == rows
-  which = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=12))
-  assert text.read(which) == [rows[i] for i in which]
-  assert text.read(np.array(which, np.int64)) == [rows[i] for i in which]
+  assume(mark or not any(c.startswith(BOM) for c in contents))
+  suffix = '.jsonl' if kind == 'jsonl' else '.tsv'
+  text = open_text(tmp_path_factory.getbasetemp(), *contents, suffix=suffix)
+  ids = numbers if kind != 'three' else [f'é{n}' for n in range(len(pairs))]
+  want = [(str(n), *pair) for n, pair in zip(ids, pairs, strict=True)]
+  assert tuples(text) == want
+  assert text.unusable == unusable and text.num_lines == len(rows)
+  which = data.draw(st.lists(st.integers(0, len(want) - 1), max_size=12))
+  assert text.read(np.array(which, np.int64)) == [want[i] for i in which]
 
 
 # Lines that cannot be used.
@@ -431,137 +452,3 @@ def test_the_digest_is_of_the_way_of_reading(tmp_path):
     for columns in ((), ('en', 'fr'), ('fr', 'en'))
   ]
   assert made[0] == made[1] != made[2]
-
-
-# Any bytes at all, against a slow reading of whole files.
-
-CHUNKS = [
-  *(b'\t', b'\t', b'\n', b'\n', b'\r\n', b'\r', b'\0', b' ', b'"', b"'", b'\\'),
-  *(BOM, b'\xff', b'\xff\xfe', b'\xc3', b'\xa9', b'\xe2\x80', b'\xed\xa0\x80'),
-  *(c.encode() for c in 'é\x0b\x0c\x1c\x85\u00a0\u2028\u2029\u3000😀'),
-  *(b'a', b'b c', b'1\ta\tb', b'x' * 90),
-]
-
-LINES = {
-  'tsv': [
-    b'1\ta\tb',
-    b'2\tc "d\te',
-    b'3\t \xc3\xa9\t\xe2\x80\xa8f',
-    b'a\tb',
-    b'4\ta\t',
-  ],
-  'txt': [b'a', b'b\tc', b'"', b'\xc3\xa9', b''],
-}
-
-
-MORE_OR_LESS = [f'{x} than {n}' for x in ('fewer', 'more') for n in (2, 3)]
-
-
-def _file(rng, kind):
-  """Lines that are mostly good, or mostly not, or no lines at all."""
-  parts = [rng.choice([b'', b'', b'', BOM, b'\xff\xfe', b'\n'])]
-  share = rng.choice([0.0, 0.1, 0.5, 1.0])
-  good = LINES[kind][: rng.randint(1, len(LINES[kind]))]
-  for _ in range(rng.randrange(9)):
-    if rng.random() < share:
-      parts += rng.choices(CHUNKS, k=rng.randrange(9))
-    else:
-      parts.append(rng.choice(good))
-    parts.append(rng.choice([b'\n', b'\n', b'\n', b'\r\n', b'']))
-  return b''.join(parts)
-
-
-def _slow(contents, kind):
-  """What is to be found, from whole files: pairs, reason -> [line numbers].
-
-  None for files that are no parallel text at all.
-  """
-  if any(c[:2] in (b'\xff\xfe', b'\xfe\xff') for c in contents):
-    return None
-  contents = [c[3:] if c[:3] == BOM else c for c in contents]
-  files = [re.findall(rb'[^\n]*\n|[^\n]+', c) for c in contents]
-  if len({*map(len, files)}) > 1:
-    return None
-  rows = [line for line in files[0] if line.decode(errors='replace').strip()]
-  width = rows[0].count(b'\t') + 1 if rows else 0
-  if kind == 'tsv' and width not in (2, 3):
-    return None
-  pairs, bad = [], {}
-  for number, raws in enumerate(zip(*files, strict=True), 1):
-    found = _slow_line(number, raws, kind, width)
-    if isinstance(found, str):
-      bad.setdefault(found, []).append(number)
-    else:
-      pairs.append(found)
-  return (pairs, bad) if pairs else None
-
-
-def _slow_line(number, raws, kind, width):
-  texts = [
-    re.sub(rb'\r?\n?\Z', b'', raw).decode('utf-8', 'surrogateescape')
-    for raw in raws
-  ]
-  if '\0' in ''.join(texts):
-    return 'a NUL character'
-  if re.search('[\udc80-\udcff]', ''.join(texts)):
-    return 'not UTF-8'  # A byte that is none has become half a surrogate.
-  if ''.join(texts).strip() == '':
-    return 'an empty line'
-  name = str(number)
-  if kind == 'tsv':
-    count = texts[0].count('\t') + 1
-    if count != width:
-      return f'{"more" if count > width else "fewer"} than {width} columns'
-    *rest, source, target = texts[0].split('\t')
-    name = rest[0] if rest else name
-  else:
-    source, target = texts
-  if not source.strip():
-    return 'an empty source'
-  if not target.strip():
-    return 'an empty target'
-  return (name, source, target)
-
-
-@pytest.mark.parametrize(('kind', 'number'), [('tsv', 4000), ('txt', 1000)])
-def test_any_bytes(tmp_path, kind, number):
-  """No crash, no line uncounted, and the very pairs of a plain parser."""
-  rng = random.Random(7)
-  done = {'refused': 0, 'read': 0}
-  reasons = set()
-  for _ in range(number):
-    contents = [_file(rng, kind) for _ in range(2 if kind == 'txt' else 1)]
-    if kind == 'txt' and rng.random() < 0.9:  # As many lines in each.
-      ends = [c.count(b'\n') + (c[-1:] not in (b'\n', b'')) for c in contents]
-      less = ends.index(min(ends))
-      if contents[less][-1:] not in (b'\n', b''):
-        contents[less] += b'\n'
-      contents[less] += b'z\n' * (max(ends) - min(ends))
-    expected = _slow(contents, kind)
-    try:
-      text = open_text(tmp_path, *contents, suffix=f'.{kind}')
-    except errors.UserError as e:
-      assert expected is None, (contents, str(e))
-      assert str(e).endswith('.') and len(str(e).splitlines()) == 1
-      done['refused'] += 1
-      continue
-    assert expected is not None, contents
-    pairs, bad = expected
-    assert text.read() == pairs, contents
-    counts = {reason: (len(at), at[0]) for reason, at in bad.items()}
-    assert text.unusable == counts, contents
-    assert len(pairs) + sum(map(len, bad.values())) == text.num_lines, contents
-    which = rng.choices(range(len(pairs)), k=3)
-    assert text.read(which) == [pairs[i] for i in which], contents
-    done['read'] += 1
-    reasons.update(bad)
-  # The files are of every kind, or nothing would be shown.
-  assert min(done.values()) > number // 10, done
-  assert reasons == {
-    'an empty line',
-    'an empty source',
-    'an empty target',
-    'not UTF-8',
-    'a NUL character',
-    *(f'{x} columns' for x in (MORE_OR_LESS if kind == 'tsv' else ())),
-  }
