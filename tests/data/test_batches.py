@@ -25,6 +25,7 @@ from tests.fixtures.refusal import refusal
 
 PLAIN = template.Template('English: {source}\nFrench:', ' ')
 KINDS = numbered_rows.KINDS
+KEY = jax.random.key(1)
 QUICK = {  # Compiling is most of the time.
   'xla_backend_optimization_level': 0,
   'xla_llvm_disable_expensive_passes': True,
@@ -84,7 +85,11 @@ def test_a_packed_batch_costs_what_its_examples_cost_alone():
   length = 128
   plan = packing.best_fit(examples.sizes, length)
   assert len(plan) <= len(short) / 2, 'little is packed'
-  params = model.init_params(cfg, jax.random.key(1))
+  shapes = jax.eval_shape(lambda key: model.init_params(cfg, key), KEY)
+  rng = np.random.default_rng(1)  # To draw them with JAX takes seconds.
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes
+  )
 
   @functools.partial(jax.jit, compiler_options=QUICK)
   def value_and_grad(batch):
