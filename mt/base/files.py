@@ -151,13 +151,11 @@ def remove(path: pathlib.Path) -> None:
   try:
     path.unlink(missing_ok=True)
   except OSError as e:
-    raise errors.UserError(
-      f'{path}: cannot remove what an earlier start left ({e.strerror}); give '
-      '--workdir a folder that you may write to.'
-    ) from e
+    raise unwritable(path, e) from e
 
 
 def unwritable(path: pathlib.Path | str, e: OSError) -> errors.UserError:
+  """What to say where a file or folder cannot be written."""
   return errors.UserError(
     f'{path}: cannot write it ({e.strerror or e}); make space there, or name '
     'a folder that you may write to (--workdir, --out, XDG_CACHE_HOME).'
