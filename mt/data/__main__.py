@@ -16,11 +16,11 @@ import numpy as np
 from mt.base import cli
 from mt.base import errors
 from mt.base import journal
-from mt.data import batches
 from mt.data import bitext
 from mt.data import corpus
 from mt.data import splits
 from mt.data import store
+from mt.data import template
 from mt.data import tokenizer
 from mt.train import settings
 from mt.weights import pretrained
@@ -29,18 +29,18 @@ _QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 _EXAMPLES = 5
 
 
-def lengths(rows: batches.Rows) -> tuple[np.ndarray, np.ndarray]:
+def lengths(blocks: store.Store) -> tuple[np.ndarray, np.ndarray]:
   """Tokens of each prompt and of each target of a text: [n], [n].
 
   Tokenises all blocks that are not in the store yet.
   """
   prompts, sizes = [], []
   progress = journal.Progress(
-    f'tokenising {rows.store.bitext.where}, blocks', len(rows.store)
+    f'tokenising {blocks.bitext.where}, blocks', len(blocks)
   )
-  for number in range(len(rows.store)):
-    examples = rows.store.block(number)
-    prompts.append(np.asarray(examples.target_starts))
+  for number in range(len(blocks)):
+    examples = blocks.block(number)
+    prompts.append(examples.target_starts)
     sizes.append(examples.sizes)
     progress.update(number + 1)
   progress.close()
@@ -77,15 +77,17 @@ def table(prompt: np.ndarray, target: np.ndarray, length: int) -> str:
 
 
 def example(
-  examples: store.Examples, number: int, tok: tokenizer.Tokenizer, color: bool
+  examples: template.Examples,
+  number: int,
+  tok: tokenizer.Tokenizer,
+  color: bool,
 ) -> str:
   """One example's pieces; what is learned stands out.
 
   In colour it is bold green and the rest is dim; else it stands in ⟦ ⟧. A space
   is shown as ▁, a newline as ⏎.
   """
-  ids = examples.tokens[examples.offsets[number] : examples.offsets[number + 1]]
-  pieces = [tok.spm.id_to_piece(i) for i in ids.tolist()]
+  pieces = [tok.spm.id_to_piece(i) for i in examples.ids(number).tolist()]
   start = int(examples.target_starts[number])
   masked, learned = (
     ''.join(part).replace('\n', '⏎')
@@ -128,7 +130,7 @@ def plot(
     raise errors.UserError(
       f'{path}: cannot write the plot ({e.strerror}); give --plot the path of '
       'a PNG file in a folder that you may write to.'
-    ) from None
+    ) from e
 
 
 def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
@@ -140,10 +142,16 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
     png: where to put the histograms, if anywhere.
 
   Raises:
-    errors.UserError: what a run with this config would say.
+    errors.UserError: what a run with this config would say; a text without one
+      for validation is shown, though.
   """
   settings.check(config)
-  texts = corpus.read_splits(config.data, corpus.splits(config))
+  there = [
+    split
+    for split in corpus.splits(config)
+    if corpus.split_source(config.data, split) is not None
+  ]
+  texts = corpus.read_splits(config.data, there)
   random = config.weights.source == 'random'
   tok = pretrained.open_source(
     config.weights.source,
@@ -152,41 +160,48 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
     seed=config.seed,
     texts=corpus.some_texts(texts['train'][0]) if random else (),
   ).tokenizer
-  length, size = config.data.length, config.train.batch_size
-  out, named = [], {}
-  for split, split_texts in texts.items():
-    rows, shares = splits.training_rows(config, tok, split_texts)
-    for text, source, share in zip(split_texts, rows, shares, strict=False):
-      title = f'{split}: {text.where}'
-      named[title] = measured = lengths(source)
-      out += [f'{split}: {bitext.describe(text)}', table(*measured, length)]
+  out, measured = [], {}
+  for split in corpus.splits(config):
+    if split not in texts:
+      out.append(f'{split}: no text is named; data.{split} names one.')
+      continue
+    sources, mixture = splits.training_rows(config, tok, texts[split])
+    for source, share in zip(sources, mixture, strict=False):
+      where = source.store.bitext.where
+      found = measured[f'{split}: {where}'] = lengths(source.store)
+      out.append(f'{split}: {bitext.describe(source.store.bitext)}')
+      out.append(table(*found, config.data.length))
       if split == 'train':
-        out.append(_epoch(source, share / sum(shares), size, config))
-      out += [
-        '  ' + example(source.store.block(0), i, tok, color)
-        for i in range(min(_EXAMPLES, len(text)))
-      ]
+        out.append(_epoch(source, share / sum(mixture), config.train))
+      out += [f'  {x}' for x in _examples(source.store, tok, color)]
       out.append('')
   if png:
-    plot(png, named, length)
+    plot(png, measured, config.data.length)
   return '\n'.join(out)
 
 
-def _epoch(source, share, size, config) -> str:
-  parts = range(len(source.store))
-  plans = [source.part(p) for p in parts]
-  count = sum(len(plan) for _, plan in plans)
-  width = sum(w for _, plan in plans for _, w in plan)
+def _epoch(source, share, train) -> str:
+  blocks = [source.block_of_epoch(i) for i in range(len(source.store))]
+  count = sum(len(rows) for _, rows in blocks)
   used = sum(
     int(examples.sizes[examples.sizes <= source.length].sum())
-    for examples, _ in plans
+    for examples, _ in blocks
   )
-  epochs = config.train.max_steps * size * share / max(1, count)
+  padding = 1 - used / max(1, count * source.length)
+  epochs = train.max_steps * train.batch_size * share / max(1, count)
   return (
-    f'  an epoch: {count:,} rows, {1 - used / max(1, width):.1%} padding, '
-    f'{count / size:,.1f} batches of {size}; a share of {share:.0%} in '
-    f'train.max_steps={config.train.max_steps:,} is {epochs:.2f} epochs'
+    f'  an epoch: {count:,} rows, {padding:.1%} padding, '
+    f'{count / train.batch_size:,.1f} batches of {train.batch_size}; a share '
+    f'of {share:.0%} in train.max_steps={train.max_steps:,} is {epochs:.2f} '
+    'epochs'
   )
+
+
+def _examples(blocks, tok, color) -> list[str]:
+  first = blocks.block(0)
+  return [
+    example(first, i, tok, color) for i in range(min(_EXAMPLES, len(first)))
+  ]
 
 
 def define_flags() -> None:

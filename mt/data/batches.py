@@ -1,4 +1,4 @@
-"""Examples to packed rows of tokens, through Grain.
+"""Examples to packed rows of tokens, and rows to batches.
 
 A row of `length` tokens holds several examples, told apart by segment_ids
 (1, 2, …; 0 is padding); positions restart in each:
@@ -16,55 +16,24 @@ import bisect
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
-import math
 
 import chex
 import grain
 import numpy as np
 
 from mt.base import errors
-from mt.data import reader
+from mt.data import packing as packing_lib
 from mt.data import store as store_lib
+from mt.data import template
 
-Batch = dict[str, np.ndarray]  # tokens, positions, segment_ids, target_mask.
-
-
-def best_fit(sizes: np.ndarray, length: int) -> list[list[int]]:
-  """Packs items in the given order, each into the fullest row that takes it.
-
-  A bit set of the free space in open rows finds that row in O(1).
-
-  Args:
-    sizes: [n] ints, each in 1..length.
-    length: capacity of a row.
-
-  Returns:
-    Rows of item indices; every item exactly once.
-  """
-  chex.assert_rank(sizes, 1)
-  rows: list[list[int]] = []
-  open_rows: list[list[int]] = [[] for _ in range(length + 1)]  # By free space.
-  available = 0  # Bit f is set if open_rows[f] is not empty.
-  for item, size in enumerate(sizes.tolist()):
-    fitting = available >> size
-    if fitting:
-      free = size + (fitting & -fitting).bit_length() - 1
-      row = open_rows[free].pop()
-      if not open_rows[free]:
-        available ^= 1 << free
-    else:
-      free, row = length, len(rows)
-      rows.append([])
-    rows[row].append(item)
-    open_rows[free - size].append(row)
-    available |= 1 << (free - size)
-  return rows
+# tokens, positions, segment_ids and target_mask: [L] of a row, [B, L] of more.
+Batch = dict[str, np.ndarray]
 
 
 def build_row(
-  examples: store_lib.Examples, items: list[int], length: int
+  examples: template.Examples, items: Sequence[int], length: int
 ) -> Batch:
-  """One packed row: every array [length]."""
+  """One row with these examples in it: every array [length]."""
   row = {
     'tokens': np.zeros(length, np.int32),
     'positions': np.zeros(length, np.int32),
@@ -73,7 +42,7 @@ def build_row(
   }
   at = 0
   for segment, i in enumerate(items, 1):
-    ids = examples.tokens[examples.offsets[i] : examples.offsets[i + 1]]
+    ids = examples.ids(i)
     end = at + len(ids)
     row['tokens'][at:end] = ids
     row['positions'][at:end] = np.arange(len(ids))
@@ -83,140 +52,112 @@ def build_row(
   return row
 
 
+def _stack(rows: Sequence[Batch]) -> Batch:
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def eval_batches(
+  examples: template.Examples,
+  length: int,
+  batch_size: int,
+  packing: bool = True,
+) -> Iterator[Batch]:
+  """Every example that fits once; empty rows fill the last batch."""
+  fitting = np.flatnonzero(examples.sizes <= length)
+  rows = [[i] for i in fitting.tolist()]
+  if packing:
+    packed = packing_lib.best_fit(examples.sizes[fitting], length)
+    rows = [fitting[row].tolist() for row in packed]
+  rows += [[]] * (-len(rows) % batch_size)
+  for at in range(0, len(rows), batch_size):
+    yield _stack(
+      [build_row(examples, row, length) for row in rows[at : at + batch_size]]
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Training rows by number, epoch after epoch: a Grain source.
+  """Training rows of one text by number, epoch after epoch.
 
   Row numbers run through the epochs; each epoch has every example once, in an
   order and a packing drawn from (seed, epoch). So a position in the data is one
   integer, and needs no history. Large texts are shuffled in two steps: the
-  blocks of their store, then the examples of each block.
+  blocks of their store, then the examples of each block. Blocks are counted
+  through the epochs, too: with 3 blocks, number 4 is the second of epoch 1.
 
   Attributes:
     store: of the training text.
     length: L.
     seed: of the order.
-    num_rows: how many rows training will ask for.
     packing: several examples in a row, or one.
-    buckets: without packing, the widths of rows, besides `length`.
-    group: without packing, so many rows in succession have one width.
+    group: without packing, empty rows fill up a block to a multiple of this.
   """
 
   store: store_lib.Store
   length: int
   seed: int
-  num_rows: int
   packing: bool = True
-  buckets: tuple[int, ...] = ()
   group: int = 1
-  # What was found on the way: the first row of each part (a part is a block in
-  # an epoch), and the last two parts themselves. One thread reads.
-  _starts: list[int] = dataclasses.field(
-    default_factory=lambda: [0], init=False
-  )
-  _parts: dict[int, tuple[store_lib.Examples, list]] = dataclasses.field(
-    default_factory=dict, init=False
-  )
-  _prepared: set[int] = dataclasses.field(default_factory=set, init=False)
+  # Found so far: the first row of each block, and the last two blocks.
+  _first_rows: list = dataclasses.field(default_factory=lambda: [0], init=False)
+  _blocks: dict = dataclasses.field(default_factory=dict, init=False)
 
-  def __len__(self) -> int:
-    return self.num_rows
-
-  def __repr__(self) -> str:
-    return f'Rows({self.store.bitext.where})'
-
-  def __getitem__(self, index) -> Batch:
-    try:
-      return self._row(int(index))
-    except errors.UserError:
-      raise
-    except Exception as e:
-      raise errors.UserError(
-        f'{self.store.bitext.where}: row {int(index)} of training cannot be '
-        f'made ({type(e).__name__}: {" ".join(str(e).split())[:200]}); start '
-        'again, and look at that text if it stops here again.'
-      ) from e
-
-  def _row(self, index):
-    examples, plan, row, part = self._find(index)
-    if len(self.store) > 1 and row >= len(plan) // 2:
-      self._prepare(part + 1)
-    items, width = plan[row]
-    return build_row(examples, items, width)
+  def __getitem__(self, index: int) -> Batch:
+    """Row `index`: every array [length]."""
+    examples, rows, at, _ = self._find(index)
+    return build_row(examples, rows[at], self.length)
 
   def pair_ids(self, index: int) -> list[str]:
     """Of the pairs in a row, as the text has them."""
-    _, plan, row, part = self._find(index)
-    members = self.store.members(self._block(part))[plan[row][0]]
-    return [pair.id for pair in self.store.bitext.read(members)]
+    _, rows, at, block = self._find(index)
+    pairs = self.store.members(block)[rows[at]]
+    return [pair.id for pair in self.store.bitext.read(pairs)]
 
   def _find(self, index):
-    """The part that a row is in, as `part` has it; its place; the part."""
-    while self._starts[-1] <= index:
-      part = len(self._starts) - 1
-      self._starts.append(self._starts[-1] + len(self.part(part)[1]))
-      if part % len(self.store) == len(self.store) - 1:
-        self._check_epoch(part)
-    part = bisect.bisect_right(self._starts, index) - 1
-    return *self.part(part), index - self._starts[part], part
+    """The block that a row is in: examples, rows, its place there, number."""
+    firsts = self._first_rows
+    while firsts[-1] <= index:
+      number = len(firsts) - 1
+      firsts.append(firsts[-1] + len(self.block_of_epoch(number)[1]))
+      if number + 1 == len(self.store) and firsts[-1] == 0:
+        sizes = [self.store.block(i).sizes for i in range(len(self.store))]
+        shortest = min(int(s.min()) for s in sizes)
+        raise no_pair_fits(self.store.bitext.where, self.length, shortest)
+    number = bisect.bisect_right(firsts, index) - 1
+    at = index - firsts[number]
+    return *self.block_of_epoch(number), at, self._block(number)
 
-  def _prepare(self, part: int) -> None:
-    if part not in self._prepared:
-      self._prepared.add(part)
-      self.store.prepare(self._block(part))
-
-  def _block(self, part: int) -> int:
-    epoch, position = divmod(part, len(self.store))
+  def _block(self, number: int) -> int:
+    """Which block of the store it is."""
+    epoch, position = divmod(number, len(self.store))
     rng = np.random.default_rng([self.seed, epoch])
     return int(rng.permutation(len(self.store))[position])
 
-  def part(self, part: int) -> tuple[store_lib.Examples, list]:
-    """A block in an epoch: its examples, and each row's items and width."""
-    if part not in self._parts:
-      number = self._block(part)
-      examples = self.store.block(number)
-      rng = np.random.default_rng([self.seed, part // len(self.store), number])
+  def block_of_epoch(
+    self, number: int
+  ) -> tuple[template.Examples, list[list[int]]]:
+    """The examples of a block, and which of them stand in each of its rows."""
+    if number not in self._blocks:
+      for old in sorted(self._blocks)[:-1]:
+        del self._blocks[old]
+      block = self._block(number)
+      examples = self.store.block(block)
+      epoch = number // len(self.store)
+      rng = np.random.default_rng([self.seed, epoch, block])
       order = rng.permutation(np.flatnonzero(examples.sizes <= self.length))
-      plan = self._packed if self.packing else self._padded
-      for old in sorted(self._parts)[:-1]:
-        del self._parts[old]
-      self._parts[part] = examples, plan(rng, order, examples.sizes)
-    return self._parts[part]
+      rows = self._pack(rng, order, examples.sizes)
+      self._blocks[number] = examples, rows
+    return self._blocks[number]
 
-  def _packed(self, rng, order, sizes):
-    rows = best_fit(sizes[order], self.length)
-    return [
-      (order[rows[i]].tolist(), self.length)
-      for i in rng.permutation(len(rows)).tolist()
-    ]
-
-  def _padded(self, rng, order, sizes):
-    """Groups of rows of one width; what is left over goes to the next width."""
-    widths = sorted({min(b, self.length) for b in (*self.buckets, self.length)})
-    groups, rest, low = [], np.zeros(0, np.int64), 0
-    for width in widths:
-      here = (low < sizes[order]) & (sizes[order] <= width)
-      rest = np.concatenate([rest, order[here]])
-      full = len(rest) // self.group * self.group
-      for items in rest[:full].reshape(-1, self.group).tolist():
-        groups.append((items, width))
-      rest, low = rest[full:], width
-    if len(rest):
-      groups.append((rest.tolist(), self.length))
-    rows = []
-    for g in rng.permutation(len(groups)).tolist():
-      items, width = groups[g]
-      rows += [([i], width) for i in items]
-      rows += [([], width)] * (self.group - len(items))
-    return rows
-
-  def _check_epoch(self, part):
-    blocks = len(self.store)
-    if self._starts[part + 1] == self._starts[part + 1 - blocks]:
-      shortest = min(
-        int(self.store.block(i).sizes.min()) for i in range(blocks)
-      )
-      raise no_pair_fits(self.store.bitext.where, self.length, shortest)
+  def _pack(self, rng, order, sizes):
+    """Examples in rows, shuffled: the last ones of best fit have gaps."""
+    if self.packing:
+      rows = packing_lib.best_fit(sizes[order], self.length)
+      return [order[rows[i]].tolist() for i in rng.permutation(len(rows))]
+    rows = [[i] for i in order.tolist()]
+    rows += [[]] * (-len(rows) % self.group)
+    groups = rng.permutation(len(rows) // self.group) * self.group
+    return [row for at in groups for row in rows[at : at + self.group]]
 
 
 def no_pair_fits(where: str, length: int, shortest: int) -> errors.UserError:
@@ -227,95 +168,90 @@ def no_pair_fits(where: str, length: int, shortest: int) -> errors.UserError:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class PairIds:
-  """The same source, with the pairs' ids instead of the rows."""
-
-  rows: Rows
-
-  def __len__(self) -> int:
-    return len(self.rows)
-
-  def __getitem__(self, index) -> list[str]:
-    return self.rows.pair_ids(int(index))
-
-
-def train_iterator(
-  sources: Sequence[Rows],
-  weights: Sequence[float],
-  batch_size: int,
-  num_batches: int,
-  *,
-  own: Sequence[int] | None = None,
-  workers: int = 0,
-  max_wait: float = math.inf,
-) -> reader.Reader:
-  """Batches of the sources' rows, mixed in proportion to the weights.
+class TrainBatches:
+  """Iterator over batches [B, L] of rows of several sources, with a position.
 
   Batch n has rows n * batch_size to (n + 1) * batch_size - 1 of the mixture,
-  and each process its part of them.
-
-  Args:
-    sources: with enough rows each.
-    weights: one for each.
-    batch_size: rows in a batch, of all processes together.
-    num_batches: after so many the iterator ends.
-    own: which rows of each batch are read here; None for all.
-    workers: processes of Grain's that read here; 0 is a thread.
-    max_wait: see mt/data/reader.py.
+  and each process its part of them. So the position is the number of batches
+  taken, whatever the number of processes. A thread of Grain's reads ahead.
   """
-  chex.assert_scalar_positive(batch_size)
-  chex.assert_equal(len(sources), len(weights))
-  own = range(batch_size) if own is None else [int(i) for i in own]
-  local = len(own)
 
-  def mixed(kind=lambda rows: rows):
-    # Copies have nothing cached that would have to travel to the workers, and
-    # nothing in common with those that a closed iterator's thread still reads.
-    copies = [kind(dataclasses.replace(s)) for s in sources]
-    parts = [grain.MapDataset.source(s) for s in copies]
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+  def __init__(
+    self,
+    sources: Sequence[Rows],
+    mixture: Sequence[float],
+    batch_size: int,
+    num_batches: int,
+    own: Sequence[int] | None = None,
+  ):
+    """An iterator at position 0; nothing is read yet.
 
-  def pair_ids(number):
-    of_rows, first = mixed(PairIds), number * batch_size
-    return [x for i in range(first, first + batch_size) for x in of_rows[i]]
+    Args:
+      sources: the rows of each text.
+      mixture: the share of each; they need not sum to 1.
+      batch_size: rows in a batch, of all processes together.
+      num_batches: after so many the iterator ends.
+      own: which rows of each batch are read here; None for all.
+    """
+    chex.assert_equal(len(sources), len(mixture))
+    self._sources, self._mixture = sources, mixture
+    self._batch_size, self._num_batches = batch_size, num_batches
+    self._own = range(batch_size) if own is None else [int(i) for i in own]
+    self._taken, self._ahead = 0, None
 
-  def dataset_from(first):
-    rows = mixed()
+  def __iter__(self) -> Iterator[Batch]:
+    return self
 
-    def row(number):
-      batch, at = divmod(number, local)
-      return rows[batch * batch_size + own[at]]
+  def __next__(self) -> Batch:
+    if self._taken == self._num_batches:
+      raise StopIteration
+    if self._ahead is None:
+      self._ahead = iter(self._batches_from(self._taken))
+    batch = next(self._ahead)
+    self._taken += 1
+    return batch
 
-    numbers = grain.MapDataset.range(first * local, num_batches * local)
-    batched = numbers.map(row).batch(local, drop_remainder=True)
+  def _batches_from(self, first):
+    places = self._places()
+
+    def batch(number):
+      start = number * self._batch_size
+      return _stack([source[row] for source, row in places(start, self._own)])
+
+    numbers = grain.MapDataset.range(first, self._num_batches)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    ahead = batched.to_iter_dataset(options)
-    if not workers:
-      return ahead
-    return ahead.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=workers),
-      reader.begin_worker,
-    )
+    return numbers.map(batch).to_iter_dataset(options)
 
-  where = ' and '.join(dict.fromkeys(s.store.bitext.where for s in sources))
-  return reader.Reader(dataset_from, num_batches, where, pair_ids, max_wait)
+  def _places(self):
+    """(start, row numbers) -> where rows start + i of the mixture come from."""
+    # Copies: a thread that reads ahead may still be at work on earlier ones.
+    sources = [dataclasses.replace(source) for source in self._sources]
+    # Any source can be asked for all rows; a batch more for what Grain rounds.
+    numbers = grain.MapDataset.range((self._num_batches + 1) * self._batch_size)
+    parts = [numbers.map(lambda row, s=source: (s, row)) for source in sources]
+    mixed = grain.MapDataset.mix(parts, self._mixture)
+    return lambda start, rows: [mixed[start + i] for i in rows]
 
+  def pair_ids(self, number: int) -> list[str]:
+    """Of all pairs in batch `number`, of all processes."""
+    places, size = self._places(), self._batch_size
+    return [
+      pair
+      for source, row in places(number * size, range(size))
+      for pair in source.pair_ids(row)
+    ]
 
-def eval_batches(
-  examples: store_lib.Examples,
-  length: int,
-  batch_size: int,
-  packing: bool = True,
-) -> Iterator[Batch]:
-  """Every example that fits once; empty rows fill the last batch."""
-  chex.assert_scalar_positive(batch_size)
-  fitting = np.flatnonzero(examples.sizes <= length)
-  rows = [[i] for i in fitting.tolist()]
-  if packing:
-    packed = best_fit(examples.sizes[fitting], length)
-    rows = [fitting[row].tolist() for row in packed]
-  rows += [[]] * (-len(rows) % batch_size)
-  for at in range(0, len(rows), batch_size):
-    built = [build_row(examples, r, length) for r in rows[at : at + batch_size]]
-    yield {k: np.stack([b[k] for b in built]) for k in built[0]}
+  def get_state(self) -> dict[str, int]:
+    """The position, as JSON."""
+    return {'batches_taken': self._taken}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    """Goes to a position that get_state gave."""
+    self.close()
+    self._taken = state['batches_taken']
+
+  def close(self) -> None:
+    """Ends the reading ahead; the position stays."""
+    if self._ahead is not None:
+      self._ahead.close()
+    self._ahead = None

@@ -37,7 +37,7 @@ class Bitext:
     unusable: reason -> (how many lines, the first one's number).
     notes: what else a reader should know.
     digest: changes with the content and with how it is read.
-    pairs: instead of all that, the pairs themselves (see read_as_tfds).
+    pairs: instead of all that, the pairs themselves (see mt/data/tfds.py).
   """
 
   paths: tuple[str, ...]
@@ -68,15 +68,14 @@ class Bitext:
     which = range(len(self)) if which is None else which
     if self.pairs:
       return [self.pairs[i] for i in which]
-    columns = [self._read_lines(file, which) for file in range(len(self.paths))]
+    texts = [self._read_lines(file, which) for file in range(len(self.paths))]
     numbers = self.numbers[which].tolist()
-    out = [self.parse(*line) for line in zip(numbers, *columns, strict=True)]
-    if any(isinstance(pair, str) for pair in out):
-      raise _changed(self.where, 'another content')
-    return out
+    return [self.parse(*line) for line in zip(numbers, *texts, strict=True)]
 
   def _read_lines(self, file, which):
     path = self.paths[file]
+    starts = self.starts[which, file].tolist()
+    sizes = self.sizes[which, file].tolist()
     try:
       with open(path, 'rb', buffering=0) as f:
         if _stat(f) != self.stats[file]:
@@ -84,21 +83,14 @@ class Bitext:
         fd = f.fileno()
         return [
           os.pread(fd, size, start).decode()
-          for start, size in zip(
-            self.starts[which, file].tolist(),
-            self.sizes[which, file].tolist(),
-            strict=True,
-          )
+          for size, start in zip(sizes, starts, strict=True)
         ]
     except (OSError, UnicodeDecodeError) as e:
-      raise _changed(path, getattr(e, 'strerror', e)) from None
-
-
-def _changed(where, what) -> errors.UserError:
-  return errors.UserError(
-    f'{where}: changed or gone since the run began ({what}); put the file back '
-    'as it was and start again.'
-  )
+      raise errors.UserError(
+        f'{path}: changed or gone since the run began '
+        f'({getattr(e, "strerror", e)}); put the file back as it was and start '
+        'again.'
+      ) from e
 
 
 def _stat(f) -> tuple[int, ...]:
@@ -111,7 +103,7 @@ def open_bitext(
   pair: str,
   columns: Sequence[int | str] = (),
   *,
-  turned: bool = False,
+  reversed_pair: bool = False,
   max_bad_fraction: float = 0.0,
 ) -> Bitext:
   """Looks at every line of a file, or of two aligned ones.
@@ -122,7 +114,7 @@ def open_bitext(
     columns: of source and target: numbers from 1, or names out of a header
       line; keys in JSON lines. () takes columns `id source target` or
       `source target`, and in JSON lines the languages as keys.
-    turned: the usual columns hold target and source.
+    reversed_pair: the usual columns hold target and source.
     max_bad_fraction: of unusable lines that are put up with.
 
   Raises:
@@ -140,54 +132,25 @@ def open_bitext(
         for path, f in zip(paths, files, strict=True)
         if _skip_bom(path, f)
       ]
-      parse, header = lines.make_parser(
-        paths, files, pair, columns, turned=turned
+      first, header = _first_line(paths, files, columns)
+      parse = lines.make_parser(
+        paths, first, pair, columns, reversed_pair=reversed_pair
       )
-      found = _index(files, parse, header, sum(s[2] for s in stats))
-      content = [
-        hashlib.file_digest(f, 'sha256').hexdigest()
-        for f in files
-        if f.seek(0) == 0
-      ]
+      found = _look_at_lines(files, parse, header)
+      content = [_sha256(f) for f in files]
     except OSError as e:
-      raise unreadable(e.filename or where, e) from None
-  bad = sum(count for count, _ in found.unusable.values())
-  # Divided, for 0.29 * 100 is less than 29.
-  if bad and bad / found.num_lines > max_bad_fraction:
-    raise errors.UserError(
-      f'{where}: {bad:,} of its {found.num_lines:,} lines cannot be used '
-      f'({_reasons(found.unusable)}), more than data.max_bad_fraction='
-      f'{max_bad_fraction:g}; mend them, or raise it.'
-    )
-  if not found.numbers:
-    raise lines.no_pair(where)
-  again = found.repeated_ids()
-  if again:
-    notes.append(
-      f'{len(again):,} ids occur again, the first in line {min(again):,}; kept'
-    )
+      raise unreadable(e.filename or where, e) from e
   identity = json.dumps([content, repr(parse), header])
-  return Bitext(
+  text = Bitext(
     paths=paths,
     stats=stats,
     parse=parse,
-    starts=np.frombuffer(found.starts, np.int64).reshape(-1, len(paths)),
-    sizes=np.frombuffer(found.sizes, np.int32).reshape(-1, len(paths)),
-    numbers=np.frombuffer(found.numbers, np.int32),
-    num_lines=found.num_lines,
-    unusable=found.unusable,
     notes=tuple(notes),
     digest=hashlib.sha256(identity.encode()).hexdigest(),
+    **found,
   )
-
-
-def unreadable(path: str, e: OSError) -> errors.UserError:
-  """The sentence for a parallel text that cannot be read."""
-  return errors.UserError(
-    f'{path}: cannot read the parallel text ({e.strerror or e}); data.source, '
-    'data.valid and data.test name a folder in the layout of MTNT, an archive '
-    'of it, or files (with {split} and {lang} in their names, if need be).'
-  )
+  _check(text, max_bad_fraction)
+  return text
 
 
 def _skip_bom(path, f) -> bool:
@@ -201,93 +164,81 @@ def _skip_bom(path, f) -> bool:
   return start == _BOM
 
 
-def _int64():
-  return array.array('q')
+def _first_line(paths, files, columns) -> tuple[str, bool]:
+  """The line that tells the columns, and whether it is a header.
+
+  A header is read, any other line is left to be read again.
+  """
+  if len(paths) == 2 or paths[0].endswith('.jsonl'):
+    return '', False
+  header, start, first = lines.has_header(columns), files[0].tell(), ''
+  while not first.strip() and (raw := files[0].readline()):
+    first = raw.decode(errors='replace')
+    if header:
+      break
+  if not (first if header else first.strip()):
+    raise lines.no_pair(paths[0])
+  if not header:
+    files[0].seek(start)
+  return first.rstrip('\r\n'), header
 
 
-def _int32():
-  return array.array('i')
-
-
-@dataclasses.dataclass
-class _Found:
-  """Usable lines, as Bitext has them, with a hash of each id."""
-
-  starts: array.array = dataclasses.field(default_factory=_int64)
-  sizes: array.array = dataclasses.field(default_factory=_int32)
-  numbers: array.array = dataclasses.field(default_factory=_int32)
-  ids: array.array = dataclasses.field(default_factory=_int64)
-  unusable: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-  num_lines: int = 0
-
-  def repeated_ids(self) -> list[int]:
-    """Line numbers of usable lines whose id an earlier line has."""
-    ids = np.frombuffer(self.ids, np.int64)
-    in_order = np.sort(ids)
-    if not (in_order[1:] == in_order[:-1]).any():
-      return []
-    _, first = np.unique(ids, return_index=True)
-    again = np.ones(len(ids), bool)
-    again[first] = False
-    return np.frombuffer(self.numbers, np.int32)[again].tolist()
-
-
-def _index(files, parse, header, total) -> _Found:
-  """One pass over every line."""
-  out = _Found()
-  has_ids = isinstance(parse, lines.Columns) and parse.id is not None
+def _look_at_lines(files, parse, header):
+  """One pass over every line: the fields of Bitext that it gives."""
+  starts, sizes, numbers = array.array('q'), array.array('i'), array.array('i')
+  num_lines, unusable = 0, {}
+  total = sum(os.fstat(f.fileno()).st_size for f in files)
   progress = journal.Progress(f'{files[0].name}, MB', total // 10**6, every=100)
   at = [f.tell() for f in files]
-  if header:
-    first = files[0].readline(lines.LONGEST)
-    at[0] += len(first) + _rest_of_line(files[0], first)
-  while True:
-    raws = [f.readline(lines.LONGEST) for f in files]
-    if not all(raws):
-      break
-    out.num_lines += 1
-    number = out.num_lines + header
+  while all(raws := [f.readline() for f in files]):
+    num_lines += 1
+    number = num_lines + header
     bodies = [lines.strip_end(raw) for raw in raws]
     pair = lines.parse_line(parse, number, bodies)
-    starts, at = at, [a + len(raw) for a, raw in zip(at, raws, strict=True)]
-    if any(len(raw) == lines.LONGEST for raw in raws):
-      rest = [_rest_of_line(f, raw) for f, raw in zip(files, raws, strict=True)]
-      at = [a + n for a, n in zip(at, rest, strict=True)]
-      if any(rest):
-        pair = f'longer than {lines.LONGEST:,} bytes'
     if isinstance(pair, str):
-      count, first = out.unusable.get(pair, (0, number))
-      out.unusable[pair] = count + 1, first
+      count, first = unusable.get(pair, (0, number))
+      unusable[pair] = count + 1, first
     else:
-      out.starts.extend(starts)
-      out.sizes.extend(map(len, bodies))
-      out.numbers.append(number)
-      if has_ids:
-        out.ids.append(hash(pair.id))
-    if not out.num_lines & 0xFFFF:
+      starts.extend(at)
+      sizes.extend(map(len, bodies))
+      numbers.append(number)
+    at = [start + len(raw) for start, raw in zip(at, raws, strict=True)]
+    if not num_lines & 0xFFFF:
       progress.update(sum(at) // 10**6)
   progress.close()
   if any(raws):
     more, less = (0, 1) if raws[0] else (1, 0)
-    count, raw = out.num_lines, raws[more]
-    while raw:
-      count += 1
-      _rest_of_line(files[more], raw)
-      raw = files[more].readline(lines.LONGEST)
+    count = num_lines + 1 + sum(1 for _ in files[more])
     raise errors.UserError(
       f'{files[more].name} has {count:,} lines and {files[less].name} '
-      f'{out.num_lines:,}; aligned files have a line for each other: find '
-      'where they part.'
+      f'{num_lines:,}; aligned files have a line for each other: find where '
+      'they part.'
     )
-  return out
+  return {
+    'starts': np.frombuffer(starts, np.int64).reshape(-1, len(files)),
+    'sizes': np.frombuffer(sizes, np.int32).reshape(-1, len(files)),
+    'numbers': np.frombuffer(numbers, np.int32),
+    'num_lines': num_lines,
+    'unusable': unusable,
+  }
 
 
-def _rest_of_line(f, start: bytes) -> int:
-  """Reads to the end of a line that has begun with `start`; its bytes."""
-  size, last = 0, start
-  while not last.endswith(b'\n') and (last := f.readline(lines.LONGEST)):
-    size += len(last)
-  return size
+def _sha256(f) -> str:
+  f.seek(0)
+  return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def _check(text, max_bad_fraction):
+  bad = text.num_lines - len(text)
+  # Divided, for 0.29 * 100 is less than 29.
+  if bad and bad / text.num_lines > max_bad_fraction:
+    raise errors.UserError(
+      f'{text.where}: {bad:,} of its {text.num_lines:,} lines cannot be used '
+      f'({_reasons(text.unusable)}), more than data.max_bad_fraction='
+      f'{max_bad_fraction:g}; mend them, or raise it.'
+    )
+  if not len(text):
+    raise lines.no_pair(text.where)
 
 
 def _reasons(unusable) -> str:
@@ -299,9 +250,18 @@ def _reasons(unusable) -> str:
   )
 
 
-def describe(bitext: Bitext) -> str:
+def unreadable(path: str, e: OSError) -> errors.UserError:
+  """The sentence for a parallel text that cannot be read."""
+  return errors.UserError(
+    f'{path}: cannot read the parallel text ({e.strerror or e}); data.source, '
+    'data.valid and data.test name a folder in the layout of MTNT, an archive '
+    'of it, or files (with {split} and {lang} in their names, if need be).'
+  )
+
+
+def describe(text: Bitext) -> str:
   """What became of the lines, in a sentence or a few."""
-  text = f'{bitext.where}: {bitext.num_lines:,} lines, {len(bitext):,} pairs'
-  if bitext.unusable:
-    text += f'; not used: {_reasons(bitext.unusable)}'
-  return '; '.join([text, *bitext.notes])
+  out = f'{text.where}: {text.num_lines:,} lines, {len(text):,} pairs'
+  if text.unusable:
+    out += f'; not used: {_reasons(text.unusable)}'
+  return '; '.join([out, *text.notes])

@@ -22,6 +22,7 @@ import ml_collections
 from mt.base import errors
 from mt.data import bitext
 from mt.data import mtnt
+from mt.data import tfds
 
 SAMPLE = pathlib.Path(__file__).parent / 'sample'
 
@@ -48,15 +49,33 @@ def read_splits(
   Raises:
     errors.UserError: no such source, split or pair, or a file's own errors.
   """
-  first = sources(data)[0]
-  named = {'valid': data.valid or first, 'test': data.test or first}
+  found = {}  # Of all splits, before the first one is read.
+  for split in splits:
+    source = split_source(data, split)
+    if source is None:
+      raise errors.UserError(
+        f'data.source is {sources(data)[0]!r} and data.{split} is empty: the '
+        'same text would be trained on and scored; name the text of the '
+        f'{split} split in data.{split}, or write {{split}} in the path.'
+      )
+    names = sources(data) if split == 'train' else [source]
+    found[split] = [_find(name, split, data.pair) for name in names]
   return {
-    split: [
-      _open_split(source, split, data)
-      for source in (sources(data) if split == 'train' else [named[split]])
-    ]
-    for split in splits
+    split: [_open(paths, data, other_way) for paths, other_way in files]
+    for split, files in found.items()
   }
+
+
+def split_source(data: ml_collections.ConfigDict, split: str) -> str | None:
+  """The source of a split (of train the first one), or None.
+
+  None where it would be the text that is trained on, and nobody said so.
+  """
+  first = sources(data)[0]
+  named = {'valid': data.valid, 'test': data.test}.get(split, first)
+  if not named and _is_text(first) and '{split}' not in first:
+    return None
+  return named or first
 
 
 def some_texts(text: bitext.Bitext, most: int = 4000) -> list[str]:
@@ -65,49 +84,44 @@ def some_texts(text: bitext.Bitext, most: int = 4000) -> list[str]:
   return [side for p in pairs for side in (p.source, p.target)]
 
 
-def _open_split(source, split, data) -> bitext.Bitext:
-  paths, turned = _find(source, split, data)
+def _open(paths, data, reversed_pair) -> bitext.Bitext:
   if data.tfds_quoting:
-    return mtnt.read_as_tfds(paths[0], turned)
+    return tfds.read_as_tfds(paths[0], reversed_pair)
   return bitext.open_bitext(
     paths,
     data.pair,
     data.columns,
-    turned=turned,
+    reversed_pair=reversed_pair,
     max_bad_fraction=data.max_bad_fraction,
   )
 
 
-def _find(source, split, data) -> tuple[list[pathlib.Path], bool]:
+def _find(source, split, pair) -> tuple[list[pathlib.Path], bool]:
   """The files of a split, and whether they hold the pair the other way."""
-  if '{split}' in source or '{lang}' in source or _is_text_file(source):
-    given = data.valid if split == 'valid' else data.test
-    if split != 'train' and '{split}' not in source and not given:
-      raise errors.UserError(
-        f'data.source is {source!r} and data.{split} is empty: the same text '
-        f'would be trained on and scored; name the text of the {split} split '
-        f'in data.{split}, or write {{split}} in the path.'
-      )
+  if _is_text(source):
     path = source.replace('{split}', split)
-    languages = data.pair.split('-') if '{lang}' in path else ['']
+    languages = pair.split('-') if '{lang}' in path else ['']
     return [pathlib.Path(path.replace('{lang}', x)) for x in languages], False
   folder = _open_folder(source) / split
-  path = folder / f'{split}.{data.pair}.tsv'
-  other = '-'.join(reversed(data.pair.split('-')))
+  path = folder / f'{split}.{pair}.tsv'
+  other = '-'.join(reversed(pair.split('-')))
   # glob raises for a name that is too long; isdir says False.
   found = folder.glob(f'{split}.*.tsv') if os.path.isdir(folder) else ()
   pairs = [p.name.split('.')[-2] for p in found]
-  if data.pair in pairs or not pairs:
+  if pair in pairs or not pairs:
     return [path], False
   if other in pairs:
     return [folder / f'{split}.{other}.tsv'], True
   raise errors.UserError(
-    f'{path}: there is no such file; data.pair is {data.pair!r}, there '
+    f'{path}: there is no such file; data.pair is {pair!r}, there '
     f'{"is" if len(pairs) == 1 else "are"} {", ".join(sorted(pairs))}.'
   )
 
 
-def _is_text_file(source) -> bool:
+def _is_text(source) -> bool:
+  """Whether it names files of pairs, not a folder or an archive of them."""
+  if '{split}' in source or '{lang}' in source:
+    return True
   return os.path.isfile(source) and not source.endswith(('.tar.gz', '.tgz'))
 
 

@@ -13,12 +13,9 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import json
-from typing import BinaryIO
 from typing import NamedTuple
 
 from mt.base import errors
-
-LONGEST = 1 << 20  # Bytes of a line; the longest pairs of MTNT have 2,000.
 
 
 class Pair(NamedTuple):
@@ -69,16 +66,18 @@ class Keys:
       value = json.loads(line)
     except (ValueError, RecursionError):
       return 'not JSON'
-    texts = [_look_up(value, key) for key in (self.source, self.target)]
-    for key, text in zip((self.source, self.target), texts, strict=True):
+    texts = []
+    for key in (self.source, self.target):
+      text = _look_up(value, key)
       if not isinstance(text, str):
         return f'no text under {key!r}'
       if '\0' in text:
         return 'a NUL character'
       if '\n' in text:
         return 'a line break in a text'
-      if not text.isascii() and any('\ud800' <= c <= '\udfff' for c in text):
+      if any('\ud800' <= c <= '\udfff' for c in text):
         return 'half a surrogate pair'
+      texts.append(text)
     return Pair(str(number), *texts)
 
 
@@ -99,72 +98,22 @@ def _look_up(value, key):
   return None
 
 
-def make_parser(
-  paths: Sequence[str],
-  files: Sequence[BinaryIO],
-  pair: str,
-  columns: Sequence[int | str],
-  *,
-  turned: bool,
-) -> tuple[Parser, bool]:
-  """How lines become pairs, and whether the first line is a header.
-
-  Args:
-    paths: one or two.
-    files: these, open, past a byte-order mark.
-    pair: of languages, such as en-fr.
-    columns: see bitext.open_bitext.
-    turned: see bitext.open_bitext.
-
-  Raises:
-    errors.UserError: the first line has not the columns that are asked for.
-  """
-  named = bool(columns) and isinstance(columns[0], str)
-  if len(paths) == 2:
-    return Aligned(), False
-  if paths[0].endswith('.jsonl'):
-    return Keys(*(columns if named else pair.split('-'))), False
-  start, first = files[0].tell(), ''
-  while not first.strip() and (raw := files[0].readline(LONGEST)):
-    first = raw.decode(errors='replace')
-    if named:
-      break
-  files[0].seek(start)
-  if not (first if named else first.strip()):
-    raise no_pair(paths[0])
-  cells = first.rstrip('\r\n').split('\t')
-  if named:
-    missing = [name for name in columns if name not in cells]
-    if missing:
-      raise errors.UserError(
-        f'{paths[0]}: no column {missing[0]!r} in its first line, which has '
-        f'{" ".join(cells)[:200]!r}; mend data.columns, or give the numbers of '
-        'the columns if there is no header.'
-      )
-    source, target = (cells.index(name) for name in columns)
-  elif columns:
-    source, target = (number - 1 for number in columns)
-  elif len(cells) in (2, 3):
-    source, target = len(cells) - 2, len(cells) - 1
-  else:
-    source, target = len(cells), len(cells)
-  if max(source, target) >= len(cells):
-    raise errors.UserError(
-      f'{paths[0]}: tab-separated columns in its first line: {len(cells)}, '
-      f'expected {columns or "id, source, target or source, target"}; set '
-      'data.columns to the two that hold source and target.'
-    )
-  if turned and not columns:
-    source, target = target, source
-  has_id = len(cells) == 3 and not columns
-  return Columns(len(cells), source, target, 0 if has_id else None), named
-
-
-def no_pair(where: str) -> errors.UserError:
-  """The sentence for a text without a usable line."""
-  return errors.UserError(
-    f'{where}: no pair in it; one a line is expected: name another file.'
-  )
+def parse_line(parse: Parser, number: int, raws: Sequence[bytes]) -> Pair | str:
+  """A pair, or the reason why there is none; `raws`: of each file, ends off."""
+  if any(b'\0' in raw for raw in raws):
+    return 'a NUL character'
+  try:
+    texts = [raw.decode() for raw in raws]
+  except UnicodeDecodeError:
+    return 'not UTF-8'
+  pair = parse(number, *texts)
+  if not any(map(str.strip, texts)):
+    return 'an empty line'
+  if isinstance(pair, str):
+    return pair
+  if not pair.source.strip():
+    return 'an empty source'
+  return pair if pair.target.strip() else 'an empty target'
 
 
 def strip_end(raw: bytes) -> bytes:
@@ -172,19 +121,66 @@ def strip_end(raw: bytes) -> bytes:
   return raw.removesuffix(b'\n').removesuffix(b'\r')
 
 
-def parse_line(parse: Parser, number: int, raws: Sequence[bytes]) -> Pair | str:
-  """A pair, or the reason why there is none; `raws`: of each file, ends off."""
-  texts = []
-  for raw in raws:
-    if b'\0' in raw:
-      return 'a NUL character'
-    try:
-      texts.append(raw.decode())
-    except UnicodeDecodeError:
-      return 'not UTF-8'
-  pair = parse(number, *texts)
-  if isinstance(pair, str):
-    return pair if any(map(str.strip, texts)) else 'an empty line'
-  if not pair.source.strip():
-    return 'an empty source' if any(map(str.strip, texts)) else 'an empty line'
-  return pair if pair.target.strip() else 'an empty target'
+def make_parser(
+  paths: Sequence[str],
+  first: str,
+  pair: str,
+  columns: Sequence[int | str],
+  *,
+  reversed_pair: bool,
+) -> Parser:
+  """How lines become pairs.
+
+  Args:
+    paths: one or two.
+    first: the header line, where `columns` has names; else the first line with
+      something in it.
+    pair: of languages, such as en-fr.
+    columns: see bitext.open_bitext.
+    reversed_pair: see bitext.open_bitext.
+
+  Raises:
+    errors.UserError: the first line has not the columns that are asked for.
+  """
+  if len(paths) == 2:
+    return Aligned()
+  if paths[0].endswith('.jsonl'):
+    return Keys(*(columns if has_header(columns) else pair.split('-')))
+  cells = first.split('\t')
+  if has_header(columns):
+    return Columns(len(cells), *_find_names(paths[0], cells, columns))
+  source, target = (n - 1 for n in columns or (len(cells) - 1, len(cells)))
+  if max(source, target) >= len(cells) or not (columns or len(cells) in (2, 3)):
+    raise errors.UserError(
+      f'{paths[0]}: tab-separated columns in its first line: {len(cells)}, '
+      f'expected {columns or "id, source, target or source, target"}; set '
+      'data.columns to the two that hold source and target.'
+    )
+  if columns:
+    return Columns(len(cells), source, target)
+  if reversed_pair:
+    source, target = target, source
+  return Columns(len(cells), source, target, 0 if len(cells) == 3 else None)
+
+
+def has_header(columns: Sequence[int | str]) -> bool:
+  """Whether `columns` are names, not numbers."""
+  return bool(columns) and isinstance(columns[0], str)
+
+
+def _find_names(path, cells, columns):
+  for name in columns:
+    if name not in cells:
+      raise errors.UserError(
+        f'{path}: no column {name!r} in its first line, which has '
+        f'{" ".join(cells)[:200]!r}; mend data.columns, or give the numbers of '
+        'the columns if there is no header.'
+      )
+  return [cells.index(name) for name in columns]
+
+
+def no_pair(where: str) -> errors.UserError:
+  """The sentence for a text without a usable line."""
+  return errors.UserError(
+    f'{where}: no pair in it; one a line is expected: name another file.'
+  )

@@ -10,12 +10,10 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from mt.base import errors
 from mt.base import journal
 from mt.data import batches
 from mt.data import bitext
 from mt.data import lines
-from mt.data import reader
 from mt.data import store
 from mt.data import template as template_lib
 from mt.data import tokenizer
@@ -35,74 +33,11 @@ class Data:
     scored: split -> pairs to be translated and scored.
   """
 
-  train: reader.Reader
+  train: batches.TrainBatches
   train_digest: str
   valid: list[batches.Batch]
   minitrain: list[batches.Batch]
   scored: dict[str, list[lines.Pair]]
-
-
-def training_rows(
-  config: ml_collections.ConfigDict,
-  tok: tokenizer.Tokenizer,
-  texts: Sequence[bitext.Bitext],
-) -> tuple[list[batches.Rows], list[float]]:
-  """The rows of each training text, and its share of all rows."""
-  template = template_lib.from_config(config)
-  size = config.train.batch_size
-  rows = [
-    batches.Rows(
-      store.open_store(text, tok, template),
-      config.data.length,
-      config.seed,
-      # A source can be asked for all rows; one more for what Grain rounds off.
-      num_rows=config.train.max_steps * size + size,
-      packing=config.data.packing,
-      buckets=tuple(config.data.buckets),
-      group=size,
-    )
-    for text in texts
-  ]
-  return rows, list(config.data.weights) or [len(text) for text in texts]
-
-
-def describe(rows: batches.Rows) -> str:
-  """What a source's first epoch is like, or the first block of it."""
-  (examples, plan), blocks = rows.part(0), len(rows.store)
-  fits = examples.sizes <= rows.length
-  tokens = int(examples.sizes[fits].sum())
-  targets = tokens - int(examples.target_starts[fits].sum())
-  padding = 1 - tokens / max(1, sum(width for _, width in plan))
-  return (
-    f'{len(examples):,} pairs'
-    + (f' (the first of {blocks} blocks)' if blocks > 1 else '')
-    + f', {int((~fits).sum()):,} dropped (more than data.length={rows.length} '
-    f'tokens), {tokens:,} tokens, {targets:,} of them targets, in '
-    f'{len(plan):,} rows, {padding:.1%} of which is padding'
-  )
-
-
-def draw(
-  texts: Sequence[bitext.Bitext],
-  shares: Sequence[float],
-  number: int,
-  seed: int,
-) -> list[lines.Pair]:
-  """A sample of training pairs, the same whenever the arguments are.
-
-  Args:
-    texts: the training texts.
-    shares: of each text.
-    number: of pairs; fewer where a text has fewer than its part.
-    seed: decides which.
-  """
-  rng = np.random.default_rng(seed)
-  parts = rng.multinomial(number, np.array(shares) / sum(shares))
-  out = []
-  for text, part in zip(texts, parts.tolist(), strict=True):
-    some = rng.choice(len(text), min(part, len(text)), replace=False)
-    out += text.read(np.sort(some).tolist())
-  return out
 
 
 def read(
@@ -122,63 +57,122 @@ def read(
   Raises:
     errors.UserError: no pair of a split fits into a row.
   """
-  start = time.monotonic()
-  length, size = config.data.length, config.train.batch_size
+  start, size = time.monotonic(), config.train.batch_size
   for split, split_texts in texts.items():
     for text in split_texts:
       journal.say(f'{split}: {bitext.describe(text)}')
-  rows, shares = training_rows(config, tok, texts['train'])
-  for source in rows:
+  sources, mixture = training_rows(config, tok, texts['train'])
+  for source in sources:
     source[0]  # Refuses a text without a row.
     journal.say(f'train: {describe(source)}')
+  train = batches.TrainBatches(
+    sources,
+    mixture,
+    size,
+    config.train.max_steps,
+    own=None if mesh is None else sharding.own_rows(mesh, size),
+  )
+  keys = [source.store.key for source in sources]
+  identity = json.dumps([keys, mixture, config.data.length])
   scored = {k: v[0].read() for k, v in texts.items() if k != 'train'}
-  chosen = scored['valid'][: config.eval.loss_pairs or None]
-  valid = store.encode(chosen, tok, rows[0].store.template)
-  fits = valid.sizes <= length
-  if not fits.any():
-    where = texts['valid'][0].where
-    raise batches.no_pair_fits(where, length, int(valid.sizes.min()))
+  for_loss = scored['valid'][: config.eval.loss_pairs or None]
+  where = texts['valid'][0].where
+  valid, dropped = _loss_batches(config, tok, for_loss, where)
   journal.say(
-    f'valid: {len(chosen):,} pairs for the loss, {int((~fits).sum()):,} of '
-    f'them dropped; data ready after {time.monotonic() - start:.1f} s'
+    f'valid: {len(for_loss):,} pairs for the loss, {dropped:,} of them dropped'
+    f'; data ready after {time.monotonic() - start:.1f} s'
   )
-  number = min(config.eval.minitrain_pairs, len(chosen))
-  mini = store.encode(
-    draw(texts['train'], shares, number, config.seed),
-    tok,
-    rows[0].store.template,
-  )
-  fits = mini.sizes <= length
-  if number:
-    journal.say(
-      f'minitrain: {len(mini)} training pairs for a loss beside that of valid, '
-      f'{int((~fits).sum())} of them dropped'
-    )
-    if not fits.any():
-      raise errors.UserError(
-        f'eval.minitrain_pairs is {number}, but none of the training pairs '
-        f'drawn fits into data.length={length} tokens; 0, or more of '
-        'both expected.'
-      )
-  identity = json.dumps([[r.store.key for r in rows], shares, length])
-  number = config.eval.translate_pairs or None
-
-  def loss_batches(examples):
-    made = batches.eval_batches(examples, length, size, config.data.packing)
-    return list(made)[: config.eval.loss_batches or None]
-
   return Data(
-    train=batches.train_iterator(
-      rows,
-      shares,
-      size,
-      config.train.max_steps,
-      own=None if mesh is None else sharding.own_rows(mesh, size),
-      workers=config.data.workers,
-      max_wait=config.data.max_wait,
-    ),
+    train=train,
     train_digest=hashlib.sha256(identity.encode()).hexdigest(),
-    valid=loss_batches(valid),
-    minitrain=loss_batches(mini),
-    scored={split: pairs[:number] for split, pairs in scored.items()},
+    valid=valid,
+    minitrain=_minitrain(config, tok, texts['train'], mixture, len(for_loss)),
+    scored={
+      split: pairs[: config.eval.translate_pairs or None]
+      for split, pairs in scored.items()
+    },
   )
+
+
+def training_rows(
+  config: ml_collections.ConfigDict,
+  tok: tokenizer.Tokenizer,
+  texts: Sequence[bitext.Bitext],
+) -> tuple[list[batches.Rows], list[float]]:
+  """The rows of each training text, and its share of all rows."""
+  template = template_lib.from_config(config)
+  rows = [
+    batches.Rows(
+      store.open_store(text, tok, template),
+      config.data.length,
+      config.seed,
+      packing=config.data.packing,
+      group=config.train.batch_size,
+    )
+    for text in texts
+  ]
+  return rows, list(config.data.weights) or [len(text) for text in texts]
+
+
+def describe(source: batches.Rows) -> str:
+  """What a source's first epoch is like, or the first block of it."""
+  (examples, rows), blocks = source.block_of_epoch(0), len(source.store)
+  fits = examples.sizes <= source.length
+  tokens = int(examples.sizes[fits].sum())
+  targets = tokens - int(examples.target_starts[fits].sum())
+  padding = 1 - tokens / max(1, len(rows) * source.length)
+  return (
+    f'{len(examples):,} pairs'
+    + (f' (the first of {blocks} blocks)' if blocks > 1 else '')
+    + f', {int((~fits).sum()):,} dropped (more than data.length={source.length}'
+    f' tokens), {tokens:,} tokens, {targets:,} of them targets, in '
+    f'{len(rows):,} rows, {padding:.1%} of which is padding'
+  )
+
+
+def draw(
+  texts: Sequence[bitext.Bitext],
+  mixture: Sequence[float],
+  number: int,
+  seed: int,
+) -> list[lines.Pair]:
+  """A sample of training pairs, the same whenever the arguments are.
+
+  Args:
+    texts: the training texts.
+    mixture: the share of each text.
+    number: of pairs; fewer where a text has fewer than its part.
+    seed: decides which.
+  """
+  rng = np.random.default_rng(seed)
+  counts = rng.multinomial(number, np.array(mixture) / sum(mixture))
+  out = []
+  for text, count in zip(texts, counts.tolist(), strict=True):
+    some = rng.choice(len(text), min(count, len(text)), replace=False)
+    out += text.read(np.sort(some).tolist())
+  return out
+
+
+def _minitrain(config, tok, texts, mixture, most) -> list[batches.Batch]:
+  number = min(config.eval.minitrain_pairs, most)
+  if not number:
+    return []
+  pairs = draw(texts, mixture, number, config.seed)
+  where = f'eval.minitrain_pairs={number}, drawn from training'
+  made, dropped = _loss_batches(config, tok, pairs, where)
+  journal.say(
+    f'minitrain: {len(pairs):,} training pairs for a loss beside that of '
+    f'valid, {dropped:,} of them dropped'
+  )
+  return made
+
+
+def _loss_batches(config, tok, pairs, where) -> tuple[list[batches.Batch], int]:
+  """Batches of pairs for a loss, and how many of them do not fit into a row."""
+  examples = template_lib.encode(pairs, tok, template_lib.from_config(config))
+  length, size = config.data.length, config.train.batch_size
+  dropped = int((examples.sizes > length).sum())
+  if dropped == len(examples):
+    raise batches.no_pair_fits(where, length, int(examples.sizes.min()))
+  made = batches.eval_batches(examples, length, size, config.data.packing)
+  return list(made)[: config.eval.loss_batches or None], dropped

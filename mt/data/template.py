@@ -21,8 +21,13 @@ formatting and system instructions"), and the learned part ends with
 
 from collections.abc import Sequence
 import dataclasses
+import functools
+import itertools
+import pathlib
 
+import chex
 import ml_collections
+import numpy as np
 
 from mt.base import errors
 from mt.data import lines
@@ -30,54 +35,7 @@ from mt.data import tokenizer
 
 START_OF_TURN, END_OF_TURN = '<start_of_turn>', '<end_of_turn>'
 
-# Codes of ISO 639-1 and their English names.
-LANGUAGES = {
-  'ar': 'Arabic',
-  'bg': 'Bulgarian',
-  'bn': 'Bengali',
-  'ca': 'Catalan',
-  'cs': 'Czech',
-  'da': 'Danish',
-  'de': 'German',
-  'el': 'Greek',
-  'en': 'English',
-  'es': 'Spanish',
-  'et': 'Estonian',
-  'fa': 'Persian',
-  'fi': 'Finnish',
-  'fr': 'French',
-  'gu': 'Gujarati',
-  'he': 'Hebrew',
-  'hi': 'Hindi',
-  'hr': 'Croatian',
-  'hu': 'Hungarian',
-  'id': 'Indonesian',
-  'is': 'Icelandic',
-  'it': 'Italian',
-  'ja': 'Japanese',
-  'ko': 'Korean',
-  'lt': 'Lithuanian',
-  'lv': 'Latvian',
-  'ms': 'Malay',
-  'nl': 'Dutch',
-  'no': 'Norwegian',
-  'pl': 'Polish',
-  'pt': 'Portuguese',
-  'ro': 'Romanian',
-  'ru': 'Russian',
-  'sk': 'Slovak',
-  'sl': 'Slovenian',
-  'sr': 'Serbian',
-  'sv': 'Swedish',
-  'sw': 'Swahili',
-  'ta': 'Tamil',
-  'th': 'Thai',
-  'tr': 'Turkish',
-  'uk': 'Ukrainian',
-  'ur': 'Urdu',
-  'vi': 'Vietnamese',
-  'zh': 'Chinese',
-}
+_LANGUAGES = pathlib.Path(__file__).parent / 'languages.tsv'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +59,20 @@ class Template:
 def from_config(config: ml_collections.ConfigDict) -> Template:
   """The template of `config.template`, with the languages' names filled in.
 
+  Names come from languages.tsv: codes of ISO 639-1 and their English names.
+
   Raises:
-    errors.UserError: the prompt asks for the name of a language not known here.
+    errors.UserError: the prompt asks for the name of a language not in there.
   """
   t = config.template
+  names = dict(
+    x.split('\t') for x in _LANGUAGES.read_text('utf-8').splitlines()
+  )
   prompt = t.prompt
   codes = config.data.pair.lower().split('-')
   for side, code in zip(('source', 'target'), codes, strict=True):
     field, knob = f'{{{side}_language}}', f'{side}_language'
-    name = t[knob] or LANGUAGES.get(code)
+    name = t[knob] or names.get(code)
     if field in prompt and not name:
       raise errors.UserError(
         f'template.prompt has {field} in it, but the name of {code!r} (of '
@@ -153,19 +116,53 @@ def end_id(tok: tokenizer.Tokenizer, template: Template) -> int:
   return turns[1][0]
 
 
-def encode_pairs(
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """Tokenised pairs, one after the other in a flat array.
+
+  Attributes:
+    tokens: [sum of sizes] int32.
+    sizes: [n] int32, how many of them each example has.
+    target_starts: [n] int32, where the learned part begins in each.
+  """
+
+  tokens: np.ndarray
+  sizes: np.ndarray
+  target_starts: np.ndarray
+
+  def __post_init__(self):
+    chex.assert_equal_shape([self.sizes, self.target_starts])
+    chex.assert_shape(self.tokens, (self._ends[-1],))
+
+  @functools.cached_property
+  def _ends(self) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
+
+  def __len__(self) -> int:
+    return len(self.sizes)
+
+  def ids(self, i: int) -> np.ndarray:
+    """Tokens of example i."""
+    return self.tokens[self._ends[i] : self._ends[i + 1]]
+
+
+def encode(
   pairs: Sequence[lines.Pair], tok: tokenizer.Tokenizer, template: Template
-) -> tuple[list[list[int]], list[list[int]]]:
-  """Tokens of each prompt, and of each target with what is learned around it.
+) -> Examples:
+  """Tokenises pairs, whatever their length.
 
   Raises:
     errors.UserError: see end_id.
   """
-  end = [end_id(tok, template)]
-  start = [tok.bos_id] if template.target_bos else []
   prompts = tok.encode_all([prompt_text(p.source, template) for p in pairs])
   targets = tok.encode_all([template.target_prefix + p.target for p in pairs])
-  return (
-    [[tok.bos_id, *ids] for ids in prompts],
-    [start + ids + end for ids in targets],
-  )
+  start = [tok.bos_id] if template.target_bos else []
+  end = [end_id(tok, template)]
+  examples = [
+    [tok.bos_id, *prompt, *start, *target, *end]
+    for prompt, target in zip(prompts, targets, strict=True)
+  ]
+  sizes = np.array([len(ids) for ids in examples], np.int32)
+  starts = np.array([1 + len(prompt) for prompt in prompts], np.int32)
+  tokens = itertools.chain.from_iterable(examples)
+  return Examples(np.fromiter(tokens, np.int32, sizes.sum()), sizes, starts)

@@ -62,7 +62,7 @@ def from_proto(proto: bytes, where: str) -> Tokenizer:
   except (RuntimeError, TypeError) as e:
     raise errors.UserError(
       f'{where}: not a SentencePiece model ({str(e).splitlines()[0]}).'
-    ) from None
+    ) from e
   pad, bos, eos = spm.pad_id(), spm.bos_id(), spm.eos_id()
   if min(pad, bos, eos) < 0:
     # SentencePiece finds them by name (<s>, </s> unless told otherwise); a
@@ -124,7 +124,7 @@ def from_file(path: str | pathlib.Path) -> Tokenizer:
   except OSError as e:
     raise errors.UserError(
       f'{path}: cannot read the tokenizer ({e.strerror}).'
-    ) from None
+    ) from e
   return from_proto(proto, str(path))
 
 

@@ -59,7 +59,7 @@ def main(source='sample', model=''):
       os.environ['XDG_CACHE_HOME'] = folder  # A store of its own, empty.
       start = time.perf_counter()
       (rows,), _ = splits.training_rows(config, tok, [text])
-      _, plan = rows.part(0)
+      _, plan = rows.block_of_epoch(0)
       tokens = sum(
         int((rows[i]['segment_ids'] > 0).sum()) for i in range(len(plan))
       )

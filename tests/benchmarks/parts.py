@@ -36,7 +36,7 @@ def main():
       train_step = step.make_train_step(source.config, config, optimizer)
       config.train.batch_size = size
       rows, shares = splits.training_rows(config, source.tokenizer, texts)
-      iterator = batches.train_iterator(rows, shares, size, STEPS + 1)
+      iterator = batches.TrainBatches(rows, shares, size, STEPS + 1)
       speeds = []
       for i in range(STEPS + 1):
         batch = next(iterator)

@@ -20,6 +20,7 @@ import sys
 import time
 
 from absl import flags
+import numpy as np
 
 from configs import gemma3_270m
 from mt.base import cli
@@ -67,8 +68,11 @@ def training_pairs(config, tok) -> list[tuple[list[int], list[int]]]:
   """Prompt and target ids of all pairs that fit into a row, in random order."""
   pairs = corpus.read_splits(config.data, ['train'])['train'][0].read()
   template = template_lib.from_config(config)
-  both = zip(*template_lib.encode_pairs(pairs, tok, template), strict=True)
-  both = [(p, t) for p, t in both if len(p) + len(t) <= config.data.length]
+  examples = template_lib.encode(pairs, tok, template)
+  both = []
+  for i in np.flatnonzero(examples.sizes <= config.data.length):
+    ids, start = examples.ids(i).tolist(), examples.target_starts[i]
+    both.append((ids[:start], ids[start:]))
   random.Random(config.seed).shuffle(both)
   return both
 

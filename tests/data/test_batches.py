@@ -1,42 +1,220 @@
-"""Rows to batches: the position in the data, mixtures, processes."""
+"""Examples to rows, rows to batches: order, position, mixtures, processes."""
 
+import dataclasses
+import functools
+import hashlib
 import itertools
 import json
-import multiprocessing
-import os
-import signal
 import time
 
-from absl import flags
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mt.base import errors
 from mt.data import batches
 from mt.data import bitext
+from mt.data import packing
 from mt.data import store
-from mt.data import template as template_lib
+from mt.data import template
+from mt.data import tokenizer
+from mt.gemma import model
+from mt.gemma import sizes
 from tests.fixtures import numbered_rows
 from tests.fixtures.refusal import refusal
 
+PLAIN = template.Template('English: {source}\nFrench:', ' ')
+KINDS = numbered_rows.KINDS
+KEY = jax.random.key(1)
+QUICK = {  # Compiling is most of the time.
+  'xla_backend_optimization_level': 0,
+  'xla_llvm_disable_expensive_passes': True,
+}
 
-def test_training_batches_are_the_rows_in_order():
-  rows = numbered_rows.make_rows()
-  got = list(batches.train_iterator([rows], [1], 4, 12))
-  assert len(got) == 12
-  for n, batch in enumerate(got):
-    for name, dtype in {
-      'tokens': np.int32,
-      'positions': np.int32,
-      'segment_ids': np.int32,
-      'target_mask': bool,
-    }.items():
-      assert (
-        batch[name].shape == (4, numbered_rows.LENGTH)
-        and batch[name].dtype == dtype
+# A row.
+
+
+def test_a_row_by_hand():
+  examples = template.Examples(
+    tokens=np.array([2, 7, 8, 1, 2, 0, 9, 9, 1], np.int32),
+    sizes=np.array([4, 5], np.int32),
+    target_starts=np.array([2, 3], np.int32),
+  )
+  row = batches.build_row(examples, [1, 0], 11)
+  want = {
+    # A token 0 inside an example is text and stays in its segment.
+    'tokens': [2, 0, 9, 9, 1, 2, 7, 8, 1, 0, 0],
+    'positions': [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0],
+    'segment_ids': [1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0],
+    'target_mask': [0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0],
+  }
+  assert {k: v.astype(int).tolist() for k, v in row.items()} == want
+  assert row.pop('target_mask').dtype == bool
+  assert {v.dtype for v in row.values()} == {np.dtype(np.int32)}
+  empty = batches.build_row(examples, [], 4)
+  assert all(v.shape == (4,) and not v.any() for v in empty.values())
+
+
+def test_the_row_in_the_docstring():
+  shown = {
+    words[0]: words[1:]
+    for line in batches.__doc__.splitlines()
+    if (words := line.split()) and len(words) == 9
+  }
+  examples = template.Examples(
+    tokens=np.array([2, 7, 8, 1, 2, 9, 1], np.int32),
+    sizes=np.array([4, 3], np.int32),
+    target_starts=np.array([2, 1], np.int32),
+  )
+  row = batches.build_row(examples, [0, 1], 8)
+  assert len(shown) == 4
+  for name in ('segment_ids', 'positions', 'target_mask'):
+    assert row[name].astype(int).tolist() == list(map(int, shown[name])), name
+  names = ['<bos>', 'A', 'B', '<eos>', '<bos>', 'C', '<eos>', '0']
+  assert shown['tokens'] == names
+
+
+def test_a_packed_batch_costs_what_its_examples_cost_alone():
+  """Loss and gradients: neighbours in a row must not be seen."""
+  debug = sizes.SIZES['debug']
+  cfg = dataclasses.replace(debug, num_layers=2, attention='LG')
+  pairs = numbered_rows.sample_pairs()
+  short = sorted(pairs, key=lambda p: len(p.source + p.target))[:6]
+  tok = tokenizer.train([t for p in pairs for t in p[1:]], cfg.vocab_size)
+  examples = template.encode(short, tok, PLAIN)
+  length = 128
+  plan = packing.best_fit(examples.sizes, length)
+  assert len(plan) <= len(short) / 2, 'little is packed'
+  shapes = jax.eval_shape(lambda key: model.init_params(cfg, key), KEY)
+  rng = np.random.default_rng(1)  # To draw them with JAX takes seconds.
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes
+  )
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def value_and_grad(batch):
+    def nll(params):
+      names = ('tokens', 'positions', 'segment_ids')
+      hidden = model.forward(cfg, params, *(batch[name] for name in names))
+      scores = jax.nn.log_softmax(hidden[:, :-1] @ params['embedding'].T)
+      scores = jnp.take_along_axis(scores, batch['tokens'][:, 1:, None], -1)
+      return -jnp.sum(scores[..., 0] * batch['target_mask'][:, 1:])
+
+    return jax.value_and_grad(nll)(params)
+
+  def run(rows):
+    rows = rows + [[]] * (len(short) - len(rows))  # One shape for both.
+    built = [batches.build_row(examples, row, length) for row in rows]
+    batch = {k: np.stack([b[k] for b in built]) for k in built[0]}
+    return jax.tree.map(np.float64, value_and_grad(batch))
+
+  packed, alone = run(plan), run([[i] for i in range(len(short))])
+  assert packed[0] == pytest.approx(alone[0], rel=1e-6)
+  for path, want in jax.tree.leaves_with_path(alone[1]):
+    got = functools.reduce(lambda t, k: t[k.key], path, packed[1])
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert error < 1e-6, (jax.tree_util.keystr(path), error)
+
+
+# Epochs.
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_an_epoch_has_every_example_once(kind):
+  options = KINDS[kind]
+  sizes = options.get('sizes', numbered_rows.SIZES)
+  fitting = np.flatnonzero(sizes <= numbered_rows.LENGTH)
+  epochs = numbered_rows.epochs(numbered_rows.make_rows(**options), 4, sizes)
+  for epoch in epochs:
+    assert sorted(itertools.chain(*epoch)) == fitting.tolist()
+  # Another order each time, of examples and not only of rows.
+  orders = [list(itertools.chain(*e)) for e in epochs]
+  assert len(set(map(tuple, orders))) == 4
+  assert orders[0] != sorted(orders[0])
+  if options.get('packing', True):
+    full = -(-int(numbered_rows.SIZES.sum()) // numbered_rows.LENGTH)
+    assert all(full <= len(e) < 0.7 * len(fitting) for e in epochs)
+    assert len({frozenset(map(frozenset, e)) for e in epochs}) == 4
+  else:
+    assert all(len(row) <= 1 for e in epochs for row in e)
+  if 'bounds' in options:  # The blocks' order, too: out of six, there are some.
+    rows = numbered_rows.make_rows(**options)
+    bounds = numbered_rows.BOUNDS[1:]
+    orders = {
+      tuple(
+        dict.fromkeys(np.searchsorted(bounds, [*itertools.chain(*e)], 'right'))
       )
-      want = [rows[4 * n + i][name] for i in range(4)]
-      np.testing.assert_array_equal(batch[name], np.stack(want))
+      for e in numbered_rows.epochs(rows, 12, sizes)
+    }
+    assert len(orders) > 2 and all(len(o) == 3 for o in orders)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_row_is_decided_by_seed_and_number(kind):
+  options = KINDS[kind]
+  sizes = options.get('sizes', numbered_rows.SIZES)
+
+  def found(rows, numbers):
+    return [numbered_rows.recover(sizes, rows[i]) for i in numbers]
+
+  forward = found(numbered_rows.make_rows(**options), range(120))
+  other = numbered_rows.make_rows(**options)
+  assert found(other, reversed(range(120))) == forward[::-1]
+  shuffled = np.random.default_rng(0).permutation(120).tolist()
+  assert found(other, shuffled) == [forward[i] for i in shuffled]
+  assert len(other._blocks) <= 2  # Few stay in memory.
+  seeded = numbered_rows.make_rows(seed=1, **options)
+  assert found(seeded, range(120)) != forward
+
+
+def test_seed_and_epoch_do_not_add_up():
+  """Were the order drawn from seed + epoch, runs would share their epochs."""
+  zero, one = (
+    numbered_rows.epochs(numbered_rows.make_rows(seed=seed), 3)
+    for seed in (0, 1)
+  )
+  assert not any(a == b for a in zero for b in one)
+
+
+def test_half_empty_rows_are_spread_over_the_epoch():
+  """Best fit opens them last; steps at an epoch's end would see less."""
+  places = []
+  for epoch in numbered_rows.epochs(numbered_rows.make_rows(), 40):
+    fill = [sum(numbered_rows.SIZES[i] for i in row) for row in epoch]
+    places.append(np.argmin(fill) / (len(fill) - 1))
+  # Uniform would be 0.5, with a deviation of 0.29 / sqrt(40) = 0.05.
+  assert 0.3 < np.mean(places) < 0.7
+
+
+def test_without_packing_empty_rows_fill_up_a_batch():
+  rows = numbered_rows.make_rows(sizes=[3, 4, 5, 6, 7], packing=False, group=3)
+  for epoch in numbered_rows.epochs(rows, 3, np.array([3, 4, 5, 6, 7])):
+    groups = sorted([len(r) for r in epoch[at : at + 3]] for at in (0, 3))
+    assert groups == [[1, 1, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize('blocks', [1, 2])
+def test_no_pair_fits(blocks, tmp_path, monkeypatch):
+  monkeypatch.setattr(store, '_BLOCK', -(-4 // blocks))
+  path = tmp_path / 'a.tsv'
+  path.write_text('long text, really\tun texte\nshort\tcourt\n' * 2)
+  text = bitext.open_bitext([path], 'en-fr')
+  made = store.open_store(text, numbered_rows.sample_tokenizer(), PLAIN)
+  assert len(made) == blocks
+  shortest = min(int(made.block(i).sizes.min()) for i in range(blocks))
+  rows = batches.Rows(made, shortest - 1, 0)
+  refusal(
+    lambda: rows[0],
+    path,
+    'none of its pairs fits',
+    f'data.length={shortest - 1} ',
+    f'the shortest needs {shortest})',
+  )
+  # The advice works.
+  assert batches.Rows(made, shortest, 0)[0]['segment_ids'].any()
+
+
+# Batches and the position.
 
 
 def _three(**options):
@@ -56,12 +234,8 @@ def _three(**options):
 MIXTURES = {
   'packed': lambda: ([numbered_rows.make_rows()], [40]),
   'padded': lambda: ([numbered_rows.make_rows(packing=False)], [40]),
-  'buckets': lambda: (
-    [numbered_rows.make_rows(**numbered_rows.KINDS['buckets, blocks'])],
-    [43],
-  ),
   'blocks': lambda: (
-    [numbered_rows.make_rows(**numbered_rows.KINDS['packed, blocks'])],
+    [numbered_rows.make_rows(**KINDS['packed, blocks'])],
     [43],
   ),
   'mixed': lambda: (_three(), [5, 0.5, 2]),
@@ -70,53 +244,75 @@ MIXTURES = {
 STEPS = 40
 
 
-def _iterator(mixture, batch_size=4, steps=STEPS, **kwargs):
-  return batches.train_iterator(
-    *MIXTURES[mixture](), batch_size, steps, **kwargs
-  )
+def _iterator(mixture, steps=STEPS, **kwargs):
+  return batches.TrainBatches(*MIXTURES[mixture](), 4, steps, **kwargs)
+
+
+@functools.cache
+def _whole(mixture):
+  return list(_iterator(mixture))
+
+
+# All batches of each mixture. They change if another order or packing is drawn:
+# a run of an earlier version would go on with other data. Change them only
+# together with the version in a run's manifest.
+GOLDEN = {
+  'packed': '59056f77e75fa631',
+  'padded': 'eb6cf282c0f300b6',
+  'blocks': 'c3881c8329904c46',
+  'mixed': 'ac3893a99bf41b35',
+  'mixed, padded': 'f9c73e58d3e95c65',
+}
+
+
+@pytest.mark.parametrize('mixture', MIXTURES)
+def test_batches_are_those_of_earlier_versions(mixture):
+  digest = hashlib.sha256()
+  for batch in _whole(mixture):
+    digest.update(b''.join(batch[k].tobytes() for k in sorted(batch)))
+  assert digest.hexdigest()[:16] == GOLDEN[mixture]
+
+
+def test_training_batches_are_the_rows_in_order():
+  rows = numbered_rows.make_rows()
+  for n, batch in enumerate(_whole('packed')):
+    want = [rows[4 * n + i] for i in range(4)]
+    for name, values in batch.items():
+      assert values.dtype == (bool if name == 'target_mask' else np.int32)
+      np.testing.assert_array_equal(values, np.stack([w[name] for w in want]))
 
 
 @pytest.mark.parametrize('mixture', MIXTURES)
 def test_a_state_brings_back_the_very_next_batches(mixture):
   sources, _ = MIXTURES[mixture]()
   border = numbered_rows.epoch_size(sources[0], 0)
-  if 'buckets' not in mixture:  # Whose epochs are whole batches.
-    assert border % 4 or 'padded' in mixture
-  assert (
-    numbered_rows.epoch_size(sources[0], 0)
-    + numbered_rows.epoch_size(sources[0], 1)
-    < 4 * STEPS
-  )
-  whole = list(_iterator(mixture))
-  assert len(whole) == STEPS
-  at = [0, 1, 2, border // 4, border // 4 + 1, STEPS - 1, STEPS]
-
+  assert border + numbered_rows.epoch_size(sources[0], 1) < 4 * STEPS
+  whole = _whole(mixture)
+  at = [0, 1, border // 4, border // 4 + 1, STEPS - 1, STEPS]
   states = {}
   used = _iterator(mixture)
   for n in range(STEPS + 1):
-    if n in at:
-      # As the checkpoint keeps it.
+    if n in at:  # As the checkpoint keeps it.
       states[n] = json.loads(json.dumps(used.get_state()))
+      assert states[n] == {'batches_taken': n}
     if n < STEPS:
       numbered_rows.equal(next(used), whole[n])
   with pytest.raises(StopIteration):
     next(used)
-
   for n, state in states.items():
     fresh = _iterator(mixture)
     if n % 2:  # An iterator that has read ahead must forget what it read.
       next(fresh)
     fresh.set_state(state)
-    assert fresh.get_state() == state
-    left = list(fresh)
-    assert len(left) == STEPS - n
-    for got, want in zip(left, whole[n:], strict=True):
-      numbered_rows.equal(got, want)
-
-  # Backwards, on an iterator at its end.
-  used.set_state(states[2])
+    numbered_rows.all_equal([*fresh, whole[0]], [*whole[n:], whole[0]])
+  # Backwards, on an iterator at its end; closing keeps the position.
+  used.set_state({'batches_taken': 2})
   numbered_rows.equal(next(used), whole[2])
-  assert used.get_state() != states[2]
+  used.close()
+  used.close()
+  numbered_rows.equal(next(used), whole[3])
+  # More steps begin with the same batches.
+  numbered_rows.all_equal(list(_iterator(mixture, steps=10)), whole[:10])
 
 
 def test_a_state_is_set_while_the_next_rows_are_read(monkeypatch):
@@ -124,12 +320,12 @@ def test_a_state_is_set_while_the_next_rows_are_read(monkeypatch):
   monkeypatch.setattr(
     numbered_rows.Store,
     'block',
-    lambda self, i: time.sleep(0.01) or self.blocks[i],
+    lambda self, i: time.sleep(0.002) or self.blocks[i],
   )
 
   def make():
     rows = numbered_rows.make_rows(bounds=(*range(0, 40, 4), 40))
-    return batches.train_iterator([rows], [1], 4, STEPS)
+    return batches.TrainBatches([rows], [1], 4, STEPS)
 
   whole, used = list(make()), make()
   for n in (0, 10, 3):
@@ -139,64 +335,38 @@ def test_a_state_is_set_while_the_next_rows_are_read(monkeypatch):
   numbered_rows.all_equal(list(used), whole[1:])
 
 
-def test_more_steps_begin_with_the_same_batches():
-  for mixture in MIXTURES:
-    short = list(_iterator(mixture, steps=10))
-    numbered_rows.all_equal(short, list(_iterator(mixture))[:10])
-
-
-def test_closing_keeps_the_position():
-  whole, used = list(_iterator('packed')), _iterator('packed')
-  next(used)
-  used.close()
-  used.close()
-  numbered_rows.equal(next(used), whole[1])
-
-
 @pytest.mark.parametrize('mixture', MIXTURES)
 def test_a_batch_knows_its_pairs(mixture):
   """For a message; by what its tokens say, padding aside."""
   iterator = _iterator(mixture)
-  for number, batch in enumerate(itertools.islice(iterator, 9)):
+  for number, batch in enumerate(_whole(mixture)[:9]):
     begins = (batch['positions'] == 0) & (batch['segment_ids'] > 0)
     want = [str(token) for token in batch['tokens'][begins]]
     assert iterator.pair_ids(number) == want and want
 
 
-@pytest.mark.parametrize('processes', [2, 4])
 @pytest.mark.parametrize('mixture', MIXTURES)
-def test_each_process_reads_its_part(mixture, processes):
-  whole = list(_iterator(mixture))
-  parts = [
-    list(_iterator(mixture, own=own))
-    for own in np.split(np.arange(4), processes)
-  ]
-  assert all(
-    len(x) == 4 // processes for part in parts for b in part for x in b.values()
-  )
-  joined = [
-    {k: np.concatenate([b[k] for b in bs]) for k in bs[0]}
-    for bs in zip(*parts, strict=True)
-  ]
-  # The global batch, row for row; so the parts are disjoint.
-  numbered_rows.all_equal(joined, whole)
-
-
-@pytest.mark.parametrize('mixture', MIXTURES)
-def test_a_state_does_not_depend_on_the_number_of_processes(mixture):
-  whole = list(_iterator(mixture))
+def test_each_process_reads_its_part_from_any_position(mixture):
   used = _iterator(mixture, own=[2, 3])
   for _ in range(7):
     next(used)
-  state = json.loads(json.dumps(used.get_state()))
+  state = used.get_state()
   # Rows may be shared out in any way, as the devices of a mesh have them.
-  for own in ([0, 1, 2, 3], [0, 1], [2, 3], [1], [3], [0, 2]):
+  for own in ([0, 1, 2, 3], [0, 1], [2, 3], [1], [0, 2]):
     fresh = _iterator(mixture, own=own)
     fresh.set_state(state)
-    left = list(fresh)
-    assert len(left) == STEPS - 7
-    for got, want in zip(left, whole[7:], strict=True):
-      numbered_rows.equal(got, {k: v[own] for k, v in want.items()})
+    want = [{k: v[own] for k, v in b.items()} for b in _whole(mixture)[7:]]
+    numbered_rows.all_equal(list(fresh), want)
+
+
+def test_an_error_while_reading_ahead_is_raised(tmp_path):
+  path = tmp_path / 'a.tsv'
+  path.write_text('a\tb\n')
+  text = bitext.open_bitext([path], 'en-fr')
+  made = store.open_store(text, numbered_rows.sample_tokenizer(), PLAIN)
+  path.unlink()
+  iterator = batches.TrainBatches([batches.Rows(made, 64, 0)], [1], 4, 9)
+  refusal(lambda: next(iterator), path, 'changed or gone')
 
 
 # Mixtures.
@@ -205,16 +375,9 @@ def test_a_state_does_not_depend_on_the_number_of_processes(mixture):
 def _tagged(count, tag):
   """Rows of `count` examples of two tokens, the first of them `tag`."""
   tokens = np.array([[tag, 1 + i] for i in range(count)], np.int32)
-  examples = store.make_examples(
-    np.full(count, 2), np.ones(count, np.int32), tokens.reshape(-1)
-  )
-  return batches.Rows(numbered_rows.Store((examples,)), 2, tag, 1100)
-
-
-def _tags(weights, counts=(50, 60, 70), steps=10):
-  sources = [_tagged(count, tag) for tag, count in enumerate(counts)]
-  got = list(batches.train_iterator(sources, weights, 100, steps))
-  return np.concatenate([b['tokens'] for b in got])
+  ones = np.ones(count, np.int32)
+  examples = template.Examples(tokens.reshape(-1), 2 * ones, ones)
+  return batches.Rows(numbered_rows.Store((examples,)), 2, tag)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +385,9 @@ def _tags(weights, counts=(50, 60, 70), steps=10):
   [(3, 1, 1), (0.6, 0.2, 0.2), (1, 1, 1), (0.5, 100, 7), (694, 90, 9)],
 )
 def test_sources_are_mixed_by_their_weights(weights):
-  tokens = _tags(weights)
+  sources = [_tagged(count, tag) for tag, count in enumerate((50, 60, 70))]
+  got = batches.TrainBatches(sources, weights, 100, 10)
+  tokens = np.concatenate([b['tokens'] for b in got])
   assert tokens.shape == (1000, 2)
   shares = np.array(weights) / sum(weights)
   for tag, share in enumerate(shares):
@@ -235,14 +400,12 @@ def test_sources_are_mixed_by_their_weights(weights):
     epochs = mine[: len(mine) // (50 + 10 * tag) * (50 + 10 * tag), 1]
     for epoch in epochs.reshape(-1, 50 + 10 * tag):
       assert sorted(epoch) == list(range(1, 51 + 10 * tag))
-  np.testing.assert_array_equal(_tags(weights), tokens)
 
 
 def test_a_mixture_has_the_rows_of_its_sources_in_their_order():
-  sources, weights = MIXTURES['mixed']()
-  got = list(batches.train_iterator(sources, weights, 4, STEPS))
+  sources, _ = MIXTURES['mixed']()
   at = [0, 0, 0]
-  for batch in got:
+  for batch in _whole('mixed'):
     for i in range(4):
       row = {k: v[i] for k, v in batch.items()}
       source = row['tokens'][0] // 100_000
@@ -251,101 +414,29 @@ def test_a_mixture_has_the_rows_of_its_sources_in_their_order():
   assert sum(at) == 4 * STEPS and min(at) > 0
 
 
-# What goes wrong while reading ahead, and Grain's processes.
-
-
-@pytest.fixture
-def parsed_flags():
-  """Grain's processes look at absl's flags, which a command has parsed."""
-  parsed = flags.FLAGS.is_parsed()
-  if not parsed:
-    flags.FLAGS.mark_as_parsed()
-  yield
-  if not parsed:
-    flags.FLAGS.unparse_flags()
-
-
-def _text_rows(path, n):
-  path.write_text(
-    ''.join(f'{i} {i}\t{"mot " * (i % 7)}{i}\n' for i in range(n))
-  )
-  text = bitext.open_bitext([path], 'en-fr')
-  template = template_lib.Template('{source}\n')
-  made = store.open_store(text, numbered_rows.sample_tokenizer(), template)
-  return batches.Rows(made, 64, seed=0, num_rows=500)
-
-
-def test_processes_of_grain_change_nothing(tmp_path, parsed_flags):
-  """Not the batches, not the position, not what goes wrong."""
-  path = tmp_path / 'gone.tsv'
-  sources = [_text_rows(tmp_path / 'a.tsv', 50), _text_rows(path, 49)]
-  path.unlink()  # Its first row is needed after some batches.
-
-  def make(workers):
-    return batches.train_iterator(
-      sources, [0.98, 0.02], 4, 100, workers=workers
-    )
-
-  thread, want = make(0), []
-  with pytest.raises(errors.UserError):
-    while True:
-      want.append(next(thread))
-  size = numbered_rows.epoch_size(sources[0], 0)
-  assert size % 4 and 4 * len(want) > size + 8, 'two epochs expected'
-
-  start = size // 4 - 2
-  processes = make(2)
-  processes.set_state({'batches_taken': start})
-  for n in range(start, len(want)):
-    if n == start + 3:
-      state = json.loads(json.dumps(processes.get_state()))
-      # An interrupt reaches all processes of a terminal. It is not for these:
-      # each would die with a traceback.
-      for child in multiprocessing.active_children():
-        os.kill(child.pid, signal.SIGINT)
-    numbered_rows.equal(next(processes), want[n])
-  assert len(multiprocessing.active_children()) == 2
-  # In a process or in a thread, it is the same sentence, at the same place.
-  refusal(lambda: next(processes), path, 'changed or gone')
-  processes.close()
-  assert not multiprocessing.active_children()
-  thread.set_state(thread.get_state())
-  refusal(lambda: next(thread), path, 'changed or gone')
-  thread.set_state(state)
-  numbered_rows.equal(next(thread), want[start + 3])
-
-
 # Batches for validation.
 
 
 @pytest.mark.parametrize('size', [1, 4, 64])
 def test_evaluation_has_every_example_that_fits_once(size):
-  examples = numbered_rows.make_examples(numbered_rows.BLOCKED)
-  got = list(batches.eval_batches(examples, numbered_rows.LENGTH, size))
+  sizes, length = numbered_rows.BLOCKED, numbered_rows.LENGTH
+  examples = numbered_rows.make_examples(sizes)
+  got = list(batches.eval_batches(examples, length, size))
   found = []
   for batch in got:
-    assert all(v.shape == (size, numbered_rows.LENGTH) for v in batch.values())
+    assert all(v.shape == (size, length) for v in batch.values())
     for i in range(size):
-      found += numbered_rows.recover(
-        numbered_rows.BLOCKED, {k: v[i] for k, v in batch.items()}
-      )
-  assert (
-    sorted(found)
-    == np.flatnonzero(numbered_rows.BLOCKED <= numbered_rows.LENGTH).tolist()
-  )
+      row = {k: v[i] for k, v in batch.items()}
+      found += numbered_rows.recover(sizes, row)
+  assert sorted(found) == np.flatnonzero(sizes <= length).tolist()
   # Only the end is filled up, and by less than a batch.
   used = [bool(row.any()) for b in got for row in b['segment_ids']]
   assert used == sorted(used, reverse=True)
   assert used.count(False) < size
-  numbered_rows.all_equal(
-    got, list(batches.eval_batches(examples, numbered_rows.LENGTH, size))
-  )
 
 
 def test_evaluation_fills_up_the_last_batch():
   (batch,) = batches.eval_batches(numbered_rows.make_examples([5, 5, 4]), 5, 4)
   assert batch['segment_ids'].any(axis=1).tolist() == [True, True, True, False]
   assert not batch['target_mask'][3].any()
-  assert (
-    list(batches.eval_batches(numbered_rows.make_examples([6, 7]), 5, 4)) == []
-  )
+  assert not [*batches.eval_batches(numbered_rows.make_examples([6, 7]), 5, 4)]

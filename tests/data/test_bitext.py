@@ -1,6 +1,7 @@
-"""Parallel text on disk: what is read of it."""
+"""Parallel text on disk: what is read of it, counted, noted and refused."""
 
 import json
+import os
 
 from hypothesis import assume
 from hypothesis import given
@@ -9,9 +10,15 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from mt.base import errors
+from mt.data import bitext
 from tests.fixtures.bitext_files import BOM
 from tests.fixtures.bitext_files import open_text
 from tests.fixtures.bitext_files import tuples
+from tests.fixtures.bitext_files import write
+from tests.fixtures.refusal import refusal
+
+# What is read.
 
 
 @pytest.mark.parametrize('last', [True, False])
@@ -24,9 +31,9 @@ def test_three_columns(tmp_path, ending, last):
   assert text.notes == ()
 
 
-def test_two_columns(tmp_path):
-  text = open_text(tmp_path, 'Hi!\tSalut !\nno\tnon\n', bad=0)
-  assert tuples(text) == [('1', 'Hi!', 'Salut !'), ('2', 'no', 'non')]
+def test_the_first_line_with_something_in_it_tells_the_columns(tmp_path):
+  text = open_text(tmp_path, '\n \t \n\u00a0\u2028\na\tb\n1\ta\tb\nc\td\n')
+  assert tuples(text) == [('4', 'a', 'b'), ('6', 'c', 'd')]
 
 
 def test_line_endings_may_be_mixed(tmp_path):
@@ -46,8 +53,9 @@ def test_chosen_columns(tmp_path, columns):
   assert text.num_lines == len(text) == 3 - header
 
 
-def test_turned_round(tmp_path):
-  text = open_text(tmp_path, '1\ta\tb\n2\tc\td\n', turned=True, bad=0)
+def test_reversed_pair(tmp_path):
+  content = '1\ta\tb\n2\tc\td\n'
+  text = open_text(tmp_path, content, reversed_pair=True, bad=0)
   assert tuples(text) == [('1', 'b', 'a'), ('2', 'd', 'c')]
 
 
@@ -76,11 +84,35 @@ _any_text = st.text(
   st.characters(exclude_categories=['Cs'], exclude_characters='\0\t\n\r'),
 ).filter(str.strip)
 
+# Of each kind of text: a pair as a line of each file, and lines that are none.
+KINDS = {
+  'two': (lambda n, s, t: [f'{s}\t{t}'], ['a\tb\tc', 'a', '\tb', ' \t']),
+  'three': (lambda n, s, t: [f'é{n}\t{s}\t{t}'], ['1\ta', '1\ta\t ', '\0']),
+  'jsonl': (
+    lambda n, s, t: [json.dumps({'en': s, 'fr': t})],
+    ['a\tb', '{"en": "a"}', '{"en": "a\\nb", "fr": ""}', '[' * 9000],
+  ),
+  'aligned': (lambda n, s, t: [s, t], []),
+}
+REASONS = {
+  'a\tb\tc': 'more than 2 columns',
+  'a': 'fewer than 2 columns',
+  '\tb': 'an empty source',
+  ' \t': 'an empty line',
+  '1\ta': 'fewer than 3 columns',
+  '1\ta\t ': 'an empty target',
+  '\0': 'a NUL character',
+  'a\tb': 'not JSON',
+  '[' * 9000: 'not JSON',
+  '{"en": "a"}': "no text under 'fr'",
+  '{"en": "a\\nb", "fr": ""}': 'a line break in a text',
+}
 
-@settings(deadline=None)  # Disks are slow at times.
+
+@settings(max_examples=200, deadline=None)  # Disks are slow at times.
 @given(
   pairs=st.lists(st.tuples(_any_text, _any_text), min_size=1, max_size=8),
-  kind=st.sampled_from(['two', 'three', 'jsonl', 'aligned']),
+  kind=st.sampled_from([*KINDS]),
   ending=st.sampled_from(['\n', '\r\n']),
   mark=st.booleans(),
   data=st.data(),
@@ -88,29 +120,335 @@ _any_text = st.text(
 def test_what_is_written_is_read_back(
   tmp_path_factory, pairs, kind, ending, mark, data
 ):
-  def whole(column):
-    return (BOM if mark else b'') + ''.join(x + ending for x in column).encode()
-
-  ids = [str(n + 1) for n in range(len(pairs))]
-  if kind == 'aligned':
-    columns = [whole(c) for c in zip(*pairs, strict=True)]
-  elif kind == 'jsonl':
-    columns = [whole(json.dumps({'en': s, 'fr': t}) for s, t in pairs)]
-  elif kind == 'two':
-    columns = [whole('\t'.join(row) for row in pairs)]
-  else:
-    ids = [f'é{n}' for n in ids]
-    columns = [
-      whole('\t'.join((n, *row)) for n, row in zip(ids, pairs, strict=True))
-    ]
-  suffix = '.jsonl' if kind == 'jsonl' else '.tsv'
+  """No line uncounted, and the very pairs, whatever stands between them."""
+  line, bad = KINDS[kind]
+  rows, numbers, unusable = [], [], {}
+  for n, pair in enumerate(pairs):
+    numbers.append(len(rows) + 1)
+    rows.append(line(n, *pair))
+    for other in data.draw(st.lists(st.sampled_from(bad or ['']), max_size=2)):
+      rows.append([other] * len(rows[0]))
+      reason = REASONS.get(other, 'an empty line')
+      count, first = unusable.get(reason, (0, len(rows)))
+      unusable[reason] = count + 1, first
+  contents = [
+    (BOM if mark else b'') + ''.join(x + ending for x in column).encode()
+    for column in zip(*rows, strict=True)
+  ]
   # A text may begin with the character that a mark is made of.
-  assume(mark or not any(c.startswith(BOM) for c in columns))
-  text = open_text(
-    tmp_path_factory.getbasetemp(), *columns, suffix=suffix, bad=0
+  assume(mark or not any(c.startswith(BOM) for c in contents))
+  suffix = '.jsonl' if kind == 'jsonl' else '.tsv'
+  text = open_text(tmp_path_factory.getbasetemp(), *contents, suffix=suffix)
+  ids = numbers if kind != 'three' else [f'é{n}' for n in range(len(pairs))]
+  want = [(str(n), *pair) for n, pair in zip(ids, pairs, strict=True)]
+  assert tuples(text) == want
+  assert text.unusable == unusable and text.num_lines == len(rows)
+  which = data.draw(st.lists(st.integers(0, len(want) - 1), max_size=12))
+  assert text.read(np.array(which, np.int64)) == [want[i] for i in which]
+
+
+# Lines that cannot be used.
+
+
+@pytest.mark.parametrize('start', [b'', BOM], ids=['', 'BOM'])
+@pytest.mark.parametrize('ending', [b'\n', b'\r\n'], ids=['LF', 'CRLF'])
+def test_bad_lines_are_counted(tmp_path, ending, start):
+  rows = [
+    b'1\ta\tb',
+    b'',
+    b'2\ta',
+    b'2\ta\tb\t',
+    b'3\tc\td',
+    b'2\t \tb',
+    b' \t\t ',
+    b'2\ta\t',
+    b'2\ta\tb\0',
+    b'2\ta\xe2\x80\t\xa8b',
+    b'4\te\tf',
+    b'no columns',
+  ]
+  for last in (ending, b''):
+    text = open_text(tmp_path, start + ending.join(rows) + last)
+    assert [p.id for p in text.read()] == ['1', '3', '4']
+    assert (text.num_lines, len(text)) == (12, 3)
+    assert text.unusable == {
+      'an empty line': (2, 2),
+      'fewer than 3 columns': (2, 3),
+      'more than 3 columns': (1, 4),
+      'an empty source': (1, 6),
+      'an empty target': (1, 8),
+      'a NUL character': (1, 9),
+      'not UTF-8': (1, 10),
+    }
+
+
+@pytest.mark.parametrize('start', [b'', BOM], ids=['', 'BOM'])
+def test_line_numbers_count_the_header(tmp_path, start):
+  rows = [b'en\tfr', b'a\tb', b'', b'c\t', b'\xff\td', b'e\tf', b'', b'\tf']
+  content = start + b''.join(row + b'\n' for row in rows)
+  text = open_text(tmp_path, content, columns=('en', 'fr'))
+  assert tuples(text) == [('2', 'a', 'b'), ('6', 'e', 'f')]
+  assert text.num_lines == 7
+  assert text.unusable == {
+    'an empty line': (2, 3),
+    'an empty target': (1, 4),
+    'not UTF-8': (1, 5),
+    'an empty source': (1, 8),
+  }
+  rows = [b'fr\tx\ten\r', *(b'%d\t\ta%d' % (n, n) for n in range(3)), b'b']
+  text = open_text(tmp_path, start + b'\n'.join(rows), columns=('en', 'fr'))
+  assert text.unusable == {'fewer than 3 columns': (1, 5)}
+  assert tuples(text)[2] == ('4', 'a2', '2')
+
+
+@pytest.mark.parametrize('marks', [(b'', b''), (b'', BOM), (BOM, b'')])
+def test_bad_aligned_lines_are_counted(tmp_path, marks):
+  sources = [b'a', b'', b'', b'd', b'e\xff', b'f', b'g']
+  targets = [b'A', b'B', b'', b' ', b'E', b'\0', b'G']
+  contents = [
+    mark + b''.join(x + b'\n' for x in side)
+    for mark, side in zip(marks, (sources, targets), strict=True)
+  ]
+  text = open_text(tmp_path, *contents, suffix='.txt')
+  assert tuples(text) == [('1', 'a', 'A'), ('7', 'g', 'G')]
+  assert text.num_lines == 7
+  assert text.unusable == {
+    'an empty source': (1, 2),
+    'an empty line': (1, 3),
+    'an empty target': (1, 4),
+    'not UTF-8': (1, 5),
+    'a NUL character': (1, 6),
+  }
+  noted = [n.split(':')[0][-6:] for n in text.notes]
+  assert noted == [f'x{n}.txt' for n in (0, 1) if marks[n]]
+
+
+def test_the_most_frequent_reason_comes_first(tmp_path):
+  content = '1\ta\tb\n\n2\ta\n2\ta\n' + '3\ta\t\n' * 1200
+  text = bitext.describe(open_text(tmp_path, content))
+  assert text.endswith(
+    ': 1,204 lines, 1 pairs; not used: '
+    '1,200 an empty target (the first in line 5), '
+    '2 fewer than 3 columns (the first in line 3), '
+    '1 an empty line (the first in line 2)'
   )
-  rows = [(n, *row) for n, row in zip(ids, pairs, strict=True)]
-  assert tuples(text) == rows
-  which = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=12))
-  assert text.read(which) == [rows[i] for i in which]
-  assert text.read(np.array(which, np.int64)) == [rows[i] for i in which]
+
+
+def test_a_byte_order_mark_is_left_out_and_noted(tmp_path):
+  text = open_text(tmp_path, BOM + b'1\ta\tb\n', bad=0)
+  assert tuples(text) == [('1', 'a', 'b')]
+  (note,) = text.notes
+  assert 'byte-order mark' in note and note in bitext.describe(text)
+  # Anywhere else it is a character.
+  text = open_text(tmp_path, BOM * 2 + b'1\ta\tb\n' + BOM + b'2\tc\td\n', bad=0)
+  assert [p.id for p in text.read()] == ['\ufeff1', '\ufeff2']
+
+
+def test_too_many_bad_lines_stop(tmp_path):
+  content = b'1\ta\tb\n' * 6 + b'1\ta\n\n\xff\n1\ta\n'
+  refusal(
+    lambda: open_text(tmp_path, content, bad=0.25),
+    tmp_path / 'x0.tsv',
+    '4 of its 10 lines cannot be used',
+    '2 fewer than 3 columns (the first in line 7)',
+    '1 an empty line (the first in line 8)',
+    '1 not UTF-8 (the first in line 9)',
+    'data.max_bad_fraction=0.25',
+  )
+  assert len(open_text(tmp_path, content, bad=0.4)) == 6
+
+
+def test_without_a_fraction_one_bad_line_stops(tmp_path):
+  path = write(tmp_path / 'x.tsv', '1\ta\tb\n' * 999 + '\n')
+  refusal(
+    lambda: bitext.open_bitext([path], 'en-fr'),
+    '1 of its 1,000 lines',
+    'data.max_bad_fraction=0;',
+  )
+
+
+def test_exactly_the_fraction_does_not_stop(tmp_path):
+  total = 100
+  for bad in (1, 7, 28, 29, 57, 58, 99):  # 0.29 * 100 is less than 29.
+    content = 'a\tb\n' * (total - bad) + '\n' * bad
+    assert len(open_text(tmp_path, content, bad=bad / 100)) == total - bad
+    with pytest.raises(errors.UserError):
+      open_text(tmp_path, content + '\n', bad=bad / 100)
+
+
+# Files that are no parallel text.
+
+
+@pytest.mark.parametrize('suffix', ['.tsv', '.jsonl'])
+@pytest.mark.parametrize('content', [b'', BOM, b'\n', b'\r\n \n', b'\r'])
+def test_a_file_without_pairs(tmp_path, content, suffix):
+  path = tmp_path / f'x0{suffix}'
+  call = lambda: open_text(tmp_path, content, suffix=suffix)  # noqa: E731
+  refusal(call, path, 'no pair in it')
+
+
+def test_aligned_files_without_pairs(tmp_path):
+  for content in (b'', BOM, b'\n\n'):
+    call = lambda c=content: open_text(tmp_path, c, c)  # noqa: E731
+    refusal(call, tmp_path / 'x0.tsv', tmp_path / 'x1.tsv', 'no pair in it')
+
+
+@pytest.mark.parametrize('what', ['missing', 'a folder', 'under a file'])
+@pytest.mark.parametrize('other', [(), ('x.tsv',)])
+def test_a_file_that_cannot_be_read(tmp_path, what, other):
+  file = write(tmp_path / 'x.tsv', 'a\tb\n')
+  path, reason = {
+    'missing': (tmp_path / 'y.tsv', 'No such file'),
+    'a folder': (tmp_path, 'Is a directory'),
+    'under a file': (file / 'y.tsv', 'Not a directory'),
+  }[what]
+  paths = [*(tmp_path / name for name in other), path]
+  refusal(
+    lambda: bitext.open_bitext(paths, 'en-fr'),
+    f'{path}: cannot read',
+    reason,
+    'data.source',
+  )
+
+
+@pytest.mark.parametrize('codec', ['utf-16-le', 'utf-16-be'])
+@pytest.mark.parametrize('suffix', ['.tsv', '.jsonl', '.txt'])
+def test_utf16_is_refused(tmp_path, codec, suffix):
+  content = '\ufeff1\ta\tb\n'.encode(codec)
+  contents = [b'a\n', content] if suffix == '.txt' else [content]
+  refusal(
+    lambda: open_text(tmp_path, *contents, suffix=suffix),
+    tmp_path / f'x{len(contents) - 1}{suffix}',
+    'UTF-16 found, UTF-8 expected',
+    'iconv',
+  )
+
+
+@pytest.mark.parametrize(
+  ('x', 'y', 'counts'),
+  [
+    ('a\nb\nc\n', 'a\nb\n', (3, 2)),
+    ('a\nb', 'a\nb\nc', (2, 3)),
+    ('a\n', '', (1, 0)),
+    ('a\r\nb\r\n', 'a\u2028b\x0cc\rd\r\n', (2, 1)),
+    ('a\n', 'a\n' + 'b\n' * 1999, (1, 2000)),
+  ],
+)
+def test_aligned_files_of_different_length(tmp_path, x, y, counts):
+  names = [tmp_path / 'x0.txt', tmp_path / 'x1.txt']
+  more, less = sorted((0, 1), key=lambda n: -counts[n])
+  refusal(
+    lambda: open_text(tmp_path, x, y, suffix='.txt'),
+    f'{names[more]} has {counts[more]:,} lines and {names[less]} '
+    f'{counts[less]:,};',
+  )
+
+
+# Between a look at a file and a read.
+
+
+def _gone(path):
+  path.unlink()
+  return 'No such file'
+
+
+def _shorter(path):
+  os.truncate(path, 5)
+  return 'another size or time'
+
+
+def _same_size_later(path):
+  path.write_bytes(path.read_bytes()[::-1])
+  os.utime(path, ns=(0, 1))  # A clock may be too coarse to tell.
+  return 'another size or time'
+
+
+def _another_file(path):
+  stat = path.stat()
+  copy = path.with_name('copy')
+  copy.write_bytes(path.read_bytes())
+  os.replace(copy, path)
+  os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  return 'another size or time'
+
+
+def _no_longer_utf8(path):
+  stat = path.stat()
+  with open(path, 'r+b') as f:
+    f.write(b'\xff' * 8)
+  os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  return "can't decode"
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    _gone,
+    _shorter,
+    _same_size_later,
+    _another_file,
+    _no_longer_utf8,
+  ],
+  ids=lambda f: f.__name__.strip('_'),
+)
+@pytest.mark.parametrize('file', [None, 1])
+def test_a_file_that_changes_is_refused(tmp_path, file, change):
+  sides = ['a\tb\nc\td\ne\tf\n'] if file is None else ['a1\nb2\nc3\nd4\n'] * 2
+  text = open_text(tmp_path, *sides, bad=0)
+  path = tmp_path / f'x{file or 0}.tsv'
+  text.read([0])
+  reason = change(path)
+  for which in ([0], None):
+    refusal(lambda w=which: text.read(w), f'{path}: changed or gone', reason)
+
+
+def test_a_file_that_is_touched_only_by_reading_is_no_other(tmp_path):
+  text = open_text(tmp_path, 'a\tb\n', bad=0)
+  path = tmp_path / 'x0.tsv'
+  os.utime(path, ns=(0, path.stat().st_mtime_ns))
+  assert len(text.read()) == 1
+
+
+# The digest.
+
+
+def test_the_digest_is_of_the_content(tmp_path):
+  content = '1\ta\tb\n2\tc\td\n'
+  text = open_text(tmp_path, content)
+  (tmp_path / 'other').mkdir()
+  again = open_text(tmp_path / 'other', content, suffix='.csv')
+  os.utime(tmp_path / 'other' / 'x0.csv', ns=(0, 0))
+  later = open_text(tmp_path / 'other', None, suffix='.csv')
+  assert text.digest == again.digest == later.digest
+  assert len({text.stats, again.stats, later.stats}) == 3
+  for other in (content.replace('d', 'D'), content + '\n', content[:-1]):
+    assert open_text(tmp_path, other).digest != text.digest
+
+
+def test_the_digest_is_of_every_file(tmp_path):
+  a, b = 'a\nb\n', 'c\nd\n'
+  made = [
+    open_text(tmp_path, *sides).digest
+    for sides in ((a, b), (b, a), (a, a), (b, b), ('a\nB\n', b))
+  ]
+  assert len({*made}) == len(made)
+
+
+def test_the_digest_is_of_the_way_of_reading(tmp_path):
+  content = 'en\tfr\tfr\na\tb\tc\n'
+  open_text(tmp_path, content)
+  made = [
+    open_text(tmp_path, None, columns=columns, reversed_pair=other_way).digest
+    for columns in ((), (1, 2), (1, 3), (3, 1), ('en', 'fr'))
+    for other_way in (False, True)
+  ]
+  # (1, 2) and ('en', 'fr') differ in whether the first line is a pair; only the
+  # usual columns can be reversed.
+  assert made[0] != made[1] and made[2::2] == made[3::2]
+  assert len({*made}) == 6
+  content = '{"en": "a", "fr": "b"}\n'
+  made = [
+    open_text(tmp_path, content, suffix='.jsonl', columns=columns).digest
+    for columns in ((), ('en', 'fr'), ('fr', 'en'))
+  ]
+  assert made[0] == made[1] != made[2]

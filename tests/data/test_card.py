@@ -1,12 +1,10 @@
 """The data card: counts against counting by hand, and the command."""
 
-import functools
 import os
 import pathlib
 import re
 import subprocess
 import sys
-import types
 
 import matplotlib.image
 import numpy as np
@@ -14,7 +12,6 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from configs import debug
-from mt.base import cli
 from mt.data import __main__ as card
 from mt.data import bitext
 from mt.data import corpus
@@ -23,17 +20,11 @@ from mt.data import splits
 from mt.data import store
 from mt.data import template as template_lib
 from mt.data import tokenizer
+from tests.fixtures import numbered_rows
 from tests.fixtures.refusal import refusal
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLAIN = template_lib.Template('English: {source}\nFrench:', ' ')
-
-
-@functools.cache
-def _tokenizer():
-  path = corpus.SAMPLE / 'valid' / 'valid.en-fr.tsv'
-  pairs = bitext.open_bitext([path], 'en-fr').read()
-  return tokenizer.train([t for p in pairs for t in (p.source, p.target)], 400)
 
 
 def _write(path, lengths):
@@ -63,8 +54,8 @@ def _sizes(config, path, template=PLAIN):
   texts = corpus.read_splits(config.data, ['train'])['train']
   tok = tokenizer.train(corpus.some_texts(texts[0]), 512)
   text = bitext.open_bitext([path], 'en-fr', max_bad_fraction=0.5)
-  prompts, targets = template_lib.encode_pairs(text.read(), tok, template)
-  return np.array([*map(len, prompts)]), np.array([*map(len, targets)])
+  examples = template_lib.encode(text.read(), tok, template)
+  return examples.target_starts, examples.sizes - examples.target_starts
 
 
 def _quantiles(values):
@@ -100,14 +91,16 @@ def test_lengths_are_those_of_all_blocks(tmp_path, monkeypatch):
   text = bitext.open_bitext([path], 'en-fr', max_bad_fraction=0.5)
   monkeypatch.setattr(store, '_BLOCK', 6)
   config = debug.get_config()
-  (rows,), _ = splits.training_rows(config, _tokenizer(), [text])
-  assert len(rows.store) == 4
-  prompt, target = card.lengths(rows)
-  prompts, targets = template_lib.encode_pairs(
-    text.read(), _tokenizer(), template_lib.from_config(config)
+  (rows,), _ = splits.training_rows(
+    config, numbered_rows.sample_tokenizer(), [text]
   )
-  want = sorted((len(p), len(t)) for p, t in zip(prompts, targets, strict=True))
-  assert sorted(zip(prompt.tolist(), target.tolist(), strict=True)) == want
+  assert len(rows.store) == 4
+  prompt, target = card.lengths(rows.store)
+  template = template_lib.from_config(config)
+  tok = numbered_rows.sample_tokenizer()
+  examples = template_lib.encode(text.read(), tok, template)
+  want = sorted(zip(examples.target_starts, examples.sizes, strict=True))
+  assert sorted(zip(prompt, prompt + target, strict=True)) == want
 
 
 def test_counts_are_those_of_numpy(config, tmp_path):
@@ -134,8 +127,6 @@ def test_counts_are_those_of_numpy(config, tmp_path):
 @pytest.mark.parametrize('packing', [True, False])
 def test_an_epoch_by_hand(config, tmp_path, packing):
   config.data.packing = packing
-  if not packing:
-    config.data.buckets = (48, 64)
   text = card.show(config, color=False)
   prompt, target = _sizes(config, tmp_path / 'train.tsv')
   sizes = (prompt + target)[prompt + target <= 96]
@@ -150,19 +141,10 @@ def test_an_epoch_by_hand(config, tmp_path, packing):
   assert float(epochs) == pytest.approx(80 / rows, abs=0.0051)
   if packing:
     assert len(sizes) / 2 > rows >= sizes.sum() / 96
-    places = 96 * rows
   else:
-    # Groups of four of each width; what is left over moves up.
-    places, left = 0, 0
-    for low, width in ((0, 48), (48, 64), (64, 96)):
-      left += int(((low < sizes) & (sizes <= width)).sum())
-      places += width * 4 * (left // 4)
-      left %= 4
-    places += 96 * 4 * (left > 0)
     assert rows == 4 * -(-len(sizes) // 4)
-  assert float(padding) == pytest.approx(
-    100 * (1 - sizes.sum() / places), abs=0.051
-  )
+  want = 100 * (1 - sizes.sum() / (96 * rows))
+  assert float(padding) == pytest.approx(want, abs=0.051)
 
 
 def test_a_share_of_a_mixture(config, tmp_path):
@@ -193,16 +175,24 @@ def test_it_refuses_what_a_run_refuses(config):
   refusal(lambda: card.show(config, color=False), '/nowhere')
 
 
+def test_a_text_without_one_for_validation_is_shown(config):
+  """Someone looks at a text before there is another."""
+  config.data.valid = ''
+  shown = card.show(config, color=False)
+  assert '53 pairs' in shown and 'an epoch' in shown
+  assert '\nvalid: no text is named; data.valid names one.' in shown
+
+
 # Examples.
 
 
 def test_examples_show_what_is_learned():
-  proto = sp_pb2.ModelProto.FromString(_tokenizer().proto)
+  proto = sp_pb2.ModelProto.FromString(numbered_rows.sample_tokenizer().proto)
   for piece in ('\n', 'F', '!'):  # As Gemma's own have them.
     proto.pieces.add(piece=piece, score=0.0, type=4)  # User-defined.
   tok = tokenizer.from_proto(proto.SerializeToString(), 'newlines')
   pairs = [lines.Pair('1', 'Hi you', 'Salut  !')]
-  examples = store.encode(pairs * 2, tok, PLAIN)
+  examples = template_lib.encode(pairs * 2, tok, PLAIN)
   masked, learned = '<s>English:▁Hi▁you⏎French:', '▁Salut▁▁!</s>'
   assert card.example(examples, 1, tok, color=False) == f'{masked}⟦{learned}⟧'
   assert card.example(examples, 1, tok, color=True) == (
@@ -229,40 +219,6 @@ def test_few_pairs_have_few_examples(config, tmp_path):
 # The command.
 
 
-class _Screen:
-  def __init__(self, terminal):
-    self.text, self.isatty = '', lambda: terminal
-
-  def write(self, text):
-    self.text += text
-
-  def flush(self):
-    pass
-
-
-@pytest.mark.parametrize(
-  ('terminal', 'no_color', 'want'),
-  [
-    (True, None, True),
-    (True, '', True),  # no-color.org: present and not empty.
-    (True, '1', False),
-    (False, None, False),
-  ],
-)
-def test_colour_is_for_terminals(monkeypatch, terminal, no_color, want):
-  monkeypatch.delenv('NO_COLOR', raising=False)
-  if no_color is not None:
-    monkeypatch.setenv('NO_COLOR', no_color)
-  monkeypatch.setattr(cli, 'read_config', lambda: ('corpus', 'its file'))
-  given = types.SimpleNamespace(FLAGS=types.SimpleNamespace(plot='x.png'))
-  monkeypatch.setattr(card, 'flags', given)
-  monkeypatch.setattr(card, 'show', lambda *args: f'{args}')
-  screen = _Screen(terminal)
-  monkeypatch.setattr(sys, 'stdout', screen)
-  card.main(['corpus'])
-  assert screen.text == f'{("corpus", want, "x.png")}\n'
-
-
 def _plot(path, **named):
   card.plot(str(path), named, 50)
   return (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
@@ -280,29 +236,11 @@ def test_the_plot(tmp_path):
   assert (tmp_path / 'a.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
   assert image.shape == (360, 960, 3)
   assert min(_drawn(image)) > 100
-  # One below the other for several texts; other lengths, other bars.
-  both = _plot(
-    tmp_path / 'b.png', train=(prompt, target), valid=(target, prompt)
-  )
-  assert both.shape == (720, 960, 3)
-  for half in (both[:360], both[360:]):
-    assert min(_drawn(half)) > 100
   # What is one high bar for the target is a low line for the prompt.
   assert _drawn(image)[0] < _drawn(image)[1]
   swapped = _plot(tmp_path / 'c.png', train=(target, prompt))
   assert _drawn(swapped)[0] > _drawn(swapped)[1]
   assert abs(_drawn(swapped)[2] - _drawn(image)[2]) < 100  # The sum of both.
-
-
-def test_lengths_beyond_the_plot_are_in_its_last_bar(tmp_path):
-  """Few outliers must not squeeze all others together, nor be lost."""
-  prompt, target = np.arange(1000) % 40, np.arange(1000) % 10
-  a = _plot(tmp_path / 'a.png', train=(prompt, target))
-  prompt[:4] = 10_000
-  b = _plot(tmp_path / 'b.png', train=(prompt, target))
-  changed = (a != b).any(-1)
-  assert 0 < changed.mean() < 0.02
-  assert changed[:, 864:].any(), 'nothing new at the right end'
 
 
 def test_a_plot_that_cannot_be_written(config, tmp_path):
@@ -335,10 +273,4 @@ def test_the_command(tmp_path):
   assert 'rows, ' in done.stdout and 'dropped: ' in done.stdout
   image = matplotlib.image.imread(path)
   assert image.shape[:2] == (720, 960)
-
-
-def test_a_bad_flag_is_one_line():
-  done = _command(f'--config={ROOT}/configs/debug.py', '--plt=x')
-  assert done.returncode == 1 and not done.stdout
-  assert done.stderr.count('\n') == 1, done.stderr
-  assert 'plt' in done.stderr and 'plot' in done.stderr
+  refusal(lambda: card.main(['mt.data', 'rest']), "'rest' is no flag")

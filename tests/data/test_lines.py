@@ -1,6 +1,5 @@
 """A line of each format becomes a pair, or the reason why it is none."""
 
-import io
 import json
 
 import pytest
@@ -14,16 +13,11 @@ from tests.fixtures.refusal import refusal
 OTHER_BREAKS = '\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029'
 
 
-def _make(content, columns=(), name='x.tsv', pair='en-fr', turned=False):
-  """The parser that a file's beginning calls for, and whether it has a header.
-
-  The file is left where it was.
-  """
-  content = content if isinstance(content, bytes) else content.encode()
-  file = io.BytesIO(content)
-  made = lines.make_parser([name], [file], pair, columns, turned=turned)
-  assert file.tell() == 0
-  return made
+def _make(first, columns=(), name='x.tsv', pair='en-fr', reversed_pair=False):
+  """The parser that a file's first line calls for."""
+  return lines.make_parser(
+    [name], first, pair, columns, reversed_pair=reversed_pair
+  )
 
 
 THREE = lines.Columns(3, 1, 2, id=0)
@@ -34,67 +28,46 @@ ALIGNED = lines.Aligned()
 
 
 @pytest.mark.parametrize(
-  ('content', 'columns', 'expected'),
+  ('first', 'columns', 'expected'),
   [
-    ('1\ta\tb\n', (), lines.Columns(3, 1, 2, id=0)),
-    ('a\tb\n', (), lines.Columns(2, 0, 1)),
+    ('1\ta\tb', (), lines.Columns(3, 1, 2, id=0)),
     ('a\tb', (), lines.Columns(2, 0, 1)),
-    ('a\tb\r\n', (), lines.Columns(2, 0, 1)),
     # An empty last cell is one.
-    ('a\tb\t\n', (), lines.Columns(3, 1, 2, id=0)),
-    # The first line with something in it decides.
-    ('\n \t \n\r\na\tb\n1\ta\tb\n', (), lines.Columns(2, 0, 1)),
-    ('\u00a0\u2028\na\tb\n', (), lines.Columns(2, 0, 1)),
-    ('a\tb\tc\td\n', (4, 2), lines.Columns(4, 3, 1)),
-    ('a\tb\tc\n', (1, 2), lines.Columns(3, 0, 1)),
+    ('a\tb\t', (), lines.Columns(3, 1, 2, id=0)),
+    ('a\tb\tc\td', (4, 2), lines.Columns(4, 3, 1)),
+    ('a\tb\tc', (1, 2), lines.Columns(3, 0, 1)),
+    ('n\tfrançais\tEn g', ('En g', 'français'), lines.Columns(3, 2, 1)),
   ],
 )
-def test_columns_by_number(content, columns, expected):
-  assert _make(content, columns) == (expected, False)
-
-
-@pytest.mark.parametrize('ending', ['\n', '\r\n', ''])
-def test_columns_by_name(ending):
-  header = 'n\tfrançais\tEnglish text' + ending
-  made = _make(header, ('English text', 'français'))
-  assert made == (lines.Columns(3, 2, 1), True)
-
-
-def test_columns_turned_round():
+def test_columns(first, columns, expected):
+  assert _make(first, columns) == expected
   # Columns that are named stay where they are said to be.
-  named, _ = _make('1\ta\tb\n', (2, 3), turned=True)
-  assert (named.source, named.target) == (1, 2)
-  three, _ = _make('1\ta\tb\n', turned=True)
-  assert three == lines.Columns(3, 2, 1, id=0)
-  two, _ = _make('a\tb\n', turned=True)
-  assert two == lines.Columns(2, 1, 0)
+  other = _make(first, columns, reversed_pair=True)
+  if columns:
+    assert other == expected
+  else:
+    assert (other.target, other.source) == (expected.source, expected.target)
 
 
 @pytest.mark.parametrize(
-  ('content', 'columns', 'words'),
+  ('first', 'columns', 'words'),
   [
-    ('just text\n', (), ['first line: 1,', 'source, target;']),
-    ('a\tb\tc\td\n', (), ['first line: 4,', 'data.columns']),
-    ('1\ta\tb\n', (3, 4), ['first line: 3,', 'expected (3, 4)']),
-    ('en\tde\n', ('en', 'fr'), ["no column 'fr'", "'en de'", 'data.columns']),
-    ('en\tfr \n', ('en', 'fr'), ["no column 'fr'"]),
-    # A header is the first line, whatever stands in it.
-    ('\nen\tfr\na\tb\n', ('en', 'fr'), ["no column 'en' in its first line"]),
-    ('EN\tFR\u2028x\n', ('EN', 'FR'), ["no column 'FR'", '\\u2028']),
-    (b'en\t\xff\n', ('en', 'fr'), ["no column 'fr'"]),
-    ('', (), ['no pair']),
-    ('\n\r\n\t\n', (), ['no pair']),
-    ('', ('en', 'fr'), ['no pair']),
+    ('just text', (), ['first line: 1,', 'source, target;']),
+    ('a\tb\tc\td', (), ['first line: 4,', 'data.columns']),
+    ('1\ta\tb', (3, 4), ['first line: 3,', 'expected (3, 4)']),
+    ('en\tde', ('en', 'fr'), ["no column 'fr'", "'en de'", 'data.columns']),
+    ('en\tfr ', ('en', 'fr'), ["no column 'fr'"]),
+    ('', ('en', 'fr'), ["no column 'en' in its first line"]),
+    ('EN\tFR\u2028x', ('EN', 'FR'), ["no column 'FR'", '\\u2028']),
   ],
 )
-def test_columns_that_are_not_there(content, columns, words):
-  refusal(lambda: _make(content, columns, 'my/x.tsv'), 'my/x.tsv: ', *words)
+def test_columns_that_are_not_there(first, columns, words):
+  refusal(lambda: _make(first, columns, 'my/x.tsv'), 'my/x.tsv: ', *words)
 
 
 def test_a_strange_header_is_shown_in_part():
-  header = 'x' * 5000 + '\ten\n'
   with pytest.raises(errors.UserError) as caught:
-    _make(header, ('en', 'fr'))
+    _make('x' * 5000 + '\ten', ('en', 'fr'))
   assert len(str(caught.value)) < 500
 
 
@@ -132,13 +105,10 @@ def test_a_line_without_an_id_has_its_number():
 
 
 def test_keys():
-  assert _make('', name='x.jsonl') == (KEYS, False)
-  assert _make('', name='x.jsonl', pair='de-ja') == (
-    lines.Keys('de', 'ja'),
-    False,
-  )
-  made = _make('{}\n', ('translation.en', 'translation.fr'), 'x.jsonl')
-  assert made == (lines.Keys('translation.en', 'translation.fr'), False)
+  assert _make('', name='x.jsonl') == KEYS
+  assert _make('', name='x.jsonl', pair='de-ja') == lines.Keys('de', 'ja')
+  columns = ('translation.en', 'translation.fr')
+  assert _make('{}', columns, 'x.jsonl') == lines.Keys(*columns)
 
 
 HUGE = '9' * 5000  # More digits than Python makes an int of.
@@ -153,25 +123,18 @@ HUGE = '9' * 5000  # More digits than Python makes an int of.
     ('{"en": "a\\u2028\\r\\u0085b", "fr": "c"}', ('5', 'a\u2028\r\x85b', 'c')),
     ('{"en": "a", "fr": "b", "n": 1e999}', ('5', 'a', 'b')),
     ('{"en": "a", "fr": "b"', 'not JSON'),
-    ('{"en": "a", "fr": "b"} x', 'not JSON'),
-    ("{'en': 'a', 'fr': 'b'}", 'not JSON'),
     ('{"en": "a\tb", "fr": "c"}', 'not JSON'),
     ('\ufeff{"en": "a", "fr": "b"}', 'not JSON'),
     ('a\tb', 'not JSON'),
     ('[' * 100_000, 'not JSON'),
-    ('{"en":' * 100_000, 'not JSON'),
     ('{"en": "a", "fr": "b", "n": ' + HUGE + '}', 'not JSON'),
     ('"en"', "no text under 'en'"),
     ('["en", "fr"]', "no text under 'en'"),
     ('null', "no text under 'en'"),
-    ('NaN', "no text under 'en'"),
     ('{}', "no text under 'en'"),
     ('{"en": "a"}', "no text under 'fr'"),
-    ('{"EN": "a", "fr": "b"}', "no text under 'en'"),
     ('{"en": 3, "fr": "b"}', "no text under 'en'"),
     ('{"en": null, "fr": "b"}', "no text under 'en'"),
-    ('{"en": "a", "fr": ["b"]}', "no text under 'fr'"),
-    ('{"en": "a", "fr": {"fr": "b"}}', "no text under 'fr'"),
     ('{"en": "a\\nb", "fr": "c"}', 'a line break in a text'),
     ('{"en": "a", "fr": "b\\r\\nc"}', 'a line break in a text'),
     ('{"en": "a", "fr": "b\\u0000"}', 'a NUL character'),
@@ -200,20 +163,15 @@ def test_a_dot_goes_into_an_object():
   for translation in ('en', ['en'], None, {'en': 3}, {'de': 'x'}):
     bad = {**good, 'translation': translation}
     assert parse(bad) == "no text under 'translation.en'"
-  for value in ('b', 3, None, ['b.c'], {'b': 'c'}, {'b': None}):
-    assert parse({**good, 'a': value}) == "no text under 'a.b.c'"
-  for value in ('translation', 3, None, ['translation']):
-    assert parse(value) == "no text under 'translation.en'"
 
 
 # Aligned files.
 
 
 def test_two_files_are_aligned():
-  files = [io.BytesIO(b'a\n'), io.BytesIO(b'b\n')]
-  made = lines.make_parser(['x.en', 'x.fr'], files, 'en-fr', (), turned=False)
-  assert made == (ALIGNED, False)
-  assert [f.tell() for f in files] == [0, 0]
+  paths = ['x.en', 'x.fr']
+  made = lines.make_parser(paths, '', 'en-fr', (), reversed_pair=False)
+  assert made == ALIGNED
 
 
 @pytest.mark.parametrize(
@@ -224,8 +182,6 @@ def test_two_files_are_aligned():
     ('', 'b', 'an empty source'),
     ('a', ' ', 'an empty target'),
     ('a', 'b\0', 'a NUL character'),
-    ('a\0', '', 'a NUL character'),
-    (b'\0\xe9', b'\xe9', 'a NUL character'),
     ('a', b'\xe9', 'not UTF-8'),
     (b'\xe9', '', 'not UTF-8'),
   ],

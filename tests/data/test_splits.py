@@ -1,26 +1,17 @@
 """All that a run reads: rows, validation batches, and what says who it was."""
 
-import functools
 import pathlib
 
 import numpy as np
 import pytest
 
 from configs import default
-from mt.data import batches
 from mt.data import bitext
 from mt.data import corpus
 from mt.data import splits
-from mt.data import tokenizer
 from mt.gemma import sharding
+from tests.fixtures import numbered_rows
 from tests.fixtures.refusal import refusal
-
-
-@functools.cache
-def _tokenizer():
-  path = corpus.SAMPLE / 'valid' / 'valid.en-fr.tsv'
-  pairs = bitext.open_bitext([path], 'en-fr').read()
-  return tokenizer.train([t for p in pairs for t in (p.source, p.target)], 400)
 
 
 def _write(path, lengths, word='mot'):
@@ -44,18 +35,9 @@ def config(tmp_path):
 
 
 def _read(config, mesh=None):
-  splits = ['train', 'valid', *(['test'] if config.eval.test else [])]
-  return splits.read(
-    config, _tokenizer(), corpus.read_splits(config.data, splits), mesh
-  )
-
-
-def _equal(got, want):
-  assert len(got) == len(want) > 0
-  for a, b in zip(got, want, strict=True):
-    assert a.keys() == b.keys()
-    for name in a:
-      np.testing.assert_array_equal(a[name], b[name])
+  tok = numbered_rows.sample_tokenizer()
+  texts = corpus.read_splits(config.data, corpus.splits(config))
+  return splits.read(config, tok, texts, mesh)
 
 
 # Training.
@@ -67,7 +49,7 @@ def test_batches_are_those_of_the_config(config):
   assert len(got) == len({b['tokens'].tobytes() for b in got}) == 30
   assert {x.shape for b in got for x in b.values()} == {(4, 64)}
   assert max(b['segment_ids'].max() for b in got) > 1
-  _equal(list(_read(config).train), got)
+  numbered_rows.all_equal(list(_read(config).train), got)
   config.seed = 1
   other = list(_read(config).train)
   assert any(
@@ -75,21 +57,11 @@ def test_batches_are_those_of_the_config(config):
   )
 
 
-def test_widths_are_those_of_the_buckets(config):
+def test_without_packing_a_row_has_one_pair(config):
   config.data.packing = False
   got = list(_read(config).train)
   assert {b['tokens'].shape for b in got} == {(4, 64)}
   assert max(b['segment_ids'].max() for b in got) == 1
-  config.data.buckets = (24, 40)
-  bucketed = list(_read(config).train)
-  assert {b['tokens'].shape for b in bucketed} == {(4, 24), (4, 40), (4, 64)}
-  assert all(x.shape == b['tokens'].shape for b in bucketed for x in b.values())
-  # Which is what they are for.
-  padding = [
-    np.mean(np.concatenate([b['segment_ids'].ravel() for b in bs]) == 0)
-    for bs in (got, bucketed)
-  ]
-  assert padding[1] < 0.7 * padding[0]
 
 
 def test_each_process_reads_its_part(config, monkeypatch):
@@ -98,20 +70,10 @@ def test_each_process_reads_its_part(config, monkeypatch):
     own = list(range(2 * process, 2 * process + 2))
     monkeypatch.setattr(sharding, 'own_rows', lambda *_, own=own: own)
     part = slice(2 * process, 2 * process + 2)
-    _equal(
+    numbered_rows.all_equal(
       list(_read(config, mesh='of two processes').train),
       [{k: v[part] for k, v in b.items()} for b in whole],
     )
-
-
-def test_workers_are_those_of_the_config(config, monkeypatch):
-  seen = []
-  monkeypatch.setattr(
-    batches, 'train_iterator', lambda *args, **kwargs: seen.append(kwargs)
-  )
-  config.data.workers, config.data.max_wait = 3, 7.0
-  _read(config)
-  assert seen[0]['workers'] == 3 and seen[0]['max_wait'] == 7.0
 
 
 def _sources(config, tmp_path, weights=()):
@@ -135,7 +97,7 @@ def _sources(config, tmp_path, weights=()):
 def test_sources_are_mixed(config, tmp_path, weights, shares):
   """Without weights, in proportion to their pairs: every row is a pair."""
   _sources(config, tmp_path, weights)
-  tok = _tokenizer()
+  tok = numbered_rows.sample_tokenizer()
   counts = np.zeros(3)
   for batch in _read(config).train:
     for tokens in batch['tokens'].tolist():
@@ -179,7 +141,6 @@ def test_the_digest_does_not_change_with_other_things(config, tmp_path):
   config.train.max_steps = 99
   config.data.valid = _write(tmp_path / 'v.tsv', [3, 4], 'autre')
   config.data.source = _write(tmp_path / 'moved.tsv', [*range(9)] * 4)
-  config.data.workers = 1
   assert _read(config).train_digest == digest
 
 
@@ -207,7 +168,10 @@ def test_validation_has_the_first_pairs_that_fit(config):
   config.eval.loss_pairs = 3
   few = _rows_of(_read(config).valid)
   assert len(few) == 3
-  assert [_tokenizer().decode(r).count('word') for r in sorted(few)] == [
+  assert [
+    numbered_rows.sample_tokenizer().decode(r).count('word')
+    for r in sorted(few)
+  ] == [
     1,
     2,
     3,
@@ -234,9 +198,10 @@ def test_what_became_of_the_pairs_is_said(config, capsys, tmp_path):
   config.eval.loss_pairs = 10
   rows = _read(config).train
   said = capsys.readouterr().out
-  examples, plan = splits.training_rows(
-    config, _tokenizer(), corpus.read_splits(config.data, ['train'])['train']
-  )[0][0].part(0)
+  tok = numbered_rows.sample_tokenizer()
+  texts = corpus.read_splits(config.data, ['train'])['train']
+  (source,), _ = splits.training_rows(config, tok, texts)
+  examples, plan = source.block_of_epoch(0)
   # By hand, from the examples themselves.
   kept = [i for i in range(38) if examples.sizes[i] <= 48]
   tokens = sum(int(examples.sizes[i]) for i in kept)
@@ -265,7 +230,9 @@ def test_a_split_of_which_nothing_fits(config, tmp_path, split):
   pair = corpus.read_splits(config.data, [split])[split][0].read()[1]
   config.data.length = 10_000
   (rows, *_), _ = splits.training_rows(
-    config, _tokenizer(), corpus.read_splits(config.data, [split])[split]
+    config,
+    numbered_rows.sample_tokenizer(),
+    corpus.read_splits(config.data, [split])[split],
   )
   shortest = int(rows.store.block(0).sizes.min())
   assert len(pair.source.split()) == 31
@@ -298,7 +265,7 @@ def test_a_sample_of_training_pairs(config):
   assert _read(config).minitrain == []
   config.eval.minitrain_pairs = 5
   first, again = _read(config).minitrain, _read(config).minitrain
-  _equal(first, again)
+  numbered_rows.all_equal(first, again)
   assert sum(int(b['segment_ids'].max(1).sum()) for b in first) == 5
   config.seed = 1
   other = _read(config).minitrain
@@ -328,4 +295,4 @@ def test_a_sample_that_does_not_fit(config):
     pathlib.Path(config.data.source), [1] + [300] * 40
   )
   config.eval.minitrain_pairs = 1
-  refusal(lambda: _read(config), 'eval.minitrain_pairs is 1', 'data.length=64')
+  refusal(lambda: _read(config), 'eval.minitrain_pairs=1', 'data.length=64')

@@ -1,8 +1,6 @@
 """Pairs to tokens: the same before the target in training and translation."""
 
 import dataclasses
-import functools
-import pathlib
 
 import numpy as np
 import pytest
@@ -11,43 +9,23 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from configs import default
 from mt.data import batches
 from mt.data import bitext
-from mt.data import corpus
 from mt.data import lines
 from mt.data import store
 from mt.data import template as template_lib
 from mt.data import tokenizer
-from mt.translate import batching
-from mt.translate import translator as translator_lib
+from tests.fixtures import numbered_rows
 from tests.fixtures.refusal import refusal
 
-SHARED = pathlib.Path(__file__).parents[3] / 'shared' / 'tokenizers'
 PLAIN = template_lib.Template('English: {source}\nFrench:', ' ')
 CHAT = template_lib.Template('Into French: {source}', chat=True)
 TURNS = (template_lib.START_OF_TURN, template_lib.END_OF_TURN)
+TUTORIAL = template_lib.Template(
+  'Translate this into French:\n{source}\n', '', target_bos=True
+)
 
 
 def _pair(source, target='Salut !'):
   return lines.Pair('1', source, target)
-
-
-@functools.cache
-def _tokenizer():
-  path = corpus.SAMPLE / 'valid' / 'valid.en-fr.tsv'
-  pairs = bitext.open_bitext([path], 'en-fr').read()
-  return tokenizer.train([t for p in pairs for t in (p.source, p.target)], 400)
-
-
-@functools.cache
-def _gemma3():
-  path = SHARED / 'gemma3' / 'tokenizer.model'
-  if not path.exists():
-    pytest.skip(f'no {path}')
-  return tokenizer.from_file(path)
-
-
-def _nth(examples, i):
-  at = slice(*examples.offsets[i : i + 2])
-  return examples.tokens[at].tolist()
 
 
 def _mask(examples, i, padding=0):
@@ -61,15 +39,13 @@ def _config(**template):
   return config
 
 
-# The same before the target.
+# What an example is.
 
 TEMPLATES = {
   'plain': PLAIN,
   'bare': template_lib.Template('{source}\n'),
   'source first': template_lib.Template('{source} =>', ' '),
-  'tutorial': template_lib.Template(
-    'Translate this into French:\n{source}\n', target_bos=True
-  ),
+  'tutorial': TUTORIAL,
   'chat': CHAT,
   'languages': template_lib.from_config(default.get_config()),
   'braces': template_lib.Template('{"en": "{source}", {0} {{}} {x}\n%s "', '{'),
@@ -84,41 +60,10 @@ PAIRS = [
 ]
 
 
-def _seen_by_the_decoder(monkeypatch, tok, template, texts):
-  """The prompts that translation hands to the decoder."""
-  seen = []
-
-  def nothing(params, prompts, on_done):
-    seen.extend(p.tokens for p in prompts)
-    return [[batching.Hypothesis([], tok.eos_id, 0.0, 0.0)] for _ in prompts]
-
-  monkeypatch.setattr(batching, 'make_decoder', lambda *_, **__: nothing)
-  translator = translator_lib.make_translator(
-    None, tok, template, batch_size=4, max_ratio=1.0, max_extra=1
-  )
-  assert translator({'layers': ()}, texts) == [''] * len(texts)
-  return seen
-
-
-@pytest.mark.parametrize('name', TEMPLATES)
-def test_translation_starts_from_what_training_has(name, monkeypatch):
-  tok, template = _tokenizer(), TEMPLATES[name]
-  examples = store.encode(PAIRS, tok, template)
-  prompts = [
-    _nth(examples, i)[:start] for i, start in enumerate(examples.target_starts)
-  ]
-  sources = [p.source for p in PAIRS]
-  assert prompts == [
-    template_lib.prompt_ids(source, tok, template) for source in sources
-  ]
-  seen = _seen_by_the_decoder(monkeypatch, tok, template, sources)
-  assert seen == prompts
-
-
 @pytest.mark.parametrize('name', TEMPLATES)
 def test_an_example_is_bos_prompt_target_end(name):
-  tok, template = _tokenizer(), TEMPLATES[name]
-  examples = store.encode(PAIRS, tok, template)
+  tok, template = numbered_rows.sample_tokenizer(), TEMPLATES[name]
+  examples = template_lib.encode(PAIRS, tok, template)
   assert len(examples) == len(PAIRS)
   end = tok.spm.piece_to_id(TURNS[1]) if template.chat else tok.eos_id
   second = [tok.bos_id] if template.target_bos else []
@@ -129,30 +74,32 @@ def test_an_example_is_bos_prompt_target_end(name):
       after = f'{after}<end_of_turn>\n<start_of_turn>model\n'
     prompt = tok.encode(before + pair.source + after)
     target = tok.encode(template.target_prefix + pair.target)
-    ids = _nth(examples, i)
+    ids = examples.ids(i).tolist()
     assert ids == [tok.bos_id, *prompt, *second, *target, end]
     assert ids.count(tok.bos_id) == 1 + template.target_bos
     assert ids.count(tok.eos_id) == (not template.chat)
     assert examples.target_starts[i] == 1 + len(prompt)
+    # Translation starts from what training has.
+    start = template_lib.prompt_ids(pair.source, tok, template)
+    assert start == ids[: 1 + len(prompt)]
     # Learned: the target with its own BOS and end, and nothing else.
     want = [False] * (1 + len(prompt))
     want += [True] * len([*second, *target, end])
     assert _mask(examples, i, padding=2) == [*want, False, False]
   assert examples.tokens.dtype == examples.target_starts.dtype == np.int32
-  assert examples.offsets.dtype == np.int64
 
 
 def test_the_example_in_the_docstring():
   """With the tokenizer of Gemma 3; kept true, as readers learn from it."""
-  tok = _gemma3()
+  tok = numbered_rows.gemma('gemma3')
   shown = {
     words[0]: words[1:]
     for line in template_lib.__doc__.splitlines()
     if (words := line.split()) and words[0] in ('tokens', 'target_mask')
   }
   template = template_lib.from_config(default.get_config())
-  examples = store.encode([_pair('Hi!', 'Salut !')], tok, template)
-  pieces = [tok.spm.id_to_piece(i) for i in _nth(examples, 0)]
+  examples = template_lib.encode([_pair('Hi!', 'Salut !')], tok, template)
+  pieces = [tok.spm.id_to_piece(i) for i in examples.ids(0).tolist()]
   assert [p.replace('\n', '\\n') for p in pieces] == shown['tokens']
   mask = [str(int(m)) for m in _mask(examples, 0)]
   assert mask == shown['target_mask']
@@ -225,10 +172,10 @@ def test_chat_is_the_published_form():
   The form is that of ai.google.dev/gemma/docs, "Gemma formatting and system
   instructions".
   """
-  tok = _gemma3()
+  tok = numbered_rows.gemma('gemma3')
   prompt = CHAT.prompt.replace('{source}', 'Hi there!')
-  examples = store.encode([_pair('Hi there!')], tok, CHAT)
-  ids = _nth(examples, 0)
+  examples = template_lib.encode([_pair('Hi there!')], tok, CHAT)
+  ids = examples.ids(0).tolist()
   text = ''.join(tok.spm.id_to_piece(i) for i in ids).replace('\u2581', ' ')
   assert text == (
     f'<bos><start_of_turn>user\n{prompt}<end_of_turn>\n'
@@ -245,24 +192,13 @@ def test_chat_is_the_published_form():
   # All of the answer is learned, its end too, and nothing of the prompt.
   start = ids.index(4368) + 2
   assert _mask(examples, 0) == [i >= start for i in range(len(ids))]
-  assert {1, 106} <= set(translator_lib.stop_ids(tok, CHAT).tolist())
-  assert 106 not in translator_lib.stop_ids(tok, PLAIN)
-
-
-def test_the_end_of_a_turn_ends_a_translation():
-  tok = _tokenizer()
-  end = tok.spm.piece_to_id('<end_of_turn>')
-  assert template_lib.end_id(tok, CHAT) == end
-  assert template_lib.end_id(tok, PLAIN) == tok.eos_id
-  assert {end, tok.eos_id} <= set(translator_lib.stop_ids(tok, CHAT).tolist())
-  assert end not in translator_lib.stop_ids(tok, PLAIN)
 
 
 @pytest.mark.parametrize('missing', TURNS)
 @pytest.mark.parametrize('how', ['gone', 'control'])
 def test_a_tokenizer_without_turns_is_refused(missing, how):
   """A control piece is never found in text, so that it would not help."""
-  proto = sp_pb2.ModelProto.FromString(_tokenizer().proto)
+  proto = sp_pb2.ModelProto.FromString(numbered_rows.sample_tokenizer().proto)
   del proto.trainer_spec.user_defined_symbols[:]
   (piece,) = (p for p in proto.pieces if p.piece == missing)
   if how == 'gone':
@@ -271,8 +207,143 @@ def test_a_tokenizer_without_turns_is_refused(missing, how):
     piece.type = sp_pb2.ModelProto.SentencePiece.CONTROL
   tok = tokenizer.from_proto(proto.SerializeToString(), 'no turns')
   words = ('template.chat', *TURNS, 'template.chat=False')
-  refusal(lambda: store.encode([_pair('Hi!')], tok, CHAT), *words)
-  refusal(lambda: translator_lib.stop_ids(tok, CHAT), *words)
+  refusal(lambda: template_lib.encode([_pair('Hi!')], tok, CHAT), *words)
   # Without chat nobody minds.
   bare = dataclasses.replace(CHAT, chat=False)
-  assert len(store.encode([_pair('Hi!')], tok, bare)) == 1
+  assert len(template_lib.encode([_pair('Hi!')], tok, bare)) == 1
+
+
+# The rows and batches that the tutorial prints (its text is the origin).
+
+_PROMPT = [2, 49688, 736, 1280, 6987, 235292, 108]
+
+# "Example 0" and "Example 1" of the tokenizer's test: texts, src, dst.
+_PRINTED_SEQUENCES = [
+  (
+    'The group of “eastern conference potential all stars but not making it '
+    'in the West” group.',
+    'Le groupe de " toutes les étoiles potentielles de la conférence de '
+    "l'Est mais qui ne s'en sortent pas dans le groupe de l'Ouest \".",
+    """2  49688    736   1280   6987 235292    108    651   2778    576
+    1080 104745  11982   5736    832   8995    901    780   3547    665
+    575    573   4589 235369   2778 235265    108""",
+    """2   2025  29653    581    664  16298   1437  55563  41435   7840
+    581    683 111452    581    533 235303   9776   4108   2459    679
+    485 235303    479   6728    579   1806   2499    709  29653    581
+    533 235303 101323  16054      1""",
+  ),
+  (
+    'Is Kameron a Little Salty About Her Lack of Air Time?',
+    "Kameron est-elle un peu aigrie de son manque de temps à l'écran ?",
+    """2  49688    736   1280   6987 235292    108   2437  87150    477
+    476  11709 230461   8045   3636  40268    576   4252   4897 235336
+    108""",
+    """2 213606    477   1455 235290   3510    748   8268 191017   2809
+    581   2032  69972    581  11495   1305    533 235303  65978   1654
+    1""",
+  ),
+]
+
+# The two batches of three at max_seq_len=20: input_tokens, and how many False
+# and then how many True the target_mask has; False for the rest.
+_PRINTED_BATCHES = [
+  (
+    """2  49688    736   1280   6987 235292    108  10924    665  12302
+    235341    108      2   4397  63011   1437  38696   1241      1      0""",
+    (12, 7),
+  ),
+  (
+    """2  49688    736   1280   6987 235292    108  13835   1517 235265
+    108      2  69875    540  19713 235265      1      0      0      0""",
+    (11, 6),
+  ),
+  (
+    """2  49688    736   1280   6987 235292    108   6956   1586 235297
+    235265    108      2  78368   1586 235297 235265      1      0      0""",
+    (12, 6),
+  ),
+  (
+    """2  49688    736   1280   6987 235292    108  18874 235341    108
+    2 115905   6425   1241      1      0      0      0      0      0""",
+    (10, 5),
+  ),
+  (
+    """2  49688    736   1280   6987 235292    108   7574   3356 235341
+    108      2   7997  20707   1241      1      0      0      0      0""",
+    (11, 5),
+  ),
+  (
+    """2  49688    736   1280   6987 235292    108   8703    665 235265
+    108      2 235338 235303  90006  20133 235265      1      0      0""",
+    (11, 7),
+  ),
+]
+
+
+def _ids(printed):
+  return [int(i) for i in printed.split()]
+
+
+@pytest.mark.parametrize('printed', _PRINTED_SEQUENCES, ids=['0', '1'])
+def test_the_sequences_of_the_tutorial(printed):
+  source, target, src, dst = printed
+  tok = numbered_rows.gemma('gemma1')
+  examples = template_lib.encode([_pair(source, target)], tok, TUTORIAL)
+  assert examples.ids(0).tolist() == _ids(src) + _ids(dst)
+  # Without the second BOS, which the model never sees when it translates.
+  template = dataclasses.replace(TUTORIAL, target_bos=False)
+  examples = template_lib.encode([_pair(source, target)], tok, template)
+  assert examples.ids(0).tolist() == _ids(src) + _ids(dst)[1:]
+  assert examples.target_starts[0] == len(_ids(src))
+
+
+def _printed_examples():
+  """Texts read off the printed ids, and our tokens of them."""
+  tok = numbered_rows.gemma('gemma1')
+  pairs = []
+  for printed, _ in _PRINTED_BATCHES:
+    ids = _ids(printed)
+    assert ids[: len(_PROMPT)] == _PROMPT
+    second = ids.index(tok.bos_id, 1)
+    source = tok.decode(ids[len(_PROMPT) : second - 1])  # 108 is the newline.
+    target = tok.decode(ids[second + 1 : ids.index(tok.eos_id)])
+    pairs.append(_pair(source, target))
+  return pairs, template_lib.encode(pairs, tok, TUTORIAL)
+
+
+def _printed_masks():
+  """They begin at the second BOS, which is part of what the tutorial learns."""
+  return [
+    [False] * before + [True] * learned + [False] * (20 - before - learned)
+    for _, (before, learned) in _PRINTED_BATCHES
+  ]
+
+
+def test_the_rows_of_the_tutorial():
+  _, examples = _printed_examples()
+  rows = [batches.build_row(examples, [i], 20) for i in range(len(examples))]
+  assert [r['tokens'].tolist() for r in rows] == [
+    _ids(t) for t, _ in _PRINTED_BATCHES
+  ]
+  assert [r['target_mask'].tolist() for r in rows] == _printed_masks()
+
+
+def test_the_batches_of_the_tutorial(tmp_path):
+  """From a file to the padded batches of training, in their own order."""
+  pairs, _ = _printed_examples()
+  path = tmp_path / 'a.tsv'
+  path.write_text(
+    ''.join(f'{p.source}\t{p.target}\n' for p in pairs), encoding='utf-8'
+  )
+  text = bitext.open_bitext([path], 'en-fr')
+  made = store.open_store(text, numbered_rows.gemma('gemma1'), TUTORIAL)
+  rows = batches.Rows(made, 20, 0, packing=False, group=3)
+  got = list(batches.TrainBatches([rows], [6], 3, 2))
+  assert [b['tokens'].shape for b in got] == [(3, 20)] * 2
+  found = [
+    (tokens.tolist(), mask.tolist())
+    for b in got
+    for tokens, mask in zip(b['tokens'], b['target_mask'], strict=True)
+  ]
+  printed = [_ids(tokens) for tokens, _ in _PRINTED_BATCHES]
+  assert sorted(found) == sorted(zip(printed, _printed_masks(), strict=True))

@@ -15,7 +15,6 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from mt.base import cache
 from mt.data import bitext
 from mt.data import corpus
-from mt.data import template as template_lib
 from mt.data import tokenizer
 from mt.weights import gguf
 from mt.weights import gguf_file
@@ -112,13 +111,13 @@ def test_nasty_texts_are_encoded_as_by_the_original(pair, text):
   _assert_same_ids(*pair, f'English: {text}\nFrench: {text}')
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(nasty.ANY)
 def test_any_text_is_encoded_as_by_the_original(pair, text):
   _assert_same_ids(*pair, text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 399)))
 def test_any_ids_are_decoded_as_by_the_original(pair, ids):
   # Half characters in bytes and special ids in the middle are what an untrained
@@ -178,9 +177,6 @@ def test_from_file_reads_a_model(tmp_path):
 def test_a_missing_file_is_refused(tmp_path):
   path = tmp_path / 'none.model'
   refusal(lambda: tokenizer.from_file(path), path, 'No such file')
-
-
-def test_a_directory_is_refused(tmp_path):
   refusal(lambda: tokenizer.from_file(tmp_path), tmp_path, 'directory')
 
 
@@ -190,12 +186,10 @@ def test_a_directory_is_refused(tmp_path):
     b'',
     b'{"version": "1.0", "model": {"type": "BPE"}}\n',
     bytes(100),
-    b'\xff' * 100,
     gguf_fixture.train_proto()[:-100],
-    gguf_fixture.train_proto()[:100],
     gguf_fixture.train_proto()[50:],
   ],
-  ids=('empty', 'json', 'zeros', 'ones', 'cut', 'short', 'headless'),
+  ids=('empty', 'json', 'zeros', 'cut', 'headless'),
 )
 def test_garbage_is_refused(tmp_path, data):
   path = tmp_path / 'tokenizer.model'
@@ -235,12 +229,8 @@ def sample():
   """Both sides of every bundled pair."""
   files = sorted(corpus.SAMPLE.glob('*/*.tsv'))
   assert len(files) == 3
-  pairs = [
-    pair
-    for file in files
-    for pair in bitext.open_bitext([file], 'en-fr').read()
-  ]
-  return [text for pair in pairs for text in (pair.source, pair.target)]
+  texts = [bitext.open_bitext([file], 'en-fr') for file in files]
+  return [side for text in texts for side in corpus.some_texts(text)]
 
 
 @pytest.fixture(scope='module')
@@ -279,7 +269,7 @@ def test_training_pays(sample, trained):
   assert tokens < 0.6 * sum(len(text.encode()) for text in sample)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(nasty.ANY)
 @example('\u2581')
 def test_any_text_survives_the_round_trip(trained, text):
@@ -367,41 +357,3 @@ def test_tokenizer_json_gives_the_real_tokenizers(tmp_path, real_texts, path):
   rebuilt = hf_tokenizer.read(tmp_path / 'tokenizer.json', original.vocab_size)
   assert rebuilt.proto != original.proto  # It is not simply the file beside.
   _assert_same_tokenizer(rebuilt, original, real_texts)
-
-
-@pytest.fixture(scope='module')
-def gemma1():
-  if not _GEMMA1.exists():
-    pytest.skip(f'{_GEMMA1} is not there')
-  return tokenizer.from_file(_GEMMA1)
-
-
-# ../shared/seed_tutorial.ko.txt (Google's Gemma translation tutorial): 'src' of
-# Example 0 and Example 1, first as text, then as tokens (the rest of what is
-# printed there is in tests/test_tutorial_rows.py).
-_TUTORIAL = (
-  (
-    'The group of “eastern conference potential all stars but not making it in '
-    'the West” group.',
-    '2 49688 736 1280 6987 235292 108 651 2778 576 1080 104745 11982 5736 832 '
-    '8995 901 780 3547 665 575 573 4589 235369 2778 235265 108',
-  ),
-  (
-    'Is Kameron a Little Salty About Her Lack of Air Time?',
-    '2 49688 736 1280 6987 235292 108 2437 87150 477 476 11709 230461 8045 '
-    '3636 40268 576 4252 4897 235336 108',
-  ),
-)
-
-
-@pytest.mark.parametrize(('source', 'src'), _TUTORIAL, ids=('0', '1'))
-def test_the_tutorials_source_tokens(gemma1, source, src):
-  template = template_lib.Template(
-    'Translate this into French:\n{source}\n', target_bos=False
-  )
-  ids = template_lib.prompt_ids(source, gemma1, template)
-  assert ids == [int(x) for x in src.split()]
-
-
-def test_gemma_1s_special_ids(gemma1):
-  assert (gemma1.pad_id, gemma1.eos_id, gemma1.bos_id) == (0, 1, 2)

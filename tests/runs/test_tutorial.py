@@ -21,10 +21,9 @@ from mt.data import splits
 from mt.evaluate import __main__ as evaluate
 from mt.base import journal
 from mt.gemma import model
-from mt.data import mtnt
+from mt.data import tfds
 from mt.train import settings
 from mt.gemma import sizes
-from mt.data import store
 from mt.data import template as template_lib
 from mt.data import tokenizer
 from tests.fixtures import flax_fixture
@@ -131,7 +130,7 @@ def test_the_tutorial_as_it_is_written(world, tmp_path):
   )
   assert [int(at) for at, _, _ in table] == [20, 40, 60, 80, 100]
   # What it printed before the first step, by the tutorial's own formula.
-  pairs = mtnt.read_as_tfds(
+  pairs = tfds.read_as_tfds(
     folder / 'xdg/mt/mtnt/MTNT.1.1/MTNT/valid/valid.en-fr.tsv'
   ).read()
   losses = [_tutorial_loss(sizes.SIZES['debug'], params, tok, p) for p in pairs]
@@ -197,7 +196,7 @@ def test_the_first_batches_of_the_validation(
   texts = corpus.read_splits(config.data, ('train', 'valid'))
   tok = tokenizer.train(corpus.some_texts(texts['train'][0]), 500)
   made = splits.read(config, tok, texts).valid
-  examples = store.encode(
+  examples = template_lib.encode(
     texts['valid'][0].read(), tok, template_lib.from_config(config)
   )
   want = list(batches.eval_batches(examples, 128, 3, packing))

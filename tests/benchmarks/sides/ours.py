@@ -42,9 +42,7 @@ def rows_of(
   texts = corpus.read_splits(config.data, ['train'])['train']
   rows, shares = splits.training_rows(config, tok, texts)
   number = config.train.max_steps
-  iterator = batches.train_iterator(
-    rows, shares, config.train.batch_size, number
-  )
+  iterator = batches.TrainBatches(rows, shares, config.train.batch_size, number)
   return list(itertools.islice(iterator, number))
 
 
