@@ -1,10 +1,17 @@
 """The published sizes of Gemma, as data.
 
+Dimension letters, used in every shape and every assertion of this project:
+  B batch rows, L tokens in a row, S cache slots, D model width, H query heads,
+  K key/value heads, G = H / K query heads per key/value head, A head width,
+  F feed-forward width, V vocabulary, N layers, R LoRA rank, T targets.
+
 Sources: Gemma (arXiv 2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786)
 and the configurations published with their checkpoints.
 """
 
 import dataclasses
+
+import chex
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +56,22 @@ class ModelConfig:
   final_softcap: float | None = None
   qk_norm: bool = False
   post_norms: bool = False
+
+  def dims(self) -> chex.Dimensions:
+    """The sizes that the model fixes, by letter; others are set on the way.
+
+    For example `dims['BL'] = tokens.shape`, then `dims['BLD']`; (HA) stands for
+    H * A in one axis: `dims['ND(HA)']`.
+    """
+    return chex.Dimensions(
+      V=self.vocab_size,
+      N=self.num_layers,
+      D=self.embed_dim,
+      F=self.hidden_dim,
+      H=self.num_heads,
+      K=self.num_kv_heads,
+      A=self.head_dim,
+    )
 
 
 def _gemma1(layers, width, hidden, heads, kv_heads):
