@@ -1,10 +1,12 @@
 """Files that are written whole or not at all."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
 import json
 import os
 import pathlib
+from typing import IO
 from typing import Any
 
 from mt.base import errors
@@ -30,6 +32,25 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
     with contextlib.suppress(OSError):
       part.unlink(missing_ok=True)  # It may be what fills the disk.
     raise unwritable(path, e) from None
+
+
+@contextlib.contextmanager
+def new_file(path: pathlib.Path, mode: str = 'wb') -> Iterator[IO]:
+  """A file that gets its name at the end of the `with`, whole or not at all.
+
+  Raises:
+    errors.UserError: the folder is not writable, the disk is full.
+  """
+  part = path.with_name(f'{path.name}.{os.getpid()}.part')
+  try:
+    with part.open(mode) as file:
+      yield file
+    os.replace(part, path)
+  except OSError as e:
+    raise unwritable(path, e) from e
+  finally:
+    with contextlib.suppress(OSError):
+      part.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

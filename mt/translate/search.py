@@ -25,10 +25,8 @@ import jax.numpy as jnp
 _TILE = 512  # Of the vocabulary, at most.
 
 Cache = Any
-Step = Callable[
-  [Cache, jax.Array, jax.Array],  # cache, tokens [M], positions [M] ->
-  tuple[jax.Array, Cache],  # logits [V, M] float32, cache.
-]
+# (cache, tokens [M], positions [M]) -> (logits [V, M] float32, cache).
+Step = Callable[[Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,30 +64,17 @@ class Search:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """Where a search has got to.
+  """Where a search has got to."""
 
-  Attributes:
-    numbers: [B] int32, of the sentences, for their draws.
-    start: [B] int32, position of the prompt's last token.
-    limits: [B] int32, most tokens of a hypothesis; 0 for a row without one.
-    made: [B] int32, steps so far.
-    last: [B, W] int32, the token to be read next.
-    tokens: [B, W, T] int32, zero after the end.
-    counts: [B, W] int32, tokens of each, the one that ends it included.
-    logp: [B, W] float32, natural log-probability of those; -inf where there is
-      no hypothesis.
-    live: [B, W] bool, not ended yet.
-  """
-
-  numbers: jax.Array
-  start: jax.Array
-  limits: jax.Array
-  made: jax.Array
-  last: jax.Array
-  tokens: jax.Array
-  counts: jax.Array
-  logp: jax.Array
-  live: jax.Array
+  numbers: jax.Array  # [B] int32, of the sentences, for their draws.
+  start: jax.Array  # [B] int32, position of the prompt's last token.
+  limits: jax.Array  # [B] int32, most tokens; 0 for a row without a sentence.
+  made: jax.Array  # [B] int32, steps so far.
+  last: jax.Array  # [B, W] int32, the token to be read next.
+  tokens: jax.Array  # [B, W, T] int32, zero after the end.
+  counts: jax.Array  # [B, W] int32, tokens, the one that ends it included.
+  logp: jax.Array  # [B, W] float32, of those; -inf where there is none.
+  live: jax.Array  # [B, W] bool, not ended yet.
 
   def dims(self) -> chex.Dimensions:
     """The sizes of B, W, M and T."""
@@ -105,15 +90,10 @@ def start(
   limits: jax.Array,
   width: int,
 ) -> State:
-  """Before the first step.
+  """Before the first step; `width` is T, the other arguments are [B] int32.
 
-  Args:
-    search: see Search.
-    numbers: [B] int32, of the sentences.
-    last: [B] int32, the last token of each prompt.
-    lengths: [B] int32, tokens of each prompt, at least 1.
-    limits: [B] int32, at most `width`; 0 for a row that only fills up.
-    width: T.
+  `last` is the last token of each prompt, `lengths` counts its tokens, at least
+  1; `limits` are at most T, and 0 for a row that only fills up.
   """
   dims = chex.Dimensions(B=len(last), W=search.width, T=width)
   chex.assert_shape([numbers, last, lengths, limits], dims['B'])
@@ -145,15 +125,11 @@ def score(search: Search, logp: jax.Array, counts: jax.Array) -> jax.Array:
 
 
 def top(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """lax.top_k over the vocabulary: values and tokens [k, M], largest first.
+  """lax.top_k over the vocabulary: logits [V, M] -> values and tokens [k, M].
 
   Of equal ones the first token comes first. The k best of the vocabulary are
   among those of the k best tiles of it, each ranked by its own best: one pass
   for their maxima, ten times as fast on a CPU as argmax (BUILD_NOTES.md).
-
-  Args:
-    logits: [V, M].
-    k: at most V.
   """
   chex.assert_shape(logits, (None, None))
   v, m = logits.shape
@@ -167,46 +143,13 @@ def top(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   return values.T, tokens.T
 
 
-def _append(state, tokens, logp, longer, stop_ids):
-  """Adds a token to each hypothesis of `longer`; all arguments [B, W]."""
-  made = state.made + running(state)
-  ended = jnp.isin(tokens, stop_ids) | (made >= state.limits)[:, None]
-  at = jnp.arange(state.tokens.shape[2]) == state.made[:, None, None]
-  at &= longer[..., None]
-  return dataclasses.replace(
-    state,
-    made=made,
-    last=tokens,
-    tokens=jnp.where(at, tokens[..., None], state.tokens),
-    counts=state.counts + longer,
-    logp=jnp.where(longer, logp, state.logp),
-    live=longer & ~ended,
-  )
-
-
-def _go_on(state, logits, tokens, stop_ids):
-  """Each living hypothesis goes on with its token of `tokens` [M]."""
-  gain = jnp.take_along_axis(logits, tokens[None], 0)[0]
-  gain = (gain - jax.nn.logsumexp(logits, 0)).reshape(state.live.shape)
-  tokens = tokens.reshape(state.live.shape).astype(jnp.int32)
-  return _append(state, tokens, state.logp + gain, state.live, stop_ids)
-
-
-def greedy(state: State, logits: jax.Array, stop_ids: jax.Array) -> State:
-  """Each hypothesis goes on with its most probable token; see `advance`."""
-  chex.assert_shape(logits, state.dims()['*M'])
-  return _go_on(state, logits, top(logits, 1)[1][0], stop_ids)
-
-
 def keep_probable(
   logits: jax.Array, top_k: int = 0, top_p: float = 1.0
 ) -> jax.Array:
-  """Logits [V, M] with -inf for what is not to be drawn.
+  """Logits [V, M] with -inf for what is not to be drawn, see Search.
 
-  Args:
-    logits: [V, M] float32.
-    top_k: see Search; tokens as probable as the last of them stay too.
-    top_p: see Search, and Holtzman et al., arXiv 1904.09751; likewise.
+  Tokens as probable as the last one of the top k, or of the top p (Holtzman et
+  al., arXiv 1904.09751), stay too.
   """
   chex.assert_shape(logits, (None, None))
   if 0 < top_k < len(logits):
@@ -235,12 +178,10 @@ def keep_probable(
   return jnp.where(probs >= least, logits, -jnp.inf)
 
 
-def sample(
-  search: Search, state: State, logits: jax.Array, stop_ids: jax.Array
-) -> State:
-  """Each hypothesis goes on with a drawn token; see `advance`.
+def draw(search: Search, state: State, logits: jax.Array) -> jax.Array:
+  """Tokens [M] that are drawn from logits [V, M].
 
-  The draw depends on the sentence's number, the hypothesis' place and the step.
+  A draw depends on the sentence's number, the hypothesis' place and the step.
   """
   dims = state.dims()
   chex.assert_shape(logits, dims['*M'])
@@ -255,12 +196,28 @@ def sample(
     jnp.repeat(state.made, dims.W),
   )
   kept = keep_probable(logits / search.temperature, search.top_k, search.top_p)
-  tokens = jax.vmap(jax.random.categorical)(keys, kept.T)
-  return _go_on(state, logits, tokens, stop_ids)
+  return jax.vmap(jax.random.categorical)(keys, kept.T)
+
+
+def _append(state, tokens, logp, longer, stop_ids):
+  """Adds a token to each hypothesis for which `longer` holds: [B, W] all."""
+  made = state.made + running(state)
+  ended = jnp.isin(tokens, stop_ids) | (made >= state.limits)[:, None]
+  at = jnp.arange(state.tokens.shape[2]) == state.made[:, None, None]
+  at &= longer[..., None]
+  return dataclasses.replace(
+    state,
+    made=made,
+    last=tokens,
+    tokens=jnp.where(at, tokens[..., None], state.tokens),
+    counts=state.counts + longer,
+    logp=jnp.where(longer, logp, state.logp),
+    live=longer & ~ended,
+  )
 
 
 def _candidates(state, logits, stop_ids):
-  """What may become of a sentence's hypotheses, C = W + W + W * k candidates.
+  """What may become of a sentence's hypotheses: C = W + W + W * k candidates.
 
   The first W are the ended hypotheses as they are. The next W are the living
   ones, each ended by its most probable stop token; the others do not count, so
@@ -276,13 +233,13 @@ def _candidates(state, logits, stop_ids):
   end_token = stop_ids[jnp.argmax(ends, 0)].reshape(dims['BW'])
   end_gain = (jnp.max(ends, 0) - norm).reshape(dims['BW'])
   gain, token = top(logits.at[stop_ids].set(-jnp.inf), dims.k)
-  gain, token = (gain - norm).T.reshape(dims['BWk']), token.T
+  gain = (gain - norm).T.reshape(dims['BWk'])
 
   ended = jnp.where(state.live, -jnp.inf, state.logp)
   alive = jnp.where(state.live, state.logp, -jnp.inf)
-  longer = (alive[..., None] + gain).reshape(dims['B(Wk)'])
-  logp = jnp.concatenate([ended, alive + end_gain, longer], 1)
-  token = token.reshape(dims['B(Wk)'])
+  grown = (alive[..., None] + gain).reshape(dims['B(Wk)'])
+  logp = jnp.concatenate([ended, alive + end_gain, grown], 1)
+  token = token.T.reshape(dims['B(Wk)'])
   token = jnp.concatenate([state.last, end_token, token], 1)
   place = jnp.arange(dims.W)
   parent = jnp.concatenate([place, place, jnp.repeat(place, dims.k)])
@@ -312,7 +269,7 @@ def beam(
   dims, stop_ids = state.dims(), jnp.asarray(stop_ids)
   chex.assert_shape(logits, dims['*M'])
   parent, token, logp = _candidates(state, logits, stop_ids)
-  # All that have ended stay, then the best.
+  # All that have ended stay; the best of the others take the other places.
   ended = (jnp.arange(logp.shape[1]) < dims.W) & (logp > -jnp.inf)
   _, chosen = lax.top_k(jnp.where(ended, jnp.inf, logp), dims.W)
 
@@ -336,20 +293,25 @@ def advance(
   """One step of whichever search it is.
 
   Args:
-    search: see Search.
-    state: see State.
+    search, state: see Search, State.
     logits: [V, M] float32.
-    stop_ids: [n] int32.
+    stop_ids: [n] int32, tokens that end a hypothesis, at least one.
 
   Returns:
     The state, and for each row the row [M] whose cache it goes on with, or None
     where each goes on with its own.
   """
+  chex.assert_shape(logits, state.dims()['*M'])
   if search.temperature:
-    return sample(search, state, logits, stop_ids), None
-  if search.beam == 1:
-    return greedy(state, logits, stop_ids), None
-  return beam(search, state, logits, stop_ids)
+    tokens = draw(search, state, logits)
+  elif search.beam == 1:
+    tokens = top(logits, 1)[1][0]
+  else:
+    return beam(search, state, logits, stop_ids)
+  gain = jnp.take_along_axis(logits, tokens[None], 0)[0]
+  gain = (gain - jax.nn.logsumexp(logits, 0)).reshape(state.live.shape)
+  tokens = tokens.reshape(state.live.shape).astype(jnp.int32)
+  return _append(state, tokens, state.logp + gain, state.live, stop_ids), None
 
 
 def run(
@@ -362,13 +324,7 @@ def run(
 ) -> tuple[Cache, State]:
   """Takes steps until at most `floor` sentences are running.
 
-  Args:
-    search: see Search.
-    step: the model.
-    cache: its arrays lead with M rows.
-    state: see State.
-    stop_ids: [n] int32, tokens that end a hypothesis, n at least 1.
-    floor: a number of sentences.
+  `step` is the model; the arrays of its cache lead with M rows.
   """
   dims = state.dims()
   chex.assert_tree_shape_prefix(cache, dims['M'])

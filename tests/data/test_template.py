@@ -88,14 +88,13 @@ def _seen_by_the_decoder(monkeypatch, tok, template, texts):
   """The prompts that translation hands to the decoder."""
   seen = []
 
-  def nothing(params, prompts, on_done):
+  def nothing(settings, params, prompts, on_done):
     seen.extend(p.tokens for p in prompts)
     return [[batching.Hypothesis([], tok.eos_id, 0.0, 0.0)] for _ in prompts]
 
-  monkeypatch.setattr(batching, 'make_decoder', lambda *_, **__: nothing)
-  translator = translator_lib.make_translator(
-    None, tok, template, batch_size=4, max_ratio=1.0, max_extra=1
-  )
+  monkeypatch.setattr(batching, 'decode_all', nothing)
+  settings = batching.Settings(None, None, (), batch_size=4)
+  translator = translator_lib.Translator(settings, tok, template, 1.0, 1)
   assert translator({'layers': ()}, texts) == [''] * len(texts)
   return seen
 
@@ -245,7 +244,7 @@ def test_chat_is_the_published_form():
   # All of the answer is learned, its end too, and nothing of the prompt.
   start = ids.index(4368) + 2
   assert _mask(examples, 0) == [i >= start for i in range(len(ids))]
-  assert {1, 106} <= set(translator_lib.stop_ids(tok, CHAT).tolist())
+  assert {1, 106} <= set(translator_lib.stop_ids(tok, CHAT))
   assert 106 not in translator_lib.stop_ids(tok, PLAIN)
 
 
@@ -254,7 +253,7 @@ def test_the_end_of_a_turn_ends_a_translation():
   end = tok.spm.piece_to_id('<end_of_turn>')
   assert template_lib.end_id(tok, CHAT) == end
   assert template_lib.end_id(tok, PLAIN) == tok.eos_id
-  assert {end, tok.eos_id} <= set(translator_lib.stop_ids(tok, CHAT).tolist())
+  assert {end, tok.eos_id} <= set(translator_lib.stop_ids(tok, CHAT))
   assert end not in translator_lib.stop_ids(tok, PLAIN)
 
 
