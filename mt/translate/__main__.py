@@ -15,6 +15,7 @@ object a line:
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -38,15 +39,16 @@ from mt.translate import translator as translator_lib
 _CHUNK = 1024  # Lines, sorted by length among themselves.
 
 
-def define_flags() -> None:
-  """Defines the flags of the command."""
-  text, whole = flags.DEFINE_string, flags.DEFINE_integer
-  number = flags.DEFINE_float
+def define_flags(own: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags of the command; numbers after a help text are bounds."""
+  text = functools.partial(flags.DEFINE_string, flag_values=own)
+  whole = functools.partial(flags.DEFINE_integer, flag_values=own)
+  number = functools.partial(flags.DEFINE_float, flag_values=own)
   text('workdir', None, 'Folder of a run of train.py.', required=True)
   text('checkpoint', '', checkpoint.WHICH)
   text('input', '', 'File to translate, instead of standard input.')
   text('output', '', 'File for the translations, whole or not at all.')
-  flags.DEFINE_bool('json', False, 'Write JSON lines, with scores.')
+  flags.DEFINE_bool('json', False, 'Write JSON lines, with scores.', own)
   whole('beam', None, "Hypotheses of beam search; the run's decode.beam.", 1)
   number('length_penalty', None, "See the run's decode.length_penalty.", 0.0)
   whole('n_best', 1, 'Translations of each line; above 1 with --json.', 1)
@@ -55,7 +57,10 @@ def define_flags() -> None:
   number('top_p', None, 'Draw from the fewest tokens of so much probability.')
   whole('seed', None, 'Of the draws; 0 if not given.', 0, 2**32 - 1)
   flags.register_validator(
-    'top_p', lambda p: p is None or 0 < p <= 1, 'from above 0 to 1 expected'
+    'top_p',
+    lambda p: p is None or 0 < p <= 1,
+    'more than 0, at most 1 expected.',
+    own,
   )
 
 
@@ -99,12 +104,8 @@ def read_search(
   return search
 
 
-def main(argv) -> None:
+def main(_) -> None:
   """The command."""
-  if len(argv) > 1:
-    raise errors.UserError(
-      f'{argv[1]!r} is no flag; give the text on standard input or as --input.'
-    )
   try:
     run(flags.FLAGS.flag_values_dict())
   except BrokenPipeError:  # The reader has what it wanted.
