@@ -29,10 +29,8 @@ def unstack(
   would be copied at every step, and with `out` first the products of a few rows
   are 1.4 times as fast on a CPU (BUILD_NOTES.md).
 
-  Args:
-    params: see mt/gemma/model.py.
-    dtype: of the activations, to which matrices are converted here, once, and
-      not at every step; if None, they stay as they are.
+  Matrices are converted to `dtype`, that of the activations, here and not at
+  every step; if it is None, they stay as they are.
 
   Raises:
     ValueError: there are low-rank factors, see lora.fold.
@@ -83,8 +81,7 @@ def extend(
     params: as `unstack` returns them.
     cache: its dtype is that of the activations.
     tokens: [B, L] int32.
-    start: [B] int32, position of each row's first token; start + L may not go
-      beyond the slots.
+    start: [B] int32, position of the first one; start + L is at most S.
 
   Returns:
     Hidden states [B, L, D], after the final norm, and the cache.
@@ -133,12 +130,13 @@ def prefill(
 
   Args:
     params: as `unstack` returns them.
-    tokens: [B, P] int32, left-aligned; P is at most `chunk`, or a multiple of
-      it. What fills up a row is read as well, into slots that nothing sees.
+    tokens: [B, P] int32, left-aligned. What fills up a row is read as well,
+      into slots that nothing sees.
     dtype: of the activations and the cache.
-    chunk: tokens read at once: attention takes B * H * chunk * P numbers.
+    chunk: tokens read at once, as attention takes B * H * chunk * P numbers; P
+      is less, or a multiple of it.
   """
-  chex.assert_shape(tokens, (None, None))
+  chex.assert_rank(tokens, 2)
   b, p = tokens.shape
   chunk = min(p, chunk)
   chex.assert_is_divisible(p, chunk)
@@ -161,12 +159,10 @@ def step(
   tokens: jax.Array,
   positions: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-  """Reads one token of each row and says what may follow it.
-
-  `params` and `cache` as for `extend`; tokens and positions are [B] int32.
+  """`extend` by one token, at its position: [B] int32 each.
 
   Returns:
-    Logits [V, B] float32 and the cache.
+    Logits [V, B] float32 of what may follow, and the cache.
   """
   chex.assert_equal_shape([tokens, positions])
   hidden, cache = extend(cfg, params, cache, tokens[:, None], positions)
