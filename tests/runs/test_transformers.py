@@ -82,9 +82,9 @@ def _logits(cfg, params, tokens):
 
 def _greedy(cfg, params, ids, new_tokens, eos):
   """The greedy continuation of `ids`, without the token that ends it."""
-  decoder = batching.make_decoder(cfg, search.Search(), [eos], batch_size=1)
+  settings = batching.Settings(cfg, search.Search(), (eos,), batch_size=1)
   prompt = batching.Prompt(ids, limit=new_tokens)
-  ((best,),) = decoder(decode.unstack(params), [prompt])
+  ((best,),) = batching.decode_all(settings, decode.unstack(params), [prompt])
   return best.tokens
 
 

@@ -1,6 +1,5 @@
 """The cache against the whole forward pass at every step."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,43 +9,11 @@ import pytest
 
 from mt.gemma import attention
 from mt.gemma import model
-from mt.gemma import sizes
 from mt.translate import decode
 from mt.translate import search as search_lib
+from tests.translate import tiny
 
-VOCAB = 97
-_GEMMA1 = sizes.ModelConfig(
-  vocab_size=VOCAB,
-  num_layers=2,
-  embed_dim=24,
-  hidden_dim=40,
-  num_heads=4,
-  num_kv_heads=1,
-  head_dim=8,
-  query_scale=8**-0.5,
-)
-_GEMMA2 = dataclasses.replace(
-  _GEMMA1,
-  num_layers=2,
-  num_kv_heads=2,
-  attention='LG',
-  window=4,
-  attn_softcap=2.0,
-  final_softcap=3.0,
-  post_norms=True,
-)
-_GEMMA3 = dataclasses.replace(
-  _GEMMA1,
-  num_layers=3,
-  num_kv_heads=2,
-  attention='LLG',
-  window=3,
-  rope_base_global=1_000_000.0,
-  rope_scale_global=8.0,
-  qk_norm=True,
-  post_norms=True,
-)
-FAMILIES = {'gemma1': _GEMMA1, 'gemma2': _GEMMA2, 'gemma3': _GEMMA3}
+FAMILIES = tiny.FAMILIES
 each_family = pytest.mark.parametrize('name', FAMILIES)
 
 # Prompts of all kinds: full, one token, shorter and longer than the windows.
@@ -55,44 +22,12 @@ WIDTH = 9  # P.
 NEW = 12
 NO_STOP = np.array([-1], np.int32)
 
-# Compiling is most of what these tests take: without optimising, half of it.
-_jit = functools.partial(
-  jax.jit,
-  compiler_options={
-    'xla_backend_optimization_level': 0,
-    'xla_llvm_disable_expensive_passes': True,
-  },
-)
-
-
-@functools.cache
-def _params(name):
-  """Random; what the layers add outweighs the embedding of the last token.
-
-  Otherwise a model with tied embeddings only repeats that token, and a decoder
-  that reads nothing else would pass.
-  """
-  rng = np.random.default_rng(2)
-
-  def draw(path, shape):
-    key = path[-1].key
-    if 'norm' in key:
-      mean = 8.0 if key.startswith('post_') else 0.0
-      return rng.normal(mean, 0.3, shape).astype(np.float32)
-    std = shape[-1 if key == 'embedding' else -2] ** -0.5
-    std *= 10.0 if key in ('o', 'down') else 1.0
-    return rng.normal(scale=std, size=shape).astype(np.float32)
-
-  return jax.tree.map_with_path(
-    draw,
-    model.param_shapes(FAMILIES[name]),
-    is_leaf=lambda x: isinstance(x, tuple),
-  )
-
 
 def _prompts(seed=3):
   """[B, P] with 0 where a prompt has ended, and 0 inside as well."""
-  tokens = np.random.default_rng(seed).integers(1, VOCAB, (4, WIDTH), np.int32)
+  tokens = np.random.default_rng(seed).integers(
+    1, tiny.VOCAB, (4, WIDTH), np.int32
+  )
   tokens[:, 2] = 0  # Gemma's pad id is an ordinary token.
   tokens[np.arange(WIDTH) >= LENGTHS[:, None]] = 0
   return tokens
@@ -115,8 +50,8 @@ def _continue(cfg, params, tokens, lengths, slots=WIDTH + NEW):
 
 @functools.cache
 def _greedy(name):
-  compiled = _jit(functools.partial(_continue, FAMILIES[name]))
-  params = decode.unstack(_params(name))
+  compiled = jax.jit(functools.partial(_continue, FAMILIES[name]))
+  params = tiny.params(name)
 
   def call(tokens, lengths=LENGTHS):
     state = compiled(params, tokens, lengths)
@@ -130,18 +65,18 @@ def _greedy(name):
 def _forward(name):
   """Hidden states [B, L, D] of padded rows."""
 
-  @_jit
+  @jax.jit
   def run(params, tokens, lengths):
     at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = (at < lengths[:, None]).astype(jnp.int32)
     return model.forward(FAMILIES[name], params, tokens, at, segments)
 
-  return functools.partial(run, _params(name))
+  return functools.partial(run, tiny.stacked(name))
 
 
 def _without_cache(name, tokens, lengths, steps):
   """[B, steps], from a whole forward pass for each of them."""
-  cfg, table = FAMILIES[name], _params(name)['embedding']
+  cfg, table = FAMILIES[name], tiny.stacked(name)['embedding']
   rows = np.arange(len(tokens))
   buffer = np.zeros((len(tokens), WIDTH + NEW), np.int32)
   buffer[:, :WIDTH] = tokens
@@ -190,8 +125,10 @@ def test_neighbours_change_nothing(name):
 
 def test_alone_and_without_padding():
   row, n = 2, LENGTHS[2]
-  state = _jit(functools.partial(_continue, _GEMMA3, slots=n + NEW))(
-    decode.unstack(_params('gemma3')),
+  state = jax.jit(
+    functools.partial(_continue, FAMILIES['gemma3'], slots=n + NEW)
+  )(
+    tiny.params(),
     _prompts()[row : row + 1, :n],
     LENGTHS[row : row + 1],
   )
@@ -202,13 +139,13 @@ def test_alone_and_without_padding():
 def test_hidden_states_are_those_of_the_forward_pass(name):
   """With given tokens, so that one wrong step cannot hide behind argmax."""
   cfg = FAMILIES[name]
-  tokens = np.random.default_rng(8).integers(0, VOCAB, (4, WIDTH + NEW))
+  tokens = np.random.default_rng(8).integers(0, tiny.VOCAB, (4, WIDTH + NEW))
   tokens = tokens.astype(np.int32)
   want = np.asarray(_forward(name)(tokens, LENGTHS + NEW))
-  params = decode.unstack(_params(name))
+  params = tiny.params(name)
   rows = np.arange(4)
 
-  @_jit
+  @jax.jit
   def run(params):
     """Reads each row's prompt, then a token at a time, then two."""
     cache = decode.empty_cache(cfg, 4, WIDTH + NEW, jnp.float32)
@@ -237,18 +174,15 @@ def test_hidden_states_are_those_of_the_forward_pass(name):
     assert np.max(error / np.linalg.norm(exact, axis=-1)) < 1e-5
 
 
-def test_a_long_prompt_is_read_in_parts(monkeypatch):
-  tokens = np.random.default_rng(9).integers(0, VOCAB, (2, 12), np.int32)
-  params = decode.unstack(_params('gemma3'))
+def test_a_long_prompt_is_read_in_parts():
+  tokens = np.random.default_rng(9).integers(0, tiny.VOCAB, (2, 12), np.int32)
+  params = tiny.params()
 
   def caches(chunk):
-    monkeypatch.setattr(decode, '_CHUNK', chunk)
-    return _jit(lambda p: decode.prefill(_GEMMA3, p, tokens, jnp.float32))(
-      params
-    )
+    return decode.prefill(FAMILIES['gemma3'], params, tokens, 'float32', chunk)
 
   whole = caches(12)
-  assert len(jax.tree.leaves(whole)) == 2 * _GEMMA3.num_layers
+  assert len(jax.tree.leaves(whole)) == 2 * FAMILIES['gemma3'].num_layers
   for a, b in zip(
     jax.tree.leaves(whole), jax.tree.leaves(caches(4)), strict=True
   ):
@@ -260,59 +194,81 @@ def test_a_long_prompt_is_read_in_parts(monkeypatch):
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_cache_and_activations_have_the_asked_dtype(dtype):
-  params = decode.unstack(_params('gemma3'))
+  params = tiny.params()
 
   def run(params):
-    cache = decode.prefill(_GEMMA3, params, _prompts(), dtype)
+    cache = decode.prefill(FAMILIES['gemma3'], params, _prompts(), dtype)
     hidden, cache = decode.extend(
-      _GEMMA3, params, cache, _prompts()[:, :1], jnp.asarray(LENGTHS - 1)
+      FAMILIES['gemma3'],
+      params,
+      cache,
+      _prompts()[:, :1],
+      jnp.asarray(LENGTHS - 1),
     )
     logits, _ = decode.step(
-      _GEMMA3, params, cache, jnp.asarray(_prompts()[:, 0]), LENGTHS - 1
+      FAMILIES['gemma3'],
+      params,
+      cache,
+      jnp.asarray(_prompts()[:, 0]),
+      LENGTHS - 1,
     )
     return hidden, logits, cache
 
   hidden, logits, cache = jax.eval_shape(run, params)
   assert hidden.dtype == dtype and hidden.shape == (4, 1, 24)
-  assert logits.dtype == jnp.float32 and logits.shape == (VOCAB, 4)
-  assert len(cache['k']) == len(cache['v']) == _GEMMA3.num_layers
+  assert logits.dtype == jnp.float32 and logits.shape == (tiny.VOCAB, 4)
+  assert len(cache['k']) == len(cache['v']) == FAMILIES['gemma3'].num_layers
   for x in (*cache['k'], *cache['v']):
     assert x.dtype == dtype and x.shape == (4, WIDTH, 2, 8)
 
 
 def test_logits_are_those_of_the_vocabulary():
   """Softcap keeps the order, so that only the values show it."""
-  name, cfg = 'gemma2', _GEMMA2
+  name, cfg = 'gemma2', FAMILIES['gemma2']
   hidden = np.asarray(_forward(name)(_prompts(), LENGTHS))
-  want = hidden[np.arange(4), LENGTHS - 1] @ _params(name)['embedding'].T
+  want = hidden[np.arange(4), LENGTHS - 1] @ tiny.stacked(name)['embedding'].T
   assert np.abs(want).max() > 1.1 * cfg.final_softcap, 'the cap should matter'
   want = np.asarray(attention.softcap(want, cfg.final_softcap))
 
-  @_jit
+  @jax.jit
   def run(params):
     cache = decode.prefill(cfg, params, _prompts(), jnp.float32)
     last = jnp.asarray(_prompts())[np.arange(4), LENGTHS - 1]
     return decode.step(cfg, params, cache, last, jnp.asarray(LENGTHS - 1))[0]
 
-  got = run(decode.unstack(_params(name)))
+  got = run(tiny.params(name))
   np.testing.assert_allclose(got.T, want, rtol=1e-3, atol=1e-4)
 
 
 def test_factors_that_are_not_folded_in_are_refused():
   """Decoding would go on without them."""
-  params = _params('gemma3')
+  params = tiny.stacked()
   layers = params['layers'] | {'q_lora_a': jnp.zeros((2, 3, 1))}
   with pytest.raises(ValueError, match='fold'):
     decode.unstack(params | {'layers': layers})
 
 
-def test_unstack_parts_the_layers():
-  params = _params('gemma3')
-  parts = decode.unstack(params)
-  assert parts['embedding'] is params['embedding']
-  assert len(parts['layers']) == _GEMMA3.num_layers
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+def test_unstack_parts_the_layers(dtype):
+  params = tiny.stacked()
+  parts = decode.unstack(params, dtype)
+  assert parts['embedding'].dtype == (dtype or 'float32')
+  assert parts['final_norm'].dtype == 'float32'
+  assert len(parts['layers']) == FAMILIES['gemma3'].num_layers
   for n, layer in enumerate(parts['layers']):
     assert layer.keys() == params['layers'].keys()
     for key, x in layer.items():
       # Norms are vectors.
-      np.testing.assert_array_equal(x, params['layers'][key][n].T)
+      want = params['layers'][key][n].T
+      assert x.dtype == ('float32' if 'norm' in key else dtype or 'float32')
+      np.testing.assert_array_equal(x, want.astype(x.dtype))
+
+
+def test_matrices_converted_before_give_the_same():
+  tokens, cfg = _prompts(), FAMILIES['gemma3']
+  params = tiny.stacked()
+  one, other = (
+    decode.prefill(cfg, decode.unstack(params, dtype), tokens, 'bfloat16')
+    for dtype in (None, 'bfloat16')
+  )
+  jax.tree.map(np.testing.assert_array_equal, one, other)

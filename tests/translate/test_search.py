@@ -44,17 +44,11 @@ def _step(table):
   return step
 
 
-@functools.cache
-def _runner(search, seed):
-  table = _table(seed)
-
-  @jax.jit
-  def run(numbers, hashes, last, lengths, limits, floor):
-    state = search_lib.start(search, numbers, last, lengths, limits, WIDTH)
-    cache = {'h': jnp.repeat(hashes, search.width)}
-    return search_lib.run(search, _step(table), cache, state, STOPS, floor)[1]
-
-  return run
+@functools.partial(jax.jit, static_argnums=0)
+def _jitted(search, table, numbers, hashes, last, lengths, limits, floor):
+  state = search_lib.start(search, numbers, last, lengths, limits, WIDTH)
+  cache = {'h': jnp.repeat(hashes, search.width)}
+  return search_lib.run(search, _step(table), cache, state, STOPS, floor)[1]
 
 
 def _run(search, limits, *, seed=0, rows=None, floor=0, numbers=None):
@@ -63,8 +57,8 @@ def _run(search, limits, *, seed=0, rows=None, floor=0, numbers=None):
   numbers = np.arange(B, dtype=np.int32) if numbers is None else numbers
   limits = np.array(limits, np.int32)
   args = [x[rows] for x in (numbers, HASHES, LAST, LENGTHS, limits)]
-  run = _runner(search, seed)
-  return jax.device_get(run(*args, np.int32(floor)))
+  state = _jitted(search, _table(seed), *args, np.int32(floor))
+  return jax.device_get(state)
 
 
 def _found(search, state, row):
@@ -181,20 +175,17 @@ def test_a_beam_of_one_is_greedy():
   for penalty, seed in ((0.0, 0), (1.0, 1), (2.0, 2)):
     search = Search(length_penalty=penalty)
     table = _table(seed)
-    states, caches = [], []
-    for advance in ('greedy', 'beam'):
+    states = []
+    for advance in (search_lib.advance, search_lib.beam):
+      step = jax.jit(advance, static_argnums=0)
       state = search_lib.start(search, numbers, LAST, LENGTHS, limits, 6)
-      cache = {'h': jnp.asarray(HASHES)}
+      cache = {'h': HASHES}
       for _ in range(6):
         positions = state.start + state.made
         logits, cache = _step(table)(cache, state.last[:, 0], positions)
-        if advance == 'greedy':
-          state = search_lib.greedy(state, logits, STOPS)
-        else:
-          state, parents = search_lib.beam(search, state, logits, STOPS)
-          assert parents.tolist() == [0, 1, 2, 3]
+        state, parents = step(search, state, logits, STOPS)
+        assert parents is None or parents.tolist() == [0, 1, 2, 3]
       states.append(state)
-      caches.append(cache)
     one, other = states
     for name in ('tokens', 'counts', 'made', 'live'):
       np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
@@ -255,9 +246,10 @@ def test_what_ends_a_hypothesis_is_counted():
 
 
 def _many(search, count=4000):
-  run = _runner(search, 0)
   ones = np.ones(count, np.int32)
-  state = run(
+  state = _jitted(
+    search,
+    _table(),
     np.arange(count, dtype=np.int32),
     ones * HASHES[1],
     ones * LAST[1],
@@ -322,8 +314,9 @@ def test_each_step_draws_anew():
   search, n = Search(temperature=1.0), 1000
   ones, logits = jnp.ones(n, jnp.int32), jnp.zeros((V, n))
   state = search_lib.start(search, jnp.arange(n), ones, ones, 2 * ones, 2)
+  step = jax.jit(search_lib.advance, static_argnums=0)
   for _ in range(2):
-    state, _ = search_lib.advance(search, state, logits, jnp.array([-1]))
+    state, _ = step(search, state, logits, jnp.array([-1]))
   same = np.mean(state.tokens[:, 0, 0] == state.tokens[:, 0, 1])
   assert abs(same - 0.2) < 0.05
 

@@ -1,12 +1,12 @@
-"""Text in, text out, and the scores of it."""
+"""Text in, text out."""
 
+import dataclasses
 import functools
 import math
 import pathlib
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
@@ -14,6 +14,7 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from configs import default
 from mt.data import bitext
 from mt.data import corpus
+from mt.data import lines
 from mt.data import template as template_lib
 from mt.data import tokenizer
 from mt.gemma import model
@@ -22,13 +23,11 @@ from mt.translate import batching
 from mt.translate import decode
 from mt.translate import search as search_lib
 from mt.translate import translator as translator_lib
+from tests.translate import tiny
 
 SHARED = pathlib.Path(__file__).parents[3] / 'shared' / 'tokenizers'
 PLAIN = template_lib.Template('English: {source}\nFrench:', ' ')
 BARE = template_lib.Template('{source}\n')
-
-
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @functools.cache
@@ -85,16 +84,16 @@ def _piece(text):
   return _with_newlines().spm.piece_to_id(text)
 
 
-@functools.cache
+def _translator(cfg, tok, template, *limits, search=None, batch_size=4):
+  stops = translator_lib.stop_ids(tok, template)
+  search = search or search_lib.Search()
+  settings = batching.Settings(cfg, search, stops, batch_size)
+  return translator_lib.Translator(settings, tok, template, *limits)
+
+
 def _scripted(template, max_ratio=0.0001, max_extra=12):
-  return translator_lib.make_translator(
-    _SCRIPT_SIZE,
-    _with_newlines(),
-    template,
-    batch_size=4,
-    max_ratio=max_ratio,
-    max_extra=max_extra,
-  )
+  tok = _with_newlines()
+  return _translator(_SCRIPT_SIZE, tok, template, max_ratio, max_extra)
 
 
 def _answer(template, *ids, texts=('Hi!',)):
@@ -142,16 +141,11 @@ def test_the_prefix_is_taken_off_once():
 
 
 def test_n_best_translations_with_scores():
-  nbest = translator_lib.make_nbest(
-    sizes.SIZES['debug'],
-    _tokenizer(),
-    BARE,
-    batch_size=4,
-    max_ratio=0.1,
-    max_extra=5,
-    search=search_lib.Search(beam=3, n_best=3, length_penalty=2.0),
-  )
-  one, empty = nbest(_random_params(), ['why', ' '])
+  search = search_lib.Search(beam=3, n_best=3, length_penalty=2.0)
+  translator = _translator(_CFG, _tokenizer(), BARE, 0.1, 5, search=search)
+  params = _random_params()
+  one, empty = translator.n_best(params, ['why', ' '])
+  assert translator(params, ['why', ' ']) == [one[0].text, '']
   assert empty == [translator_lib.Translation('', 0.0, 0.0)]
   assert len({t.text for t in one}) == 3
   assert [t.score for t in one] == sorted((t.score for t in one), reverse=True)
@@ -192,31 +186,25 @@ TEXTS = [
 EMPTY = [i for i, text in enumerate(TEXTS) if not text.strip()]
 
 
+_CFG = dataclasses.replace(
+  tiny.FAMILIES['gemma3'], vocab_size=_tokenizer().vocab_size
+)
+
+
 @functools.cache
 def _random_params():
-  cfg = sizes.SIZES['debug']
-  params = model.init_params(cfg, jax.random.key(1))
-  # What the layers add outweighs the embedding of the last token, which a model
-  # with tied embeddings would only repeat.
-  for name in ('post_attn_norm', 'post_ffw_norm'):
-    params['layers'][name] += 8.0
-  return params
+  table = np.random.default_rng(1).normal(size=(_CFG.vocab_size, 24))
+  table = table.astype(np.float32) / 5
+  return decode.unstack(tiny.stacked() | {'embedding': table})
 
 
 @functools.cache
-def _random(batch_size):
-  return translator_lib.make_translator(
-    sizes.SIZES['debug'],
-    _tokenizer(),
-    BARE,
-    batch_size=batch_size,
-    max_ratio=0.25,
-    max_extra=8,
-  )
+def _random():
+  return _translator(_CFG, _tokenizer(), BARE, 0.25, 8)
 
 
-def _translate(texts, batch_size=4):
-  return _random(batch_size)(_random_params(), texts)
+def _translate(texts):
+  return _random()(_random_params(), texts)
 
 
 @functools.cache
@@ -251,12 +239,6 @@ def test_neighbours_and_order_change_nothing():
   assert _translate(TEXTS * 3) == _alone() * 3
 
 
-def test_batch_size_changes_nothing():
-  short = [i for i, b in enumerate(_buckets(TEXTS)) if b == 32]
-  out = _translate([TEXTS[i] for i in short], batch_size=7)
-  assert out == [_alone()[i] for i in short]
-
-
 def test_a_very_long_text():
   text = 'I KNOW its flat. مرحبا 🤡 ' * 12
   assert _buckets([text]) == [512]
@@ -267,23 +249,14 @@ def test_a_very_long_text():
 
 def test_nothing_to_translate(monkeypatch):
   # Nothing may be compiled for it.
-  monkeypatch.setattr(decode, 'prefill', None)
-  monkeypatch.setattr(decode, 'step', None)
-  translator = translator_lib.make_translator(
-    sizes.SIZES['debug'],
-    _tokenizer(),
-    BARE,
-    batch_size=3,
-    max_ratio=1.0,
-    max_extra=1,
-  )
-  assert translator(_random_params(), []) == []
-  assert translator(_random_params(), ['', ' \u3000']) == ['', '']
+  monkeypatch.setattr(batching, 'init', None)
+  assert _translate([]) == []
+  assert _translate(['', ' \u3000']) == ['', '']
 
 
 def test_progress_counts_every_sentence():
   seen = []
-  _random(4)(_random_params(), TEXTS, seen.append)
+  _random()(_random_params(), TEXTS, seen.append)
   assert seen == sorted(set(seen)) and seen[-1] == len(TEXTS)
   assert len(seen) >= 4 and seen[0] > len(EMPTY)
 
@@ -291,24 +264,16 @@ def test_progress_counts_every_sentence():
 def test_limits_are_of_the_source_alone(monkeypatch):
   """BOS and the newline are no part of it."""
   seen = []
+  hypotheses = [[batching.Hypothesis([], 1, 0.0, 0.0)]] * 2
   monkeypatch.setattr(
     batching,
-    'make_decoder',
-    lambda *_, **__: (
-      lambda params, prompts, on_done: (
-        seen.extend(prompts) or [[batching.Hypothesis([], 1, 0.0, 0.0)]] * 2
-      )
+    'decode_all',
+    lambda settings, params, prompts, on_done: (
+      seen.extend(prompts) or hypotheses
     ),
   )
-  translator = translator_lib.make_nbest(
-    _SCRIPT_SIZE,
-    _with_newlines(),
-    BARE,
-    batch_size=3,
-    max_ratio=1.5,
-    max_extra=2,
-  )
-  out = translator(_script(5, 6), ['a', '', 'lol'], first=100)
+  translator = _scripted(BARE, 1.5, 2)
+  out = translator.n_best(_script(5, 6), ['a', '', 'lol'], first=100)
   assert [[t.text for t in n] for n in out] == [['']] * 3
   for prompt, text, number in zip(seen, ('a', 'lol'), (100, 102), strict=True):
     source = _with_newlines().encode(text)
@@ -321,7 +286,6 @@ def test_stop_ids():
   tok = _with_newlines()
   pieces = ['</s>', '<0x0A>', '\n', '\n\n', '\n\n\n']
   stops = translator_lib.stop_ids(tok, BARE)
-  assert stops.dtype == np.int32
   assert sorted(stops) == sorted(map(_piece, pieces))
   assert _piece('</s>') == tok.eos_id
 
@@ -332,27 +296,18 @@ def test_stop_ids_of_gemma():
     pytest.skip(f'no {path}')
   tok = tokenizer.from_file(path)
   pieces = [tok.spm.id_to_piece(i) for i in range(tok.vocab_size)]
-  stops = set(translator_lib.stop_ids(tok, BARE).tolist())
+  stops = set(translator_lib.stop_ids(tok, BARE))
   # EOS, the byte, and 31 runs of newlines.
   newlines = {i for i, piece in enumerate(pieces) if '\n' in piece}
   assert stops == {1, pieces.index('<0x0A>')} | newlines
   chat = template_lib.Template('{source}', chat=True)
   turn = pieces.index('<end_of_turn>')
-  assert set(translator_lib.stop_ids(tok, chat).tolist()) == stops | {turn}
+  assert set(translator_lib.stop_ids(tok, chat)) == stops | {turn}
   assert len(newlines) == 31
 
 
-def test_the_translator_of_a_config(monkeypatch):
-  seen = {}
-  best, other = (translator_lib.Translation(t, -1.0, -2.0) for t in ('a', 'b'))
-  monkeypatch.setattr(
-    translator_lib,
-    'make_nbest',
-    lambda *args, **kw: (
-      seen.update(kw, args=args) or (lambda *_: [[best, other]])
-    ),
-  )
-  config = default.get_config()
+def test_the_translator_of_a_config():
+  config, tok = default.get_config(), _tokenizer()
   config.template.target_bos = True
   config.train.dtype = 'bfloat16'
   config.decode = {
@@ -362,18 +317,43 @@ def test_the_translator_of_a_config(monkeypatch):
     'beam': 3,
     'length_penalty': 0.5,
   }
-  source = types.SimpleNamespace(config='the size', tokenizer='the tokenizer')
-  translator = translator_lib.from_config(config, source, 'the mesh')
-  template = template_lib.Template(
-    'English: {source}\nFrench:', config.template.target_prefix, target_bos=True
-  )
-  assert seen == {
-    'args': ('the size', 'the tokenizer', template),
-    'batch_size': 5,
-    'max_ratio': 1.25,
-    'max_extra': 7,
-    'search': search_lib.Search(beam=3, length_penalty=0.5),
-    'dtype': jnp.bfloat16,
-    'mesh': 'the mesh',
-  }
-  assert translator(None, ['x']) == ['a']
+  source = types.SimpleNamespace(config=_CFG, tokenizer=tok)
+  template = template_lib.from_config(config)
+  search = search_lib.Search(beam=3, length_penalty=0.5)
+  stops = translator_lib.stop_ids(tok, template)
+  settings = batching.Settings(_CFG, search, stops, 5, 'bfloat16', 'the mesh')
+  found = translator_lib.from_config(config, source, 'the mesh')
+  assert found == translator_lib.Translator(settings, tok, template, 1.25, 7)
+  search = search_lib.Search(temperature=1.0)
+  found = translator_lib.from_config(config, source, search=search)
+  assert found.settings.search == search
+
+
+@pytest.mark.parametrize(
+  'template',
+  [
+    PLAIN,
+    BARE,
+    template_lib.Template('Into French:\n{source}\n', '', target_bos=True),
+    template_lib.Template('Into French: {source}', chat=True),
+  ],
+)
+def test_translation_starts_from_what_training_has(monkeypatch, template):
+  tok, seen = _tokenizer(), []
+  pairs = [lines.Pair('1', s, 'Salut') for s in ('Hi!', ' two  spaces ', '😀')]
+
+  def nothing(settings, params, prompts, on_done):
+    seen.extend(p.tokens for p in prompts)
+    return [[batching.Hypothesis([], tok.eos_id, 0.0, 0.0)] for _ in prompts]
+
+  monkeypatch.setattr(batching, 'decode_all', nothing)
+  settings = batching.Settings(None, None, (), batch_size=4)
+  translator = translator_lib.Translator(settings, tok, template, 1.0, 1)
+  translator({'layers': ()}, [p.source for p in pairs])
+  examples = template_lib.encode(pairs, tok, template)
+  ends = np.cumsum(examples.sizes)
+  begins = ends - examples.sizes
+  assert seen == [
+    examples.tokens[begin : begin + start].tolist()
+    for begin, start in zip(begins, examples.target_starts, strict=True)
+  ]

@@ -73,17 +73,14 @@ def _decode(job, beam):
   """The decoder of mt/translate/translator.py, which gives ids to compare."""
   compiling.keep_compiled_programs()
   source = open_weights()
-  params = jax.jit(decode.unstack)(source.read())
-  decoder = batching.make_decoder(
-    source.config,
-    search.Search(beam=beam),
-    job['stops'],
-    batch_size=job['batch'],
+  params = decode.unstack(source.read())
+  settings = batching.Settings(
+    source.config, search.Search(beam=beam), tuple(job['stops']), job['batch']
   )
   prompts = [batching.Prompt(p['tokens'], p['limit']) for p in job['prompts']]
-  decoder(params, prompts)  # Compiles.
+  batching.decode_all(settings, params, prompts)  # Compiles.
   start = time.perf_counter()
-  found = decoder(params, prompts)
+  found = batching.decode_all(settings, params, prompts)
   seconds = time.perf_counter() - start
   made = [h.tokens + ([h.end] if h.end is not None else []) for h, *_ in found]
   return side.decoded(job, seconds, made)

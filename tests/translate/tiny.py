@@ -1,0 +1,75 @@
+"""A tiny random model of each generation, and prompts for it."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from mt.gemma import model
+from mt.gemma import sizes
+from mt.translate import decode
+
+VOCAB = 96
+_GEMMA1 = sizes.ModelConfig(
+  vocab_size=VOCAB,
+  num_layers=2,
+  embed_dim=24,
+  hidden_dim=40,
+  num_heads=4,
+  num_kv_heads=1,
+  head_dim=8,
+  query_scale=8**-0.5,
+)
+_GEMMA2 = dataclasses.replace(
+  _GEMMA1,
+  num_kv_heads=2,
+  attention='LG',
+  window=4,
+  attn_softcap=2.0,
+  final_softcap=2.5,
+  post_norms=True,
+)
+_GEMMA3 = dataclasses.replace(
+  _GEMMA1,
+  num_kv_heads=2,
+  attention='LG',
+  window=3,
+  rope_base_global=1_000_000.0,
+  rope_scale_global=8.0,
+  qk_norm=True,
+  post_norms=True,
+)
+FAMILIES = {'gemma1': _GEMMA1, 'gemma2': _GEMMA2, 'gemma3': _GEMMA3}
+
+
+@functools.cache
+def stacked(name='gemma3'):
+  """Parameters as training has them.
+
+  What the layers add outweighs the embedding of the last token. Otherwise a
+  model with tied embeddings only repeats that token, and a decoder that reads
+  nothing else would pass.
+  """
+  rng = np.random.default_rng(10)
+
+  def draw(path, shape):
+    key = path[-1].key
+    if 'norm' in key:
+      mean = 8.0 if key.startswith('post_') else 0.0
+      return rng.normal(mean, 0.3, shape).astype(np.float32)
+    std = shape[-1 if key == 'embedding' else -2] ** -0.5
+    std *= 10.0 if key in ('o', 'down') else 1.0
+    return rng.normal(scale=std, size=shape).astype(np.float32)
+
+  return jax.tree.map_with_path(
+    draw,
+    model.param_shapes(FAMILIES[name]),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+@functools.cache
+def params(name='gemma3'):
+  """The same as decoding has them."""
+  return decode.unstack(stacked(name))
