@@ -58,7 +58,6 @@ def training_rows(
       # A source can be asked for all rows; one more for what Grain rounds off.
       num_rows=config.train.max_steps * size + size,
       packing=config.data.packing,
-      buckets=tuple(config.data.buckets),
       group=size,
     )
     for text in texts
@@ -142,7 +141,8 @@ def read(
     f'valid: {len(chosen):,} pairs for the loss, {int((~fits).sum()):,} of '
     f'them dropped; data ready after {time.monotonic() - start:.1f} s'
   )
-  number = min(config.eval.minitrain_pairs, len(chosen))
+  number = config.eval.minitrain_pairs or len(chosen)
+  number = max(0, min(number, len(chosen)))
   mini = store.encode(
     draw(texts['train'], shares, number, config.seed),
     tok,
@@ -157,8 +157,8 @@ def read(
     if not fits.any():
       raise errors.UserError(
         f'eval.minitrain_pairs is {number}, but none of the training pairs '
-        f'drawn fits into data.length={length} tokens; 0, or more of '
-        'both expected.'
+        f'drawn fits into data.length={length} tokens; -1, or more '
+        'of both expected.'
       )
   identity = json.dumps([[r.store.key for r in rows], shares, length])
   number = config.eval.translate_pairs or None
@@ -174,8 +174,6 @@ def read(
       size,
       config.train.max_steps,
       own=None if mesh is None else sharding.own_rows(mesh, size),
-      workers=config.data.workers,
-      max_wait=config.data.max_wait,
     ),
     train_digest=hashlib.sha256(identity.encode()).hexdigest(),
     valid=loss_batches(valid),
