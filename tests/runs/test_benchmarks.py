@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mt.data import batches
-from mt.gemma import model
-from mt.gemma import sizes
 from mt.data import store
 from mt.data import tokenizer
+from mt.gemma import model
+from mt.gemma import sizes
 from mt.weights import pretrained
 from tests.benchmarks import quality
 from tests.benchmarks import speed
@@ -36,7 +36,9 @@ def tiny_source():
   cfg = sizes.SIZES['debug']
   params = model.init_params(cfg, jax.random.key(0))
   # Steps donate what they are given.
-  return pretrained.Source(cfg, tok, lambda: jax.tree.map(jax.numpy.copy, params))
+  return pretrained.Source(
+    cfg, tok, lambda: jax.tree.map(jax.numpy.copy, params)
+  )
 
 
 def test_pairs_of_packed_rows():
