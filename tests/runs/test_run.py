@@ -124,7 +124,10 @@ def _spy_steps(monkeypatch, see):
 
 
 def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
-  """Evaluate, save, step, log; a step is logged once the next is under way."""
+  """Evaluate, save, step, log; a step is logged once the next is under way.
+
+  And the page is there before the first step.
+  """
   events = []
 
   def spy(module, name, label):
@@ -153,7 +156,7 @@ def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
 
   def see(state):
     events.append(f'step {int(state.step) + 1}')
-    if events == ['evaluate 0 in words', 'step 1']:  # The page is there before the end.
+    if events == ['evaluate 0 in words', 'step 1']:
       page = (tmp_path / 'report.html').read_text('utf-8')
       assert 'step 0 of 5, running' in page
 
