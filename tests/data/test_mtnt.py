@@ -410,13 +410,13 @@ def test_the_source_mtnt(cache, serve):
 
 
 def test_a_run_asks_for_the_data_first(cache, debug_config, monkeypatch):
-  from mt.train import loop
+  from mt.train import run as run_lib
 
   # Nobody listens there, and weights are never opened.
   monkeypatch.setattr(mtnt, 'URL', 'http://127.0.0.1:1/x')
-  monkeypatch.setattr(loop, 'open_weights', None)
+  monkeypatch.setattr(run_lib, 'open_weights', None)
   debug_config.data.source = 'mtnt'
-  message = _error(loop.run, debug_config, cache.parents[2] / 'w')
+  message = _error(run_lib.run, debug_config, cache.parents[2] / 'w')
   assert str(cache) in message
   folder = cache.parents[2] / 'train'
   folder.mkdir()
@@ -425,7 +425,7 @@ def test_a_run_asks_for_the_data_first(cache, debug_config, monkeypatch):
     debug_config.data.source = str(folder.parent)
     debug_config.data.tfds_quoting = quoting
     workdir = folder.parent / f'w{quoting}'
-    assert words in _error(loop.run, debug_config, workdir)
+    assert words in _error(run_lib.run, debug_config, workdir)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from configs import debug
 from configs import default
 from mt.base import errors
-from mt.train import loop
+from mt.train import run as run_lib
 from mt.translate import __main__ as terminal
 from mt.translate import search as search_lib
 from mt.translate import translator
@@ -223,7 +223,7 @@ def workdir(tmp_path_factory, quick_compilation):
   config.decode.max_ratio = 0.02
   config.checkpoint.every = 2
   folder = tmp_path_factory.mktemp('run')
-  loop.run(config, folder)
+  run_lib.run(config, folder)
   return folder
 
 
