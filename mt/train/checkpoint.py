@@ -220,20 +220,21 @@ def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
       'first.'
     )
   best = best_step(manager)
+  known = ', '.join(map(str, steps))
   if which == 'best' and best is None:
     raise errors.UserError(
       f'{manager.directory}: no checkpoint is the best, as '
       'eval.translate_every=0 never translated validation; --checkpoint=last '
-      f'or one of {", ".join(map(str, steps))} expected.'
+      f'or one of {known} expected.'
     )
   if which.isdecimal():
     at = int(which)
   else:
-    at = best if best is not None and which != 'last' else steps[-1]
+    at = steps[-1] if best is None or which == 'last' else best
   if at not in steps:
     raise errors.UserError(
       f'{manager.directory}: there is no checkpoint of step {at}; one of '
-      f'{", ".join(map(str, steps))} expected.'
+      f'{known} expected.'
     )
   about = ['the last'] if at == steps[-1] else []
   if at == best:

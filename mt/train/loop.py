@@ -120,11 +120,11 @@ def train(
         signals.leave(due.leave, at)
       if at == last or (due.translate and patience_over(run, at)):
         break
-      batch = next_batch(run, log)
+      batch, waited = next_batch(run)
       if at == first:
         compiling.ahead(run.train_step, state, batch)
       state, metrics = run.train_step(state, batch)
-      log.after_next_dispatch(at + 1, metrics)
+      log.after_next_dispatch(at + 1, metrics, waited)
   return state
 
 
@@ -179,11 +179,12 @@ def schedule(
   )
 
 
-def next_batch(run: Run, log: 'Log') -> batches.Batch:
-  """The rows of the next step, where the step wants them."""
-  with log.waiting_for_data():
-    rows = next(run.data.train)
-  return sharding.put_rows(run.mesh, rows, run.config.train.batch_size)
+def next_batch(run: Run) -> tuple[batches.Batch, float]:
+  """The rows of the next step, where it wants them; seconds of waiting."""
+  start = time.monotonic()
+  rows = next(run.data.train)
+  waited = time.monotonic() - start
+  return sharding.put_rows(run.mesh, rows, run.config.train.batch_size), waited
 
 
 class Log:
@@ -197,20 +198,15 @@ class Log:
     last, every = run.config.train.max_steps, run.config.log.every
     self._run, self._first = run, first
     self._progress = journal.Progress('step', last, first, every)
-    self._pending = None  # (step, metrics, seconds of waiting for data)
-    self._waited = 0.0
+    self._pending = None  # (step, its metrics, seconds of waiting for data)
     self.restart_clock()
 
-  @contextlib.contextmanager
-  def waiting_for_data(self):
-    start = time.monotonic()
-    yield
-    self._waited = time.monotonic() - start
-
-  def after_next_dispatch(self, at: int, metrics: step.Metrics) -> None:
+  def after_next_dispatch(
+    self, at: int, metrics: step.Metrics, waited: float
+  ) -> None:
     """Logs the step before; of this one, `at`, the metrics are kept."""
     self.flush()
-    self._pending = at, metrics, self._waited
+    self._pending = at, metrics, waited
 
   def restart_clock(self) -> None:
     self._clock = time.monotonic()
