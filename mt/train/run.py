@@ -65,7 +65,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
 def _run(config, workdir, mesh, started):
   checkpoints = workdir / 'checkpoints'
   if processes.is_first():
-    manifest.check_version(checkpoints, *manifest.steps(checkpoints))
+    manifest.check_version(checkpoints, *reversed(manifest.steps(checkpoints)))
     run_folder.claim(workdir, config)
     manifest.quarantine_damaged(checkpoints)
   processes.sync('settled')
