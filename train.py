@@ -31,10 +31,10 @@ def main(_):
   from mt.base import processes
 
   processes.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-  from mt.train import loop
+  from mt.train import run
 
   with processes.exit_if_peer_lost():
-    loop.run(config, _WORKDIR.value or pathlib.Path('runs') / path.stem)
+    run.run(config, _WORKDIR.value or pathlib.Path('runs') / path.stem)
 
 
 if __name__ == '__main__':

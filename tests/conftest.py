@@ -11,6 +11,14 @@ os.environ['MPLCONFIGDIR'] = _CACHE.name  # Of matplotlib.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Meshes need devices. What asks for no mesh takes the first.
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+# What one test compiles, the others load: those of this process, of pytest's
+# other workers, which inherit the folder from the first, and of commands that
+# tests start. Compiler flags are part of a program's key.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  _COMPILED = tempfile.TemporaryDirectory(prefix='mt-tests-compiled-')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _COMPILED.name
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 
 @pytest.fixture(scope='module')
@@ -31,19 +39,7 @@ def quick_compilation():
 
 @pytest.fixture
 def debug_config():
-  """configs/debug.py cut down to seconds: tiny rows, few sentences."""
-  from configs import debug
+  """A run of seconds, see tests/runs/small.py."""
+  from tests.runs import small
 
-  config = debug.get_config()
-  config.data.length = 128
-  config.train.max_steps = 6
-  config.train.batch_size = 2
-  config.eval.every = 3
-  config.eval.loss_pairs = 4
-  config.eval.translate_every = config.eval.chrf_pairs = 0
-  config.eval.patience = 0
-  config.eval.minitrain_pairs = 0
-  config.eval.translate_pairs = 3
-  config.decode.max_ratio = 0.1
-  config.checkpoint.every = 2
-  return config
+  return small.get_config()

@@ -33,30 +33,31 @@ from mt.base import errors
 from mt.base import files
 from mt.base import processes
 
-# Knobs that may change between two starts of one run. None changes what a step
-# computes by more than rounding, but for max_steps under a schedule that ends
-# with it.
-_FREE = ('eval.', 'decode.', 'checkpoint.', 'log.', 'mesh.')
-_FREE += ('data.max_bad_fraction', 'data.workers', 'data.max_wait')
-_FREE += ('train.max_steps', 'train.max_skipped', 'train.micro_batches')
-_FREE += ('train.remat', 'train.loss_chunk', 'train.loss_tile')
-_FREE += ('weights.force_download',)
-
-# But for these, where checkpoints are compared by chrF: it would be of other
-# sentences, or of another search.
-_OF_CHRF = ('eval.chrf_pairs', 'eval.translate_pairs', 'decode.beam')
-_OF_CHRF += ('decode.length_penalty', 'decode.max_ratio', 'decode.max_extra')
+# Knobs that are no more, of which a run could not go on without: its rows would
+# be others. All others that are no more decided nothing, and are passed over.
+_GONE = ('data.buckets',)
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """The config that a run was started with.
 
-  A knob that there was not yet has its default.
+  A knob that there was not yet has its default; one that is no more is left
+  out.
   """
+  saved = _saved_knobs(workdir)
   config = default.get_config()
-  with config.unlocked():
-    config.update(_tuples(files.read_json(workdir / 'config.json')))
+  config.update_from_flattened_dict(
+    {k.path: saved[k.path] for k in default.KNOBS if k.path in saved}
+  )
   return config
+
+
+def _saved_knobs(workdir):
+  """config.json as GROUP.KNOB -> value, with today's meaning of each value."""
+  saved = dict(_flat(_tuples(files.read_json(workdir / 'config.json'))))
+  if 'data.workers' in saved and saved.get('eval.minitrain_pairs') == 0:
+    saved['eval.minitrain_pairs'] = -1  # 0 meant none in those days.
+  return saved
 
 
 def _tuples(value):
@@ -109,22 +110,37 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     for name in ('config.json', 'tokenizer.model'):
       files.remove(workdir / name)
   if path.exists():
-    old = read_config(workdir)
-    also = _OF_CHRF if old.eval.translate_every else ()
-    for knob, was, now in differences(old.to_dict(), config.to_dict()):
-      if not knob.startswith(_FREE) or knob in also:
-        raise errors.UserError(
-          f'{workdir} holds a run with {knob}={was!r}, this one has {now!r}; '
-          'use another --workdir, or the config of that run.'
-        )
+    _check_same(workdir, config)
   files.write_json(path, config.to_dict())
   files.write_json(workdir / 'environment.json', environment())
+
+
+def _check_same(workdir, config):
+  """Refuses a config with which the run there cannot go on."""
+  saved = _saved_knobs(workdir)
+  for path in _GONE:
+    if saved.get(path):
+      raise errors.UserError(
+        f'{workdir} holds a run with {path}={saved[path]!r}, a knob that is no '
+        'more; start again in another --workdir, or go on with the version of '
+        'the code that began it.'
+      )
+  old = read_config(workdir).to_dict()
+  resume = {k.path: k.resume for k in default.KNOBS}
+  for path, was, now in differences(old, config.to_dict()):
+    scored = old['eval']['translate_every'] and resume[path] == 'same_if_scored'
+    if resume[path] == 'same' or scored:
+      raise errors.UserError(
+        f'{workdir} holds a run with {path}={was!r}, this one has {now!r}; '
+        'use another --workdir, or the config of that run.'
+      )
 
 
 def step_knobs(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The knobs that decide what a step computes, as JSON gives them back."""
   flat = json.loads(json.dumps(dict(_flat(config.to_dict()))))
-  return {k: v for k, v in flat.items() if not k.startswith(_FREE)}
+  same = {k.path for k in default.KNOBS if k.resume == 'same'}
+  return {k: v for k, v in flat.items() if k in same}
 
 
 def _flat(config, prefix=''):

@@ -154,8 +154,8 @@ def draw(
 
 
 def _minitrain(config, tok, texts, mixture, most) -> list[batches.Batch]:
-  number = min(config.eval.minitrain_pairs, most)
-  if not number:
+  number = min(config.eval.minitrain_pairs or most, most)
+  if number < 0:
     return []
   pairs = draw(texts, mixture, number, config.seed)
   where = f'eval.minitrain_pairs={number}, drawn from training'

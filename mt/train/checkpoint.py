@@ -27,7 +27,6 @@ from mt.train import step
 from mt.weights import pretrained
 
 _SLACK = 200_000  # Bytes of a checkpoint that are no array.
-VERSION = 1  # Of what a checkpoint holds; to be raised when that changes.
 
 
 def identity(source: pretrained.Source, params: model.Params) -> dict[str, Any]:
@@ -45,14 +44,9 @@ def identity(source: pretrained.Source, params: model.Params) -> dict[str, Any]:
   crc = 0
   for leaf in jax.tree.leaves(params):
     crc = zlib.crc32(np.asarray(leaf), crc)
-  return (
-    {'version': VERSION}
-    | dataclasses.asdict(source.config)
-    | {
-      'fingerprint': crc,
-      'tokenizer': zlib.crc32(source.tokenizer.proto),
-    }
-  )
+  known = {'fingerprint': crc, 'tokenizer': zlib.crc32(source.tokenizer.proto)}
+  version = {'version': manifest.VERSION}
+  return version | dataclasses.asdict(source.config) | known
 
 
 def open_manager(
@@ -134,7 +128,7 @@ def save(
       f'{manager.directory}: cannot save step {int(state.step)} '
       f'({" ".join(str(e).split())[:300]}); the checkpoints before it are '
       'whole: free some space and start again.'
-    ) from None
+    ) from e
 
 
 def _arrays(state):
@@ -226,20 +220,21 @@ def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
       'first.'
     )
   best = best_step(manager)
+  known = ', '.join(map(str, steps))
   if which == 'best' and best is None:
     raise errors.UserError(
       f'{manager.directory}: no checkpoint is the best, as '
       'eval.translate_every=0 never translated validation; --checkpoint=last '
-      f'or one of {", ".join(map(str, steps))} expected.'
+      f'or one of {known} expected.'
     )
   if which.isdecimal():
     at = int(which)
   else:
-    at = best if best is not None and which != 'last' else steps[-1]
+    at = steps[-1] if best is None or which == 'last' else best
   if at not in steps:
     raise errors.UserError(
       f'{manager.directory}: there is no checkpoint of step {at}; one of '
-      f'{", ".join(map(str, steps))} expected.'
+      f'{known} expected.'
     )
   about = ['the last'] if at == steps[-1] else []
   if at == best:
@@ -357,6 +352,6 @@ def _read(manager, at, **items):
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise errors.UserError(
       f'{manager.directory}: step {at} cannot be read '
-      f'({" ".join(str(e).split())[:300]}); it is damaged: delete that folder '
-      'to go on from the one before.'
-    ) from None
+      f'({" ".join(str(e).split())[:300]}), though its files are as they were '
+      'written; move that folder away to go on from the one before.'
+    ) from e

@@ -5,29 +5,13 @@ as it runs. The text is HLO's, as `compiled.as_text()` gives it: computations of
 one instruction a line, `%name = shape opcode(operands), attributes`.
 """
 
-import dataclasses
 import functools
 import math
 import re
+from typing import NamedTuple
 
-import chex
-
-_BYTES = {
-  'pred': 1,
-  's8': 1,
-  'u8': 1,
-  's16': 2,
-  'u16': 2,
-  'f16': 2,
-  'bf16': 2,
-  's32': 4,
-  'u32': 4,
-  'f32': 4,
-  's64': 8,
-  'u64': 8,
-  'f64': 8,
-}
-_ARRAY = re.compile(r'\b(' + '|'.join(_BYTES) + r')\[([\d,]*)\]')
+_BITS = re.compile(r'\d+')  # f32, bf16, s8; `pred` has none and is a byte.
+_ARRAY = re.compile(r'\b(pred|[subf]{1,2}(?:8|16|32|64))\[([\d,]*)\]')
 _HEAD = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
 _LINE = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$')
 
@@ -41,8 +25,7 @@ _SENT = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
   """Of one run of a program on one device.
 
   Attributes:
@@ -53,29 +36,27 @@ class Cost:
   flops: float = 0.0
   sent: float = 0.0
 
-  def __add__(self, other: 'Cost') -> 'Cost':
-    return Cost(self.flops + other.flops, self.sent + other.sent)
 
-  def times(self, number: int) -> 'Cost':
-    return Cost(self.flops * number, self.sent * number)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
+class _Instruction(NamedTuple):
   name: str
   shape: str
   opcode: str
   rest: str  # Operands and attributes.
 
 
-def _dims(shape):
-  found = _ARRAY.search(shape)
-  return [int(n) for n in found[2].split(',') if n] if found else []
+def _numbers(text):
+  return [int(n) for n in text.split(',') if n]
 
 
 def _bytes(shape):
+  """Of an array or of a tuple of them."""
+
+  def width(dtype):
+    bits = _BITS.search(dtype)
+    return int(bits[0]) // 8 if bits else 1
+
   return sum(
-    _BYTES[dtype] * math.prod(int(n) for n in dims.split(',') if n)
+    width(dtype) * math.prod(_numbers(dims))
     for dtype, dims in _ARRAY.findall(shape)
   )
 
@@ -93,11 +74,23 @@ def _group_size(rest):
   return 2  # collective-permute has pairs.
 
 
-def _attribute(rest, *names):
-  for name in names:
-    if found := re.search(rf'\b{name}=%?([\w.\-]+)', rest):
-      return found[1]
-  return None
+def _called(rest, *names):
+  """The computation that the first of these attributes names."""
+  return re.search(rf'\b(?:{"|".join(names)})=%?([\w.\-]+)', rest)[1]
+
+
+def _parse(text):
+  """The instructions of each computation; the name of the one that is run."""
+  computations, entry, current = {}, None, None
+  for line in text.splitlines():
+    if head := _HEAD.match(line):
+      current = computations[head[1]] = []
+      entry = head[1] if line.startswith('ENTRY') else entry
+    elif current is not None and (found := _LINE.match(line)):
+      current.append(_Instruction(*found.groups()))
+  if entry is None:
+    raise ValueError('no ENTRY computation: this is not the text of an HLO')
+  return computations, entry
 
 
 def cost(text: str, unknown_trips: int) -> Cost:
@@ -110,48 +103,39 @@ def cost(text: str, unknown_trips: int) -> Cost:
   Raises:
     ValueError: the text is no HLO.
   """
-  chex.assert_scalar_non_negative(unknown_trips)
-  computations, entry, current = {}, None, None
-  for line in text.splitlines():
-    if head := _HEAD.match(line):
-      current = computations[head[1]] = []
-      entry = head[1] if line.startswith('ENTRY') else entry
-    elif current is not None and (found := _LINE.match(line)):
-      current.append(_Instruction(*found.groups()))
-  if entry is None:
-    raise ValueError('no ENTRY computation: this is not the text of an HLO')
+  computations, entry = _parse(text)
 
   @functools.cache
   def of(name):
     shapes = {i.name: i.shape for i in computations[name]}
-    return sum((one(i, shapes) for i in computations[name]), Cost())
+    costs = [one(i, shapes) for i in computations[name]]
+    return Cost(sum(c.flops for c in costs), sum(c.sent for c in costs))
 
   def one(i, shapes):
     if i.opcode == 'dot':
-      left = re.search(r'%([\w.\-]+)', i.rest)[1]
+      left = shapes[re.search(r'%([\w.\-]+)', i.rest)[1]]
+      dims = _numbers(_ARRAY.search(left)[2])
       over = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.rest)[1]
-      dims = _dims(shapes[left])
-      depth = math.prod(dims[int(n)] for n in over.split(',') if n)
-      return Cost(flops=2.0 * depth * math.prod(_dims(i.shape)))
+      depth = math.prod(dims[n] for n in _numbers(over))
+      made = math.prod(_numbers(_ARRAY.search(i.shape)[2]))
+      return Cost(flops=2.0 * depth * made)
     if i.opcode in _SENT:
       return Cost(sent=_bytes(i.shape) * _SENT[i.opcode](_group_size(i.rest)))
     if i.opcode == 'while':
-      trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
-      body = of(_attribute(i.rest, 'body'))
-      return body.times(int(trips[1]) if trips else unknown_trips)
+      known = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
+      trips = int(known[1]) if known else unknown_trips
+      body = of(_called(i.rest, 'body'))
+      return Cost(body.flops * trips, body.sent * trips)
     if i.opcode == 'conditional':
       branches = re.search(r'branch_computations=\{(.*?)\}', i.rest)
       names = (
         [n.strip(' %') for n in branches[1].split(',')]
         if branches
-        else [
-          _attribute(i.rest, 'true_computation'),
-          _attribute(i.rest, 'false_computation'),
-        ]
+        else [_called(i.rest, f'{b}_computation') for b in ('true', 'false')]
       )
-      return max((of(n) for n in names), key=lambda c: (c.flops, c.sent))
+      return max(map(of, names))
     if i.opcode in ('fusion', 'call'):
-      return of(_attribute(i.rest, 'calls', 'to_apply'))
+      return of(_called(i.rest, 'calls', 'to_apply'))
     return Cost()
 
   return of(entry)

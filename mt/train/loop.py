@@ -1,222 +1,401 @@
-"""One run, from the config to the scores.
+"""The loop of a run: evaluate, save, next batch, step, log; again and again.
 
-The order is fixed: inputs, state, checkpoint; translations and validation; the
-steps (mt/train/training.py); the best state's translations, scores and report.
-Which checkpoint is the best stands in the checkpoints, when to stop follows
-from metrics.jsonl: nothing else has to agree with them after a crash.
+Whatever is evaluated at step n is on disk before the checkpoint of step n, so
+that a resumed run neither misses nor repeats it. Which checkpoint is the best
+stands in the checkpoints, when to stop follows from metrics.jsonl: nothing else
+has to agree with them after a crash.
 """
 
+from collections.abc import Callable
+import contextlib
+import dataclasses
+import math
 import pathlib
 import time
+from typing import Any
 
-import chex
-import jax
+from jax.sharding import Mesh
 import ml_collections
+import optax
+import orbax.checkpoint as ocp
 
 from mt.base import compiling
+from mt.base import errors
 from mt.base import events
 from mt.base import files
 from mt.base import journal
 from mt.base import processes
 from mt.base import run_folder
 from mt.base import signals
-from mt.data import bitext
-from mt.data import corpus
+from mt.data import batches
 from mt.data import splits
-from mt.evaluate import report as report_lib
-from mt.evaluate import samples
+from mt.evaluate import report
+from mt.evaluate import scores
+from mt.gemma import lora
 from mt.gemma import model
 from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.train import checkpoint
-from mt.train import manifest
-from mt.train import memory
-from mt.train import optimizer as optimizer_lib
-from mt.train import results
-from mt.train import run as run_lib
-from mt.train import settings
 from mt.train import step
-from mt.train import training
-from mt.train import validation
-from mt.train import warm_start
-from mt.translate import translator
-from mt.weights import pretrained
+from mt.translate import translator as translator_lib
+
+_SHOWN = 20  # Ids of pairs in a message.
 
 
-def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
-  """Trains, or goes on training, and leaves scores in `folder`.
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What does not change while a run lasts; each part is made once.
+
+  Attributes:
+    config: see configs/default.py.
+    workdir: the run's folder.
+    cfg: the model's shape.
+    optimizer: see mt/train/optimizer.py.
+    train_step, eval_step: see mt/train/step.py.
+    translator: see mt/translate/translator.py.
+    data: see mt/data/splits.py.
+    identity: of the pretrained model, see checkpoint.identity.
+    checkpoints: Orbax's manager.
+    events: the TensorBoard writer, see mt/base/events.py.
+    mesh: of several devices, or None.
+    started: time.monotonic() at the start.
+  """
+
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  cfg: sizes.ModelConfig
+  optimizer: optax.GradientTransformation
+  train_step: Callable[[step.TrainState, step.Batch], Any]
+  eval_step: Callable[[step.TrainState, step.Batch], step.Metrics]
+  translator: translator_lib.Translator
+  data: splits.Data
+  identity: dict[str, Any]
+  checkpoints: ocp.CheckpointManager
+  events: events.Writer
+  mesh: Mesh | None
+  started: float
+
+  @property
+  def metrics_path(self) -> pathlib.Path:
+    return self.workdir / 'metrics.jsonl'
+
+  def translations(self, split: str, name: str) -> pathlib.Path:
+    """The file of a split's sources, references or translations."""
+    return self.workdir / 'translations' / f'{split}.{name}.txt'
+
+  def checkpoint_identity(self) -> dict[str, Any]:
+    """What a checkpoint of this run must agree with."""
+    return self.identity | {
+      'data': self.data.train_digest,
+      'config': run_folder.step_knobs(self.config),
+    }
+
+
+def train(
+  run: Run, state: step.TrainState, listener: signals.Listener
+) -> step.TrainState:
+  """Takes the state to step `train.max_steps`, or until eval.patience ends.
 
   Args:
-    config: see configs/default.py.
-    folder: the run's own, see mt/base/run_folder.py.
+    run: the run.
+    state: a fresh one, or of the newest checkpoint.
+    listener: the signal that it hears ends the run, with a checkpoint.
 
   Raises:
-    errors.UserError: anything that the user can mend.
+    errors.Interrupted: the listener has heard a signal.
+    errors.UserError: too many steps were not finite; the disk is full.
   """
-  started = time.monotonic()
-  settings.check(config)
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check_rows(mesh, config.train.batch_size, config.train.micro_batches)
-  workdir = pathlib.Path(folder)
-  with run_folder.locked(workdir):
-    _run(config, workdir, mesh, started)
-
-
-def _run(config, workdir, mesh, started):
-  if processes.is_first():
-    run_folder.claim(workdir, config)
-    manifest.quarantine_damaged(workdir / 'checkpoints')
-  processes.sync('settled')
-  compiling.keep_compiled_programs()
-
-  texts, source = processes.first_then_others(
-    lambda: open_inputs(config, workdir)
-  )
-  memory.check(source.config, config, mesh)
-  data = splits.read(config, source.tokenizer, texts, mesh)
-  params = sharding.on_host(source.read)
-  journal.say(
-    f'model: {config.weights.source}, {_millions(params)} parameters; '
-    f'read after {time.monotonic() - started:.1f} s'
-  )
-  if mesh is not None:
-    shape = ' x '.join(f'{k} {n}' for k, n in mesh.shape.items())
-    journal.say(f'mesh: {shape}; {jax.process_count()} processes')
-  run = run_lib.Run(
-    config=config,
-    workdir=workdir,
-    data=data,
-    identity=checkpoint.identity(source, params),
-    checkpoints=checkpoint.open_manager(workdir, config.checkpoint.keep),
-    translator=translator.from_config(config, source, mesh),
-    events=events.open_writer(workdir),
-    mesh=mesh,
-    started=started,
-  )
-  state = start(run, source.config, params)
-  if config.weights.warm_start:
-    run, state = warm_start.begin(run, state)
-  del params
-  if run.checkpoints.latest_step() is None:
-    results.drop_stale(run, '*')
-  results.translate_splits(run, 'before', lambda: run_lib.folded(run, state), 0)
-  state, resumed = resume(run, state)
-  events.replay(run.events, run.metrics_path)
-  eval_step = step.make_eval_step(source.config, config, mesh)
-  if not resumed:
-    validation.validate(run, eval_step, state, config.eval.translate_every > 0)
-  try:
-    with signals.listening() as listener:
-      state = training.train(run, source.config, eval_step, state, listener)
-  finally:
-    run.data.train.close()
-  state = best(run, state)
-  run.checkpoints.close()
-  at = int(state.step)
-  results.translate_splits(run, 'after', lambda: run_lib.folded(run, state), at)
-  if processes.is_first():
-    results.report(run, at)
-  if config.eval.texts:
-    samples.show_texts(
-      run.translator, run_lib.folded(run, state), config.eval.texts, workdir
-    )
-  if processes.is_first():
-    run.events.close()
-    report_lib.write(workdir)
-  processes.sync('end')
-  journal.say(f'done in {time.monotonic() - started:.0f} s: {workdir}')
-
-
-def _millions(tree) -> str:
-  return f'{sum(x.size for x in jax.tree.leaves(tree)) / 1e6:.1f}M'
-
-
-def open_inputs(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> tuple[dict[str, list[bitext.Bitext]], pretrained.Source]:
-  """The texts of each split, and the pretrained model."""
-  texts = corpus.read_splits(config.data, corpus.splits(config))
-  return texts, open_weights(config, workdir, texts['train'][0])
-
-
-def open_weights(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  text: bitext.Bitext,
-) -> pretrained.Source:
-  """The pretrained model; its tokenizer stays in the workdir ever after."""
-  kept = workdir / 'tokenizer.model'
-  random = config.weights.source == 'random'
-  source = pretrained.open_source(
-    config.weights.source,
-    config.weights.size,
-    kept if kept.exists() else config.weights.tokenizer,
-    seed=config.seed,
-    texts=corpus.some_texts(text) if random else (),
-    force_download=config.weights.force_download,
-  )
-  if not kept.exists():
-    files.write(kept, source.tokenizer.proto)
-  return source
-
-
-def start(
-  run: run_lib.Run, model_config: sizes.ModelConfig, params: model.Params
-) -> step.TrainState:
-  """The state before the first step, which translates as `params` do."""
-  config = run.config
-  optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
-  state = step.init_state(
-    model_config,
-    params,
-    config,
-    optimizer,
-    jax.random.key(config.seed),
-    run.mesh,
-  )
-  state = state if run.mesh else sharding.to_device(state)
-  journal.say(
-    f'training: {config.train.parts}, {_millions(state.trained)} parameters, '
-    f'{config.train.max_steps} steps'
-  )
+  first, last = int(state.step), run.config.train.max_steps
+  with contextlib.closing(Log(run, first)) as log:
+    for at in range(first, last + 1):
+      due, metrics = schedule(run.config, at, first, listener.asked()), {}
+      if due.evaluate or due.save:
+        log.flush()
+        if due.evaluate:
+          metrics = evaluate(run, state, due.translate)
+        if due.save:
+          save(run, state, metrics)
+        log.restart_clock()  # Speed is that of training alone.
+      if due.leave:
+        signals.leave(due.leave, at)
+      if at == last or (due.translate and patience_over(run, at)):
+        break
+      batch, waited = next_batch(run)
+      if at == first:
+        compiling.ahead(run.train_step, state, batch)
+      state, metrics = run.train_step(state, batch)
+      log.after_next_dispatch(at + 1, metrics, waited)
   return state
 
 
-def resume(
-  run: run_lib.Run, state: step.TrainState
-) -> tuple[step.TrainState, bool]:
-  """The newest checkpoint's state and True, or the one given and False.
+@dataclasses.dataclass(frozen=True)
+class Due:
+  """What is to be done between two steps.
 
-  The loader and metrics.jsonl are put back to the same step.
+  Attributes:
+    evaluate: the losses of validation.
+    translate: and its chrF.
+    save: a checkpoint.
+    leave: the signal that asked the run to end, or 0.
   """
-  chex.assert_rank(state.step, 0)
-  restored = checkpoint.restore(run.checkpoints, state, run.checkpoint_identity)
-  if restored is None:
-    journal.cut_metrics(run.metrics_path, -1)
-  else:
-    state, data_state = restored
-    run.data.train.set_state(data_state)
-    journal.cut_metrics(run.metrics_path, int(state.step))
-    journal.say(f'resumed: {run.workdir} at step {int(state.step)}')
-  if not training.ended(run, int(state.step)):
-    results.drop_stale(run, 'after')  # It is of fewer steps.
-  return state, restored is not None
+
+  evaluate: bool
+  translate: bool
+  save: bool
+  leave: int
 
 
-def best(run: run_lib.Run, state: step.TrainState) -> step.TrainState:
-  """The state that is scored: of the best checkpoint, where there is one.
+def schedule(
+  config: ml_collections.ConfigDict, at: int, first: int, asked: int
+) -> Due:
+  """What is due after `at` steps.
 
-  Otherwise the last one, which is given.
+  Before the first step validation is looked at. A resumed run begins with a
+  step: its checkpoint came last. After the last step everything is due, and no
+  signal matters any more.
+
+  Args:
+    config: for `eval`, `checkpoint` and `train.max_steps`.
+    at: steps done.
+    first: steps that were done at the start.
+    asked: the signal that was heard, or 0.
   """
-  chex.assert_rank(state.step, 0)
-  at = checkpoint.best_step(run.checkpoints)
-  if at is None:
-    return state
-  chrf = run.checkpoints.metrics(at)['valid_chrf']
-  journal.say(
-    f'best: step {at} of {int(state.step)}, chrF {chrf:.2f} of '
-    'validation; it is scored'
+  last = config.train.max_steps
+  asked = asked if at < last else 0
+  if at == first > 0:
+    return Due(evaluate=False, translate=False, save=False, leave=asked)
+
+  def is_time(every):
+    return at == last or at % every == 0
+
+  every = config.eval.translate_every
+  translate = every > 0 and is_time(every)
+  save_now = translate or is_time(config.checkpoint.every) or asked > 0
+  return Due(
+    evaluate=translate or is_time(config.eval.every),
+    translate=translate,
+    save=save_now and at > 0,
+    leave=asked,
   )
-  if at == int(state.step):
-    return state
-  return checkpoint.restore_model(run.checkpoints, state, at)
+
+
+def next_batch(run: Run) -> tuple[batches.Batch, float]:
+  """The rows of the next step, where it wants them; seconds of waiting."""
+  start = time.monotonic()
+  rows = next(run.data.train)
+  waited = time.monotonic() - start
+  return sharding.put_rows(run.mesh, rows, run.config.train.batch_size), waited
+
+
+class Log:
+  """metrics.jsonl, TensorBoard and the progress bar of training.
+
+  Metrics of a step are fetched after the next one is dispatched, so that the
+  device never waits for the host.
+  """
+
+  def __init__(self, run: Run, first: int):
+    last, every = run.config.train.max_steps, run.config.log.every
+    self._run, self._first = run, first
+    self._progress = journal.Progress('step', last, first, every)
+    self._pending = None  # (step, its metrics, seconds of waiting for data)
+    self.restart_clock()
+
+  def after_next_dispatch(
+    self, at: int, metrics: step.Metrics, waited: float
+  ) -> None:
+    """Logs the step before; of this one, `at`, the metrics are kept."""
+    self.flush()
+    self._pending = at, metrics, waited
+
+  def restart_clock(self) -> None:
+    self._clock = time.monotonic()
+
+  def flush(self) -> None:
+    """Waits for the metrics that are kept, and writes them.
+
+    Raises:
+      errors.UserError: train.max_skipped steps in a row were not finite.
+    """
+    if self._pending is None:
+      return
+    (at, metrics, waited), self._pending = self._pending, None
+    metrics = {k: float(v) for k, v in metrics.items()}
+    seconds = time.monotonic() - self._clock
+    self.restart_clock()
+    loss = metrics['nll'] / max(1.0, metrics['targets'])
+    speed = metrics['targets'] / seconds
+    line = {'step': at, 'loss': loss, 'targets_per_s': round(speed, 1)}
+    line['data_wait_s'] = round(waited, 4)
+    names = ('targets', 'tokens', 'grad_norm', 'skipped')
+    record(self._run, line | {k: metrics[k] for k in names})
+    check_skipped(self._run, at, int(metrics['skipped_in_a_row']))
+    if at == self._first + 1:
+      since = time.monotonic() - self._run.started
+      journal.say(f'first step after {since:.1f} s')
+    self._progress.update(at, f'loss {loss:.3f}  {speed:.0f} target tokens/s')
+
+  def close(self) -> None:
+    self._progress.close()
+
+
+def record(run: Run, line: dict[str, Any]) -> None:
+  """Writes the metrics of a step where they are kept."""
+  journal.add_metrics(run.metrics_path, line)
+  events.add(run.events, line)
+
+
+def check_skipped(run: Run, at: int, in_a_row: int) -> None:
+  """Stops a run that gets nowhere; its newest checkpoint is a good state.
+
+  Raises:
+    errors.UserError: naming the pairs of the last batch.
+  """
+  if in_a_row < run.config.train.max_skipped:
+    return
+  ids = run.data.train.pair_ids(at - 1)
+  more = f' and {len(ids) - _SHOWN} more' if len(ids) > _SHOWN else ''
+  raise errors.UserError(
+    f'step {at}: loss or gradients were not finite for {in_a_row} steps in a '
+    f'row, train.max_skipped={run.config.train.max_skipped} of which end a '
+    f'run; {_newest(run)}; the last batch has the training pairs '
+    f'{", ".join(ids[:_SHOWN])}{more}: lower optim.learning_rate, or look at '
+    'them.'
+  )
+
+
+def _newest(run):
+  at = run.checkpoints.latest_step()
+  if at is None:
+    return 'there is no checkpoint'
+  return f'the newest checkpoint is of step {at}'
+
+
+def evaluate(
+  run: Run, state: step.TrainState, translate: bool
+) -> dict[str, Any]:
+  """Looks at validation, and says and records what there is.
+
+  The test split waits for the end of the run.
+
+  Args:
+    run: the run.
+    state: whose model is looked at.
+    translate: whether chrF is wanted, besides the losses.
+
+  Returns:
+    What metrics.jsonl gets: `valid_loss` and, where there are pairs for it,
+    `minitrain_loss`, of training pairs, which shows what is learned by heart;
+    both in nats per target token, the means over all of them; and `valid_chrf`,
+    if wanted.
+  """
+  began, at = time.monotonic(), int(state.step)
+  valid = _sums(run, state, run.data.valid)
+  line = {'step': at, 'valid_loss': _mean(valid)}
+  targets = sum(m['targets'] for m in valid)
+  text = f'step {at}: validation loss {line["valid_loss"]:.4f} '
+  text += f'({targets:.0f} targets)'
+  if run.config.log.table:
+    text = journal.table_line(run.metrics_path, at, valid)
+  if run.data.minitrain:
+    line['minitrain_loss'] = _mean(_sums(run, state, run.data.minitrain))
+    text += f', minitrain {line["minitrain_loss"]:.4f}'
+  if translate:
+    line['valid_chrf'] = valid_chrf(run, state)
+    text += f', chrF {line["valid_chrf"]:.2f}'
+  if not run.config.log.table:
+    text += f', {time.monotonic() - began:.0f} s'
+  record(run, line)
+  if processes.is_first():
+    report.write(run.workdir)
+  journal.say(text)
+  return line
+
+
+def _sums(run, state, rows):
+  """nll and targets of each batch; all are dispatched before one is fetched."""
+  found = [run.eval_step(state, _on_mesh(run, batch)) for batch in rows]
+  return [{k: float(v) for k, v in m.items()} for m in found]
+
+
+def _mean(sums):
+  return sum(m['nll'] for m in sums) / sum(m['targets'] for m in sums)
+
+
+def _on_mesh(run, batch):
+  """A batch [B, L], all of which each process has, where the steps want it."""
+  if run.mesh is None:
+    return batch
+  size = run.config.train.batch_size
+  own = sharding.own_rows(run.mesh, size)
+  rows = {k: v[own] for k, v in batch.items()}
+  return sharding.put_rows(run.mesh, rows, size)
+
+
+def valid_chrf(run: Run, state: step.TrainState) -> float:
+  """chrF of the first eval.chrf_pairs of validation, 0 to 100.
+
+  It decides which checkpoint is the best, and is the same in all processes. At
+  step 0 the translations from before training are scored, which must be there.
+  """
+  pairs = run.data.scored['valid'][: run.config.eval.chrf_pairs or None]
+  if int(state.step):
+    texts = run.translator(eval_model(run, state), [p.source for p in pairs])
+  elif processes.is_first():
+    texts = files.read_lines(run.translations('valid', 'before'))
+  score = 0.0
+  if processes.is_first():
+    references = [p.target for p in pairs]
+    score = scores.score(texts[: len(pairs)], references)['chrf']
+  return processes.broadcast_from_first(score)
+
+
+def eval_model(run: Run, state: step.TrainState) -> model.Params:
+  """The parameters that translate: low-rank products added in."""
+  return lora.fold(
+    step.model_params(run.config.train, state.eval_params, state.frozen)
+  )
+
+
+def save(run: Run, state: step.TrainState, metrics: dict[str, Any]) -> None:
+  """A checkpoint of a state that is worth it.
+
+  Args:
+    run: the run.
+    state: to be saved.
+    metrics: of `evaluate` for this very state; {} for none, and then the first
+      batch of validation tells whether the state is good for anything.
+
+  Raises:
+    errors.UserError: the loss is not finite; see also checkpoint.save.
+  """
+  loss = metrics.get('valid_loss')
+  if loss is None:
+    loss = _mean(_sums(run, state, run.data.valid[:1]))
+  if not math.isfinite(loss):
+    raise errors.UserError(
+      f'step {int(state.step)}: the validation loss is {loss}, so the state is '
+      f'not saved; {_newest(run)}: lower optim.learning_rate.'
+    )
+  checkpoint.save(
+    run.checkpoints,
+    state,
+    run.data.train.get_state(),
+    run.checkpoint_identity(),
+    metrics.get('valid_chrf'),
+  )
+
+
+def patience_over(run: Run, at: int) -> bool:
+  """Whether chrF has not risen for eval.patience translations; says so."""
+  patience, last = run.config.eval.patience, run.config.train.max_steps
+  if not patience or at >= last:
+    return False
+  if not processes.agree(journal.since_best(run.metrics_path) >= patience):
+    return False
+  journal.say(
+    f'stopped at step {at} of {last}: no better chrF in '
+    f'{journal.since_best(run.metrics_path)} translations, '
+    f'eval.patience={patience}'
+  )
+  return True

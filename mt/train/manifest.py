@@ -1,10 +1,12 @@
-"""The files of a checkpoint with their sizes and CRC-32, for damage to be seen.
+"""What a checkpoint is made of, and whether it is as it was written.
 
 Orbax's arrays have no checksums: a chunk of zeros is a chunk like any other.
 manifest.json is written before Orbax gives a checkpoint its name, so that no
 checkpoint is without it:
 
   {"trained/manifest.ocdbt": [123, 4053472818], …}
+
+The sizes in it are in bytes, the other numbers CRC-32.
 """
 
 import json
@@ -20,6 +22,7 @@ from mt.base import errors
 from mt.base import journal
 
 NAME = 'manifest.json'
+VERSION = 1  # Of what a checkpoint holds; to be raised when that changes.
 _ORBAX = '_CHECKPOINT_METADATA'  # JSON.
 # Orbax writes two more after the manifest, and reads no number from them.
 _NOT_IN_IT = (NAME, _ORBAX, 'commit_success.txt')
@@ -105,16 +108,42 @@ def folder_of(checkpoints: pathlib.Path, at: int) -> pathlib.Path:
 
 
 def check(checkpoints: pathlib.Path, at: int) -> None:
-  """Refuses a damaged checkpoint.
+  """Refuses a damaged checkpoint, and one of another version.
 
   Raises:
     errors.UserError: with the damage.
   """
+  check_version(checkpoints, at)
   if what := damage(folder_of(checkpoints, at)):
     raise errors.UserError(
       f'{checkpoints}: step {at} is damaged ({what}); start train.py with this '
       '--workdir to go on from the one before, or take another step.'
     )
+
+
+def check_version(checkpoints: pathlib.Path, *which: int) -> None:
+  """Refuses checkpoints that another version of this code wrote.
+
+  Args:
+    checkpoints: the folder of all of them.
+    *which: their steps.
+
+  Raises:
+    errors.UserError: with the version.
+  """
+  for at in which:
+    known = folder_of(checkpoints, at) / 'identity' / 'metadata'
+    try:
+      version = json.loads(known.read_text(encoding='utf-8')).get('version')
+    except (OSError, ValueError, AttributeError):
+      continue  # Damaged.
+    if version != VERSION:
+      found = 'no version' if version is None else f'version {version}'
+      raise errors.UserError(
+        f'{checkpoints}: step {at} has {found}, and this code reads version '
+        f'{VERSION}: the code that wrote it can go on with it; for a new run '
+        'take another --workdir.'
+      )
 
 
 def check_space(checkpoints: pathlib.Path, need: int) -> None:
@@ -158,8 +187,8 @@ def quarantine_damaged(checkpoints: pathlib.Path) -> None:
     found = [f'step {at}: {what}' for at, what in bad.items()]
     raise errors.UserError(
       f'{checkpoints}: no checkpoint is whole '
-      f'({"; ".join(found) or aside[0].name}); delete that folder to start '
-      'over from the pretrained weights, or give another --workdir.'
+      f'({"; ".join(found) or aside[0].name}); give another --workdir to start '
+      'from the pretrained weights, or bring back a copy of that folder.'
     )
   for at, what in bad.items():
     goal = checkpoints / f'{_ASIDE}step_{at}'
@@ -170,7 +199,7 @@ def quarantine_damaged(checkpoints: pathlib.Path) -> None:
       raise errors.UserError(
         f'{goal}: cannot move a damaged checkpoint there ({e.strerror}); give '
         '--workdir a folder that you may write to.'
-      ) from None
+      ) from e
     journal.say(
       f'checkpoint of step {at} is damaged ({what}), moved to {goal.name}; '
       f'the newest whole one is of step {newest}'

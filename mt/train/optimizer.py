@@ -19,19 +19,20 @@ def make_schedule(
 ) -> optax.Schedule:
   """Learning rate by step (0 is the first): warm-up, then the schedule."""
   chex.assert_scalar_positive(max_steps)
-  peak, rest = optim.learning_rate, max(1, max_steps - optim.warmup_steps)
+  warmup_steps = min(optim.warmup_steps, max_steps - 1)  # One is at the peak.
+  peak, rest = optim.learning_rate, max_steps - warmup_steps
   after = {
     'constant': lambda: optax.constant_schedule(peak),
     'linear': lambda: optax.linear_schedule(peak, 0.0, rest),
     'cosine': lambda: optax.cosine_decay_schedule(peak, rest),
   }[optim.schedule]()
-  if not optim.warmup_steps:
+  if not warmup_steps:
     return after
 
   def warmup(step):  # The first step already learns.
-    return peak * (step + 1) / (optim.warmup_steps + 1)
+    return peak * (step + 1) / (warmup_steps + 1)
 
-  return optax.join_schedules([warmup, after], [optim.warmup_steps])
+  return optax.join_schedules([warmup, after], [warmup_steps])
 
 
 def decayed(flat: dict) -> dict[str, bool]:

@@ -6,19 +6,23 @@ The train step is compiled ahead of time for as many virtual devices as the mesh
 has, from shapes alone; nothing is read, downloaded or computed. XLA's compiler
 for CPUs stands in for those of accelerators: it partitions as they do, but has
 no bfloat16, so that activations and what is sent count up to twice.
+
+Each run asks for less, by arithmetic on shapes: whether a step can fit at all,
+before anything is read or compiled (`check_memory`).
 """
 
 import dataclasses
+import math
+import pathlib
 import re
 import time
-from typing import Any
 
-import chex
 import jax
 from jax.extend import backend
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import ml_collections
-import numpy as np
+import psutil
 
 from mt.base import errors
 from mt.base import journal
@@ -38,6 +42,10 @@ _USABLE = 0.92  # The rest is the runtime's, and lost between arrays.
 # Share of the tokens in a packed row that are targets: 21,405 of 40,372 in the
 # bundled sample. It decides how often the loop over the vocabulary runs.
 _TARGET_SHARE = 0.5
+_CGROUPS = (  # (limit, in use), of version 2 and 1.
+  ('memory.max', 'memory.current'),
+  ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +77,33 @@ class Plan:
   seconds: float
 
 
+def run(config: ml_collections.ConfigDict) -> Plan:
+  """Prints what training with `config` would take.
+
+  Raises:
+    errors.UserError: the config is impossible, or its model unknown.
+  """
+  settings.check(config)
+  use_virtual_devices(config.mesh)
+  plan = make_plan(config)
+  journal.say(describe(plan))
+  return plan
+
+
+def use_virtual_devices(mesh: ml_collections.ConfigDict) -> None:
+  """As many CPU devices as the mesh has; before anything asks for devices.
+
+  With a -1 in it they are those of this machine.
+  """
+  shape = [mesh[axis] for axis in sharding.MESH_AXES]
+  number = math.prod(shape)
+  if -1 in shape:
+    number = len(jax.devices())
+    backend.clear_backends()
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_num_cpu_devices', number)
+
+
 def model_size(weights: ml_collections.ConfigDict) -> sizes.ModelConfig:
   """The model's shape without a look at its weights.
 
@@ -90,7 +125,7 @@ def model_size(weights: ml_collections.ConfigDict) -> sizes.ModelConfig:
 
 
 def abstract_state(
-  cfg: sizes.ModelConfig, config: ml_collections.ConfigDict, mesh: Any
+  cfg: sizes.ModelConfig, config: ml_collections.ConfigDict, mesh: Mesh | None
 ) -> step.TrainState:
   """The state's shapes, dtypes and places; no array."""
   optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
@@ -109,7 +144,9 @@ def abstract_state(
   )
 
 
-def abstract_batch(config: ml_collections.ConfigDict, mesh: Any) -> step.Batch:
+def abstract_batch(
+  config: ml_collections.ConfigDict, mesh: Mesh | None
+) -> step.Batch:
   """A batch's shapes, dtypes and places."""
   shape = config.train.batch_size, config.data.length
   place = None if mesh is None else sharding.of_rows(mesh)
@@ -122,11 +159,17 @@ def abstract_batch(config: ml_collections.ConfigDict, mesh: Any) -> step.Batch:
 
 def bytes_of(tree) -> int:
   """Of a tree of shapes, on the fullest device: its shards are the first."""
-  total = 0
-  for x in jax.tree.leaves(tree):
+
+  def of(x):
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-    total += int(np.prod(shape)) * x.dtype.itemsize
-  return total
+    return math.prod(shape) * x.dtype.itemsize
+
+  return sum(map(of, jax.tree.leaves(tree)))
+
+
+def _row_shards(mesh):
+  """Groups of devices that have rows of their own."""
+  return 1 if mesh is None else mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def make_plan(config: ml_collections.ConfigDict) -> Plan:
@@ -135,32 +178,25 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_rows(mesh, config.train.batch_size, config.train.micro_batches)
   state = abstract_state(cfg, config, mesh)
-  batch = abstract_batch(config, mesh)
   optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
   start = time.monotonic()
   train_step = step.make_train_step(cfg, config, optimizer, mesh)
-  compiled = train_step.lower(state, batch).compile(_COMPILER)
+  compiled = train_step.lower(state, abstract_batch(config, mesh)).compile(
+    _COMPILER
+  )
   seconds = time.monotonic() - start
-  memory = compiled.memory_analysis()
-  devices = 1 if mesh is None else mesh.size
-  places = config.train.batch_size * config.data.length
-  targets = int(places * _TARGET_SHARE)
-  shards = 1 if mesh is None else mesh.shape['data'] * mesh.shape['fsdp']
-  chunks = -(
-    -targets // (shards * config.train.micro_batches * config.train.loss_chunk)
-  )
+  targets = int(config.train.batch_size * config.data.length * _TARGET_SHARE)
+  at_once = config.train.micro_batches * config.train.loss_chunk
+  chunks = -(-targets // (_row_shards(mesh) * at_once))
   cost = hlo.cost(compiled.as_text(), unknown_trips=chunks)
-  gradients = bytes_of(state.trained)
-  active = sum(
-    int(np.prod(s))
-    for s in jax.tree.leaves(
-      model.param_shapes(cfg), is_leaf=lambda x: isinstance(x, tuple)
-    )
-  )
+  memory = compiled.memory_analysis()
   held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   held += memory.output_size_in_bytes - memory.alias_size_in_bytes
-  rest = bytes_of((state.opt_state, state.ema))
   parameters = bytes_of((state.trained, state.frozen))
+  gradients = bytes_of(state.trained)
+  rest = bytes_of((state.opt_state, state.ema))
+  devices = 1 if mesh is None else mesh.size
+  shapes = jax.eval_shape(lambda: model.init_params(cfg, jax.random.key(0)))
   return Plan(
     devices=devices,
     parameters=parameters,
@@ -170,7 +206,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
     total=max(held, parameters + gradients + rest),
     flops=cost.flops * devices,
     targets=targets,
-    ideal=6.0 * active,
+    ideal=6.0 * sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)),
     sent=cost.sent,
     seconds=seconds,
   )
@@ -178,7 +214,6 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
 
 def describe(plan: Plan) -> str:
   """The plan for a person: memory, work, traffic, and what it fits."""
-  chex.assert_scalar_positive(plan.total)
   lines = [f'for each of {plan.devices} devices:']
   for name in ('parameters', 'gradients', 'optimizer', 'activations', 'total'):
     lines.append(f'  {name:12} {getattr(plan, name) / 1e9:9.3f} GB')
@@ -196,28 +231,81 @@ def describe(plan: Plan) -> str:
   return '\n'.join(lines)
 
 
-def use_virtual_devices(mesh: ml_collections.ConfigDict) -> None:
-  """As many CPU devices as the mesh has; before anything asks for devices.
+def available(root: pathlib.Path = pathlib.Path('/sys/fs/cgroup')) -> int:
+  """Bytes that a device of this process can still give.
 
-  With a -1 in it they are those of this machine.
+  Args:
+    root: where Linux tells the limits of this process's control group.
   """
-  shape = [mesh[axis] for axis in sharding.MESH_AXES]
-  number = int(np.prod(shape))
-  if -1 in shape:
-    number = len(jax.devices())
-    backend.clear_backends()
-  jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_num_cpu_devices', number)
+  device = jax.local_devices()[0]
+  if device.platform != 'cpu':
+    stats = device.memory_stats() or {}
+    return stats.get('bytes_limit', 1 << 62) - stats.get('bytes_in_use', 0)
+  free = psutil.virtual_memory().available
+  for names in _CGROUPS:
+    try:
+      limit, used = (int((root / name).read_text()) for name in names)
+    except (OSError, ValueError):  # There is none, or it is 'max'.
+      continue
+    free = min(free, limit - used)
+  return free // len(jax.local_devices())  # They share it.
 
 
-def run(config: ml_collections.ConfigDict) -> Plan:
-  """Prints what training with `config` would take.
+def needed(
+  cfg: sizes.ModelConfig, config: ml_collections.ConfigDict, mesh: Mesh | None
+) -> int:
+  """Bytes on one device: state, gradients, and what the backward pass reads.
+
+  Of the latter only what no compiler can leave out: the input of each layer
+  and, without `train.remat`, what the products with weights read. With a
+  pattern in `train.parts` that may be nothing.
+  """
+  train = config.train
+  state = abstract_state(cfg, config, mesh)
+  total = bytes_of(state) + bytes_of(state.trained)
+  if train.parts not in ('all', 'blocks', 'lora'):
+    return total
+  rows = train.batch_size // train.micro_batches // _row_shards(mesh)
+  width = cfg.embed_dim
+  if train.remat != 'full':
+    width += cfg.embed_dim + cfg.num_heads * cfg.head_dim + cfg.hidden_dim
+  item = 2 if train.dtype == 'bfloat16' else 4
+  return total + rows * config.data.length * cfg.num_layers * width * item
+
+
+def check_memory(
+  cfg: sizes.ModelConfig, config: ml_collections.ConfigDict, mesh: Mesh | None
+) -> None:
+  """Refuses a config that cannot fit.
 
   Raises:
-    errors.UserError: the config is impossible, or its model unknown.
+    errors.UserError: with what is needed, what there is, and the three knobs
+      that save most.
   """
-  settings.check(config)
-  use_virtual_devices(config.mesh)
-  plan = make_plan(config)
-  journal.say(describe(plan))
-  return plan
+  need, free = needed(cfg, config, mesh), available()
+  if need <= free:
+    return
+  rows = max(1, config.train.batch_size // _row_shards(mesh))
+  saved = []
+  for knob, value in (
+    ('train.micro_batches', rows),
+    ('train.remat', 'full'),
+    ('train.parts', 'lora'),
+    ('optim.name', 'adafactor'),
+    ('train.frozen_dtype', 'bfloat16'),
+  ):
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict({knob: value})
+    less = need - needed(cfg, other, mesh)
+    if less > 0:
+      saved.append((less, f'{knob}={value} (saves {_size(less)})'))
+  ways = [text for _, text in sorted(saved, reverse=True)[:3]]
+  raise errors.UserError(
+    f'a step needs {_size(need)} of memory at the least, and {_size(free)} are '
+    f'free; {" or ".join(ways) or "a smaller weights.size"} would help, and so '
+    'would a smaller train.batch_size or data.length.'
+  )
+
+
+def _size(number):
+  return f'{number / 1e9:,.1f} GB'

@@ -1,73 +1,336 @@
-"""What does not change while a run lasts."""
+"""One run, from the config to the scores.
 
+The order is fixed: inputs, state, checkpoint; translations before training; the
+loop (mt/train/loop.py); the best state's translations, scores and report.
+"""
+
+from collections.abc import Callable
 import dataclasses
 import pathlib
+import time
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 import ml_collections
-import orbax.checkpoint as ocp
 
+from mt.base import compiling
 from mt.base import events
+from mt.base import files
 from mt.base import journal
+from mt.base import processes
 from mt.base import run_folder
+from mt.base import signals
+from mt.data import bitext
+from mt.data import corpus
 from mt.data import splits
-from mt.gemma import lora
+from mt.data import template as template_lib
+from mt.evaluate import cached
+from mt.evaluate import report
+from mt.evaluate import samples
+from mt.evaluate import scores as scores_lib
 from mt.gemma import model
+from mt.gemma import sharding
+from mt.train import checkpoint
+from mt.train import loop
+from mt.train import manifest
+from mt.train import optimizer as optimizer_lib
+from mt.train import plan
+from mt.train import settings
 from mt.train import step
-from mt.translate import translator as translator_lib
+from mt.train import warm_start
+from mt.translate import translator
+from mt.weights import pretrained
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """A run: its config, its folder, what it reads and what translates.
+def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
+  """Trains, or goes on training, and leaves scores in `folder`.
 
-  Attributes:
+  Args:
     config: see configs/default.py.
-    workdir: the run's folder.
-    data: see mt/data/splits.py.
-    identity: of the pretrained model, see checkpoint.identity.
-    checkpoints: Orbax's manager.
-    translator: see translator.Translator.
-    events: the TensorBoard writer, see mt/base/events.py.
-    mesh: of several devices, or None.
-    started: time.monotonic() at the start.
+    folder: the run's own, see mt/base/run_folder.py.
+
+  Raises:
+    errors.UserError: anything that the user can mend.
   """
-
-  config: ml_collections.ConfigDict
-  workdir: pathlib.Path
-  data: splits.Data
-  identity: dict[str, Any]
-  checkpoints: ocp.CheckpointManager
-  translator: translator_lib.Translator
-  events: events.Writer
-  mesh: Mesh | None
-  started: float
-
-  @property
-  def checkpoint_identity(self) -> dict[str, Any]:
-    return self.identity | {
-      'data': self.data.train_digest,
-      'config': run_folder.step_knobs(self.config),
-    }
-
-  @property
-  def metrics_path(self) -> pathlib.Path:
-    return self.workdir / 'metrics.jsonl'
-
-  @property
-  def scores_path(self) -> pathlib.Path:
-    return self.workdir / 'scores.json'
+  started, workdir = time.monotonic(), pathlib.Path(folder)
+  settings.check(config)
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_rows(mesh, config.train)
+  with run_folder.locked(workdir):
+    _run(config, workdir, mesh, started)
+  journal.say(f'done in {time.monotonic() - started:.0f} s: {workdir}')
 
 
-def record(run: Run, line: dict[str, Any]) -> None:
-  """Writes the metrics of a step where they are kept."""
-  journal.add_metrics(run.metrics_path, line)
-  events.add(run.events, line)
+def _run(config, workdir, mesh, started):
+  checkpoints = workdir / 'checkpoints'
+  if processes.is_first():
+    manifest.check_version(checkpoints, *reversed(manifest.steps(checkpoints)))
+    run_folder.claim(workdir, config)
+    manifest.quarantine_damaged(checkpoints)
+  processes.sync('settled')
+  run, state = begin(config, workdir, mesh, started)
+  if run.checkpoints.latest_step() is None:
+    drop_stale(run, '*')  # Of a start that came to nothing.
+  translate_splits(run, 'before', state)
+  state = resume(run, state)
+  state = train(run, state)
+  state = best(run, state)
+  finish(run, state)
 
 
-def folded(run: Run, state: step.TrainState) -> model.Params:
-  """The parameters that translate: low-rank products added in."""
-  return lora.fold(
-    step.model_params(run.config.train, state.eval_params, state.frozen)
+def begin(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  mesh: Mesh | None,
+  started: float,
+) -> tuple[loop.Run, step.TrainState]:
+  """Reads all inputs; the run, and its state before the first step.
+
+  Such a state translates as the pretrained model does, or as the one of
+  weights.warm_start.
+  """
+  compiling.keep_compiled_programs()
+  texts, source = processes.first_then_others(
+    lambda: open_inputs(config, workdir)
   )
+  plan.check_memory(source.config, config, mesh)
+  data = splits.read(config, source.tokenizer, texts, mesh)
+  params = sharding.on_host(source.read)
+  journal.say(
+    f'model: {config.weights.source}, {_millions(params)} parameters; '
+    f'read after {time.monotonic() - started:.1f} s'
+  )
+  if mesh is not None:
+    shape = ' x '.join(f'{k} {n}' for k, n in mesh.shape.items())
+    journal.say(f'mesh: {shape}; {jax.process_count()} processes')
+  cfg = source.config
+  optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
+  run = loop.Run(
+    config=config,
+    workdir=workdir,
+    cfg=cfg,
+    optimizer=optimizer,
+    train_step=step.make_train_step(cfg, config, optimizer, mesh),
+    eval_step=step.make_eval_step(cfg, config, mesh),
+    translator=translator.from_config(config, source, mesh),
+    data=data,
+    identity=checkpoint.identity(source, params),
+    checkpoints=checkpoint.open_manager(workdir, config.checkpoint.keep),
+    events=events.open_writer(workdir),
+    mesh=mesh,
+    started=started,
+  )
+  state = start(run, params)
+  if config.weights.warm_start:
+    run, state = warm_start.begin(run, state)
+  return run, state
+
+
+def _millions(tree) -> str:
+  return f'{sum(x.size for x in jax.tree.leaves(tree)) / 1e6:.1f}M'
+
+
+def open_inputs(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> tuple[dict[str, list[bitext.Bitext]], pretrained.Source]:
+  """The texts of each split, and the pretrained model."""
+  texts = corpus.read_splits(config.data, corpus.splits(config))
+  return texts, open_weights(config, workdir, texts['train'][0])
+
+
+def open_weights(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  text: bitext.Bitext,
+) -> pretrained.Source:
+  """The pretrained model; its tokenizer stays in the workdir ever after."""
+  kept = workdir / 'tokenizer.model'
+  random = config.weights.source == 'random'
+  source = pretrained.open_source(
+    config.weights.source,
+    config.weights.size,
+    kept if kept.exists() else config.weights.tokenizer,
+    seed=config.seed,
+    texts=corpus.some_texts(text) if random else (),
+    force_download=config.weights.force_download,
+  )
+  if not kept.exists():
+    files.write(kept, source.tokenizer.proto)
+  return source
+
+
+def start(run: loop.Run, params: model.Params) -> step.TrainState:
+  """The state before the first step, which translates as `params` do."""
+  config = run.config
+  key = jax.random.key(config.seed)
+  state = step.init_state(run.cfg, params, config, run.optimizer, key, run.mesh)
+  state = state if run.mesh else sharding.to_device(state)
+  journal.say(
+    f'training: {config.train.parts}, {_millions(state.trained)} parameters, '
+    f'{config.train.max_steps} steps'
+  )
+  return state
+
+
+def resume(run: loop.Run, state: step.TrainState) -> step.TrainState:
+  """The newest checkpoint's state, or the one given where there is none.
+
+  The loader and metrics.jsonl are put back to the same step.
+  """
+  identity = run.checkpoint_identity()
+  restored = checkpoint.restore(run.checkpoints, state, identity)
+  if restored is None:
+    journal.cut_metrics(run.metrics_path, -1)
+  else:
+    state, data_state = restored
+    run.data.train.set_state(data_state)
+    journal.cut_metrics(run.metrics_path, int(state.step))
+    journal.say(f'resumed: {run.workdir} at step {int(state.step)}')
+  events.replay(run.events, run.metrics_path)
+  return state
+
+
+def train(run: loop.Run, state: step.TrainState) -> step.TrainState:
+  """The loop, where there is something left to train."""
+  at = int(state.step)
+  try:
+    if at >= run.config.train.max_steps or loop.patience_over(run, at):
+      return state
+    drop_stale(run, 'after')  # It is of fewer steps.
+    with signals.listening() as listener:
+      return loop.train(run, state, listener)
+  finally:
+    run.data.train.close()
+
+
+def best(run: loop.Run, state: step.TrainState) -> step.TrainState:
+  """The state that is scored: of the best checkpoint, where there is one.
+
+  Otherwise the last one, which is given.
+  """
+  at = checkpoint.best_step(run.checkpoints)
+  if at is None:
+    return state
+  chrf = run.checkpoints.metrics(at)['valid_chrf']
+  journal.say(
+    f'best: step {at} of {int(state.step)}, chrF {chrf:.2f} of '
+    'validation; it is scored'
+  )
+  if at == int(state.step):
+    return state
+  return checkpoint.restore_model(run.checkpoints, state, at)
+
+
+def finish(run: loop.Run, state: step.TrainState) -> None:
+  """Translations, scores and report of the state that counts."""
+  run.checkpoints.close()
+  translate_splits(run, 'after', state)
+  if processes.is_first():
+    write_scores(run, int(state.step))
+  if run.config.eval.texts:
+    samples.show_texts(
+      run.translator,
+      loop.eval_model(run, state),
+      run.config.eval.texts,
+      run.workdir,
+    )
+  if processes.is_first():
+    run.events.close()
+    report.write(run.workdir)
+  processes.sync('end')
+
+
+def translate_splits(run: loop.Run, when: str, state: step.TrainState) -> None:
+  """Leaves translations of the scored splits in the workdir.
+
+  Those that are there, of this step and made like this, are not made again.
+
+  Args:
+    run: the run.
+    when: 'before' or 'after' training.
+    state: whose model translates.
+  """
+  config, at = run.config, int(state.step)
+  for split, pairs in run.data.scored.items():
+    sources = [p.source for p in pairs]
+    made = cached.provenance(at, config.decode, sources)
+    path = run.translations(split, when)
+    if processes.agree(cached.read_if_current(path, made) is not None):
+      continue
+    progress = journal.Progress(f'translating {split} ({when})', len(sources))
+
+    def work(sources=sources, progress=progress):
+      params = loop.eval_model(run, state)
+      return run.translator(params, sources, progress.update)
+
+    began = time.monotonic()
+    texts = _cached(run, sources, work) if when == 'before' else work()
+    progress.close()
+    journal.say(
+      f'translated {split} ({when}, step {at}): {len(texts)} sentences, '
+      f'{time.monotonic() - began:.0f} s'
+    )
+    files.write_lines(run.translations(split, 'source'), sources)
+    references = [p.target for p in pairs]
+    files.write_lines(run.translations(split, 'reference'), references)
+    cached.write(path, made, texts)
+
+
+def _cached(
+  run: loop.Run, sources: list[str], work: Callable[[], list[str]]
+) -> list[str]:
+  """The pretrained model's translations, of which other runs have need too."""
+  # With the languages' names, which come from data.pair.
+  template = dataclasses.asdict(template_lib.from_config(run.config))
+  decode, dtype = run.config.decode.to_dict(), run.config.train.dtype
+  return cached.cached([run.identity, template, decode, dtype, sources], work)
+
+
+def drop_stale(run: loop.Run, when: str) -> None:
+  """Takes scores and translations for not made: they are of other steps.
+
+  Args:
+    run: the run.
+    when: 'before' or 'after' training; * for both.
+  """
+  files.remove(run.workdir / 'scores.json')
+  folder = run.workdir / 'translations'
+  for path in folder.glob(f'*.{when}.json'):
+    files.remove(path)
+
+
+def write_scores(run: loop.Run, at: int) -> None:
+  """Scores and samples out of the translations, on screen and on disk.
+
+  Args:
+    run: the run.
+    at: the steps behind the model that translated after training.
+  """
+  scores: dict[str, Any] = {}
+  language = run.config.data.pair.split('-')[0].lower()
+  for split, pairs in run.data.scored.items():
+    sources = [p.source for p in pairs]
+    references = [p.target for p in pairs]
+    texts = {
+      when: files.read_lines(run.translations(split, when))
+      for when in ('before', 'after')
+    }
+    scores[split] = {
+      when: {'step': at if when == 'after' else 0}
+      | scores_lib.score(lines, references)
+      | {'noise': scores_lib.by_noise(sources, lines, references, language)}
+      for when, lines in texts.items()
+    }
+    if split == 'valid':
+      text = samples.samples(sources, references, **texts)
+      files.write(run.workdir / 'samples.txt', text)
+      journal.say('\n' + text)
+  files.write_json(run.workdir / 'scores.json', scores)
+  for split, both in scores.items():
+    for name in scores_lib.NAMES:
+      before, after = both['before'][name], both['after'][name]
+      journal.say(
+        f'{split} {name:9} {before:6.2f} -> {after:6.2f} '
+        f'({after - before:+.2f})  {both["after"][name + "_signature"]}'
+      )

@@ -9,7 +9,6 @@ import pathlib
 import re
 import zlib
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -17,8 +16,8 @@ from mt.base import errors
 from mt.base import journal
 from mt.base import run_folder
 from mt.train import checkpoint
+from mt.train import loop
 from mt.train import manifest
-from mt.train import run as run_lib
 from mt.train import step
 
 # What decides which arrays are trained, and what they mean.
@@ -26,8 +25,8 @@ _KNOBS = ('parts', 'lora_rank', 'lora_alpha', 'lora_targets')
 
 
 def begin(
-  run: run_lib.Run, state: step.TrainState
-) -> tuple[run_lib.Run, step.TrainState]:
+  run: loop.Run, state: step.TrainState
+) -> tuple[loop.Run, step.TrainState]:
   """Puts the weights that `weights.warm_start` names into a fresh state.
 
   Args:
@@ -38,7 +37,6 @@ def begin(
     errors.UserError: no such run or checkpoint, a damaged one, one of another
       model, or one that trained other parts.
   """
-  chex.assert_rank(state.step, 0)
   where = run.config.weights.warm_start
   name, which = re.fullmatch(r'(.+?)(?:@(best|last|\d+))?', where).groups()
   workdir = pathlib.Path(name)
@@ -52,16 +50,12 @@ def begin(
         f'here it is {now!r}; give the same, or write its model down with '
         'python -m mt.export and take that as weights.source.'
       )
+  manifest.check_version(workdir / 'checkpoints', at)
   with checkpoint.open_manager(workdir) as manager:
     checkpoint.check_identity(manager, at, run.identity)
-    trained = checkpoint.restore_model(
-      manager,
-      dataclasses.replace(
-        state, ema=state.trained if other.optim.ema_decay else {}
-      ),
-      at,
-    )
-  trained = trained.eval_params
+    like = state.trained if other.optim.ema_decay else {}
+    like = dataclasses.replace(state, ema=like)
+    trained = checkpoint.restore_model(manager, like, at).eval_params
   ema = jax.tree.map(jnp.copy, trained) if state.ema else {}
   journal.say(f'warm start: {workdir}, {about}')
   written = manifest.folder_of(workdir / 'checkpoints', at) / manifest.NAME

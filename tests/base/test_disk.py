@@ -12,10 +12,10 @@ from mt.base import journal
 from mt.base import run_folder
 from mt.evaluate import report
 from mt.train import checkpoint
-from mt.train import loop
 from mt.train import manifest
+from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
-from tests.runs import test_run
+from tests.runs import folders
 
 
 @pytest.fixture
@@ -67,11 +67,11 @@ def test_full_during_each_kind_of_file_and_then_not(
   config, disk, tmp_path, monkeypatch
 ):
   """Each time one sentence; in the end, the run that had room all along."""
-  loop.run(config, tmp_path / 'whole')
+  run_lib.run(config, tmp_path / 'whole')
   workdir = disk / 'w'
 
   def refused(*words):
-    refusal(lambda: loop.run(config, workdir), *words)
+    refusal(lambda: run_lib.run(config, workdir), *words)
     assert not list(workdir.rglob('*.part'))
     monkeypatch.undo()
     (disk / 'filler').unlink()
@@ -97,7 +97,7 @@ def test_full_during_each_kind_of_file_and_then_not(
   )
   monkeypatch.setattr(manifest, 'check_space', lambda *_: None)
   with pytest.raises(errors.ExitNow, match='cannot save step 2'):
-    loop.run(config, workdir)
+    run_lib.run(config, workdir)
   monkeypatch.undo()
   (disk / 'filler').unlink()
   assert manifest.steps(workdir / 'checkpoints') == []
@@ -109,15 +109,17 @@ def test_full_during_each_kind_of_file_and_then_not(
   _before(monkeypatch, report, 'write', after_training)
   refused('report.html', 'space')
 
-  loop.run(config, workdir)
-  test_run._assert_same_run(tmp_path / 'whole', workdir)
+  run_lib.run(config, workdir)
+  folders.assert_same_run(tmp_path / 'whole', workdir)
 
 
 def test_a_folder_that_is_only_to_be_read(config, disk):
   (disk / 'w').mkdir()
   command = ['mount', '-o', 'remount,ro', str(disk)]
   subprocess.run(command, check=True)
-  refusal(lambda: loop.run(config, disk / 'w'), disk, 'Read-only', '--workdir')
+  refusal(
+    lambda: run_lib.run(config, disk / 'w'), disk, 'Read-only', '--workdir'
+  )
 
 
 _HOLDER = """
@@ -134,11 +136,11 @@ def test_one_run_at_a_time(config, tmp_path):
   """And a crash leaves no lock behind."""
   process = subprocess.Popen(
     [sys.executable, '-c', _HOLDER, str(tmp_path)],
-    cwd=test_run.ROOT,
+    cwd=ROOT,
     stdout=subprocess.PIPE,
   )
   assert process.stdout.readline() == b'locked\n'
-  refusal(lambda: loop.run(config, tmp_path), tmp_path, 'another run')
+  refusal(lambda: run_lib.run(config, tmp_path), tmp_path, 'another run')
   assert not (tmp_path / 'config.json').exists()
   process.send_signal(signal.SIGKILL)
   process.communicate()

@@ -10,9 +10,9 @@ import pytest
 
 from mt.base import errors
 from mt.base import journal
-from mt.train import loop
 from mt.train import manifest
-from tests.runs import test_run
+from mt.train import run as run_lib
+from tests.runs import folders
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def config(debug_config):
 def test_saved_within_a_step_and_the_same_run_after(
   config, tmp_path, monkeypatch, number, code
 ):
-  loop.run(config, tmp_path / 'whole')
+  run_lib.run(config, tmp_path / 'whole')
   real = journal.add_metrics
 
   def add_and_ask(path, line):
@@ -46,7 +46,7 @@ def test_saved_within_a_step_and_the_same_run_after(
   before = [signal.getsignal(x) for x in both]
   monkeypatch.setattr(journal, 'add_metrics', add_and_ask)
   with pytest.raises(errors.Interrupted, match='step 3, which is saved') as e:
-    loop.run(config, tmp_path / 'cut')
+    run_lib.run(config, tmp_path / 'cut')
   assert e.value.code == code
   assert manifest.steps(tmp_path / 'cut' / 'checkpoints') == [3]
   assert before == [
@@ -55,8 +55,8 @@ def test_saved_within_a_step_and_the_same_run_after(
   lines = (tmp_path / 'cut' / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(x)['step'] for x in lines] == [0, 1, 2, 3]
   monkeypatch.setattr(journal, 'add_metrics', real)
-  loop.run(config, tmp_path / 'cut')
-  test_run._assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
+  run_lib.run(config, tmp_path / 'cut')
+  folders.assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
 
 
 _TWICE = """
@@ -86,7 +86,7 @@ cli.run(lambda _: os.kill(os.getpid(), signal.SIGTERM))
 def test_a_second_interrupt_and_one_outside_training(program, code, words):
   done = subprocess.run(
     [sys.executable, '-c', program],
-    cwd=test_run.ROOT,
+    cwd=folders.ROOT,
     capture_output=True,
     text=True,
     timeout=120,

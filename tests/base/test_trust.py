@@ -8,7 +8,7 @@ import sys
 import pytest
 import requests
 
-from mt.train import loop
+from mt.train import run as run_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -130,7 +130,7 @@ def test_a_run_sends_nothing(debug_config, tmp_path):
   sys.addaudithook(_refuse_network)
   _blocked.append(True)
   try:
-    loop.run(debug_config, tmp_path)
+    run_lib.run(debug_config, tmp_path)
     assert _blocked == [True]
     with pytest.raises(OSError, match='nothing is to be sent'):
       requests.get('http://127.0.0.1:9', timeout=1)

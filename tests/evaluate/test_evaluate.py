@@ -13,7 +13,7 @@ from mt.base import files
 from mt.data import corpus
 from mt.evaluate import __main__ as evaluate
 from mt.evaluate import scores
-from mt.train import loop
+from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
   config.eval.test = True
   config.decode.max_ratio = 0.1
   folder = tmp_path_factory.mktemp('run') / 'finished'
-  loop.run(config, folder)
+  run_lib.run(config, folder)
   return folder
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mt.data import batches
+from mt.data import store
+from mt.data import tokenizer
 from mt.gemma import model
 from mt.gemma import sizes
-from mt.data import template
-from mt.data import tokenizer
 from mt.weights import pretrained
 from tests.benchmarks import quality
 from tests.benchmarks import speed
@@ -36,7 +36,9 @@ def tiny_source():
   cfg = sizes.SIZES['debug']
   params = model.init_params(cfg, jax.random.key(0))
   # Steps donate what they are given.
-  return pretrained.Source(cfg, tok, lambda: jax.tree.map(jax.numpy.copy, params))
+  return pretrained.Source(
+    cfg, tok, lambda: jax.tree.map(jax.numpy.copy, params)
+  )
 
 
 def test_pairs_of_packed_rows():
@@ -44,7 +46,7 @@ def test_pairs_of_packed_rows():
   tokens = np.array([i for p, t in pairs for i in p + t], np.int32)
   lengths = np.array([len(p) + len(t) for p, t in pairs])
   starts = np.array([len(p) for p, _ in pairs])
-  examples = template.Examples(tokens, lengths, starts)
+  examples = store.make_examples(lengths, starts, tokens)
   rows = [batches.build_row(examples, i, 9) for i in ([0, 1], [], [2])]
   first = {k: np.stack([r[k] for r in rows[:2]]) for k in rows[0]}
   second = {k: v[None] for k, v in rows[2].items()}

@@ -1,27 +1,23 @@
 """Translations while training lasts: the best checkpoint, and when to stop."""
 
-import json
 import shutil
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from mt.base import files
-from mt.train import checkpoint
-from mt.evaluate import __main__ as evaluate
-from mt.export import __main__ as export
 from mt.base import journal
+from mt.evaluate import __main__ as evaluate
+from mt.evaluate import cached
+from mt.export import __main__ as export
+from mt.train import checkpoint
 from mt.train import loop
-from mt.train import results
-from mt.train import step
+from mt.train import run as run_lib
 from mt.translate import __main__ as terminal
 from mt.weights import hf
-from mt.base import run_folder
 from tests.fixtures.refusal import refusal
+from tests.runs import folders
 from tests.translate.test_terminal import VALUES
-
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 # Step -> chrF; steps 4 and 8 are equal.
 CURVE = {0: 9.0, 2: 1.0, 4: 30.25, 6: 2.5, 8: 30.25, 10: 3.0, 12: 40.5}
@@ -43,48 +39,16 @@ def config(debug_config):
 def curve(monkeypatch):
   """chrF as it is wanted here; what is scored at the end is real."""
   given = dict(CURVE)
-  monkeypatch.setattr(results, 'valid_chrf', lambda run, params, at: given[at])
+  monkeypatch.setattr(
+    loop, 'valid_chrf', lambda run, state: given[int(state.step)]
+  )
   return given
 
 
-def _steps(workdir):
-  names = (p.name for p in (workdir / 'checkpoints').glob('step_*'))
-  return sorted(int(name.removeprefix('step_')) for name in names)
-
-
-def _trained(workdir, at):
-  with checkpoint.open_manager(workdir) as manager:
-    args = ocp.args.Composite(trained=ocp.args.StandardRestore())
-    read = manager.restore(at, args=args).trained
-    return {k: np.asarray(v) for k, v in read.items()}
-
-
-def _metrics(workdir):
-  """All but the times."""
-  lines = list(journal.read_metrics(workdir / 'metrics.jsonl'))
-  times = 'targets_per_s', 'data_wait_s'
-  return [{k: v for k, v in m.items() if k not in times} for m in lines]
-
-
-def _assert_same(one, other):
-  assert _metrics(one) == _metrics(other)
-  assert _steps(one) == _steps(other)
-  for at in _steps(one):
-    a, b = _trained(one, at), _trained(other, at)
-    assert a.keys() == b.keys()
-    for name in a:
-      np.testing.assert_array_equal(a[name], b[name])
-  files = ['scores.json', 'samples.txt']
-  files += [f'translations/{p.name}' for p in (one / 'translations').iterdir()]
-  for name in files:
-    assert (one / name).read_bytes() == (other / name).read_bytes()
-
-
 def _scored(workdir):
-  scores = json.loads((workdir / 'scores.json').read_text())
   return {
     split: {when: found['step'] for when, found in both.items()}
-    for split, both in scores.items()
+    for split, both in folders.scores(workdir).items()
   }
 
 
@@ -98,10 +62,10 @@ def test_the_best_is_kept_and_does_everything_after(
   kept = []
   real = cached.write
   monkeypatch.setattr(
-    evaluate, 'keep', lambda path, *a: kept.append(path.stem) or real(path, *a)
+    cached, 'write', lambda path, *a: kept.append(path.stem) or real(path, *a)
   )
-  loop.run(config, tmp_path)
-  assert _steps(tmp_path) == [4, 6, 7]
+  run_lib.run(config, tmp_path)
+  assert folders.steps(tmp_path) == [4, 6, 7]
   assert kept == ['valid.before', 'test.before', 'valid.after', 'test.after']
   both = {'before': 0, 'after': 4}
   assert _scored(tmp_path) == {'valid': both, 'test': both}
@@ -131,13 +95,13 @@ def test_the_best_is_kept_and_does_everything_after(
   # And so is what is exported.
   written = []
   monkeypatch.setattr(
-    weights_hf, 'write', lambda part, cfg, params, *_: written.append(params)
+    hf, 'write', lambda part, cfg, params, *_: written.append(params)
   )
   export.to_hf(tmp_path, tmp_path / 'a', 'float32', False)
   assert capsys.readouterr().out == told
   export.to_hf(tmp_path, tmp_path / 'b', 'float32', False, 'last')
   for params, at in zip(written, (4, 7), strict=True):
-    want = _trained(tmp_path, at)['final_norm']
+    want = folders.arrays(tmp_path, at)['final_norm']
     np.testing.assert_array_equal(params['final_norm'], want)
   assert not np.array_equal(*(p['final_norm'] for p in written))
 
@@ -146,7 +110,7 @@ def test_the_best_is_kept_and_does_everything_after(
 def test_the_average_of_the_best_is_scored(config, curve, tmp_path):
   config.optim.ema_decay = 0.5
   config.train.max_steps = 6
-  loop.run(config, tmp_path)
+  run_lib.run(config, tmp_path)
   after = (tmp_path / 'translations' / 'valid.after.txt').read_text('utf-8')
   (tmp_path / 'translations' / 'valid.after.json').unlink()
   found = evaluate.translate_split(tmp_path, 'valid')
@@ -179,7 +143,7 @@ def _saved(at):
 
 
 def _after(kept):
-  return evaluate, 'keep', lambda path, *_: path.stem == kept
+  return cached, 'write', lambda path, *_: path.stem == kept
 
 
 @pytest.mark.heavy
@@ -189,9 +153,9 @@ def test_a_run_killed_again_and_again_has_the_same_best_and_end(
   curve[8] = 7.0
   config.train.max_steps = 12
   config.eval.patience, config.eval.test = 2, True
-  loop.run(config, tmp_path / 'whole')
-  assert _metrics(tmp_path / 'whole')[-1]['step'] == 8
-  assert _steps(tmp_path / 'whole') == [4, 8]
+  run_lib.run(config, tmp_path / 'whole')
+  assert folders.metrics(tmp_path / 'whole')[-1]['step'] == 8
+  assert folders.steps(tmp_path / 'whole') == [4, 8]
   for death in (
     _a_line(4, 'valid_chrf'),  # The best's, whose checkpoint is to come.
     _saved(4),
@@ -203,9 +167,9 @@ def test_a_run_killed_again_and_again_has_the_same_best_and_end(
     with monkeypatch.context() as m:
       _dying(m, *death)
       with pytest.raises(KeyboardInterrupt):
-        loop.run(config, tmp_path / 'cut')
-  loop.run(config, tmp_path / 'cut')
-  _assert_same(tmp_path / 'whole', tmp_path / 'cut')
+        run_lib.run(config, tmp_path / 'cut')
+  run_lib.run(config, tmp_path / 'cut')
+  folders.assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
 
 
 def test_a_stopped_run_only_finishes_until_it_may_go_on(
@@ -213,53 +177,53 @@ def test_a_stopped_run_only_finishes_until_it_may_go_on(
 ):
   config.train.max_steps = 12
   config.eval.patience = 2
-  loop.run(config, tmp_path)
+  run_lib.run(config, tmp_path)
   out = capsys.readouterr().out
   assert 'stopped at step 8 of 12: no better chrF in 2 translations' in out
   # Step 8 is as good as step 4: no reason to go on, and the best from then on.
-  assert _steps(tmp_path) == [8]
-  lines, scores = _metrics(tmp_path), _scored(tmp_path)
+  assert folders.steps(tmp_path) == [8]
+  lines, scores = folders.metrics(tmp_path), _scored(tmp_path)
   assert scores == {'valid': {'before': 0, 'after': 8}}
 
   def never(*args, **kwargs):
     raise AssertionError
 
   with monkeypatch.context() as m:
-    m.setattr(step, 'make_train_step', never)
-    m.setattr(evaluate, 'keep', never)
-    loop.run(config, tmp_path)
+    m.setattr(loop, 'train', never)
+    m.setattr(cached, 'write', never)
+    run_lib.run(config, tmp_path)
   out = capsys.readouterr().out
   assert 'stopped at step 8 of 12' in out and 'valid chrf' in out
-  assert (_metrics(tmp_path), _scored(tmp_path)) == (lines, scores)
+  assert (folders.metrics(tmp_path), _scored(tmp_path)) == (lines, scores)
 
   config.eval.patience = 4
   with monkeypatch.context() as m, pytest.raises(AssertionError):
-    m.setattr(step, 'make_train_step', never)
-    loop.run(config, tmp_path)
+    m.setattr(loop, 'train', never)
+    run_lib.run(config, tmp_path)
   assert not (tmp_path / 'scores.json').exists()
   assert not (tmp_path / 'translations' / 'valid.after.json').exists()
-  loop.run(config, tmp_path)
+  run_lib.run(config, tmp_path)
   assert 'stopped at' not in capsys.readouterr().out
   assert _scored(tmp_path) == {'valid': {'before': 0, 'after': 12}}
-  assert _steps(tmp_path) == [12]
+  assert folders.steps(tmp_path) == [12]
   config.eval.patience = 0
-  loop.run(config, tmp_path / 'whole')
-  _assert_same(tmp_path / 'whole', tmp_path)
+  run_lib.run(config, tmp_path / 'whole')
+  folders.assert_same_run(tmp_path / 'whole', tmp_path)
 
 
 def test_a_finished_run_is_asked_for_the_test_split(
   config, curve, tmp_path, capsys
 ):
   config.train.max_steps = 6
-  loop.run(config, tmp_path / 'later')
+  run_lib.run(config, tmp_path / 'later')
   config.eval.test = True
-  loop.run(config, tmp_path / 'first')
+  run_lib.run(config, tmp_path / 'first')
   capsys.readouterr()
-  loop.run(config, tmp_path / 'later')
+  run_lib.run(config, tmp_path / 'later')
   out = capsys.readouterr().out
   assert 'translated test (before, step 0)' in out
   assert 'translated valid' not in out
-  _assert_same(tmp_path / 'first', tmp_path / 'later')
+  folders.assert_same_run(tmp_path / 'first', tmp_path / 'later')
 
 
 def test_other_translations_in_the_folder_are_not_taken_for_its_own(
@@ -268,47 +232,26 @@ def test_other_translations_in_the_folder_are_not_taken_for_its_own(
   """A folder without a checkpoint is anybody's."""
   config.eval.translate_every = 0
   config.train.max_steps = 2
-  loop.run(config, tmp_path / 'own')
+  run_lib.run(config, tmp_path / 'own')
   shutil.copytree(tmp_path / 'own', tmp_path / 'other')
   shutil.rmtree(tmp_path / 'other' / 'checkpoints')
   for when in ('before', 'after'):
     path = tmp_path / 'other' / 'translations' / f'valid.{when}.txt'
     files.write_lines(path, ['of another', 'model'])
-  loop.run(config, tmp_path / 'other')
-  _assert_same(tmp_path / 'own', tmp_path / 'other')
+  run_lib.run(config, tmp_path / 'other')
+  folders.assert_same_run(tmp_path / 'own', tmp_path / 'other')
 
 
-def test_what_is_compared_stays_the_same(config, tmp_path):
-  (tmp_path / 'checkpoints' / 'step_1').mkdir(parents=True)
-
-  def again(**values):
-    config.update_from_flattened_dict(
-      {k.replace('_', '.', 1): v for k, v in values.items()}
-    )
-    run_folder.claim(tmp_path, config)
-
-  again(eval_patience=3, eval_every=7, decode_batch_size=2)
-  refusal(lambda: again(eval_chrf_pairs=1), tmp_path, 'eval.chrf_pairs=0')
-  config.eval.chrf_pairs = 0
-  refusal(lambda: again(decode_beam=2), tmp_path, 'decode.beam=1')
-  config.decode.beam = 1
-  # Where there is nothing to compare they may change.
-  again(eval_translate_every=0)
-  again(eval_chrf_pairs=1, decode_beam=2)
-
-
-def test_no_checkpoint_is_the_best(config, tmp_path):
-  config.eval.translate_every = 0
-  config.train.max_steps = 2
-  loop.run(config, tmp_path)
-  assert checkpoint.find_step(tmp_path) == (2, 'step 2, the last')
+def test_no_checkpoint_is_the_best(plain, tmp_path):
+  folder = plain[1]
+  assert checkpoint.find_step(folder) == (6, 'step 6, the last')
   for call in (
-    lambda: checkpoint.find_step(tmp_path, 'best'),
-    lambda: evaluate.evaluate(tmp_path, 'valid', which='best'),
-    lambda: export.to_hf(tmp_path, tmp_path / 'x', 'float32', False, 'best'),
+    lambda: checkpoint.find_step(folder, 'best'),
+    lambda: evaluate.evaluate(folder, 'valid', which='best'),
+    lambda: export.to_hf(folder, tmp_path / 'x', 'float32', False, 'best'),
   ):
-    refusal(call, tmp_path, 'eval.translate_every=0', 'last or one of 2')
-  refusal(lambda: checkpoint.find_step(tmp_path, 'bst'), "'bst'", 'best, last')
+    refusal(call, folder, 'eval.translate_every=0', 'last or one of 4, 6')
+  refusal(lambda: checkpoint.find_step(folder, 'bst'), "'bst'", 'best, last')
 
 
 def test_texts_learned_by_heart_have_the_loss_of_validation(
@@ -321,8 +264,8 @@ def test_texts_learned_by_heart_have_the_loss_of_validation(
   config.eval.translate_every = config.eval.loss_pairs = 0
   config.eval.minitrain_pairs = 100
   config.train.max_steps = 3
-  loop.run(config, tmp_path / 'w')
-  lines = [m for m in _metrics(tmp_path / 'w') if 'valid_loss' in m]
+  run_lib.run(config, tmp_path / 'w')
+  lines = [m for m in folders.metrics(tmp_path / 'w') if 'valid_loss' in m]
   assert [m['step'] for m in lines] == [0, 3]
   for m in lines:
     assert m['minitrain_loss'] == m['valid_loss']

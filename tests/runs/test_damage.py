@@ -4,43 +4,17 @@ import json
 import os
 import shutil
 
-import numpy as np
 import pytest
 
 from mt.base import files
-from mt.train import checkpoint
-from mt.train import loop
-from mt.train import manifest
 from mt.base import run_folder
+from mt.evaluate import __main__ as evaluate
+from mt.export import __main__ as export
+from mt.train import checkpoint
+from mt.train import manifest
+from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
-
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
-
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory, quick_compilation):
-  """A run of four steps with checkpoints of two and four."""
-  from configs import debug
-
-  config = debug.get_config()
-  config.data.length = 128
-  config.train.max_steps, config.train.batch_size = 4, 2
-  config.eval.every = 4
-  config.eval.loss_pairs = 4
-  config.eval.chrf_pairs = config.eval.translate_every = 0
-  config.eval.patience = 0
-  config.eval.translate_pairs = 1
-  config.decode.max_ratio = 0.1
-  config.checkpoint.every = 2
-  workdir = tmp_path_factory.mktemp('whole')
-  loop.run(config, workdir)
-  return config, workdir
-
-
-def _copy(whole, tmp_path):
-  workdir = tmp_path / 'w'
-  shutil.copytree(whole[1], workdir)
-  return whole[0], workdir
+from tests.runs import folders
 
 
 def _damage(file, how):
@@ -57,32 +31,30 @@ _IRRELEVANT = 'commit_success.txt'
 
 
 @pytest.mark.parametrize('how', ['truncated', 'zeroed', 'deleted'])
-def test_damage_to_any_file_is_seen_and_gone_past(whole, tmp_path, capsys, how):
-  _, source = whole
-  newest = source / 'checkpoints' / 'step_4'
+def test_damage_to_any_file_is_seen_and_gone_past(plain, tmp_path, capsys, how):
+  source = plain[1]
+  newest = source / 'checkpoints' / 'step_6'
   files = [p.relative_to(newest) for p in newest.rglob('*') if p.is_file()]
   assert len(files) > 20
   for file in files:
-    workdir = tmp_path / 'w'
-    shutil.copytree(source, workdir)
-    folder = workdir / 'checkpoints'
-    _damage(folder / 'step_4' / file, how)
+    folder = tmp_path / 'checkpoints'
+    shutil.copytree(source / 'checkpoints', folder)
+    _damage(folder / 'step_6' / file, how)
     manifest.quarantine_damaged(folder)
     out = capsys.readouterr().out
     if str(file) != _IRRELEVANT:
-      assert 'step 4 is damaged' in out and str(file) in out, file
-      assert 'of step 2' in out and out.count('\n') == 1
-      assert manifest.steps(folder) == [2]
-      assert (folder / 'damaged-step_4').is_dir()
+      assert 'step 6 is damaged' in out and str(file) in out, file
+      assert 'of step 4' in out and out.count('\n') == 1
+      assert manifest.steps(folder) == [4]
+      assert (folder / 'damaged-step_6').is_dir()
       manifest.quarantine_damaged(folder)
       assert capsys.readouterr().out == ''
-    shutil.rmtree(workdir)
+    shutil.rmtree(folder)
 
 
-def test_zeros_in_an_array_are_not_what_was_written(whole, tmp_path):
+def test_zeros_in_an_array_are_not_what_was_written(plain_copy):
   """They may parse: Orbax would train on with them."""
-  _, workdir = _copy(whole, tmp_path)
-  folder = workdir / 'checkpoints' / 'step_4'
+  folder = plain_copy[1] / 'checkpoints' / 'step_6'
   file = max(folder.rglob('*'), key=lambda p: p.is_file() and p.stat().st_size)
   data = bytearray(file.read_bytes())
   data[len(data) // 2] ^= 1
@@ -91,84 +63,117 @@ def test_zeros_in_an_array_are_not_what_was_written(whole, tmp_path):
   assert manifest.damage(folder, largest=100) == ''  # Only measured.
 
 
-def test_a_run_goes_on_from_the_checkpoint_before(whole, tmp_path, capsys):
-  config, workdir = _copy(whole, tmp_path)
-  metrics = workdir / 'metrics.jsonl'
-  before = [json.loads(x)['step'] for x in metrics.read_text().splitlines()]
-  _damage(workdir / 'checkpoints' / 'step_4' / 'identity/metadata', 'zeroed')
-  loop.run(config, workdir)
+def test_a_run_goes_on_from_the_checkpoint_before(plain, plain_copy, capsys):
+  config, workdir = plain_copy
+  _damage(workdir / 'checkpoints' / 'step_6' / 'rest/_METADATA', 'truncated')
+  refusal(
+    lambda: checkpoint.load_finetuned(workdir), 'step 6', 'rest/_METADATA'
+  )
+  checkpoint.load_finetuned(workdir, 4)
+  run_lib.run(config, workdir)
   out = capsys.readouterr().out
-  assert 'step 4 is damaged (identity/metadata' in out
-  assert 'at step 2' in out
-  lines = [json.loads(x) for x in metrics.read_text().splitlines()]
-  assert [x['step'] for x in lines] == before
-  old, new = (checkpoint.load_trained(w, 4)[2] for w in (whole[1], workdir))
-  assert old.keys() == new.keys() and len(old) > 5
-  for name in old:
-    np.testing.assert_array_equal(old[name], new[name])
+  assert 'step 6 is damaged (rest/_METADATA' in out
+  assert 'at step 4' in out
+  shutil.rmtree(workdir / 'checkpoints' / 'damaged-step_6')
+  folders.assert_same_run(plain[1], workdir)
 
 
-def test_with_none_left_nothing_starts_over(whole, tmp_path):
-  config, workdir = _copy(whole, tmp_path)
+def test_with_none_left_nothing_starts_over(plain_copy):
+  config, workdir = plain_copy
   folder = workdir / 'checkpoints'
-  for at in (2, 4):
+  for at in (4, 6):
     _damage(folder / f'step_{at}' / 'manifest.json', 'deleted')
   for _ in range(2):
     refusal(
-      lambda: loop.run(config, workdir),
+      lambda: run_lib.run(config, workdir),
       folder,
-      'step 4: manifest.json is missing',
-      'step 2: ',
-      'delete that folder',
+      'step 6: manifest.json is missing',
+      'step 4: ',
+      'another --workdir',
     )
   # Nor where only what was moved aside is left.
-  shutil.rmtree(folder / 'step_2')
-  (folder / 'step_4').rename(folder / 'damaged-step_4')
-  refusal(lambda: loop.run(config, workdir), 'damaged-step_4')
-  shutil.rmtree(folder)
-  loop.run(config, workdir)
-  assert manifest.steps(folder) == [2, 4]
+  shutil.rmtree(folder / 'step_4')
+  (folder / 'step_6').rename(folder / 'damaged-step_6')
+  refusal(lambda: run_lib.run(config, workdir), 'damaged-step_6')
 
 
-def test_commands_refuse_a_damaged_checkpoint(whole, tmp_path):
-  _, workdir = _copy(whole, tmp_path)
-  _damage(workdir / 'checkpoints' / 'step_4' / 'rest/_METADATA', 'truncated')
-  refusal(
-    lambda: checkpoint.load_finetuned(workdir), 'step 4', 'rest/_METADATA'
-  )
-  checkpoint.load_finetuned(workdir, 2)
-
-
-def test_a_checkpoint_half_written_is_none(whole, tmp_path):
+def test_a_checkpoint_half_written_is_none(plain, plain_copy):
   """Orbax's temporary folder, as a kill leaves it."""
-  config, workdir = _copy(whole, tmp_path)
+  config, workdir = plain_copy
   folder = workdir / 'checkpoints'
-  os.rename(folder / 'step_4', folder / 'step_4.orbax-checkpoint-tmp')
-  assert manifest.steps(folder) == [2]
-  loop.run(config, workdir)
-  assert sorted(p.name for p in folder.iterdir()) == ['step_2', 'step_4']
+  os.rename(folder / 'step_6', folder / 'step_6.orbax-checkpoint-tmp')
+  assert manifest.steps(folder) == [4]
+  run_lib.run(config, workdir)
+  folders.assert_same_run(plain[1], workdir)
   # Of a folder that has nothing else, another run may be made.
-  shutil.rmtree(folder / 'step_2')
-  os.rename(folder / 'step_4', folder / 'step_4.orbax-checkpoint-tmp')
-  other = config.copy_and_resolve_references()
-  other.seed = 7
-  run_folder.claim(workdir, other)
+  shutil.rmtree(folder / 'step_4')
+  os.rename(folder / 'step_6', folder / 'step_6.orbax-checkpoint-tmp')
+  config.seed = 7
+  run_folder.claim(workdir, config)
 
 
-def test_a_checkpoint_of_another_config_or_version_is_refused(
-  whole, tmp_path, monkeypatch
-):
+def test_a_checkpoint_of_another_config_is_refused(plain_copy):
   """Whatever config.json says, which anyone can change."""
-  config, workdir = _copy(whole, tmp_path)
-  other = config.copy_and_resolve_references()
-  other.optim.learning_rate = 0.5
-  files.write_json(workdir / 'config.json', other.to_dict())
+  config, workdir = plain_copy
+  config.optim.learning_rate = 0.5
+  files.write_json(workdir / 'config.json', config.to_dict())
   refusal(
-    lambda: loop.run(other, workdir),
-    'step 4 belongs to another run',
+    lambda: run_lib.run(config, workdir),
+    'step 6 belongs to another run',
     'config.optim.learning_rate is 0.01',
     '0.5',
   )
-  files.write_json(workdir / 'config.json', config.to_dict())
-  monkeypatch.setattr(checkpoint, 'VERSION', 2)
-  refusal(lambda: loop.run(config, workdir), 'version is 1, here it is 2')
+
+
+def _as_version(workdir, version):
+  """The checkpoints as another version of this code left them."""
+  for at in manifest.steps(workdir / 'checkpoints'):
+    folder = workdir / 'checkpoints' / f'step_{at}'
+    path = folder / 'identity' / 'metadata'
+    identity = json.loads(path.read_text())
+    del identity['version']
+    (folder / 'manifest.json').unlink()
+    if version is not None:
+      identity['version'] = version
+    path.write_text(json.dumps(identity))
+    if version is not None:
+      manifest.write(folder)
+
+
+@pytest.mark.parametrize('version', [None, 2])
+def test_a_checkpoint_of_another_version_is_named(
+  debug_config, plain_copy, tmp_path, version
+):
+  """By whoever reads one; nothing is called damaged, moved or written."""
+  config, workdir = plain_copy
+  _as_version(workdir, version)
+  config.optim.learning_rate = 0.5
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+  (workdir / 'translations' / 'valid.after.json').unlink()
+  debug_config.weights.warm_start = str(workdir)
+  word = 'has no version' if version is None else 'has version 2'
+  for call in (
+    lambda: run_lib.run(config, workdir),
+    lambda: run_lib.run(debug_config, tmp_path / 'warm'),
+    lambda: checkpoint.load_finetuned(workdir),
+    lambda: evaluate.translate_split(workdir, 'valid'),
+    lambda: export.to_hf(workdir, tmp_path / 'x', 'float32', False),
+  ):
+    refusal(call, workdir, f'step 6 {word}', 'reads version 1', '--workdir')
+  for path, time in before.items():
+    if path.is_file() and path.name != 'lock':
+      assert path.stat().st_mtime_ns == time, path
+
+
+def test_the_identity_passes_over_knobs_that_are_no_more(plain_copy, capsys):
+  config, workdir = plain_copy
+  for at in manifest.steps(workdir / 'checkpoints'):
+    folder = workdir / 'checkpoints' / f'step_{at}'
+    path = folder / 'identity' / 'metadata'
+    identity = json.loads(path.read_text())
+    identity['config'] |= {'data.buckets': [], 'data.of_old': 3}
+    del identity['config']['weights.warm_start']  # And over new ones.
+    path.write_text(json.dumps(identity))
+    manifest.write(folder)
+  run_lib.run(config, workdir)
+  assert 'at step 6' in capsys.readouterr().out

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mt.base import files
-from mt.train import checkpoint
 from mt.base import errors
+from mt.base import files
+from mt.base import run_folder
 from mt.export import __main__ as export
+from mt.train import checkpoint
 from mt.train import optimizer as optimizer_lib
 from mt.train import step
 from mt.weights import pretrained
-from mt.base import run_folder
 from tests.fixtures import flax_fixture
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture

@@ -1,35 +1,27 @@
 """Runs that meet numbers that are none, and the averages of EMA in runs."""
 
 import dataclasses
-import json
 import re
 
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from mt.train import checkpoint
+from mt.base import errors
 from mt.data import corpus
 from mt.data import splits
-from mt.base import errors
-from mt.train import loop
-from mt.gemma import loss
-from mt.train import step
 from mt.data import tokenizer
+from mt.gemma import loss
+from mt.train import checkpoint
+from mt.train import run as run_lib
+from mt.train import step
 from tests.fixtures.refusal import refusal
-
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
-
-def _metrics(workdir):
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return [json.loads(x) for x in lines]
+from tests.runs import folders
 
 
 def _refused(config, workdir):
   with pytest.raises(errors.UserError) as e:
-    loop.run(config, workdir)
+    run_lib.run(config, workdir)
   assert '\n' not in str(e.value)
   return str(e.value)
 
@@ -59,7 +51,7 @@ def test_steps_that_are_not_finite_end_a_run(
   assert ids and all(sources[i] in said for i in ids)
   assert 'step 3' in text and '3 steps in a row' in text
   assert 'train.max_skipped=3' in text and 'no checkpoint' in text
-  lines = [m for m in _metrics(tmp_path) if 'loss' in m]
+  lines = [m for m in folders.metrics(tmp_path) if 'loss' in m]
   assert [m['skipped'] for m in lines] == [1, 2, 3]
   assert all(m['loss'] is None for m in lines)
   assert 'NaN' not in (tmp_path / 'metrics.jsonl').read_text()
@@ -86,9 +78,7 @@ def test_a_state_of_no_finite_loss_is_not_saved(
   text = _refused(debug_config, tmp_path)
   assert 'step 4: the validation loss is nan' in text
   assert 'newest checkpoint is of step 2' in text
-  assert [p.name for p in (tmp_path / 'checkpoints').glob('step_*')] == [
-    'step_2'
-  ]
+  assert folders.steps(tmp_path) == [2]
 
 
 def test_weights_that_are_not_finite_are_not_saved(debug_config, tmp_path):
@@ -110,28 +100,23 @@ def test_weights_that_are_not_finite_are_not_saved(debug_config, tmp_path):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(checkpoint, 'save', save_two)
-    loop.run(debug_config, tmp_path)
-  with checkpoint.open_manager(tmp_path) as manager:
-    assert manager.latest_step() == 2
+    run_lib.run(debug_config, tmp_path)
+  assert folders.steps(tmp_path) == [2]
 
 
 def test_ema_is_saved_resumed_and_translates(debug_config, tmp_path):
   debug_config.optim.ema_decay = 0.9
   debug_config.train.max_steps = 4
-  loop.run(debug_config, tmp_path / 'whole')
+  run_lib.run(debug_config, tmp_path / 'whole')
   debug_config.train.max_steps = 2
-  loop.run(debug_config, tmp_path / 'cut')
+  run_lib.run(debug_config, tmp_path / 'cut')
   debug_config.train.max_steps = 4
-  loop.run(debug_config, tmp_path / 'cut')
-  losses = [
-    {m['step']: m['valid_loss'] for m in _metrics(d) if 'valid_loss' in m}[4]
-    for d in (tmp_path / 'whole', tmp_path / 'cut')
-  ]
-  assert losses[0] == losses[1]
+  run_lib.run(debug_config, tmp_path / 'cut')
+  assert (
+    folders.losses(tmp_path / 'whole')[4] == folders.losses(tmp_path / 'cut')[4]
+  )
   _, _, params = checkpoint.load_finetuned(tmp_path / 'cut')
-  with checkpoint.open_manager(tmp_path / 'whole') as manager:
-    args = {k: ocp.args.StandardRestore() for k in ('ema', 'trained')}
-    read = manager.restore(4, args=ocp.args.Composite(**args))
-  got = np.asarray(params['embedding'])
-  np.testing.assert_array_equal(got, read.ema['embedding'])
-  assert not np.array_equal(got, read.trained['embedding'])
+  ema = folders.arrays(tmp_path / 'whole', 4, 'ema')
+  np.testing.assert_array_equal(params['embedding'], ema['embedding'])
+  trained = folders.arrays(tmp_path / 'whole', 4)
+  assert not np.array_equal(params['embedding'], trained['embedding'])

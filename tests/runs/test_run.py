@@ -1,142 +1,133 @@
 """Whole runs of the debug model: what they leave, and what kills them."""
 
 import json
-import pathlib
 import re
 import signal
 import subprocess
 import sys
 import time
 
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from mt.train import checkpoint
-from mt.data import corpus
 from mt.base import errors
-from mt.evaluate import __main__ as evaluate
 from mt.base import journal
-from mt.train import loop
-from mt.train import manifest
-from mt.gemma import sizes
-from mt.train import step
-from mt.train import training
-from mt.train import validation
 from mt.base import run_folder
+from mt.data import corpus
+from mt.evaluate import cached
+from mt.gemma import model
+from mt.gemma import sizes
+from mt.train import checkpoint
+from mt.train import loop
+from mt.train import run as run_lib
+from mt.train import step
 from tests.fixtures.refusal import refusal
+from tests.runs import folders
+from tests.runs import small
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def _metrics(workdir):
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return [json.loads(x) for x in lines]
+ROOT = folders.ROOT
 
 
-def _timeless(workdir):
-  """Everything in metrics.jsonl but the speed."""
-  return [
-    {k: v for k, v in m.items() if k not in ('targets_per_s', 'data_wait_s')}
-    for m in _metrics(workdir)
-  ]
-
-
-def _parameters(workdir):
-  with checkpoint.open_manager(workdir) as manager:
-    args = ocp.args.Composite(trained=ocp.args.StandardRestore())
-    read = manager.restore(manager.latest_step(), args=args)
-    return {k: np.asarray(v) for k, v in read.trained.items()}
-
-
-def _assert_same_run(one, other):
-  assert _timeless(one) == _timeless(other)
-  a, b = _parameters(one), _parameters(other)
-  assert a.keys() == b.keys()
-  for name in a:
-    np.testing.assert_array_equal(a[name], b[name])
-  steps = [sorted((d / 'checkpoints').glob('step_*')) for d in (one, other)]
-  assert [p.name for p in steps[0]] == [p.name for p in steps[1]]
-  for name in ('scores.json', 'samples.txt', 'translations/valid.after.txt'):
-    assert (one / name).read_bytes() == (other / name).read_bytes()
-
-
-def test_a_run_leaves_everything(debug_config, tmp_path, capsys):
-  debug_config.eval.test = True
-  debug_config.eval.translate_every, debug_config.eval.chrf_pairs = 6, 2
-  debug_config.eval.minitrain_pairs = 4
-  loop.run(debug_config, tmp_path)
-  steps = [m['step'] for m in _metrics(tmp_path) if 'loss' in m]
-  assert steps == [1, 2, 3, 4, 5, 6]
-  validated = [m['step'] for m in _metrics(tmp_path) if 'valid_loss' in m]
-  assert validated == [0, 3, 6]
-  scores = json.loads((tmp_path / 'scores.json').read_text())
+def test_a_run_leaves_everything(finished):
+  config, folder, said = finished
+  lines = folders.metrics(folder)
+  assert [m['step'] for m in lines if 'loss' in m] == [1, 2, 3, 4, 5, 6]
+  validated = [m for m in lines if 'valid_loss' in m]
+  assert [m['step'] for m in validated] == [0, 3, 6]
+  assert all('minitrain_loss' in m for m in validated)
+  curve = {m['step']: m['valid_chrf'] for m in lines if 'valid_chrf' in m}
+  assert curve.keys() == {0, 6}
+  scores = folders.scores(folder)
   assert scores.keys() == {'valid', 'test'}
   for split in scores.values():
     assert split.keys() == {'before', 'after'}
     for s in split.values():
       assert s['sentences'] == 3
       assert s.keys() >= {'bleu', 'bleu_intl', 'chrf', 'chrf_signature'}
-  config = json.loads((tmp_path / 'config.json').read_text())
-  assert config['train']['max_steps'] == 6
-  environment = json.loads((tmp_path / 'environment.json').read_text())
+      assert s['noise']['emoji'].keys() == {'sentences', 'chrf'}
+  assert run_folder.read_config(folder).to_dict() == config.to_dict()
+  environment = json.loads((folder / 'environment.json').read_text())
   assert environment['packages']['jax']
-  assert scores['valid']['after']['noise']['emoji'].keys() == {
-    'sentences',
-    'chrf',
-  }
-  curve = [m['step'] for m in _metrics(tmp_path) if 'valid_chrf' in m]
-  assert curve == [0, 6]
-  assert all(
-    'minitrain_loss' in m for m in _metrics(tmp_path) if 'valid_loss' in m
-  )
-  page = (tmp_path / 'report.html').read_text('utf-8')
+  page = (folder / 'report.html').read_text('utf-8')
   assert 'step 6 of 6, done' in page and 'Sentences: test' in page
-  (events,) = (tmp_path / 'tensorboard').iterdir()
+  assert 'key2">● minitrain' in page
+  (events,) = (folder / 'tensorboard').iterdir()
   for name in (b'valid_chrf', b'minitrain_loss'):
     assert name in events.read_bytes()
-  assert 'key2">● minitrain' in page
+  for word in ('best: step 6 of 6', ', minitrain ', 'valid chrf', 'before '):
+    assert word in said
+  assert f', chrF {curve[6]:.2f}, ' in said
+  assert ' dropped (more than' in said
+
+
+def test_the_same_command_again_shows_the_scores(finished_copy, capsys):
+  config, folder = finished_copy
+  before = (folder / 'metrics.jsonl').read_bytes()
+  run_lib.run(config, folder)
+  assert (folder / 'metrics.jsonl').read_bytes() == before
   out = capsys.readouterr().out
-  assert 'best: step 6 of 6' in out and ', minitrain ' in out
-  assert f', chrF {_metrics(tmp_path)[-1]["valid_chrf"]:.2f}, ' in out
-  assert 'valid chrf' in out and 'source ' in out and 'before ' in out
-  assert '3 dropped' in out or ' dropped (more than' in out
-
-  # The same command again: nothing is trained, the scores are shown again.
-  before = (tmp_path / 'metrics.jsonl').read_bytes()
-  loop.run(debug_config, tmp_path)
-  assert (tmp_path / 'metrics.jsonl').read_bytes() == before
-  assert 'valid chrf' in capsys.readouterr().out
+  assert 'valid chrf' in out and 'step 6/6' not in out
 
 
-def test_the_curve_of_chrf_is_of_the_first_pairs(debug_config, tmp_path):
-  debug_config.eval.chrf_pairs = debug_config.eval.translate_pairs = 3
-  debug_config.eval.translate_every = debug_config.train.max_steps = 1
-  loop.run(debug_config, tmp_path / 'on')
-  scores = json.loads((tmp_path / 'on' / 'scores.json').read_text())['valid']
-  assert [
-    m['valid_chrf'] for m in _metrics(tmp_path / 'on') if 'valid_chrf' in m
-  ] == [
-    scores['before']['chrf'],
-    scores['after']['chrf'],
-  ]
-  debug_config.eval.translate_every = debug_config.eval.chrf_pairs = 0
-  loop.run(debug_config, tmp_path / 'off')
-  assert not any('valid_chrf' in m for m in _metrics(tmp_path / 'off'))
+def test_the_curve_of_chrf_is_of_the_first_pairs(finished, plain, monkeypatch):
+  """Of as many as are scored at the end, it is the same number."""
+  _, folder, _ = finished
+  before = (folder / 'translations/valid.before.txt').read_text().splitlines()
+  seen = []
+
+  def score(texts, references):
+    seen.append((texts, references))
+    return {'chrf': 5.0}
+
+  monkeypatch.setattr(loop.scores, 'score', score)
+  pairs = corpus.read_splits(finished[0].data, ['valid'])['valid'][0].read()
+  run = _Stub(finished[0], folder, pairs[:3])
+  assert loop.valid_chrf(run, _Stub.State(0)) == 5.0
+  run.config.eval.chrf_pairs = 0
+  loop.valid_chrf(run, _Stub.State(0))
+  assert [len(texts) for texts, _ in seen] == [2, 3]
+  assert seen[1][0] == before and seen[0][0] == before[:2]
+  assert seen[1][1] == [p.target for p in pairs[:3]]
+  assert not any('valid_chrf' in m for m in folders.metrics(plain[1]))
 
 
-def test_the_page_is_there_before_the_end(debug_config, tmp_path, monkeypatch):
-  def stop(*_):
-    raise KeyboardInterrupt
+class _Stub:
+  """Of a run, what valid_chrf reads at step 0."""
 
-  monkeypatch.setattr(training, 'train', stop)
-  with pytest.raises(KeyboardInterrupt):
-    loop.run(debug_config, tmp_path)
-  assert 'step 0 of 6, running' in (tmp_path / 'report.html').read_text('utf-8')
+  class State:
+    def __init__(self, at):
+      self.step = at
+
+  def __init__(self, config, folder, pairs):
+    self.config = config.copy_and_resolve_references()
+    self.folder = folder
+    self.data = type('Data', (), {'scored': {'valid': pairs}})
+
+  def translations(self, split, name):
+    return self.folder / 'translations' / f'{split}.{name}.txt'
+
+
+def _spy_steps(monkeypatch, see):
+  """`see(state)` before each step."""
+  real_make = step.make_train_step
+
+  def make_train_step(*args, **kwargs):
+    train_step = real_make(*args, **kwargs)
+
+    def wrapped(state, batch):
+      see(state)
+      return train_step(state, batch)
+
+    wrapped.lower = train_step.lower
+    return wrapped
+
+  monkeypatch.setattr(step, 'make_train_step', make_train_step)
 
 
 def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
-  """Evaluate, save, step, log; a step is logged once the next is under way."""
+  """Evaluate, save, step, log; a step is logged once the next is under way.
+
+  And the page is there before the first step.
+  """
   events = []
 
   def spy(module, name, label):
@@ -150,10 +141,10 @@ def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
     monkeypatch.setattr(module, name, wrapped)
 
   spy(
-    validation,
-    'validate',
-    lambda run, fn, state, translating: (
-      f'validate {state.step}{" in words" * translating}'
+    loop,
+    'evaluate',
+    lambda run, state, translate: (
+      f'evaluate {state.step}{" in words" * translate}'
     ),
   )
   spy(checkpoint, 'save', lambda m, state, *_: f'save {state.step}')
@@ -162,84 +153,114 @@ def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
     'add_metrics',
     lambda path, line: f'log {line["step"]}' if 'loss' in line else None,
   )
-  real_make = step.make_train_step
 
-  def make_train_step(*args, **kwargs):
-    train_step = real_make(*args, **kwargs)
+  def see(state):
+    events.append(f'step {int(state.step) + 1}')
+    if events == ['evaluate 0 in words', 'step 1']:
+      page = (tmp_path / 'report.html').read_text('utf-8')
+      assert 'step 0 of 5, running' in page
 
-    def wrapped(state, batch):
-      events.append(f'step {int(state.step) + 1}')
-      return train_step(state, batch)
-
-    wrapped.lower = train_step.lower
-    return wrapped
-
-  monkeypatch.setattr(step, 'make_train_step', make_train_step)
+  _spy_steps(monkeypatch, see)
   debug_config.train.max_steps = 5
   debug_config.eval.every, debug_config.checkpoint.every = 3, 4
   debug_config.eval.translate_every = 2
-  loop.run(debug_config, tmp_path)
+  run_lib.run(debug_config, tmp_path)
   assert ', '.join(events) == (
-    'validate 0 in words, step 1, step 2, log 1, log 2, validate 2 in words, '
-    'save 2, step 3, log 3, validate 3, step 4, log 4, validate 4 in words, '
-    'save 4, step 5, log 5, validate 5 in words, save 5'
+    'evaluate 0 in words, step 1, step 2, log 1, log 2, evaluate 2 in words, '
+    'save 2, step 3, log 3, evaluate 3, step 4, log 4, evaluate 4 in words, '
+    'save 4, step 5, log 5, evaluate 5 in words, save 5'
   )
   events.clear()
   debug_config.eval.translate_every = 0
-  loop.run(debug_config, tmp_path / 'off')
+  run_lib.run(debug_config, tmp_path / 'off')
   assert ', '.join(events) == (
-    'validate 0, step 1, step 2, log 1, step 3, log 2, log 3, validate 3, '
-    'step 4, log 4, save 4, step 5, log 5, validate 5, save 5'
+    'evaluate 0, step 1, step 2, log 1, step 3, log 2, log 3, evaluate 3, '
+    'step 4, log 4, save 4, step 5, log 5, evaluate 5, save 5'
   )
 
 
-@pytest.mark.parametrize(
-  'parts, packing, stop',
-  [
-    pytest.param('all', True, 5, marks=pytest.mark.heavy),
-    ('lora', False, 3),
-    pytest.param('blocks', True, 1, marks=pytest.mark.heavy),
-  ],
-)
-def test_an_interrupted_run_goes_on_bit_for_bit(
-  debug_config, tmp_path, monkeypatch, parts, packing, stop
-):
-  debug_config.train.parts = parts
-  debug_config.data.packing = packing
-  loop.run(debug_config, tmp_path / 'whole')
+def test_what_is_due():
+  """At 6 of 12 steps, each thing alone; at the end all; at a resume nothing."""
+  config = small.get_config()
+  config.train.max_steps = 12
+  config.eval.every, config.checkpoint.every = 4, 5
+  config.eval.translate_every = 6
+
+  def due(at, first=0, asked=0):
+    found = loop.schedule(config, at, first, asked)
+    names = [k for k in ('evaluate', 'translate', 'save') if getattr(found, k)]
+    return ' '.join(names), found.leave
+
+  assert due(0) == ('evaluate translate', 0)
+  assert due(0, asked=15) == ('evaluate translate', 15)
+  assert due(1) == due(3) == ('', 0)
+  assert due(1, asked=15) == ('save', 15)
+  assert due(4) == ('evaluate', 0)
+  assert due(5) == ('save', 0)
+  assert due(6) == ('evaluate translate save', 0)
+  assert due(6, first=6) == ('', 0)
+  assert due(6, first=6, asked=2) == ('', 2)
+  assert due(12, asked=15) == ('evaluate translate save', 0)
+  assert due(12, first=12) == ('', 0)
+  config.eval.translate_every = 0
+  assert due(6) == ('', 0)
+  assert due(12) == ('evaluate save', 0)
+
+
+def _die_after(monkeypatch, at):
+  """KeyboardInterrupt once the loss of step `at` is logged."""
   real = journal.add_metrics
 
   def add_then_die(path, line):
     real(path, line)
-    if line['step'] == stop and 'loss' in line:
+    if line['step'] == at and 'loss' in line:
       raise KeyboardInterrupt
 
   monkeypatch.setattr(journal, 'add_metrics', add_then_die)
-  with pytest.raises(KeyboardInterrupt):
-    loop.run(debug_config, tmp_path / 'cut')
-  monkeypatch.setattr(journal, 'add_metrics', real)
-  loop.run(debug_config, tmp_path / 'cut')
-  _assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
+
+
+def _interrupted(config, folder, at):
+  """A run that dies after a step and is started again."""
+  with pytest.MonkeyPatch.context() as patch:
+    _die_after(patch, at)
+    with pytest.raises(KeyboardInterrupt):
+      run_lib.run(config, folder)
+  run_lib.run(config, folder)
+
+
+@pytest.mark.parametrize('stop', [5, pytest.param(1, marks=pytest.mark.heavy)])
+def test_an_interrupted_run_goes_on_bit_for_bit(finished, tmp_path, stop):
+  config, whole, _ = finished
+  _interrupted(config, tmp_path, stop)
+  folders.assert_same_run(whole, tmp_path)
+
+
+def test_so_does_one_of_lora_without_packing(debug_config, tmp_path):
+  debug_config.train.parts, debug_config.data.packing = 'lora', False
+  debug_config.train.max_steps, debug_config.eval.translate_pairs = 4, 1
+  run_lib.run(debug_config, tmp_path / 'whole')
+  _interrupted(debug_config, tmp_path / 'cut', 3)
+  folders.assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
 
 
 def _command(workdir, *flags):
   return [
     sys.executable,
     str(ROOT / 'train.py'),
-    f'--config={ROOT}/configs/debug.py',
+    f'--config={ROOT}/tests/runs/small.py',
     f'--workdir={workdir}',
     *flags,
   ]
 
 
-def _stop_at(workdir, flags, step, sent):
-  """Starts the command, sends a signal once `step` is logged; its exit code."""
+def _stop_at(workdir, flags, at, sent):
+  """Starts the command, sends a signal once a step is logged; its exit code."""
   process = subprocess.Popen(
     _command(workdir, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
   )
   deadline = time.monotonic() + 120
   path = workdir / 'metrics.jsonl'
-  while not (path.exists() and f'"step": {step},' in path.read_text()):
+  while not (path.exists() and f'"step": {at},' in path.read_text()):
     assert time.monotonic() < deadline
     assert process.poll() is None, process.stderr.read()
     time.sleep(0.005)
@@ -247,52 +268,61 @@ def _stop_at(workdir, flags, step, sent):
   return process.wait(), process.stderr.read().decode()
 
 
-def test_killed_twice_and_the_same_command_again(tmp_path):
-  flags = ('--config.data.length=128', '--config.eval.translate_pairs=2')
-  whole, cut = tmp_path / 'whole', tmp_path / 'cut'
-  subprocess.run(_command(whole, *flags), check=True, capture_output=True)
+def test_killed_twice_and_the_same_command_again(debug_config, tmp_path):
+  """A process of its own each time, and the end of one that ran here."""
+  debug_config.train.max_steps = 20
+  run_lib.run(debug_config, tmp_path / 'whole')
+  cut, flags = tmp_path / 'cut', ('--config.train.max_steps=20',)
   code, text = _stop_at(cut, flags, 3, signal.SIGINT)
   assert code == 130 and text.count('\n') == 1 and 'interrupted' in text
   at = int(re.search(r'at step (\d+), which is saved', text)[1])
-  assert at == manifest.steps(cut / 'checkpoints')[-1]
-  code, _ = _stop_at(cut, flags, 7, signal.SIGKILL)
+  assert at == folders.steps(cut)[-1]
+  code, _ = _stop_at(cut, flags, max(7, at + 1), signal.SIGKILL)
   assert code == -signal.SIGKILL
   done = subprocess.run(
     _command(cut, *flags), check=True, capture_output=True, text=True
   )
   assert 'resumed' in done.stdout
-  _assert_same_run(whole, cut)
+  folders.assert_same_run(tmp_path / 'whole', cut)
 
 
-def test_more_steps_go_on_from_the_last(debug_config, tmp_path):
-  debug_config.train.max_steps = 2
-  loop.run(debug_config, tmp_path)
-  debug_config.train.max_steps = 4
-  loop.run(debug_config, tmp_path)
-  assert [m['step'] for m in _metrics(tmp_path) if 'loss' in m] == [1, 2, 3, 4]
+def test_a_first_short_try_simply_runs(debug_config, tmp_path, capsys):
+  """What has no effect is a note: warm-up, pairs for chrF, patience."""
+  debug_config.train.max_steps, debug_config.optim.warmup_steps = 1, 10
+  debug_config.eval.chrf_pairs, debug_config.eval.patience = 2, 4
+  run_lib.run(debug_config, tmp_path)
+  assert capsys.readouterr().out.count('note: ') == 3
+  assert folders.steps(tmp_path) == [1]
 
 
-def test_translate_reads_the_last_checkpoint(debug_config, tmp_path):
-  loop.run(debug_config, tmp_path)
-  source = (tmp_path / 'translations' / 'valid.source.txt').read_text('utf-8')
+def test_more_steps_go_on_from_the_last(plain_copy):
+  config, folder = plain_copy
+  config.train.max_steps = 8
+  run_lib.run(config, folder)
+  lines = folders.metrics(folder)
+  assert [m['step'] for m in lines if 'loss' in m] == list(range(1, 9))
+  assert folders.scores(folder)['valid']['after']['step'] == 8
+
+
+def test_translate_reads_the_last_checkpoint(plain):
+  _, folder, _ = plain
+  source = (folder / 'translations' / 'valid.source.txt').read_text('utf-8')
   done = subprocess.run(
-    [sys.executable, '-m', 'mt.translate', f'--workdir={tmp_path}'],
+    [sys.executable, '-m', 'mt.translate', f'--workdir={folder}'],
     input=source.encode(),
     cwd=ROOT,
     capture_output=True,
   )
   assert done.returncode == 0, done.stderr.decode()
-  after = (tmp_path / 'translations' / 'valid.after.txt').read_bytes()
+  after = (folder / 'translations' / 'valid.after.txt').read_bytes()
   assert done.stdout == after
 
 
 @pytest.mark.parametrize(
   'flag, words',
   [
-    ('--config.optm.lr=1', ('optm', 'optim.{', 'learning_rate')),
     ('--config.optim.learning_rat=1', ('did you mean optim.learning_rate',)),
     ('--config.train.max_steps=1.5', ('train.max_steps', "'1.5'")),
-    ('--config.train.max_steps=0', ('train.max_steps is 0', '1 or more')),
     ('--config.data.source=/nowhere', ('/nowhere', 'data.source')),
     ('--confg=x', ('confg', 'config')),
     ('rest', ("'rest'",)),
@@ -308,52 +338,39 @@ def test_bad_flags_end_in_one_line(tmp_path, flag, words):
     assert word in done.stderr
 
 
-def _refused(config, workdir):
-  with pytest.raises(errors.UserError) as e:
-    loop.run(config, workdir)
-  assert '\n' not in str(e.value)
-  return str(e.value)
-
-
-def test_a_folder_of_another_run_is_refused(debug_config, tmp_path):
-  debug_config.train.max_steps = 1
-  loop.run(debug_config, tmp_path)
-  debug_config.optim.learning_rate = 0.5
-  text = _refused(debug_config, tmp_path)
-  assert 'optim.learning_rate=0.01' in text and '0.5' in text
+def test_a_folder_of_another_run_is_refused(finished_copy):
+  config, folder = finished_copy
+  config.optim.learning_rate = 0.5
+  refusal(
+    lambda: run_lib.run(config, folder), folder, 'learning_rate=0.01', '0.5'
+  )
 
 
 def test_a_start_that_failed_claims_nothing(debug_config, tmp_path):
   debug_config.data.length = 8  # Nothing fits.
-  assert 'data.length' in _refused(debug_config, tmp_path)
+  refusal(lambda: run_lib.run(debug_config, tmp_path), 'data.length')
   assert (tmp_path / 'tokenizer.model').exists()
   debug_config.data.length = 128
-  debug_config.train.max_steps = 1
-  loop.run(debug_config, tmp_path)
-  assert (tmp_path / 'scores.json').exists()
+  run_folder.claim(tmp_path, debug_config)
+  assert not (tmp_path / 'tokenizer.model').exists()
 
 
-def test_a_checkpoint_of_another_model_is_refused(
-  debug_config, tmp_path, monkeypatch
-):
-  debug_config.train.max_steps = 1
-  loop.run(debug_config, tmp_path)
+def test_a_checkpoint_of_another_model_is_refused(plain_copy, monkeypatch):
   # The same name, other weights: only the fingerprint tells them apart.
-  import jax
-
-  from mt.gemma import model
-
-  real = model.init_params
-  monkeypatch.setattr(
-    model, 'init_params', lambda cfg, key: real(cfg, jax.random.key(99))
-  )
-  assert 'fingerprint' in _refused(debug_config, tmp_path)
-  monkeypatch.undo()
   import dataclasses
 
+  import jax
+
+  config, folder = plain_copy
+  real = model.init_params
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      model, 'init_params', lambda cfg, key: real(cfg, jax.random.key(99))
+    )
+    refusal(lambda: run_lib.run(config, folder), folder, 'fingerprint')
   other = dataclasses.replace(sizes.SIZES['debug'], num_layers=2)
   monkeypatch.setitem(sizes.SIZES, 'debug', other)
-  assert 'num_layers' in _refused(debug_config, tmp_path)
+  refusal(lambda: run_lib.run(config, folder), folder, 'num_layers')
 
 
 def test_other_data_is_refused(debug_config, tmp_path):
@@ -365,12 +382,11 @@ def test_other_data_is_refused(debug_config, tmp_path):
     lines = text.splitlines(keepends=True)[:n]
     (data / name).write_text(''.join(lines), encoding='utf-8')
   debug_config.data.source = str(data)
-  debug_config.train.max_steps = 2
-  loop.run(debug_config, tmp_path / 'w')
+  debug_config.train.max_steps = 1
+  run_lib.run(debug_config, tmp_path / 'w')
   path = data / 'train' / 'train.en-fr.tsv'
   path.write_text(path.read_text('utf-8').upper(), encoding='utf-8')
-  debug_config.train.max_steps = 4
-  assert 'data' in _refused(debug_config, tmp_path / 'w')
+  refusal(lambda: run_lib.run(debug_config, tmp_path / 'w'), 'its data is')
 
 
 @pytest.mark.parametrize(
@@ -389,52 +405,99 @@ def test_bad_data_is_one_sentence(debug_config, tmp_path, content, words):
       path = tmp_path / split / f'{split}.en-fr.tsv'
       path.write_text(content, encoding='utf-8')
   debug_config.data.source = str(tmp_path)
-  text = _refused(debug_config, tmp_path / 'w')
+  with pytest.raises(errors.UserError) as e:
+    run_lib.run(debug_config, tmp_path / 'w')
   for word in words:
-    assert word in text
+    assert word in str(e.value)
 
 
 def test_a_workdir_that_cannot_be_written(debug_config, tmp_path):
   (tmp_path / 'file').write_text('')
-  assert '--workdir' in _refused(debug_config, tmp_path / 'file' / 'w')
-
-
-def test_translate_without_a_run(tmp_path):
-  done = subprocess.run(
-    [sys.executable, '-m', 'mt.translate', f'--workdir={tmp_path}'],
-    input=b'Hi\n',
-    cwd=ROOT,
-    capture_output=True,
+  refusal(
+    lambda: run_lib.run(debug_config, tmp_path / 'file' / 'w'), '--workdir'
   )
-  assert done.returncode == 2
-  assert done.stderr.decode().count('\n') == 1
-  assert b'config.json' in done.stderr
 
 
 def test_remembered_translations_are_of_one_pair_of_languages(
   debug_config, tmp_path, monkeypatch
 ):
   """The same English may have to become German, with the same template."""
-  keys = []
-  monkeypatch.setattr(
-    evaluate, 'remember', lambda key, make: keys.append(key) or make()
-  )
-  debug_config.train.max_steps = 1
+
+  class Seen(Exception):
+    """All that this test needs."""
+
+  def see(key, make):
+    raise Seen(repr(key))
+
+  monkeypatch.setattr(cached, 'cached', see)
   texts = tmp_path / 'x.tsv'
   sample = (corpus.SAMPLE / 'train' / 'train.en-fr.tsv').read_text('utf-8')
   texts.write_text('\n'.join(sample.split('\n')[:30]), 'utf-8')
   debug_config.data.source = debug_config.data.valid = str(texts)
+  keys = []
   for pair in ('en-fr', 'en-de'):
     debug_config.data.pair = pair
-    loop.run(debug_config, tmp_path / pair)
-  assert len(keys) == 2 and keys[0] != keys[1]
+    with pytest.raises(Seen) as e:
+      run_lib.run(debug_config, tmp_path / pair)
+    keys.append(str(e.value))
+  assert keys[0] != keys[1]
 
 
-def test_a_run_goes_on_with_other_workers(debug_config, tmp_path):
-  """Which the sentence about a worker that was killed advises."""
-  run_folder.claim(tmp_path, debug_config)
-  (tmp_path / 'checkpoints' / 'step_1').mkdir(parents=True)
-  debug_config.data.workers, debug_config.data.max_bad_fraction = 2, 0.5
+# Run folders of older versions, and what a resume may change.
+
+
+def _started(folder, config):
+  """As if a run had got to its first checkpoint."""
+  run_folder.claim(folder, config)
+  (folder / 'checkpoints' / 'step_1').mkdir(parents=True)
+
+
+def test_what_a_resume_may_change(debug_config, tmp_path):
+  _started(tmp_path, debug_config)
+  debug_config.data.max_bad_fraction, debug_config.train.max_skipped = 0.5, 3
   run_folder.claim(tmp_path, debug_config)
   debug_config.data.length += 1
   refusal(lambda: run_folder.claim(tmp_path, debug_config), 'data.length')
+
+
+def test_what_is_compared_by_chrf_stays_the_same(debug_config, tmp_path):
+  config = debug_config
+  config.eval.translate_every = 2
+  _started(tmp_path, config)
+
+  def again(**values):
+    config.update_from_flattened_dict(
+      {k.replace('_', '.', 1): v for k, v in values.items()}
+    )
+    run_folder.claim(tmp_path, config)
+
+  again(eval_patience=3, eval_every=7, decode_batch_size=2)
+  refusal(lambda: again(eval_chrf_pairs=1), tmp_path, 'eval.chrf_pairs=0')
+  config.eval.chrf_pairs = 0
+  refusal(lambda: again(decode_beam=2), tmp_path, 'decode.beam=1')
+  config.decode.beam = 1
+  # Where there is nothing to compare they may change.
+  again(eval_translate_every=0)
+  again(eval_chrf_pairs=1, decode_beam=2)
+
+
+def _with_old_knobs(folder, **knobs):
+  path = folder / 'config.json'
+  config = json.loads(path.read_text())
+  config['data'] |= {'workers': 2, 'max_wait': 9.0, 'buckets': []}
+  config['eval']['minitrain_pairs'] = 0
+  config['data'] |= knobs
+  path.write_text(json.dumps(config))
+
+
+def test_knobs_that_are_no_more_are_passed_over(debug_config, tmp_path):
+  _started(tmp_path, debug_config)
+  _with_old_knobs(tmp_path)
+  # 0 meant none in those days.
+  assert run_folder.read_config(tmp_path) == debug_config
+  run_folder.claim(tmp_path, debug_config)
+  _with_old_knobs(tmp_path, buckets=[32, 64])
+  assert run_folder.read_config(tmp_path) == debug_config
+  refusal(
+    lambda: run_folder.claim(tmp_path, debug_config), tmp_path, '(32, 64)'
+  )

@@ -15,20 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mt.gemma import attention
-from mt.translate import decode
+from mt.data import tokenizer
 from mt.export import __main__ as export
+from mt.gemma import attention
 from mt.gemma import model
 from mt.translate import batching
+from mt.translate import decode
 from mt.translate import search
-from mt.data import tokenizer
+from mt.weights import hf
 from mt.weights import hf_tokenizer
 from mt.weights import pretrained
-from mt.weights import hf
+from tests.data import test_tokenizer
 from tests.fixtures import gguf_fixture
 from tests.fixtures import nasty
 from tests.runs import test_export
-from tests.data import test_tokenizer
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _PYTHON = _ROOT / '.venv-transformers' / 'bin' / 'python'

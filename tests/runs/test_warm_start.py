@@ -1,29 +1,23 @@
 """A run that begins with another's weights: those, and nothing else."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 
 from mt.train import checkpoint
-from mt.train import loop
-from mt.train import step
+from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
-
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+from tests.runs import folders
 
 
 def _first_loss(workdir):
-  line = (workdir / 'metrics.jsonl').read_text().splitlines()[0]
-  return json.loads(line)['valid_loss']
+  return folders.losses(workdir)[0]
 
 
 def _quick(config):
-  config.train.max_steps, config.checkpoint.every = 4, 2
-  config.eval.every = 2
-  config.eval.chrf_pairs = config.eval.translate_every = 0
-  config.eval.patience, config.eval.translate_pairs = 0, 1
+  config.train.max_steps, config.eval.every = 4, 2
+  config.eval.translate_pairs = 1
 
 
 @pytest.mark.parametrize(
@@ -34,58 +28,38 @@ def test_the_weights_and_nothing_else(debug_config, tmp_path, capsys, parts):
   debug_config.train.parts = parts
   debug_config.optim.ema_decay = 0.5 if parts == 'lora' else 0.0
   first = tmp_path / 'first'
-  loop.run(debug_config, first)
-  losses = {
-    x['step']: x['valid_loss']
-    for x in map(json.loads, (first / 'metrics.jsonl').read_text().splitlines())
-    if 'valid_loss' in x
-  }
+  run_lib.run(debug_config, first)
+  losses = folders.losses(first)
   warm = debug_config.copy_and_resolve_references()
   warm.weights.warm_start = f'{first}@2'
   warm.optim.learning_rate, warm.optim.name = 1e-3, 'sgd'
   warm.optim.ema_decay = 0.9
-  made = []
-  real, step.make_train_step = step.make_train_step, None
-
-  def spy(*args, **kwargs):
-    train_step = real(*args, **kwargs)
-
-    def wrapped(state, batch):
-      made.append(int(state.step))
-      return train_step(state, batch)
-
-    wrapped.lower = train_step.lower
-    return wrapped
-
-  step.make_train_step = spy
-  try:
-    loop.run(warm, tmp_path / 'warm')
-  finally:
-    step.make_train_step = real
-  assert made == [0, 1, 2, 3]
+  run_lib.run(warm, tmp_path / 'warm')
+  lines = folders.metrics(tmp_path / 'warm')
+  assert [m['step'] for m in lines if 'loss' in m] == [1, 2, 3, 4]
   assert 'warm start' in capsys.readouterr().out
   assert _first_loss(tmp_path / 'warm') == losses[2]
   # The same again finds its own checkpoint, and that of another is refused.
-  loop.run(warm, tmp_path / 'warm')
+  run_lib.run(warm, tmp_path / 'warm')
   warm.weights.warm_start = str(first)
-  refusal(lambda: loop.run(warm, tmp_path / 'warm'), 'weights.warm_start')
+  refusal(lambda: run_lib.run(warm, tmp_path / 'warm'), 'weights.warm_start')
   warm.optim.ema_decay = 0.0
-  loop.run(warm, tmp_path / 'last')
+  run_lib.run(warm, tmp_path / 'last')
   assert _first_loss(tmp_path / 'last') == losses[4]
   old = checkpoint.load_trained(first)[2]
   new = checkpoint.load_trained(tmp_path / 'last')[2]
   assert any((np.asarray(old[k]) != np.asarray(new[k])).any() for k in old)
   # The other run trains on: these are no longer the weights it began with.
   debug_config.train.max_steps = 6
-  loop.run(debug_config, first)
-  refusal(lambda: loop.run(warm, tmp_path / 'last'), 'its warm_start is')
+  run_lib.run(debug_config, first)
+  refusal(lambda: run_lib.run(warm, tmp_path / 'last'), 'its warm_start is')
 
 
 def test_what_cannot_be_begun_with_is_one_sentence(debug_config, tmp_path):
   _quick(debug_config)
   first = tmp_path / 'first'
-  debug_config.train.parts = 'lora'
-  loop.run(debug_config, first)
+  debug_config.train.parts, debug_config.train.max_steps = 'lora', 1
+  run_lib.run(debug_config, first)
   warm = debug_config.copy_and_resolve_references()
 
   def refused(*words, **knobs):
@@ -94,7 +68,7 @@ def test_what_cannot_be_begun_with_is_one_sentence(debug_config, tmp_path):
       {k.replace('__', '.'): v for k, v in knobs.items()}
     )
     shutil.rmtree(tmp_path / 'w', ignore_errors=True)
-    refusal(lambda: loop.run(config, tmp_path / 'w'), *words)
+    refusal(lambda: run_lib.run(config, tmp_path / 'w'), *words)
 
   refused('nowhere', weights__warm_start=str(tmp_path / 'nowhere'))
   warm.weights.warm_start = str(first)

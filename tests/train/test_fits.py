@@ -5,9 +5,8 @@ import pytest
 from mt.data import splits
 from mt.gemma import sharding
 from mt.gemma import sizes
-from mt.train import loop
-from mt.train import memory
 from mt.train import plan
+from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
 
 
@@ -15,28 +14,28 @@ from tests.fixtures.refusal import refusal
   'parts, remat, name', [('all', 'none', 'adamw'), ('lora', 'full', 'sgd')]
 )
 def test_it_is_less_than_a_compiled_step_takes(
-  debug_config, quick_compilation, parts, remat, name
+  debug_config, parts, remat, name
 ):
   debug_config.train.parts, debug_config.train.remat = parts, remat
   debug_config.optim.name = name
   whole = plan.make_plan(debug_config).total
-  least = memory.needed(sizes.SIZES['debug'], debug_config, None)
+  least = plan.needed(sizes.SIZES['debug'], debug_config, None)
   assert 0.2 * whole < least <= whole
 
 
 def test_what_there_is(tmp_path):
-  plain = memory.available(tmp_path)
+  plain = plan.available(tmp_path)
   assert plain > 0
   (tmp_path / 'memory.max').write_text('max\n')
   (tmp_path / 'memory.current').write_text('5\n')
-  assert memory.available(tmp_path) > 1000
+  assert plan.available(tmp_path) > 1000
   (tmp_path / 'memory.current').write_text('805\n')
   (tmp_path / 'memory.max').write_text('8805\n')
-  assert memory.available(tmp_path) == 1000  # Of each of eight devices.
+  assert plan.available(tmp_path) == 1000  # Of each of eight devices.
   (tmp_path / 'memory').mkdir()
   (tmp_path / 'memory' / 'memory.limit_in_bytes').write_text('4000\n')
   (tmp_path / 'memory' / 'memory.usage_in_bytes').write_text('0\n')
-  assert memory.available(tmp_path) == 500
+  assert plan.available(tmp_path) == 500
 
 
 def test_what_cannot_fit_is_refused_with_what_would_help(
@@ -44,16 +43,16 @@ def test_what_cannot_fit_is_refused_with_what_would_help(
 ):
   read = []
   monkeypatch.setattr(splits, 'read', lambda *args: read.append(args))
-  monkeypatch.setattr(memory, 'available', lambda: 10_000_000)
+  monkeypatch.setattr(plan, 'available', lambda: 10_000_000)
   debug_config.train.batch_size = 64
   cfg = sizes.SIZES['debug']
-  need = memory.needed(cfg, debug_config, None)
+  need = plan.needed(cfg, debug_config, None)
   assert need > 10_000_000
   debug_config.train.micro_batches = 64
-  less = memory.needed(cfg, debug_config, None)
+  less = plan.needed(cfg, debug_config, None)
   debug_config.train.micro_batches = 1
   refusal(
-    lambda: loop.run(debug_config, tmp_path),
+    lambda: run_lib.run(debug_config, tmp_path),
     f'needs {need / 1e9:.1f} GB',
     f'train.micro_batches=64 (saves {(need - less) / 1e9:.1f} GB)',
     'train.remat=full (saves',
@@ -67,9 +66,9 @@ def test_a_device_holds_the_activations_of_its_own_rows(debug_config):
 
   def of_rows(mesh):
     debug_config.train.batch_size = 16
-    twice = memory.needed(cfg, debug_config, mesh)
+    twice = plan.needed(cfg, debug_config, mesh)
     debug_config.train.batch_size = 8
-    return twice - memory.needed(cfg, debug_config, mesh)
+    return twice - plan.needed(cfg, debug_config, mesh)
 
   debug_config.mesh.data, debug_config.mesh.fsdp = 2, 4
   assert of_rows(sharding.make_mesh(debug_config.mesh)) * 8 == of_rows(None)
@@ -79,7 +78,7 @@ def test_each_way_saves(debug_config):
   debug_config.train.batch_size = 8
   debug_config.train.parts = 'all'
   cfg = sizes.SIZES['debug']
-  need = memory.needed(cfg, debug_config, None)
+  need = plan.needed(cfg, debug_config, None)
   for knob, value in (
     ('train.micro_batches', 8),
     ('train.remat', 'full'),
@@ -88,4 +87,4 @@ def test_each_way_saves(debug_config):
   ):
     other = debug_config.copy_and_resolve_references()
     other.update_from_flattened_dict({knob: value})
-    assert memory.needed(cfg, other, None) < need, knob
+    assert plan.needed(cfg, other, None) < need, knob

@@ -17,7 +17,7 @@ import pytest
 from configs import debug
 from configs import default
 from mt.base import errors
-from mt.train import loop
+from mt.train import run as run_lib
 from mt.translate import __main__ as terminal
 from mt.translate import search as search_lib
 from mt.translate import translator
@@ -224,7 +224,7 @@ def workdir(tmp_path_factory, quick_compilation):
   config.decode.max_ratio = 0.02
   config.checkpoint.every = 1
   folder = tmp_path_factory.mktemp('run')
-  loop.run(config, folder)
+  run_lib.run(config, folder)
   return folder
 
 

@@ -12,7 +12,7 @@ import pytest
 from configs import default
 from mt.base import run_folder
 from mt.gemma import sizes
-from mt.train import loop
+from mt.train import run as run_lib
 from mt.weights import kaggle
 from mt.weights import pretrained
 from tests.fixtures import flax_fixture
@@ -107,7 +107,7 @@ def test_the_knob_forces(server, monkeypatch, tmp_path):
   def start(force):
     server.requests.clear()
     config.weights.force_download = force
-    loop.open_weights(config, tmp_path, [])
+    run_lib.open_weights(config, tmp_path, [])
     return 'DownloadModelInstanceVersion' in _names(server)
 
   assert start(False)
