@@ -1,6 +1,7 @@
 """A disk that is full or read-only at any time; two runs in one folder."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -136,7 +137,7 @@ def test_one_run_at_a_time(config, tmp_path):
   """And a crash leaves no lock behind."""
   process = subprocess.Popen(
     [sys.executable, '-c', _HOLDER, str(tmp_path)],
-    cwd=ROOT,
+    cwd=pathlib.Path(__file__).parents[2],
     stdout=subprocess.PIPE,
   )
   assert process.stdout.readline() == b'locked\n'

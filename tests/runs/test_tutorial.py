@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 
 from configs import tutorial
+from mt.base import journal
 from mt.data import batches
 from mt.data import bitext
 from mt.data import corpus
 from mt.data import splits
-from mt.evaluate import __main__ as evaluate
-from mt.base import journal
-from mt.gemma import model
-from mt.data import tfds
-from mt.train import settings
-from mt.gemma import sizes
 from mt.data import template as template_lib
+from mt.data import tfds
 from mt.data import tokenizer
+from mt.evaluate import samples
+from mt.gemma import model
+from mt.gemma import sizes
+from mt.train import settings
 from tests.fixtures import flax_fixture
 
 ROOT = pathlib.Path(__file__).parents[2]
