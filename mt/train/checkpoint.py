@@ -327,7 +327,9 @@ def check_identity(
     errors.UserError: with the first thing that differs.
   """
   saved = _read(manager, at, identity=ocp.args.JsonRestore()).identity
-  # A knob that there was not yet is none that differs.
+  # Whether a version can be read, mt/train/manifest.py has said. A knob that
+  # there was not yet is none that differs.
+  saved['version'] = who['version']
   saved, who = (_flat(x) for x in (saved, who))
   for key in who:
     if saved.get(key) != who[key] and not ('.' in key and key not in saved):

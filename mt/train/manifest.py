@@ -22,7 +22,9 @@ from mt.base import errors
 from mt.base import journal
 
 NAME = 'manifest.json'
-VERSION = 1  # Of what a checkpoint holds; to be raised when that changes.
+# Of what a checkpoint holds; to be raised when that changes. The model of older
+# ones can be read; version 1 knew its data by another number.
+VERSION, _MODELS_SINCE = 2, 1
 _ORBAX = '_CHECKPOINT_METADATA'  # JSON.
 # Orbax writes two more after the manifest, and reads no number from them.
 _NOT_IN_IT = (NAME, _ORBAX, 'commit_success.txt')
@@ -108,12 +110,12 @@ def folder_of(checkpoints: pathlib.Path, at: int) -> pathlib.Path:
 
 
 def check(checkpoints: pathlib.Path, at: int) -> None:
-  """Refuses a damaged checkpoint, and one of another version.
+  """Refuses a checkpoint whose model cannot be read: damaged, or of a version.
 
   Raises:
     errors.UserError: with the damage.
   """
-  check_version(checkpoints, at)
+  check_version(checkpoints, at, since=_MODELS_SINCE)
   if what := damage(folder_of(checkpoints, at)):
     raise errors.UserError(
       f'{checkpoints}: step {at} is damaged ({what}); start train.py with this '
@@ -121,12 +123,15 @@ def check(checkpoints: pathlib.Path, at: int) -> None:
     )
 
 
-def check_version(checkpoints: pathlib.Path, *which: int) -> None:
+def check_version(
+  checkpoints: pathlib.Path, *which: int, since: int = VERSION
+) -> None:
   """Refuses checkpoints that another version of this code wrote.
 
   Args:
     checkpoints: the folder of all of them.
     *which: their steps.
+    since: the oldest version that will do.
 
   Raises:
     errors.UserError: with the version.
@@ -137,12 +142,14 @@ def check_version(checkpoints: pathlib.Path, *which: int) -> None:
       version = json.loads(known.read_text(encoding='utf-8')).get('version')
     except (OSError, ValueError, AttributeError):
       continue  # Damaged.
-    if version != VERSION:
+    if not since <= (version or 0) <= VERSION:
       found = 'no version' if version is None else f'version {version}'
+      more = 'take another --workdir for a new run'
+      if _MODELS_SINCE <= (version or 0) < VERSION:
+        more += ', which can begin with its weights (weights.warm_start)'
       raise errors.UserError(
-        f'{checkpoints}: step {at} has {found}, and this code reads version '
-        f'{VERSION}: the code that wrote it can go on with it; for a new run '
-        'take another --workdir.'
+        f'{checkpoints}: step {at} has {found}, and this code goes on with '
+        f'version {VERSION}: finish it with the code that wrote it, or {more}.'
       )
 
 

@@ -56,7 +56,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   started, workdir = time.monotonic(), pathlib.Path(folder)
   settings.check(config)
   mesh = sharding.make_mesh(config.mesh)
-  sharding.check_rows(mesh, config.train)
+  sharding.check_rows(mesh, config.train.batch_size, config.train.micro_batches)
   with run_folder.locked(workdir):
     _run(config, workdir, mesh, started)
   journal.say(f'done in {time.monotonic() - started:.0f} s: {workdir}')

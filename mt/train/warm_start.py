@@ -50,7 +50,7 @@ def begin(
         f'here it is {now!r}; give the same, or write its model down with '
         'python -m mt.export and take that as weights.source.'
       )
-  manifest.check_version(workdir / 'checkpoints', at)
+  manifest.check(workdir / 'checkpoints', at)
   with checkpoint.open_manager(workdir) as manager:
     checkpoint.check_identity(manager, at, run.identity)
     like = state.trained if other.optim.ema_decay else {}

@@ -140,7 +140,7 @@ def _as_version(workdir, version):
       manifest.write(folder)
 
 
-@pytest.mark.parametrize('version', [None, 2])
+@pytest.mark.parametrize('version', [None, 3])
 def test_a_checkpoint_of_another_version_is_named(
   debug_config, plain_copy, tmp_path, version
 ):
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_version_is_named(
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
   (workdir / 'translations' / 'valid.after.json').unlink()
   debug_config.weights.warm_start = str(workdir)
-  word = 'has no version' if version is None else 'has version 2'
+  word = 'has no version' if version is None else 'has version 3'
   for call in (
     lambda: run_lib.run(config, workdir),
     lambda: run_lib.run(debug_config, tmp_path / 'warm'),
@@ -159,10 +159,26 @@ def test_a_checkpoint_of_another_version_is_named(
     lambda: evaluate.translate_split(workdir, 'valid'),
     lambda: export.to_hf(workdir, tmp_path / 'x', 'float32', False),
   ):
-    refusal(call, workdir, f'step 6 {word}', 'reads version 1', '--workdir')
+    refusal(call, workdir, f'step 6 {word}', 'with version 2', '--workdir')
   for path, time in before.items():
     if path.is_file() and path.name != 'lock':
       assert path.stat().st_mtime_ns == time, path
+
+
+def test_of_version_1_the_model_is_read(debug_config, plain_copy, tmp_path):
+  config, workdir = plain_copy
+  _as_version(workdir, 1)
+  config.optim.learning_rate = 0.5
+  refusal(
+    lambda: run_lib.run(config, workdir),
+    'step 6 has version 1',
+    'weights.warm_start',
+  )
+  (workdir / 'translations' / 'valid.after.json').unlink()
+  assert evaluate.translate_split(workdir, 'valid').step == 6
+  debug_config.weights.warm_start = str(workdir)
+  debug_config.train.max_steps = 1
+  run_lib.run(debug_config, tmp_path / 'warm')
 
 
 def test_the_identity_passes_over_knobs_that_are_no_more(plain_copy, capsys):
