@@ -8,7 +8,7 @@ import numpy as np
 
 from mt.base import files
 from mt.base import journal
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.translate import translator as translator_lib
 
 
@@ -37,7 +37,7 @@ def samples(
 
 def show_texts(
   translator: translator_lib.Translator,
-  params: model.Params,
+  params: parameters.Params,
   texts: Sequence[str],
   workdir: pathlib.Path,
 ) -> None:

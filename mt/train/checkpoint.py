@@ -21,15 +21,17 @@ from orbax.checkpoint import checkpoint_managers
 from mt.base import errors
 from mt.base import run_folder
 from mt.gemma import lora
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.train import manifest
-from mt.train import step
+from mt.train import state as state_lib
 from mt.weights import pretrained
 
 _SLACK = 200_000  # Bytes of a checkpoint that are no array.
 
 
-def identity(source: pretrained.Source, params: model.Params) -> dict[str, Any]:
+def identity(
+  source: pretrained.Source, params: parameters.Params
+) -> dict[str, Any]:
   """What a checkpoint must agree with: the model, its weights, its tokenizer.
 
   Args:
@@ -85,7 +87,7 @@ def best_step(manager: ocp.CheckpointManager) -> int | None:
 
 def save(
   manager: ocp.CheckpointManager,
-  state: step.TrainState,
+  state: state_lib.TrainState,
   data_state: Any,
   who: dict[str, Any],
   chrf: float | None = None,
@@ -103,7 +105,7 @@ def save(
     errors.UserError: the disk is full or not writable, or the state is not
       finite and would take the place of a good one.
   """
-  if not step.all_finite(state):
+  if not state_lib.all_finite(state):
     raise errors.UserError(
       f'step {int(state.step)}: not all weights are finite any more, so they '
       f'are not saved; the newest checkpoint in {manager.directory} is of step '
@@ -143,9 +145,9 @@ def _arrays(state):
 
 def restore(
   manager: ocp.CheckpointManager,
-  state: step.TrainState,
+  state: state_lib.TrainState,
   who: dict[str, Any],
-) -> tuple[step.TrainState, Any] | None:
+) -> tuple[state_lib.TrainState, Any] | None:
   """The newest checkpoint, or None where there is none.
 
   Args:
@@ -175,8 +177,8 @@ def restore(
 
 
 def restore_model(
-  manager: ocp.CheckpointManager, state: step.TrainState, at: int
-) -> step.TrainState:
+  manager: ocp.CheckpointManager, state: state_lib.TrainState, at: int
+) -> state_lib.TrainState:
   """`state` with the step and the model of a checkpoint, its EMA if it has one.
 
   Such a state translates; what else training needs is not read.
@@ -283,7 +285,7 @@ def load_trained(
   config, source = open_source(workdir)
   params = source.read()
   check_identity(manager, at, identity(source, params))
-  trained, frozen = step.split_params(
+  trained, frozen = state_lib.split_params(
     source.config, params, config.train, jax.random.key(0)
   )
   del params
@@ -295,7 +297,7 @@ def load_trained(
 
 def load_finetuned(
   workdir: pathlib.Path, at: int | None = None
-) -> tuple[ml_collections.ConfigDict, pretrained.Source, model.Params]:
+) -> tuple[ml_collections.ConfigDict, pretrained.Source, parameters.Params]:
   """The model of one of a run's checkpoints, its EMA if it has one.
 
   Args:
@@ -310,7 +312,7 @@ def load_finetuned(
     errors.UserError: see load_trained.
   """
   config, source, trained, frozen = load_trained(workdir, at)
-  params = step.model_params(config.train, trained, frozen)
+  params = state_lib.model_params(config.train, trained, frozen)
   return config, source, lora.fold(params)
 
 

@@ -32,10 +32,11 @@ from mt.data import splits
 from mt.evaluate import report
 from mt.evaluate import scores
 from mt.gemma import lora
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.train import checkpoint
+from mt.train import state as state_lib
 from mt.train import step
 from mt.translate import translator as translator_lib
 
@@ -65,8 +66,8 @@ class Run:
   workdir: pathlib.Path
   cfg: sizes.ModelConfig
   optimizer: optax.GradientTransformation
-  train_step: Callable[[step.TrainState, step.Batch], Any]
-  eval_step: Callable[[step.TrainState, step.Batch], step.Metrics]
+  train_step: Callable[[state_lib.TrainState, step.Batch], Any]
+  eval_step: Callable[[state_lib.TrainState, step.Batch], step.Metrics]
   translator: translator_lib.Translator
   data: splits.Data
   identity: dict[str, Any]
@@ -92,8 +93,8 @@ class Run:
 
 
 def train(
-  run: Run, state: step.TrainState, listener: signals.Listener
-) -> step.TrainState:
+  run: Run, state: state_lib.TrainState, listener: signals.Listener
+) -> state_lib.TrainState:
   """Takes the state to step `train.max_steps`, or until eval.patience ends.
 
   Args:
@@ -272,7 +273,7 @@ def _newest(run):
 
 
 def evaluate(
-  run: Run, state: step.TrainState, translate: bool
+  run: Run, state: state_lib.TrainState, translate: bool
 ) -> dict[str, Any]:
   """Looks at validation, and says and records what there is.
 
@@ -332,7 +333,7 @@ def _on_mesh(run, batch):
   return sharding.put_rows(run.mesh, rows, size)
 
 
-def valid_chrf(run: Run, state: step.TrainState) -> float:
+def valid_chrf(run: Run, state: state_lib.TrainState) -> float:
   """chrF of the first eval.chrf_pairs of validation, 0 to 100.
 
   It decides which checkpoint is the best, and is the same in all processes. At
@@ -350,14 +351,16 @@ def valid_chrf(run: Run, state: step.TrainState) -> float:
   return processes.broadcast_from_first(score)
 
 
-def eval_model(run: Run, state: step.TrainState) -> model.Params:
+def eval_model(run: Run, state: state_lib.TrainState) -> parameters.Params:
   """The parameters that translate: low-rank products added in."""
   return lora.fold(
-    step.model_params(run.config.train, state.eval_params, state.frozen)
+    state_lib.model_params(run.config.train, state.eval_params, state.frozen)
   )
 
 
-def save(run: Run, state: step.TrainState, metrics: dict[str, Any]) -> None:
+def save(
+  run: Run, state: state_lib.TrainState, metrics: dict[str, Any]
+) -> None:
   """A checkpoint of a state that is worth it.
 
   Args:

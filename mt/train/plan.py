@@ -26,12 +26,13 @@ import psutil
 
 from mt.base import errors
 from mt.base import journal
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.train import hlo
 from mt.train import optimizer as optimizer_lib
 from mt.train import settings
+from mt.train import state as state_lib
 from mt.train import step
 
 ACCELERATORS = (16, 24, 40, 80, 96, 141)  # GB of memory, 10^9 bytes each.
@@ -126,13 +127,15 @@ def model_size(weights: ml_collections.ConfigDict) -> sizes.ModelConfig:
 
 def abstract_state(
   cfg: sizes.ModelConfig, config: ml_collections.ConfigDict, mesh: Mesh | None
-) -> step.TrainState:
+) -> state_lib.TrainState:
   """The state's shapes, dtypes and places; no array."""
   optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
 
   def init():
-    params = model.init_params(cfg, jax.random.key(0))
-    return step.init_state(cfg, params, config, optimizer, jax.random.key(0))
+    params = parameters.init(cfg, jax.random.key(0))
+    return state_lib.init_state(
+      cfg, params, config, optimizer, jax.random.key(0)
+    )
 
   state = jax.eval_shape(init)
   if mesh is None:
@@ -196,7 +199,7 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   gradients = bytes_of(state.trained)
   rest = bytes_of((state.opt_state, state.ema))
   devices = 1 if mesh is None else mesh.size
-  shapes = jax.eval_shape(lambda: model.init_params(cfg, jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: parameters.init(cfg, jax.random.key(0)))
   return Plan(
     devices=devices,
     parameters=parameters,

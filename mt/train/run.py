@@ -29,7 +29,7 @@ from mt.evaluate import cached
 from mt.evaluate import report
 from mt.evaluate import samples
 from mt.evaluate import scores as scores_lib
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.train import checkpoint
 from mt.train import loop
@@ -37,6 +37,7 @@ from mt.train import manifest
 from mt.train import optimizer as optimizer_lib
 from mt.train import plan
 from mt.train import settings
+from mt.train import state as state_lib
 from mt.train import step
 from mt.train import warm_start
 from mt.translate import translator
@@ -84,7 +85,7 @@ def begin(
   workdir: pathlib.Path,
   mesh: Mesh | None,
   started: float,
-) -> tuple[loop.Run, step.TrainState]:
+) -> tuple[loop.Run, state_lib.TrainState]:
   """Reads all inputs; the run, and its state before the first step.
 
   Such a state translates as the pretrained model does, or as the one of
@@ -160,11 +161,13 @@ def open_weights(
   return source
 
 
-def start(run: loop.Run, params: model.Params) -> step.TrainState:
+def start(run: loop.Run, params: parameters.Params) -> state_lib.TrainState:
   """The state before the first step, which translates as `params` do."""
   config = run.config
   key = jax.random.key(config.seed)
-  state = step.init_state(run.cfg, params, config, run.optimizer, key, run.mesh)
+  state = state_lib.init_state(
+    run.cfg, params, config, run.optimizer, key, run.mesh
+  )
   state = state if run.mesh else sharding.to_device(state)
   journal.say(
     f'training: {config.train.parts}, {_millions(state.trained)} parameters, '
@@ -173,7 +176,7 @@ def start(run: loop.Run, params: model.Params) -> step.TrainState:
   return state
 
 
-def resume(run: loop.Run, state: step.TrainState) -> step.TrainState:
+def resume(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
   """The newest checkpoint's state, or the one given where there is none.
 
   The loader and metrics.jsonl are put back to the same step.
@@ -191,7 +194,7 @@ def resume(run: loop.Run, state: step.TrainState) -> step.TrainState:
   return state
 
 
-def train(run: loop.Run, state: step.TrainState) -> step.TrainState:
+def train(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
   """The loop, where there is something left to train."""
   at = int(state.step)
   try:
@@ -204,7 +207,7 @@ def train(run: loop.Run, state: step.TrainState) -> step.TrainState:
     run.data.train.close()
 
 
-def best(run: loop.Run, state: step.TrainState) -> step.TrainState:
+def best(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
   """The state that is scored: of the best checkpoint, where there is one.
 
   Otherwise the last one, which is given.
@@ -222,7 +225,7 @@ def best(run: loop.Run, state: step.TrainState) -> step.TrainState:
   return checkpoint.restore_model(run.checkpoints, state, at)
 
 
-def finish(run: loop.Run, state: step.TrainState) -> None:
+def finish(run: loop.Run, state: state_lib.TrainState) -> None:
   """Translations, scores and report of the state that counts."""
   run.checkpoints.close()
   translate_splits(run, 'after', state)
@@ -241,7 +244,9 @@ def finish(run: loop.Run, state: step.TrainState) -> None:
   processes.sync('end')
 
 
-def translate_splits(run: loop.Run, when: str, state: step.TrainState) -> None:
+def translate_splits(
+  run: loop.Run, when: str, state: state_lib.TrainState
+) -> None:
   """Leaves translations of the scored splits in the workdir.
 
   Those that are there, of this step and made like this, are not made again.

@@ -18,15 +18,15 @@ from mt.base import run_folder
 from mt.train import checkpoint
 from mt.train import loop
 from mt.train import manifest
-from mt.train import step
+from mt.train import state as state_lib
 
 # What decides which arrays are trained, and what they mean.
 _KNOBS = ('parts', 'lora_rank', 'lora_alpha', 'lora_targets')
 
 
 def begin(
-  run: loop.Run, state: step.TrainState
-) -> tuple[loop.Run, step.TrainState]:
+  run: loop.Run, state: state_lib.TrainState
+) -> tuple[loop.Run, state_lib.TrainState]:
   """Puts the weights that `weights.warm_start` names into a fresh state.
 
   Args:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.translate import decode as decode_lib
@@ -183,7 +183,7 @@ def resize(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def decode(
-  settings: Settings, batch: Batch, params: model.Params, floor: int
+  settings: Settings, batch: Batch, params: parameters.Params, floor: int
 ) -> Batch:
   """Takes steps until at most `floor` sentences run; the batch is consumed."""
   step = functools.partial(decode_lib.step, settings.cfg, params)
@@ -286,7 +286,7 @@ def _hypotheses(settings, state, row):
 
 def decode_all(
   settings: Settings,
-  params: model.Params,
+  params: parameters.Params,
   prompts: Sequence[Prompt],
   on_done: Callable[[int], None] = lambda done: None,
 ) -> list[list[Hypothesis]]:

@@ -15,14 +15,15 @@ import jax.numpy as jnp
 
 from mt.gemma import attention
 from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 
 Cache = dict[str, tuple[jax.Array, ...]]  # k, v per layer: [B, S, K, A].
 
 
 def unstack(
-  params: model.Params, dtype: jnp.dtype | None = None
-) -> model.Params:
+  params: parameters.Params, dtype: jnp.dtype | None = None
+) -> parameters.Params:
   """Layers as a tuple of dicts, their matrices [out, in].
 
   A decoding step is bound by reading the weights: slices of stacked arrays
@@ -70,7 +71,7 @@ def empty_cache(
 
 def extend(
   cfg: sizes.ModelConfig,
-  params: model.Params,
+  params: parameters.Params,
   cache: Cache,
   tokens: jax.Array,
   start: jax.Array,
@@ -118,7 +119,7 @@ def extend(
 @functools.partial(jax.jit, static_argnames=('cfg', 'dtype', 'chunk'))
 def prefill(
   cfg: sizes.ModelConfig,
-  params: model.Params,
+  params: parameters.Params,
   tokens: jax.Array,
   dtype: jnp.dtype,
   chunk: int = 512,
@@ -151,7 +152,7 @@ def prefill(
 
 def step(
   cfg: sizes.ModelConfig,
-  params: model.Params,
+  params: parameters.Params,
   cache: Cache,
   tokens: jax.Array,
   positions: jax.Array,

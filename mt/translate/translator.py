@@ -9,7 +9,7 @@ import ml_collections
 
 from mt.data import template as template_lib
 from mt.data import tokenizer
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.translate import batching
 from mt.translate import decode
 from mt.translate import search as search_lib
@@ -55,7 +55,7 @@ class Translator:
 
   def __call__(
     self,
-    params: model.Params,
+    params: parameters.Params,
     texts: Sequence[str],
     on_progress: Progress = lambda done: None,
   ) -> list[str]:
@@ -65,7 +65,7 @@ class Translator:
 
   def n_best(
     self,
-    params: model.Params,
+    params: parameters.Params,
     texts: Sequence[str],
     on_progress: Progress = lambda done: None,
     first: int = 0,

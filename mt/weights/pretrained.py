@@ -25,6 +25,7 @@ from mt.base import cache
 from mt.base import errors
 from mt.data import tokenizer
 from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import flax
 from mt.weights import gguf
@@ -83,7 +84,7 @@ def open_source(
   if source == 'random':
     cfg = sizes.SIZES[size]
     own_tokenizer = functools.partial(tokenizer.train, texts, cfg.vocab_size)
-    read = functools.partial(model.init_params, cfg, jax.random.key(seed))
+    read = functools.partial(parameters.init, cfg, jax.random.key(seed))
   else:
     cfg, own_tokenizer, read = _open_files(source, force_download)
   if not tokenizer_path:

@@ -20,7 +20,7 @@ import jax
 from configs import gemma3_270m
 from mt.base import cli
 from mt.base import errors
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.translate import decode
 from mt.translate import translator as translator_lib
@@ -54,12 +54,12 @@ def narrow_model(source: pretrained.Source) -> tuple[sizes.ModelConfig, dict]:
   cfg = dataclasses.replace(
     sizes.SIZES['debug'], vocab_size=source.config.vocab_size, embed_dim=8
   )
-  return cfg, model.init_params(cfg, jax.random.key(0))
+  return cfg, parameters.init(cfg, jax.random.key(0))
 
 
 def run(
   translator: translator_lib.Translator,
-  params: model.Params,
+  params: parameters.Params,
   texts: list[str],
   compilations: Compilations,
 ) -> list[tuple[float, float, int]]:

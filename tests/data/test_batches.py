@@ -19,6 +19,7 @@ from mt.data import store
 from mt.data import template
 from mt.data import tokenizer
 from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from tests.fixtures import numbered_rows
 from tests.fixtures.refusal import refusal
@@ -85,7 +86,7 @@ def test_a_packed_batch_costs_what_its_examples_cost_alone():
   length = 128
   plan = packing.best_fit(examples.sizes, length)
   assert len(plan) <= len(short) / 2, 'little is packed'
-  shapes = jax.eval_shape(lambda key: model.init_params(cfg, key), KEY)
+  shapes = jax.eval_shape(lambda key: parameters.init(cfg, key), KEY)
   rng = np.random.default_rng(1)  # To draw them with JAX takes seconds.
   params = jax.tree.map(
     lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes

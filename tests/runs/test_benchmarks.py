@@ -11,7 +11,7 @@ import pytest
 from mt.data import batches
 from mt.data import store
 from mt.data import tokenizer
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import pretrained
 from tests.benchmarks import quality
@@ -34,7 +34,7 @@ def tiny_source():
   pairs = speed.corpus.read_splits(config.data, ['train'])['train'][0].read()
   tok = tokenizer.train([*lines, *(p.source for p in pairs)], 500)
   cfg = sizes.SIZES['debug']
-  params = model.init_params(cfg, jax.random.key(0))
+  params = parameters.init(cfg, jax.random.key(0))
   # Steps donate what they are given.
   return pretrained.Source(
     cfg, tok, lambda: jax.tree.map(jax.numpy.copy, params)

@@ -14,7 +14,7 @@ from mt.base import journal
 from mt.base import run_folder
 from mt.data import corpus
 from mt.evaluate import cached
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.train import checkpoint
 from mt.train import loop
@@ -362,10 +362,10 @@ def test_a_checkpoint_of_another_model_is_refused(plain_copy, monkeypatch):
   import jax
 
   config, folder = plain_copy
-  real = model.init_params
+  real = parameters.init
   with monkeypatch.context() as patch:
     patch.setattr(
-      model, 'init_params', lambda cfg, key: real(cfg, jax.random.key(99))
+      parameters, 'init', lambda cfg, key: real(cfg, jax.random.key(99))
     )
     refusal(lambda: run_lib.run(config, folder), folder, 'fingerprint')
   other = dataclasses.replace(sizes.SIZES['debug'], num_layers=2)

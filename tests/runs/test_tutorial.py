@@ -24,6 +24,7 @@ from mt.data import tfds
 from mt.data import tokenizer
 from mt.evaluate import samples
 from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.train import settings
 from tests.fixtures import flax_fixture
@@ -60,7 +61,7 @@ def world(tmp_path_factory):
   texts += [p.source for p in sample]  # Enough for 500 pieces.
   tok = tokenizer.train(texts, 500)
   cfg = sizes.SIZES['debug']
-  params = model.init_params(cfg, jax.random.key(0))
+  params = parameters.init(cfg, jax.random.key(0))
   published = folder / 'published'
   flax_fixture.save(published / '2b-it', cfg, params, dtype='bfloat16')
   (published / 'tokenizer.model').write_bytes(tok.proto)

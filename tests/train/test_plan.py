@@ -20,13 +20,14 @@ import pytest
 
 from configs import debug
 from configs import gemma3_270m
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.train import hlo
 from mt.train import optimizer as optimizer_lib
 from mt.train import plan
 from mt.train import settings
+from mt.train import state as state_lib
 from mt.train import step
 from tests.fixtures.refusal import refusal
 
@@ -114,9 +115,9 @@ def test_a_plan_is_what_a_state_takes(parts, mesh):
   made = plan.make_plan(config)
   cfg = sizes.SIZES['debug']
   real_mesh = sharding.make_mesh(config.mesh)
-  state = step.init_state(
+  state = state_lib.init_state(
     cfg,
-    model.init_params(cfg, jax.random.key(0)),
+    parameters.init(cfg, jax.random.key(0)),
     config,
     optimizer_lib.make_optimizer(config.optim, 20),
     jax.random.key(0),

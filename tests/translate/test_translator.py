@@ -17,7 +17,7 @@ from mt.data import corpus
 from mt.data import lines
 from mt.data import template as template_lib
 from mt.data import tokenizer
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.translate import batching
 from mt.translate import decode
@@ -72,7 +72,7 @@ def _script(*ids):
   assert len(set(ids)) == len(ids) < _SCRIPT_SIZE.embed_dim
   params = jax.tree.map(
     lambda shape: np.zeros(shape, np.float32),
-    model.param_shapes(_SCRIPT_SIZE),
+    parameters.unflatten(parameters.shapes(_SCRIPT_SIZE)),
     is_leaf=lambda x: isinstance(x, tuple),
   )
   for n, i in enumerate(ids):

@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.translate import decode
 
@@ -64,7 +64,7 @@ def stacked(name='gemma3'):
 
   return jax.tree.map_with_path(
     draw,
-    model.param_shapes(FAMILIES[name]),
+    parameters.unflatten(parameters.shapes(FAMILIES[name])),
     is_leaf=lambda x: isinstance(x, tuple),
   )
 
