@@ -12,8 +12,8 @@ from mt.base import journal
 from mt.base import run_folder
 from mt.evaluate import report
 from mt.train import checkpoint
-from mt.train import run as run_lib
 from mt.train import manifest
+from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
 from tests.runs import folders
 

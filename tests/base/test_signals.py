@@ -10,8 +10,8 @@ import pytest
 
 from mt.base import errors
 from mt.base import journal
-from mt.train import run as run_lib
 from mt.train import manifest
+from mt.train import run as run_lib
 from tests.runs import folders
 
 

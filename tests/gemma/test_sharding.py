@@ -15,8 +15,8 @@ from mt.gemma import loss
 from mt.gemma import model
 from mt.gemma import sharding
 from mt.gemma import sizes
-from mt.train import run as run_lib
 from mt.train import optimizer as optimizer_lib
+from mt.train import run as run_lib
 from mt.train import step
 from tests.fixtures.refusal import refusal
 
