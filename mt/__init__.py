@@ -1,57 +1,68 @@
 """Fine-tunes Gemma to translate. One room per stage; imports run one way only:
 
-  base < gemma < data < weights < translate < evaluate < train < front doors
+  configs < base < gemma < data < weights < translate < evaluate < train < doors
+
+The doors are train.py, mt/export and each room's __main__.py. To read the core,
+from a pair to a gradient to a translation, take these in turn; nothing in them
+needs a look ahead:
+
+  data/template      how a pair becomes tokens: prompt, target, what is learned
+  data/packing       which pairs share a row
+  data/batches       rows of tokens, in an order that one integer remembers
+  gemma/sizes        the published Gemmas as data; the letters of all shapes
+  gemma/parameters   the table: one row says all there is to know of a weight
+  gemma/sharding     arrays over a mesh; without one, it does nothing
+  gemma/attention    masks, RoPE, softmax over packed rows
+  gemma/model        the forward pass
+  gemma/loss_chunk   a chunk of targets against the vocabulary
+  gemma/loss         cross-entropy: its definition, and the same in chunks
+  gemma/lora         all weights, a part, or LoRA: what is trained
+  train/state        what training changes, in one pytree
+  train/step         gradients, accumulation, the two jitted steps
+  train/loop         evaluate, save, next batch, step, log
+  translate/decode   the model with a key/value cache
+  translate/search   greedy, sampled and beam search
+
+The rest, by room:
 
 base, what every room stands on
   errors      one sentence for the person at the terminal
+  cli         flags, --help with every knob, exit codes
   cache       the folder of what is kept between runs
+  files       files that are written whole or not at all
   compiling   compile once, keep what was compiled
   processes   several processes of one run
-  run_folder  the files of a run
+  run_folder  the files of a run, and what a resume may change
   journal     metrics.jsonl, progress bar, lines
   events      metrics for TensorBoard
   signals     SIGINT and SIGTERM: save and leave
 
-gemma, the model as pure functions over a plain pytree
-  sizes       the published Gemmas as data
-  sharding    arrays over a mesh of devices
-  precision   which numbers are float32, which may be bfloat16
-  attention   masks, RoPE, softmax over packed rows
-  model       the forward pass
-  loss        cross-entropy over a large vocabulary
-  lora        all weights, a part, or LoRA: what is trained, what is frozen
-
 data, from parallel text to rows of tokens; `python -m mt.data` shows them
   lines       a line of a file -> a pair, or why it is none
   bitext      parallel text on disk: bad lines counted, pairs read by number
+  tfds        MTNT as TFDS reads it
   mtnt        MTNT 1.1 fetched; archives unpacked
   corpus      `data.source` and its splits -> parallel texts
   tokenizer   SentencePiece: from a file, or trained
-  template    prompts: how a pair becomes tokens
   store       tokenised pairs on disk, mapped into memory
-  batches     examples -> packed or padded rows -> Grain dataset
-  reader      batches read ahead, with a position; dead or silent readers
   splits      all that a run reads
 
 weights, pretrained ones in, trained ones out
+  load        the checked loader: tensors of files -> the stacked pytree
   gguf_file   GGUF header and tensors
-  load        tensors of single layers -> the stacked pytree
   gguf        shape, tokenizer and parameters out of a GGUF file
   flax_store  the arrays of an Orbax folder, in and out
   flax        the same out of Google's own Flax checkpoints
   flax_out    parameters -> that layout
   hf_config   config.json of a folder of Hugging Face's
   hf_tokenizer  its tokenizer.json
-  safetensors_out  tensors to files, one at a time
   hf          the same out of such a folder, and into one
   peft        LoRA factors -> an adapter folder of PEFT's
   kaggle      checkpoints from Kaggle
   pretrained  `weights.source` -> model shape, tokenizer, parameters
 
 translate, text to text; `python -m mt.translate`
-  decode      the model with a key/value cache
-  search      greedy, sampled and beam search
-  batching    prompts through a batch whose free rows are filled again
+  batching    continuous batching: free rows are filled again
   translator  text to text
 
 evaluate, how good that is; `python -m mt.evaluate`
@@ -66,18 +77,16 @@ evaluate, how good that is; `python -m mt.evaluate`
 train, the run
   settings    impossible values in a config, refused early
   optimizer   learning rate, SGD, AdamW, Adafactor, clipping
-  step        TrainState, accumulation, train_step, eval_step
-  manifest    damaged checkpoints found out and moved aside
+  manifest    damaged checkpoints found out and moved aside; their version
   checkpoint  Orbax: state and data position, and whose they are; the best
+  warm_start  the trained weights of another run, and nothing else of it
   hlo         work and traffic of a compiled program
   plan        `--plan`: memory, work and traffic of a run before it starts
-  memory      what a run needs at the least, against what there is
-  run         what does not change while a run lasts
-  warm_start  the trained weights of another run, and nothing else of it
-  results     translations before and after training, scored
-  validation  losses and chrF while training lasts
-  training    the steps: evaluate, save, next batch, step, log
-  loop        a run from config to scores, in one fixed order
+  run         a run from config to scores, around the loop
 
-export is `python -m mt.export`: a run's model for other programs.
+export, `python -m mt.export`: a run's model for other programs
+
+To change the prompt: configs/. A weight: gemma/parameters and gemma/model. The
+objective: train/step. The optimizer: train/optimizer and configs/default. A
+knob: configs/default. docs/fork.md walks through three such changes.
 """
