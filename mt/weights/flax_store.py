@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import stat
 
 import chex
 import numpy as np
@@ -29,10 +28,8 @@ _DTYPES = [
   ts.dtype(name).numpy_dtype for name in ('float32', 'float16', 'bfloat16')
 ]
 _CHUNK = 1 << 26  # Bytes of an array that are written at once.
-_LONGEST = 300  # Letters in the name of an array.
-# All that tensorstore and the file system may raise out of damaged files.
-_DAMAGE = (ValueError, TypeError, KeyError, IndexError, OSError)
-_DAMAGE += (RuntimeError, OverflowError, NotImplementedError)
+# What tensorstore and the file system raise out of damaged files.
+_DAMAGE = (ValueError, NotImplementedError, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,45 +69,36 @@ def open_store(folder: str | pathlib.Path) -> Store:
   """
   path = pathlib.Path(folder).absolute()
   kvstore = {'driver': 'file', 'path': f'{path}/'}
-  store = Store(path, {}, None, False)
+  if (path / _OCDBT).exists():
+    kvstore = {'driver': 'ocdbt', 'base': kvstore}
+  store = Store(path, {}, None, not _zeros_are_stored(path))
   try:
-    keys = list(_files(store))
-    if _OCDBT in keys:
-      kvstore = {'driver': 'ocdbt', 'base': kvstore}
     opened = ts.KvStore.open(kvstore).result()
-    if _OCDBT in keys:
+    if kvstore['driver'] == 'ocdbt':
       keys = [k.decode() for k in opened.list().result()]
+    else:  # Links to files are followed, to folders are not.
+      keys = [
+        os.path.relpath(os.path.join(place, file), path)
+        for place, _, files in os.walk(path)
+        for file in files
+      ]
   except _DAMAGE as e:
-    raise store.damaged('cannot read it', e) from None
+    raise store.damaged('cannot read it', e) from e
   names = {}
   for key in keys:
-    if not key.isprintable() or len(key) > _LONGEST:
-      raise store.damaged(f'the name {key[:40]!r} in it is absurd')
     head, _, tail = key.rpartition('/')
     if head and tail in _DRIVERS:
       names[head.replace('/', '.')] = (head, _DRIVERS[tail])
   if not names:
     raise store.damaged('no array in it')
-  zeros_left_out = not _zeros_are_stored(path)
-  return Store(path, names, opened, zeros_left_out)
-
-
-def _files(store) -> Iterable[str]:
-  """Paths below the folder; links to files are followed, to folders are not."""
-  for folder, _, files in os.walk(store.path):
-    for file in files:
-      path = os.path.join(folder, file)
-      if not stat.S_ISREG(os.stat(path).st_mode):  # A pipe never ends.
-        raise store.damaged(f'{file} is no plain file')
-      yield os.path.relpath(path, store.path)
+  return dataclasses.replace(store, names=names, kvstore=opened)
 
 
 def _zeros_are_stored(path) -> bool:
   try:
-    with open(path / _METADATA, encoding='utf-8') as f:
-      text = f.read(_CHUNK)  # 27B have 300 kB.
-    return bool(json.loads(text).get('store_array_data_equal_to_fill_value'))
-  except (OSError, ValueError, AttributeError, RecursionError):
+    metadata = json.loads((path / _METADATA).read_bytes())
+    return bool(metadata['store_array_data_equal_to_fill_value'])
+  except (OSError, ValueError, KeyError):
     return False
 
 
@@ -136,7 +124,7 @@ def open_array(store: Store, name: str) -> ts.TensorStore:
     dtype, shape = array.dtype.numpy_dtype, array.shape
     chunk = array.chunk_layout.read_chunk.shape
   except _DAMAGE as e:
-    raise store.damaged(f'array {name!r} cannot be opened', e) from None
+    raise store.damaged(f'array {name!r} cannot be opened', e) from e
   if dtype not in _DTYPES:
     raise errors.UserError(
       f'{store.path}: array {name!r} is of type {dtype}, float32, bfloat16 or '
@@ -156,8 +144,8 @@ def read_array(store: Store, name: str, array: ts.TensorStore) -> np.ndarray:
   """
   try:
     return array.read().result()
-  except (*_DAMAGE, MemoryError) as e:
-    raise store.damaged(f'array {name!r} cannot be read', e) from None
+  except _DAMAGE as e:
+    raise store.damaged(f'array {name!r} cannot be read', e) from e
 
 
 def write_array(
@@ -198,7 +186,7 @@ def write_array(
     raise errors.UserError(
       f'{folder}: cannot write the checkpoint ({" ".join(str(e).split())}); '
       'give a folder with space that you may write to.'
-    ) from None
+    ) from e
 
 
 def write_metadata(

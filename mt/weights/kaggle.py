@@ -7,11 +7,10 @@ KAGGLE_USERNAME and KAGGLE_KEY, KAGGLE_API_TOKEN, or files in ~/.kaggle.
 The cache is ~/.cache/kagglehub, or where KAGGLEHUB_CACHE says.
 """
 
-import errno
+import functools
 import os
 import pathlib
 import re
-import zipfile
 
 import requests
 
@@ -46,45 +45,41 @@ def download(handle: str, *, force: bool = False) -> pathlib.Path:
   import kagglehub  # Here: it sets up loggers, which takes a third of a second.
   from kagglehub import exceptions
 
+  failed = functools.partial(_failed, handle)
   try:
     return pathlib.Path(kagglehub.model_download(handle, force_download=force))
   except requests.exceptions.ChunkedEncodingError as e:
-    raise _failed(
-      handle,
+    raise failed(
       f'the connection was cut off ({_reason(e)})',
       'give the same command again, it goes on from there',
-    ) from None
+    ) from e
   except (requests.ConnectionError, requests.Timeout) as e:
     cached = None if force else _newest_in_cache(handle)
     if cached is None:
-      raise _failed(
-        handle,
+      raise failed(
         f'Kaggle does not answer ({_reason(e)})',
         'try again later, or give the folder of a checkpoint that is here',
-      ) from None
+      ) from e
     journal.say(f'weights: Kaggle does not answer, taken from {cached}')
     return cached
   except requests.RequestException as e:
     status = 0 if e.response is None else e.response.status_code
-    raise _failed(handle, *_refused(handle, status, e)) from None
-  except exceptions.DataCorruptionError:
-    raise _failed(
-      handle, 'a file came damaged (md5)', 'give the same command again'
-    ) from None
+    raise failed(*_refused(handle, status, e)) from e
+  except exceptions.DataCorruptionError as e:
+    raise failed(
+      'a file came damaged (md5)', 'give the same command again'
+    ) from e
   except OSError as e:
-    full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-    raise _failed(
-      handle,
+    raise failed(
       f'{e.filename or "the cache"}: {e.strerror or e}',
-      f'{"make room" if full else "mend it"}, or set KAGGLEHUB_CACHE to a '
-      'folder with space for it (2B takes 5 GB, 27B 55 GB)',
-    ) from None
-  except (*_NONSENSE, zipfile.BadZipFile) as e:
-    raise _failed(
-      handle,
+      'make room or mend it, or set KAGGLEHUB_CACHE to a folder with space for '
+      'it (2B takes 5 GB, 27B 55 GB)',
+    ) from e
+  except _NONSENSE as e:
+    raise failed(
       ' '.join(str(e).split())[:200],
       f'check the handle, and the token of {_TOKENS}',
-    ) from None
+    ) from e
 
 
 def _refused(handle, status, e):
