@@ -18,7 +18,6 @@ own `from_params`, and the rest comes from mt/gemma/sizes.py.
 """
 
 import dataclasses
-import math
 import pathlib
 import re
 
@@ -180,22 +179,17 @@ def read_config(ckpt: Checkpoint) -> sizes.ModelConfig:
     'post_norms': 'layer_0.post_ffw_norm' in ckpt.names,
   }
 
-  def differences(size):
-    there = dataclasses.asdict(size)
+  def differences(item):
+    size = dataclasses.asdict(item[1])
     out = [
-      f'{k} {v} (there {there[k]})' for k, v in found.items() if v != there[k]
+      f'{k} {v} (there {size[k]})' for k, v in found.items() if v != size[k]
     ]
-    if not 0 <= size.vocab_size - vocab_size <= _SPARE_ROWS:
-      out.append(f'vocab_size {vocab_size} (there {size.vocab_size})')
+    if not 0 <= size['vocab_size'] - vocab_size <= _SPARE_ROWS:
+      out.append(f'vocab_size {vocab_size} (there {size["vocab_size"]})')
     return out
 
-  def distance(item):
-    there = dataclasses.asdict(item[1])
-    ratios = [math.log((1 + found[k]) / (1 + there[k])) for k in found]
-    return len(differences(item[1])), sum(map(abs, ratios))
-
-  name, nearest = min(sizes.SIZES.items(), key=distance)
-  if differs := differences(nearest):
+  name, nearest = min(sizes.SIZES.items(), key=lambda x: len(differences(x)))
+  if differs := differences((name, nearest)):
     raise errors.UserError(
       f'{ckpt.store.path}: no Gemma known here has these shapes, the nearest '
       f'is {name}: {", ".join(differs)}; the sizes in mt/gemma/sizes.py are '

@@ -1,16 +1,17 @@
 """Parameters -> Google's own Flax layout, see mt/weights/flax.py."""
 
 from collections.abc import Iterator
+import errno
 import pathlib
 
 import chex
 import numpy as np
+import orbax.checkpoint as ocp
 
 from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import flax
-from mt.weights import flax_store
 
 
 def write(
@@ -22,7 +23,8 @@ def write(
 ) -> None:
   """Writes `folder` as Kaggle has it: tokenizer.model beside a checkpoint.
 
-  gemma.params and mt/weights/flax.py read it: the flat layout, array by array.
+  gemma.params and mt/weights/flax.py read it: the flat layout. Orbax wants all
+  of it at once, so that the weights are in memory twice.
 
   Args:
     folder: exists and is empty.
@@ -35,13 +37,16 @@ def write(
     OSError: the disk is full or not writable.
   """
   chex.assert_shape(params['embedding'], cfg.dims()['VD'])
-  (folder / 'checkpoint').mkdir()
   (folder / 'tokenizer.model').write_bytes(tok.proto)
-  names = []
-  for keys, x in _leaves(cfg, params):
-    flax_store.write_array(folder / 'checkpoint', keys, x, dtype)
-    names.append(keys)
-  flax_store.write_metadata(folder / 'checkpoint', names)
+  tree = {}
+  for (path, last), x in _leaves(cfg, params):
+    tree[path] = {last: np.asarray(x).astype(dtype, copy=False)}
+  path = folder.absolute() / 'checkpoint'
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      checkpointer.save(path, tree)
+  except ValueError as e:  # tensorstore's, of a full disk.
+    raise OSError(errno.EIO, str(e), str(path)) from e
 
 
 def is_transposed(cfg: sizes.ModelConfig) -> bool:

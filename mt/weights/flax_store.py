@@ -7,14 +7,11 @@ the arrays themselves: of Orbax's own JSON one flag is read, so that any of its
 versions will do, and nothing in a checkpoint can name a path or a program.
 """
 
-from collections.abc import Iterable
-from collections.abc import Sequence
 import dataclasses
 import json
 import os
 import pathlib
 
-import chex
 import numpy as np
 import tensorstore as ts
 
@@ -27,7 +24,6 @@ _DRIVERS = {'.zarray': 'zarr', 'zarr.json': 'zarr3'}
 _DTYPES = [
   ts.dtype(name).numpy_dtype for name in ('float32', 'float16', 'bfloat16')
 ]
-_CHUNK = 1 << 26  # Bytes of an array that are written at once.
 # What tensorstore and the file system raise out of damaged files.
 _DAMAGE = (ValueError, NotImplementedError, OSError)
 
@@ -146,70 +142,3 @@ def read_array(store: Store, name: str, array: ts.TensorStore) -> np.ndarray:
     return array.read().result()
   except _DAMAGE as e:
     raise store.damaged(f'array {name!r} cannot be read', e) from e
-
-
-def write_array(
-  folder: pathlib.Path, keys: Sequence[str], x: chex.Array, dtype: np.dtype
-) -> None:
-  """Adds one array to the OCDBT database in `folder`, 64 MB at a time.
-
-  Args:
-    folder: where the checkpoint grows; see write_metadata.
-    keys: the array's path in the tree.
-    x: numpy or JAX, one axis at least.
-    dtype: as which it is stored.
-
-  Raises:
-    errors.UserError: the disk is full or not writable.
-  """
-  chex.assert_axis_dimension_gt(x, 0, 0)
-  dtype = ts.dtype(dtype)
-  row = int(np.prod(x.shape[1:])) * dtype.numpy_dtype.itemsize
-  rows = min(x.shape[0], max(1, _CHUNK // row))
-  spec = {
-    'driver': 'zarr',
-    'kvstore': {
-      'driver': 'ocdbt',
-      'base': {'driver': 'file', 'path': f'{folder.absolute()}/'},
-      'path': '.'.join(keys) + '/',
-    },
-    'schema': {'chunk_layout': {'chunk': {'shape': [rows, *x.shape[1:]]}}},
-    'metadata': {'compressor': {'id': 'zstd', 'level': 1}},
-    'store_data_equal_to_fill_value': True,
-  }
-  try:
-    array = ts.open(spec, create=True, shape=x.shape, dtype=dtype).result()
-    for at in range(0, x.shape[0], rows):
-      part = np.asarray(x[at : at + rows]).astype(dtype.numpy_dtype)
-      array[at : at + len(part)].write(part).result()
-  except _DAMAGE as e:
-    raise errors.UserError(
-      f'{folder}: cannot write the checkpoint ({" ".join(str(e).split())}); '
-      'give a folder with space that you may write to.'
-    ) from e
-
-
-def write_metadata(
-  folder: pathlib.Path, names: Iterable[Sequence[str]]
-) -> None:
-  """The JSON in which Orbax looks up which arrays make up the tree.
-
-  Source: orbax-checkpoint's metadata/tree.py; key type 2 is a dict's key.
-  """
-  tree = {
-    str(tuple(keys)): {
-      'key_metadata': [{'key': k, 'key_type': 2} for k in keys],
-      'value_metadata': {'value_type': 'np.ndarray', 'skip_deserialize': False},
-    }
-    for keys in names
-  }
-  text = json.dumps(
-    {
-      'tree_metadata': tree,
-      'use_ocdbt': True,
-      'use_zarr3': False,
-      'store_array_data_equal_to_fill_value': True,
-      'custom_metadata': None,
-    }
-  )
-  (folder / _METADATA).write_text(text, encoding='utf-8')

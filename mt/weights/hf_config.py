@@ -67,8 +67,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     ) from e
   except (ValueError, RecursionError) as e:
     raise errors.UserError(
-      f'{path}: damaged JSON ({" ".join(str(e).split())[:100]}); fetch it '
-      'again.'
+      f'{path}: damaged JSON ({str(e)[:100]}); fetch it again.'
     ) from e
   if not isinstance(value, dict):
     raise errors.UserError(

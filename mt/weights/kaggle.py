@@ -88,24 +88,18 @@ def _refused(handle, status, e):
 
   owner, model, *_ = handle.split('/')
   page = f'{_SITE}/models/{owner}/{model}'
+  token = (
+    f'make a new token at {_TOKENS} and set KAGGLE_USERNAME and KAGGLE_KEY'
+  )
   known = config.get_kaggle_credentials()
+  who = (known and known.username) or 'whoever has the token'
   if status in (401, 403) and known is None:
-    return (
-      f'Kaggle wants to know who you are ({status})',
-      f'make a token at {_TOKENS} and set KAGGLE_USERNAME and KAGGLE_KEY',
-    )
+    return f'Kaggle wants to know who you are ({status})', token
   if status == 401:
-    who = f' of {known.username}' if known.username else ''
-    return (
-      f'Kaggle does not accept the credentials{who} (401)',
-      f'make a new token at {_TOKENS} and set KAGGLE_USERNAME and KAGGLE_KEY',
-    )
+    return f'Kaggle does not accept the credentials of {who} (401)', token
   if status == 403:
-    return (
-      'Kaggle does not let you have it (403)',
-      f'accept its licence at {page} as {known.username or "the same user"}, '
-      f'or make a new token at {_TOKENS}',
-    )
+    what = 'Kaggle does not let you have it (403)'
+    return what, f'accept its licence at {page} as {who}, or {token}'
   if status == 404:
     return 'Kaggle has no such model (404)', f'see the variations at {page}'
   return f'Kaggle answers {status or _reason(e)}', 'try again later'

@@ -47,9 +47,6 @@ def _able(call):
   return tuple(out)
 
 
-_WRITTEN = _able(
-  lambda q, block, _: gguf.quantize(np.zeros((1, block), np.float32), q)
-)
 _READ = _able(
   lambda q, _, size: gguf.dequantize(np.zeros((1, size), np.uint8), q)
 )
@@ -74,15 +71,16 @@ def test_float32_comes_back_bit_for_bit(tmp_path, arch):
 
 
 def test_the_library_knows_what_llama_cpp_publishes():
-  # If it forgets a type, the two tests below would quietly lose it.
-  assert len(_WRITTEN) >= 11
+  # If it forgets a type, the test below would quietly lose it.
   assert len(_READ) >= 26
   names = {q.name for q in _READ}
   assert names >= {'F16', 'BF16', 'Q8_0', 'Q6_K', 'Q5_K', 'Q4_K', 'Q4_0'}
   assert names >= {'Q3_K', 'Q2_K', 'IQ4_XS', 'IQ3_S', 'IQ2_XXS', 'IQ1_S'}
 
 
-@pytest.mark.parametrize('quant', _WRITTEN, ids=lambda q: q.name)
+@pytest.mark.parametrize(
+  'quant', (_Q.F32, _Q.F16, _Q.BF16, _Q.Q8_0, _Q.Q4_0), ids=lambda q: q.name
+)
 def test_quantised_weights_are_those_of_the_library(
   tmp_path, monkeypatch, quant
 ):

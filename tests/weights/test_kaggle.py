@@ -178,7 +178,9 @@ def test_wrong_credentials(server, monkeypatch):
     'new token at https://www.kaggle.com/settings',
   )
   monkeypatch.setenv('KAGGLE_API_TOKEN', 'of last year')
-  refusal(lambda: kaggle.download(HANDLE), 'the credentials (401)', 'settings')
+  refusal(
+    lambda: kaggle.download(HANDLE), 'whoever has the token (401)', 'settings'
+  )
 
 
 def test_credentials_in_a_file(server, monkeypatch, tmp_path):
