@@ -110,13 +110,11 @@ def open_array(store: Store, name: str) -> ts.TensorStore:
   spec = {
     'driver': driver,
     'kvstore': (store.kvstore / f'{key}/').spec().to_json(),
-    'fill_missing_data_reads': False,
+    # A norm may be all zero.
+    'fill_missing_data_reads': store.zeros_left_out and key.endswith('scale'),
   }
   try:
     array = ts.open(spec, open=True, read=True).result()
-    if store.zeros_left_out and array.rank == 1:  # A norm may be all zero.
-      spec['fill_missing_data_reads'] = True
-      array = ts.open(spec, open=True, read=True).result()
     dtype, shape = array.dtype.numpy_dtype, array.shape
     chunk = array.chunk_layout.read_chunk.shape
   except _DAMAGE as e:

@@ -19,8 +19,6 @@ from mt.base import journal
 
 _SITE = 'https://www.kaggle.com'
 _TOKENS = f'{_SITE}/settings'
-# The client's own complaints, and what it does not expect of an answer.
-_NONSENSE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
 def download(handle: str, *, force: bool = False) -> pathlib.Path:
@@ -75,9 +73,9 @@ def download(handle: str, *, force: bool = False) -> pathlib.Path:
       'make room or mend it, or set KAGGLEHUB_CACHE to a folder with space for '
       'it (2B takes 5 GB, 27B 55 GB)',
     ) from e
-  except _NONSENSE as e:
+  except ValueError as e:  # The client's own complaints.
     raise failed(
-      ' '.join(str(e).split())[:200],
+      str(e)[:200],
       f'check the handle, and the token of {_TOKENS}',
     ) from e
 

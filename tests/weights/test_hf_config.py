@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,10 +11,6 @@ from mt.gemma import sizes
 from mt.weights import hf_config
 from tests.fixtures import hf_fixture
 from tests.fixtures.refusal import refusal
-
-# A tiny folder takes 2 MB; a size out of a damaged header takes gigabytes.
-_MEMORY = 64 * 2**20
-
 
 # As published, without what has no bearing on the shape. Those of 4B and up are
 # the `text_config`, which leaves out what equals transformers' defaults.
@@ -251,12 +246,7 @@ def test_the_config_is_read_and_not_assumed(tmp_path, arch, config, change):
 )
 def test_a_config_that_cannot_be_is_refused(tmp_path, arch, config, words):
   hf_fixture.write_folder(tmp_path, arch, config=config)
-  tracemalloc.start()
-  try:
-    refusal(lambda: hf_fixture.load(tmp_path), tmp_path / 'config.json', *words)
-    assert tracemalloc.get_traced_memory()[1] < _MEMORY
-  finally:
-    tracemalloc.stop()
+  refusal(lambda: hf_fixture.load(tmp_path), tmp_path / 'config.json', *words)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import socket
 import pytest
 
 from configs import default
+from mt.base import errors
 from mt.base import run_folder
 from mt.gemma import sizes
 from mt.train import loop
@@ -218,12 +219,6 @@ def test_a_busy_server(server):
   refusal(lambda: kaggle.download(HANDLE), '503', 'try again later')
 
 
-@pytest.mark.parametrize('text', ['', 'null', '{"code": 500}'])
-def test_nonsense_from_the_server(server, text):
-  server.text = text
-  refusal(lambda: kaggle.download(HANDLE), HANDLE)
-
-
 @pytest.mark.parametrize(
   'handle',
   [
@@ -296,19 +291,12 @@ def test_a_full_disk(server, monkeypatch):
   )
 
 
-def test_a_cache_that_cannot_be(server, tmp_path):
-  (tmp_path / 'cache').write_text('a file')
-  refusal(
-    lambda: kaggle.download(HANDLE), tmp_path / 'cache', 'KAGGLEHUB_CACHE'
-  )
-
-
 def test_the_token_is_never_shown(server, monkeypatch, capfd):
   for status in (0, 401, 403, 500):
     server.status = status
     try:
       kaggle.download(HANDLE)
-    except Exception as e:  # noqa: BLE001
+    except errors.UserError as e:
       assert 'secret' not in str(e)
   out = capfd.readouterr()
   assert 'secret' not in out.out + out.err
