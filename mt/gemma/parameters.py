@@ -158,12 +158,21 @@ def init(
 ) -> Params:
   """Random parameters, as the rows of the table say."""
   rows = sorted(table(cfg), key=lambda p: p.path)
-  dims, flat = cfg.dims(), {}
-  for k, p in zip(jax.random.split(key, len(rows)), rows, strict=True):
-    shape = dims[p.shape]
-    if p.init == 'zeros':
-      flat[p.path] = jnp.zeros(shape, dtype)
-    else:
-      fan_in = shape[-2] if p.stacked else shape[-1]
-      flat[p.path] = jax.random.normal(k, shape, dtype) * fan_in**-0.5
-  return unflatten(flat)
+  keys = jax.random.split(key, len(rows))
+  return unflatten(
+    {p.path: initial(cfg, p, k, dtype) for p, k in zip(rows, keys, strict=True)}
+  )
+
+
+def initial(
+  cfg: sizes.ModelConfig,
+  row: Parameter,
+  key: chex.PRNGKey,
+  dtype: jnp.dtype = jnp.float32,
+) -> chex.Array:
+  """The initial values of one parameter."""
+  shape = cfg.dims()[row.shape]
+  if row.init == 'zeros':
+    return jnp.zeros(shape, dtype)
+  fan_in = shape[-2] if row.stacked else shape[-1]
+  return jax.random.normal(key, shape, dtype) * fan_in**-0.5

@@ -18,40 +18,43 @@ own `from_params`, and the rest comes from mt/gemma/sizes.py.
 """
 
 import dataclasses
-import math
 import pathlib
 import re
 
+import chex
 import tensorstore as ts
 
 from mt.base import errors
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import flax_store
 from mt.weights import load
 
 _PREFIXES = ('', 'transformer.', 'params.', 'params.transformer.')
 EMBEDDING = 'embedder.input_embedding'
-NORMS = {
+# Our name of a weight in a layer -> the array that it is, or is a part of.
+_ARRAYS = {
   'attn_norm': 'pre_attention_norm',
   'ffw_norm': 'pre_ffw_norm',
   'post_attn_norm': 'post_attention_norm',
   'post_ffw_norm': 'post_ffw_norm',
   'q_norm': 'attn._query_norm',
   'k_norm': 'attn._key_norm',
+  'q': 'attn.q_einsum',
+  'k': 'attn.kv_einsum',
+  'v': 'attn.kv_einsum',
+  'o': 'attn.attn_vec_einsum',
+  'gate': 'mlp.gating_einsum',
+  'up': 'mlp.gating_einsum',
+  'down': 'mlp.linear',
 }
-# What the shapes tell; the vocabulary may lack rows that no token uses.
-_SHAPED = (
-  'num_layers',
-  'embed_dim',
-  'hidden_dim',
-  'num_heads',
-  'num_kv_heads',
-  'head_dim',
-  'qk_norm',
-  'post_norms',
-)
-_SPARE_ROWS = 128
+# Array -> which of ours are stacked in it.
+PARTS = {
+  'attn.qkv_einsum': ('q', 'k', 'v'),
+  'attn.kv_einsum': ('k', 'v'),
+  'mlp.gating_einsum': ('gate', 'up'),
+}
+_SPARE_ROWS = 128  # Of the embedding: no token uses them, some files lack them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Checkpoint:
       raise self.store.damaged(f'no array {name}')
     return flax_store.open_array(self.store, self.names[name])
 
-  def shape(self, name: str, rank: int) -> tuple[int, ...]:
+  def shape(self, name: str, rank: int) -> load.Shape:
     found = self.open(name).shape
     if len(found) != rank:
       raise self.store.damaged(f'array {name} has the shape {found}')
@@ -95,7 +98,7 @@ def find_checkpoint(folder: str | pathlib.Path) -> pathlib.Path:
   except OSError as e:
     raise errors.UserError(
       f'{folder}: cannot read it ({e.strerror}); check weights.source.'
-    ) from None
+    ) from e
   found = [p for p in inner if flax_store.is_checkpoint(p)]
   if len(found) != 1:
     names = ', '.join(p.name for p in found) or 'none'
@@ -176,8 +179,8 @@ def read_config(ckpt: Checkpoint) -> sizes.ModelConfig:
     'post_norms': 'layer_0.post_ffw_norm' in ckpt.names,
   }
 
-  def differences(name):
-    size = dataclasses.asdict(sizes.SIZES[name])
+  def differences(item):
+    size = dataclasses.asdict(item[1])
     out = [
       f'{k} {v} (there {size[k]})' for k, v in found.items() if v != size[k]
     ]
@@ -185,45 +188,59 @@ def read_config(ckpt: Checkpoint) -> sizes.ModelConfig:
       out.append(f'vocab_size {vocab_size} (there {size["vocab_size"]})')
     return out
 
-  def distance(name):
-    size = dataclasses.asdict(sizes.SIZES[name])
-    ratios = [math.log((1 + found[k]) / (1 + size[k])) for k in found]
-    return len(differences(name)), sum(map(abs, ratios))
-
-  nearest = min(sizes.SIZES, key=distance)
-  if differences(nearest):
+  name, nearest = min(sizes.SIZES.items(), key=lambda x: len(differences(x)))
+  if differs := differences((name, nearest)):
     raise errors.UserError(
       f'{ckpt.store.path}: no Gemma known here has these shapes, the nearest '
-      f'is {nearest}: {", ".join(differences(nearest))}; the sizes in '
-      'mt/gemma/sizes.py are those that can be read.'
+      f'is {name}: {", ".join(differs)}; the sizes in mt/gemma/sizes.py are '
+      'those that can be read.'
     )
-  return dataclasses.replace(sizes.SIZES[nearest], vocab_size=vocab_size)
+  return dataclasses.replace(nearest, vocab_size=vocab_size)
 
 
-def layer_shapes(
-  cfg: sizes.ModelConfig, transposed: bool
-) -> dict[str, tuple[int, ...]]:
-  """Name in the checkpoint (without layer_N) -> shape, for every layer."""
-  d, f, a = cfg.embed_dim, cfg.hidden_dim, cfg.head_dim
-  h, k = cfg.num_heads, cfg.num_kv_heads
-  out = {
-    NORMS[name]: shape[1:]
-    for name, shape in model.param_shapes(cfg)['layers'].items()
-    if name in NORMS
+def places(cfg: sizes.ModelConfig, transposed: bool) -> list[load.Place]:
+  """Which array has which of our tensors, or has it as a part.
+
+  Args:
+    cfg: the model's shape.
+    transposed: whether the gating matrices are [F, D].
+  """
+  dims, shapes = cfg.dims(), parameters.shapes(cfg)
+  arrays = {
+    'attn.qkv_einsum': (3, *dims['HDA']),
+    'attn.q_einsum': dims['HDA'],
+    'attn.kv_einsum': (2, *dims['KDA']),
+    'attn.attn_vec_einsum': dims['HAD'],
+    'mlp.gating_einsum': (2, *dims['FD' if transposed else 'DF']),
   }
-  if h == k:
-    out['attn.qkv_einsum'] = (3, h, d, a)
-  else:
-    out |= {'attn.q_einsum': (h, d, a), 'attn.kv_einsum': (2, k, d, a)}
-  return out | {
-    'attn.attn_vec_einsum': (h, a, d),
-    'mlp.gating_einsum': (2, f, d) if transposed else (2, d, f),
-    'mlp.linear': (f, d),
-  }
+  out = []
+  for row in parameters.table(cfg):
+    if not row.stacked:
+      name = EMBEDDING if row.path == 'embedding' else row.path
+      out.append(load.Place(row, None, name, shapes[row.path]))
+      continue
+    # What a fork has added is under our name, if at all.
+    name = _ARRAYS.get(row.name, row.name)
+    if row.name in PARTS['attn.qkv_einsum'] and cfg.num_heads == (
+      cfg.num_kv_heads
+    ):
+      name = 'attn.qkv_einsum'
+    shape = arrays.get(name, shapes[row.path][1:])
+    for i in range(cfg.num_layers):
+      out.append(load.Place(row, i, f'layer_{i}.{name}', shape))
+  return out
 
 
-def read_params(ckpt: Checkpoint, cfg: sizes.ModelConfig) -> model.Params:
+def read_params(
+  ckpt: Checkpoint, cfg: sizes.ModelConfig, key: chex.PRNGKey
+) -> parameters.Params:
   """The float32 parameters of a checkpoint, read array by array.
+
+  Args:
+    ckpt: opened.
+    cfg: its shape.
+    key: of the initial values of what a fork has added and the checkpoint
+      lacks.
 
   Raises:
     errors.UserError: an array is missing, damaged, too much, or its shape is
@@ -231,48 +248,19 @@ def read_params(ckpt: Checkpoint, cfg: sizes.ModelConfig) -> model.Params:
   """
   gating = ckpt.shape('layer_0.mlp.gating_einsum', 3)
   transposed = gating[1:] != (cfg.embed_dim, cfg.hidden_dim)
-  expected = {
-    f'layer_{i}.{name}': shape
-    for i in range(cfg.num_layers)
-    for name, shape in layer_shapes(cfg, transposed).items()
-  }
-  expected |= {
-    EMBEDDING: (cfg.vocab_size, cfg.embed_dim),
-    'final_norm': (cfg.embed_dim,),
-  }
-  # All of it first: memory is not asked for before everything is there.
-  for name, shape in expected.items():
-    if (found := ckpt.open(name).shape) != shape:
-      raise ckpt.store.damaged(f'array {name} is {found}, {shape} expected')
-  if extra := sorted(ckpt.names.keys() - expected.keys()):
-    raise errors.UserError(
-      f'{ckpt.store.path}: {extra[0]} and {len(extra) - 1} more arrays are not '
-      "Gemma 1, 2 or 3's; give a published checkpoint in weights.source."
-    )
 
-  def read(name, *index):
-    part = ckpt.open(name)[index] if index else ckpt.open(name)
-    return flax_store.read_array(ckpt.store, name, part)
-
-  def leaf(ours, layer, shape):
-    if layer is None:
-      return read({'embedding': EMBEDDING}.get(ours, ours))
-    at = f'layer_{layer}.'
-    if ours in NORMS:
-      return read(at + NORMS[ours])
-    if ours in 'qkv':
-      if cfg.num_heads == cfg.num_kv_heads:
-        x = read(at + 'attn.qkv_einsum', 'qkv'.index(ours))
-      elif ours == 'q':
-        x = read(at + 'attn.q_einsum')
-      else:
-        x = read(at + 'attn.kv_einsum', 'kv'.index(ours))
-      return x.transpose(1, 0, 2).reshape(shape)
+  def get(place):
+    array, ours = ckpt.open(place.name), place.row.name
+    parts = PARTS.get(place.name.partition('.')[2], ())
+    if ours in parts:
+      array = array[parts.index(ours)]
+    x = flax_store.read_array(ckpt.store, place.name, array)
+    if ours in ('q', 'k', 'v'):
+      return x.transpose(1, 0, 2).reshape(cfg.embed_dim, -1)
     if ours == 'o':
-      return read(at + 'attn.attn_vec_einsum').reshape(shape)
-    if ours == 'down':
-      return read(at + 'mlp.linear')
-    x = read(at + 'mlp.gating_einsum', ('gate', 'up').index(ours))
-    return x.T if transposed else x
+      return x.reshape(-1, cfg.embed_dim)
+    return x.T if transposed and ours in ('gate', 'up') else x
 
-  return load.stack(cfg, leaf)
+  found = {name: ckpt.open(name).shape for name in ckpt.names}
+  wanted = places(cfg, transposed)
+  return load.read(cfg, ckpt.store.path, wanted, found, get, key)

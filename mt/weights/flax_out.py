@@ -1,47 +1,52 @@
 """Parameters -> Google's own Flax layout, see mt/weights/flax.py."""
 
 from collections.abc import Iterator
+import errno
 import pathlib
 
 import chex
 import numpy as np
+import orbax.checkpoint as ocp
 
 from mt.data import tokenizer
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import flax
-from mt.weights import flax_store
 
 
 def write(
   folder: pathlib.Path,
   cfg: sizes.ModelConfig,
-  params: model.Params,
+  params: parameters.Params,
   tok: tokenizer.Tokenizer,
   dtype: str = 'float32',
 ) -> None:
   """Writes `folder` as Kaggle has it: tokenizer.model beside a checkpoint.
 
-  gemma.params and mt/weights/flax.py read it: the flat layout, array by array.
+  gemma.params and mt/weights/flax.py read it: the flat layout. Orbax wants all
+  of it at once, so that the weights are in memory twice.
 
   Args:
     folder: exists and is empty.
     cfg: the model's shape.
-    params: without low-rank factors, see trainable.fold.
+    params: without low-rank factors, see lora.fold.
     tok: written beside the checkpoint.
     dtype: of the arrays on disk; 'bfloat16' is what Google publishes.
 
   Raises:
     OSError: the disk is full or not writable.
   """
-  chex.assert_shape(params['embedding'], model.param_shapes(cfg)['embedding'])
-  (folder / 'checkpoint').mkdir()
+  chex.assert_shape(params['embedding'], cfg.dims()['VD'])
   (folder / 'tokenizer.model').write_bytes(tok.proto)
-  names = []
-  for keys, x in _leaves(cfg, params):
-    flax_store.write_array(folder / 'checkpoint', keys, x, dtype)
-    names.append(keys)
-  flax_store.write_metadata(folder / 'checkpoint', names)
+  tree = {}
+  for (path, last), x in _leaves(cfg, params):
+    tree[path] = {last: np.asarray(x).astype(dtype, copy=False)}
+  path = folder.absolute() / 'checkpoint'
+  try:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      checkpointer.save(path, tree)
+  except ValueError as e:  # tensorstore's, of a full disk.
+    raise OSError(errno.EIO, str(e), str(path)) from e
 
 
 def is_transposed(cfg: sizes.ModelConfig) -> bool:
@@ -54,38 +59,30 @@ def is_transposed(cfg: sizes.ModelConfig) -> bool:
 
 
 def _leaves(
-  cfg: sizes.ModelConfig, params: model.Params
+  cfg: sizes.ModelConfig, params: parameters.Params
 ) -> Iterator[tuple[tuple[str, str], chex.Array]]:
   """(path, array) of every array of the flat layout, one after the other."""
-  transposed = is_transposed(cfg)
-  d, a = cfg.embed_dim, cfg.head_dim
-  yield ('transformer/embedder', 'input_embedding'), params['embedding']
-  yield ('transformer/final_norm', 'scale'), params['final_norm']
+  flat, transposed = parameters.flatten(params), is_transposed(cfg)
 
-  def heads(x):  # [D, heads * A] -> [heads, D, A]
-    return x.reshape(d, -1, a).transpose(1, 0, 2)
+  def theirs(place):
+    row, x = place.row, flat[place.row.path]
+    if not row.stacked:
+      return x
+    x = np.asarray(x[place.layer])  # To the host, a matrix at a time.
+    if row.name in ('q', 'k', 'v'):  # [D, heads * A] -> [heads, D, A]
+      return x.reshape(len(x), -1, cfg.head_dim).transpose(1, 0, 2)
+    if row.name == 'o':
+      return x.reshape(-1, cfg.head_dim, cfg.embed_dim)
+    return x.T if transposed and row.name in ('gate', 'up') else x
 
-  for i in range(cfg.num_layers):
-    # To the host, a matrix at a time.
-    get = {
-      name: lambda x=x, i=i: np.asarray(x[i])
-      for name, x in params['layers'].items()
-    }
-    at = f'transformer/layer_{i}'
-    for ours, theirs in flax.NORMS.items():
-      if ours in get:
-        yield (f'{at}/{theirs.replace(".", "/")}', 'scale'), get[ours]()
-    if cfg.num_heads == cfg.num_kv_heads:
-      x = np.stack([heads(get[n]()) for n in 'qkv'])
-      yield (f'{at}/attn/qkv_einsum', 'w'), x
-    else:
-      yield (f'{at}/attn/q_einsum', 'w'), heads(get['q']())
-      x = np.stack([heads(get[n]()) for n in 'kv'])
-      yield (f'{at}/attn/kv_einsum', 'w'), x
-    o = get['o']().reshape(cfg.num_heads, a, d)
-    yield (f'{at}/attn/attn_vec_einsum', 'w'), o
-    x = np.stack(
-      [get[n]().T if transposed else get[n]() for n in ('gate', 'up')]
-    )
-    yield (f'{at}/mlp/gating_einsum', 'w'), x
-    yield (f'{at}/mlp/linear', 'w'), get['down']()
+  arrays = {}
+  for place in flax.places(cfg, transposed):
+    arrays.setdefault(place.name, []).append(place)
+  for name, parts in arrays.items():
+    keys = f'transformer/{name.replace(".", "/")}', 'w'
+    if parts[0].row.norm:
+      keys = keys[0], 'scale'
+    elif name == flax.EMBEDDING:
+      keys = tuple(keys[0].rsplit('/', 1))
+    xs = [theirs(place) for place in parts]
+    yield keys, np.stack(xs) if name.partition('.')[2] in flax.PARTS else xs[0]

@@ -7,15 +7,11 @@ the arrays themselves: of Orbax's own JSON one flag is read, so that any of its
 versions will do, and nothing in a checkpoint can name a path or a program.
 """
 
-from collections.abc import Iterable
-from collections.abc import Sequence
 import dataclasses
 import json
 import os
 import pathlib
-import stat
 
-import chex
 import numpy as np
 import tensorstore as ts
 
@@ -28,11 +24,8 @@ _DRIVERS = {'.zarray': 'zarr', 'zarr.json': 'zarr3'}
 _DTYPES = [
   ts.dtype(name).numpy_dtype for name in ('float32', 'float16', 'bfloat16')
 ]
-_CHUNK = 1 << 26  # Bytes of an array that are written at once.
-_LONGEST = 300  # Letters in the name of an array.
-# All that tensorstore and the file system may raise out of damaged files.
-_DAMAGE = (ValueError, TypeError, KeyError, IndexError, OSError)
-_DAMAGE += (RuntimeError, OverflowError, NotImplementedError)
+# What tensorstore and the file system raise out of damaged files.
+_DAMAGE = (ValueError, NotImplementedError, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,45 +65,36 @@ def open_store(folder: str | pathlib.Path) -> Store:
   """
   path = pathlib.Path(folder).absolute()
   kvstore = {'driver': 'file', 'path': f'{path}/'}
-  store = Store(path, {}, None, False)
+  if (path / _OCDBT).exists():
+    kvstore = {'driver': 'ocdbt', 'base': kvstore}
+  store = Store(path, {}, None, not _zeros_are_stored(path))
   try:
-    keys = list(_files(store))
-    if _OCDBT in keys:
-      kvstore = {'driver': 'ocdbt', 'base': kvstore}
     opened = ts.KvStore.open(kvstore).result()
-    if _OCDBT in keys:
+    if kvstore['driver'] == 'ocdbt':
       keys = [k.decode() for k in opened.list().result()]
+    else:  # Links to files are followed, to folders are not.
+      keys = [
+        os.path.relpath(os.path.join(place, file), path)
+        for place, _, files in os.walk(path)
+        for file in files
+      ]
   except _DAMAGE as e:
-    raise store.damaged('cannot read it', e) from None
+    raise store.damaged('cannot read it', e) from e
   names = {}
   for key in keys:
-    if not key.isprintable() or len(key) > _LONGEST:
-      raise store.damaged(f'the name {key[:40]!r} in it is absurd')
     head, _, tail = key.rpartition('/')
     if head and tail in _DRIVERS:
       names[head.replace('/', '.')] = (head, _DRIVERS[tail])
   if not names:
     raise store.damaged('no array in it')
-  zeros_left_out = not _zeros_are_stored(path)
-  return Store(path, names, opened, zeros_left_out)
-
-
-def _files(store) -> Iterable[str]:
-  """Paths below the folder; links to files are followed, to folders are not."""
-  for folder, _, files in os.walk(store.path):
-    for file in files:
-      path = os.path.join(folder, file)
-      if not stat.S_ISREG(os.stat(path).st_mode):  # A pipe never ends.
-        raise store.damaged(f'{file} is no plain file')
-      yield os.path.relpath(path, store.path)
+  return dataclasses.replace(store, names=names, kvstore=opened)
 
 
 def _zeros_are_stored(path) -> bool:
   try:
-    with open(path / _METADATA, encoding='utf-8') as f:
-      text = f.read(_CHUNK)  # 27B have 300 kB.
-    return bool(json.loads(text).get('store_array_data_equal_to_fill_value'))
-  except (OSError, ValueError, AttributeError, RecursionError):
+    metadata = json.loads((path / _METADATA).read_bytes())
+    return bool(metadata['store_array_data_equal_to_fill_value'])
+  except (OSError, ValueError, KeyError):
     return False
 
 
@@ -126,17 +110,15 @@ def open_array(store: Store, name: str) -> ts.TensorStore:
   spec = {
     'driver': driver,
     'kvstore': (store.kvstore / f'{key}/').spec().to_json(),
-    'fill_missing_data_reads': False,
+    # A norm may be all zero.
+    'fill_missing_data_reads': store.zeros_left_out and key.endswith('scale'),
   }
   try:
     array = ts.open(spec, open=True, read=True).result()
-    if store.zeros_left_out and array.rank == 1:  # A norm may be all zero.
-      spec['fill_missing_data_reads'] = True
-      array = ts.open(spec, open=True, read=True).result()
     dtype, shape = array.dtype.numpy_dtype, array.shape
     chunk = array.chunk_layout.read_chunk.shape
   except _DAMAGE as e:
-    raise store.damaged(f'array {name!r} cannot be opened', e) from None
+    raise store.damaged(f'array {name!r} cannot be opened', e) from e
   if dtype not in _DTYPES:
     raise errors.UserError(
       f'{store.path}: array {name!r} is of type {dtype}, float32, bfloat16 or '
@@ -156,72 +138,5 @@ def read_array(store: Store, name: str, array: ts.TensorStore) -> np.ndarray:
   """
   try:
     return array.read().result()
-  except (*_DAMAGE, MemoryError) as e:
-    raise store.damaged(f'array {name!r} cannot be read', e) from None
-
-
-def write_array(
-  folder: pathlib.Path, keys: Sequence[str], x: chex.Array, dtype: np.dtype
-) -> None:
-  """Adds one array to the OCDBT database in `folder`, 64 MB at a time.
-
-  Args:
-    folder: where the checkpoint grows; see write_metadata.
-    keys: the array's path in the tree.
-    x: numpy or JAX, one axis at least.
-    dtype: as which it is stored.
-
-  Raises:
-    errors.UserError: the disk is full or not writable.
-  """
-  chex.assert_axis_dimension_gt(x, 0, 0)
-  dtype = ts.dtype(dtype)
-  row = int(np.prod(x.shape[1:])) * dtype.numpy_dtype.itemsize
-  rows = min(x.shape[0], max(1, _CHUNK // row))
-  spec = {
-    'driver': 'zarr',
-    'kvstore': {
-      'driver': 'ocdbt',
-      'base': {'driver': 'file', 'path': f'{folder.absolute()}/'},
-      'path': '.'.join(keys) + '/',
-    },
-    'schema': {'chunk_layout': {'chunk': {'shape': [rows, *x.shape[1:]]}}},
-    'metadata': {'compressor': {'id': 'zstd', 'level': 1}},
-    'store_data_equal_to_fill_value': True,
-  }
-  try:
-    array = ts.open(spec, create=True, shape=x.shape, dtype=dtype).result()
-    for at in range(0, x.shape[0], rows):
-      part = np.asarray(x[at : at + rows]).astype(dtype.numpy_dtype)
-      array[at : at + len(part)].write(part).result()
   except _DAMAGE as e:
-    raise errors.UserError(
-      f'{folder}: cannot write the checkpoint ({" ".join(str(e).split())}); '
-      'give a folder with space that you may write to.'
-    ) from None
-
-
-def write_metadata(
-  folder: pathlib.Path, names: Iterable[Sequence[str]]
-) -> None:
-  """The JSON in which Orbax looks up which arrays make up the tree.
-
-  Source: orbax-checkpoint's metadata/tree.py; key type 2 is a dict's key.
-  """
-  tree = {
-    str(tuple(keys)): {
-      'key_metadata': [{'key': k, 'key_type': 2} for k in keys],
-      'value_metadata': {'value_type': 'np.ndarray', 'skip_deserialize': False},
-    }
-    for keys in names
-  }
-  text = json.dumps(
-    {
-      'tree_metadata': tree,
-      'use_ocdbt': True,
-      'use_zarr3': False,
-      'store_array_data_equal_to_fill_value': True,
-      'custom_metadata': None,
-    }
-  )
-  (folder / _METADATA).write_text(text, encoding='utf-8')
+    raise store.damaged(f'array {name!r} cannot be read', e) from e

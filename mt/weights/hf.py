@@ -9,53 +9,41 @@ Files: github.com/huggingface/safetensors#format; names: transformers,
 modeling_gemma.py, modeling_gemma2.py, modeling_gemma3.py.
 """
 
-from collections.abc import Iterator
 import dataclasses
+import errno
 import json
+import math
 import pathlib
 from typing import Any
 
+import chex
 import ml_dtypes  # noqa: F401  Gives numpy the bfloat16 of safetensors.
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 from mt.base import errors
 from mt.data import tokenizer
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import hf_config
 from mt.weights import hf_tokenizer
 from mt.weights import load
-from mt.weights import safetensors_out
 
 _EMBEDDING = 'embed_tokens.weight'
-_OUTER_NAMES = {'embedding': _EMBEDDING, 'final_norm': 'norm.weight'}
 _DTYPES = ('F32', 'BF16', 'F16')
 _INDEX = 'model.safetensors.index.json'
+_SHARD_BYTES = 5 * 10**9  # A file's size at most, as on the Hub.
 
 
-def layer_names(cfg: sizes.ModelConfig) -> dict[str, str]:
-  """Our name of a layer's tensor -> transformers' module in that layer."""
-  names = {
-    'attn_norm': 'input_layernorm',
-    'q': 'self_attn.q_proj',
-    'k': 'self_attn.k_proj',
-    'v': 'self_attn.v_proj',
-    'o': 'self_attn.o_proj',
-    'ffw_norm': 'post_attention_layernorm',
-    'gate': 'mlp.gate_proj',
-    'up': 'mlp.up_proj',
-    'down': 'mlp.down_proj',
-  }
-  if cfg.post_norms:
-    names |= {
-      'post_attn_norm': 'post_attention_layernorm',
-      'ffw_norm': 'pre_feedforward_layernorm',
-      'post_ffw_norm': 'post_feedforward_layernorm',
-    }
-  if cfg.qk_norm:
-    names |= {'q_norm': 'self_attn.q_norm', 'k_norm': 'self_attn.k_norm'}
-  return names
+def _places(cfg, prefix) -> list[load.Place]:
+  """All tensors of the text model, by transformers' names."""
+
+  def name(row, layer):
+    at = '' if layer is None else f'layers.{layer}.'
+    return f'{prefix}{at}{row.hf}.weight'
+
+  return load.places(cfg, name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +76,8 @@ def open_folder(path: pathlib.Path) -> Folder:
   """Reads config.json and the headers; no tensor yet.
 
   Raises:
-    errors.UserError: a file is missing, damaged or hostile, the model is no
-      Gemma, or its tensors are not those that config.json promises.
+    errors.UserError: a file is missing or damaged, the model is no Gemma, or
+      its tensors are not those that config.json promises.
   """
   if not (path / 'config.json').is_file():
     raise errors.UserError(
@@ -97,198 +85,149 @@ def open_folder(path: pathlib.Path) -> Folder:
     )
   config = hf_config.read(path / 'config.json')
   tensors = _open_files(path)
-  prefixes = [n.removesuffix(_EMBEDDING) for n in tensors if _is_embedding(n)]
+  prefixes = [
+    n.removesuffix(_EMBEDDING)
+    for n in tensors
+    if n == _EMBEDDING or n.endswith('.' + _EMBEDDING)
+  ]
   if len(prefixes) != 1:
     raise errors.UserError(
       f'{path}: {len(prefixes)} tensors end with {_EMBEDDING}, one expected; '
       'the folder is not a complete Gemma.'
     )
   folder = Folder(path, config, prefixes[0], tensors)
-  _check(folder)
+  load.check(path, _places(config, folder.prefix), _shapes(folder))
   return folder
-
-
-def _is_embedding(name):
-  return name == _EMBEDDING or name.endswith('.' + _EMBEDDING)
 
 
 def _open_files(path):
   """Name -> (opened file, path); files of vision alone stay closed."""
   index = path / _INDEX
-  if (path / 'model.safetensors').exists() or not index.exists():
+  if (path / 'model.safetensors').exists():
     files = [path / 'model.safetensors']
-    if not files[0].exists():
-      files = sorted(path.glob('*.safetensors'))
-    if not files:
-      raise errors.UserError(_no_weights(path))
-    promised = None
+  elif index.exists():
+    files = _files_of_index(index)
   else:
-    promised = hf_config.read_json(index).get('weight_map')
-    if not isinstance(promised, dict):
-      raise errors.UserError(
-        f'{index}: no weight_map; the index is damaged: fetch it again.'
-      )
-    promised = {n: f for n, f in promised.items() if not _is_vision(n)}
-    files = sorted({_beside(index, file) for file in promised.values()})
+    files = sorted(path.glob('*.safetensors'))
+  if not files and any(path.glob('*.bin')):
+    raise errors.UserError(
+      f'{path}: only pytorch_model.bin found, a pickle, which can run code '
+      'when it is read; take the safetensors of the model, or let transformers '
+      'write them where you trust it: '
+      'AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).'
+    )
+  if not files:
+    raise errors.UserError(
+      f'{path}: no .safetensors file in it; fetch the whole folder.'
+    )
   tensors = {}
   for file in files:
     opened = _open_file(file)
     for name in opened.keys():  # noqa: SIM118  It is no dict.
-      if promised is not None and promised.get(name) != file.name:
-        continue
       if name in tensors:
         raise errors.UserError(
           f'{file}: {name} stands in {tensors[name][1].name} as well; remove '
           'the file that does not belong to the model.'
         )
       tensors[name] = opened, file
-  for name in promised or ():
-    if name not in tensors:
-      raise errors.UserError(
-        f'{path / promised[name]}: no tensor {name!r}, which {_INDEX} places '
-        'there; fetch the folder again.'
-      )
   return tensors
 
 
-def _is_vision(name):
-  return name.split('.')[0] in ('vision_tower', 'multi_modal_projector') or (
-    name.startswith(('model.vision_tower.', 'model.multi_modal_projector.'))
-  )
-
-
-def _beside(index, file):
-  """A plain file name beside the index; never a way out of the folder."""
-  if (
-    not isinstance(file, str)
-    or pathlib.PureWindowsPath(file).name != file  # It knows / too.
-    or not file.endswith('.safetensors')
-    or not file.isprintable()
-  ):
+def _files_of_index(index):
+  """Plain file names beside the index; never a way out of the folder."""
+  weight_map = hf_config.read_json(index).get('weight_map')
+  if not isinstance(weight_map, dict):
     raise errors.UserError(
-      f'{index}: weight_map names the file {str(file)[:60]!r}, a plain name '
-      'that ends with .safetensors expected; fetch it from a source you trust.'
+      f'{index}: no weight_map; the index is damaged: fetch it again.'
     )
-  return index.parent / file
+  vision = ('vision_tower.', 'multi_modal_projector.')
+  files = set()
+  for name, file in weight_map.items():
+    if name.removeprefix('model.').startswith(vision):
+      continue
+    # A Windows path knows both kinds of slashes, and drives.
+    plain = isinstance(file, str) and pathlib.PureWindowsPath(file).name == file
+    if not plain or not file.endswith('.safetensors'):
+      raise errors.UserError(
+        f'{index}: weight_map names the file {str(file)[:60]!r}, a plain name '
+        'that ends with .safetensors expected; fetch it from a source you '
+        'trust.'
+      )
+    files.add(index.parent / file)
+  return sorted(files)
 
 
 def _open_file(path):
   try:
     # pread: pages of a mapped file would count as this process's memory.
     return safetensors.safe_open(path, framework='np', backend='pread')
-  except OSError as e:
-    raise errors.UserError(
-      f'{path}: cannot read it ({e.strerror or e}); fetch the folder again.'
-    ) from None
-  except safetensors.SafetensorError as e:
-    raise errors.UserError(
-      f'{path}: not a whole safetensors file '
-      f'({" ".join(str(e).split())[:160]}); fetch it again.'
-    ) from None
+  except (OSError, safetensors.SafetensorError) as e:
+    raise _unreadable(path, e) from e
 
 
-def _no_weights(path):
-  if any(path.glob('*.bin')):
-    return (
-      f'{path}: only pytorch_model.bin found, a pickle, which can run code '
-      'when it is read; take the safetensors of the model, or let transformers '
-      'write them where you trust it: '
-      'AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).'
-    )
-  return f'{path}: no .safetensors file in it; fetch the whole folder.'
+def _unreadable(path, e):
+  return errors.UserError(
+    f'{path}: not a whole safetensors file ({" ".join(str(e).split())[:160]}); '
+    'fetch it again.'
+  )
 
 
-def _places(folder) -> Iterator[tuple[str, int | None, str, model.Params]]:
-  """(our name, layer or None, name in the file, our shape) of all tensors."""
-  cfg = folder.config
-  shapes = model.param_shapes(cfg)
-  for ours, name in _OUTER_NAMES.items():
-    yield ours, None, folder.prefix + name, shapes[ours]
-  for i in range(cfg.num_layers):
-    for ours, name in layer_names(cfg).items():
-      full = f'{folder.prefix}layers.{i}.{name}.weight'
-      yield ours, i, full, shapes['layers'][ours][1:]
-
-
-def _turned(ours, shape):
-  return len(shape) == 2 and ours != 'embedding'
-
-
-def _check(folder):
-  """All names and shapes, before anything is allocated."""
-  known = set()
-  for ours, _, name, shape in _places(folder):
-    if name not in folder.tensors:
-      raise errors.UserError(
-        f'{folder.path}: no tensor {name!r}; the folder is not a complete '
-        'Gemma.'
-      )
-    known.add(name)
-    opened, path = folder.tensors[name]
+def _shapes(folder):
+  """Name -> shape of the tensors of the text model, none of them quantised."""
+  out = {}
+  for name, (opened, path) in folder.tensors.items():
+    rest = name.removeprefix(folder.prefix)
+    ours = rest.startswith(('layers.', 'embed_tokens.', 'norm.'))
+    # Old files have the RoPE rates, which follow from config.json. A head is
+    # not read either: config.json says that it is the embedding.
+    if (
+      not name.startswith(folder.prefix)
+      or not ours
+      or name.endswith('rotary_emb.inv_freq')
+    ):
+      continue
     header = opened.get_slice(name)
-    dtype, found = header.get_dtype(), tuple(header.get_shape())
-    if dtype not in _DTYPES:
+    if header.get_dtype() not in _DTYPES:
       raise errors.UserError(
-        f'{path}: {name} is of type {str(dtype)[:20]}, one of '
+        f'{path}: {name} is of type {header.get_dtype()}, one of '
         f'{", ".join(_DTYPES)} expected; take weights that are not quantised.'
       )
-    wanted = shape[::-1] if _turned(ours, shape) else shape
-    if found != wanted:
-      raise errors.UserError(
-        f'{path}: {name} has the shape {found}, config.json promises {wanted}; '
-        'the files do not belong together.'
-      )
-  for name, (_, path) in folder.tensors.items():
-    rest = name.removeprefix(folder.prefix)
-    stray = name.startswith(folder.prefix) and rest.startswith('layers.')
-    # Old files have the RoPE rates, which follow from config.json.
-    if stray and name not in known and not name.endswith('rotary_emb.inv_freq'):
-      raise errors.UserError(
-        f'{path}: {name} is no part of the Gemma that config.json describes; '
-        'merge an adapter first, or take weights that are not quantised.'
-      )
+    out[name] = tuple(header.get_shape())
+  return out
 
 
 def read_tokenizer(folder: Folder) -> tokenizer.Tokenizer:
-  """tokenizer.model or, where there is none, tokenizer.json.
+  """See hf_tokenizer.read_folder."""
+  return hf_tokenizer.read_folder(folder.path, folder.config.vocab_size)
+
+
+def read_params(folder: Folder, key: chex.PRNGKey) -> parameters.Params:
+  """The float32 parameters, read tensor by tensor.
+
+  Args:
+    folder: opened.
+    key: of the initial values of what a fork has added and the files lack.
 
   Raises:
-    errors.UserError: neither is there, or it is damaged.
+    errors.UserError: a file cannot be read.
   """
-  if (folder.path / 'tokenizer.model').exists():
-    return tokenizer.from_file(folder.path / 'tokenizer.model')
-  if not (folder.path / 'tokenizer.json').exists():
-    raise errors.UserError(
-      f'{folder.path}: neither tokenizer.model nor tokenizer.json in it; fetch '
-      'the whole folder, or set weights.tokenizer.'
-    )
-  path = folder.path / 'tokenizer.json'
-  return hf_tokenizer.read(path, folder.config.vocab_size)
 
-
-def read_params(folder: Folder) -> model.Params:
-  """The float32 parameters, read tensor by tensor."""
-  names = {(ours, i): name for ours, i, name, _ in _places(folder)}
-
-  def leaf(ours, layer, shape):
-    name = names[ours, layer]
-    opened, path = folder.tensors[name]
+  def get(place):
+    opened, path = folder.tensors[place.name]
     try:
-      x = opened.get_tensor(name)
+      x = opened.get_tensor(place.name)
     except (OSError, safetensors.SafetensorError) as e:
-      raise errors.UserError(
-        f'{path}: cannot read {name} ({" ".join(str(e).split())[:160]}); fetch '
-        'it again.'
-      ) from None
-    return x.T if _turned(ours, shape) else x
+      raise _unreadable(path, e) from e
+    return x.T if place.row.transposed else x
 
-  return load.stack(folder.config, leaf)
+  cfg, wanted = folder.config, _places(folder.config, folder.prefix)
+  return load.read(cfg, folder.path, wanted, _shapes(folder), get, key)
 
 
 def write(
   folder: pathlib.Path,
   cfg: sizes.ModelConfig,
-  params: model.Params,
+  params: parameters.Params,
   tok: tokenizer.Tokenizer,
   dtype: np.dtype = np.float32,
 ) -> None:
@@ -304,25 +243,24 @@ def write(
   Raises:
     OSError: the disk is full or not writable.
   """
-  names, shapes = layer_names(cfg), model.param_shapes(cfg)
+  flat = parameters.flatten(params)
 
-  def entry(ours, layer, shape, name):
-    def get():
-      x = params['layers'][ours][layer] if layer is not None else params[ours]
-      x = np.asarray(x).astype(dtype, copy=False)
-      return x.T if _turned(ours, shape) else x
+  def tensor(place):
+    x = flat[place.row.path]
+    x = np.asarray(x if place.layer is None else x[place.layer])
+    return (x.T if place.row.transposed else x).astype(dtype, copy=False)
 
-    shape = shape[::-1] if _turned(ours, shape) else shape
-    return safetensors_out.Entry(f'model.{name}', shape, get)
-
-  entries = [
-    entry(ours, None, shapes[ours], name) for ours, name in _OUTER_NAMES.items()
-  ]
-  for i in range(cfg.num_layers):
-    for ours, name in names.items():
-      shape = shapes['layers'][ours][1:]
-      entries.append(entry(ours, i, shape, f'layers.{i}.{name}.weight'))
-  safetensors_out.write(folder, entries, dtype)
+  shards = _shards(_places(cfg, 'model.'), np.dtype(dtype).itemsize)
+  weight_map = {}
+  for i, shard in enumerate(shards, 1):
+    file = f'model-{i:05}-of-{len(shards):05}.safetensors'
+    file = 'model.safetensors' if len(shards) == 1 else file
+    save(folder / file, {place.name: tensor(place) for place in shard})
+    weight_map |= {place.name: file for place in shard}
+  if len(shards) > 1:
+    size = sum(x.size for x in flat.values()) * np.dtype(dtype).itemsize
+    index = {'metadata': {'total_size': size}, 'weight_map': weight_map}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + '\n')
   ids = {
     'pad_token_id': tok.pad_id,
     'bos_token_id': tok.bos_id,
@@ -333,3 +271,33 @@ def write(
     json.dumps(ids | {'do_sample': False}, indent=2) + '\n'
   )
   hf_tokenizer.write(folder, tok)
+
+
+def _shards(places, itemsize):
+  """The places of each file, which is as large as it may be."""
+  shards, room = [[]], _SHARD_BYTES
+  for place in places:
+    nbytes = math.prod(place.shape) * itemsize
+    if shards[-1] and nbytes > room:
+      shards.append([])
+      room = _SHARD_BYTES
+    shards[-1].append(place)
+    room -= nbytes
+  return shards
+
+
+def save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+  """Writes one safetensors file.
+
+  Raises:
+    OSError: the disk is full or not writable.
+  """
+  tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+  path.touch()
+  mode = path.stat().st_mode
+  try:
+    # transformers looks for "format" before it opens the file.
+    safetensors.numpy.save_file(tensors, path, {'format': 'pt'})
+  except safetensors.SafetensorError as e:  # It is Rust's OSError.
+    raise OSError(errno.EIO, str(e), str(path)) from e
+  path.chmod(mode)  # The library's file is for its owner alone.

@@ -5,8 +5,8 @@ ways of writing RoPE are read, `rope_theta` with `rope_scaling` (version 4) and
 `rope_parameters` (version 5); the first is written, which both versions read.
 """
 
+import functools
 import json
-import math
 import pathlib
 from typing import Any
 
@@ -42,7 +42,15 @@ _DEFAULTS = {
 }
 _KINDS = {'sliding_attention': 'L', 'full_attention': 'G'}
 _MAX_LAYERS = 1024  # Far above any real model.
-_ACTIVATIONS = (None, 'gelu', 'gelu_pytorch_tanh')  # All mean the latter.
+# What mt/gemma/model.py computes; None where the file does not say.
+_ONLY = {
+  'hidden_activation': (None, 'gelu', 'gelu_pytorch_tanh'),
+  'hidden_act': (None, 'gelu', 'gelu_pytorch_tanh'),  # All mean the latter.
+  'rms_norm_eps': (None, 1e-6),
+  'attention_bias': (None, False),
+  'tie_word_embeddings': (None, True),
+  'use_bidirectional_attention': (None, False),
+}
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -56,12 +64,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   except OSError as e:
     raise errors.UserError(
       f'{path}: cannot read it ({e.strerror}); fetch the folder again.'
-    ) from None
+    ) from e
   except (ValueError, RecursionError) as e:
     raise errors.UserError(
-      f'{path}: damaged JSON ({" ".join(str(e).split())[:100]}); fetch it '
-      'again.'
-    ) from None
+      f'{path}: damaged JSON ({str(e)[:100]}); fetch it again.'
+    ) from e
   if not isinstance(value, dict):
     raise errors.UserError(
       f'{path}: a JSON {type(value).__name__} found, an object expected; fetch '
@@ -77,80 +84,34 @@ def read(path: pathlib.Path) -> sizes.ModelConfig:
     errors.UserError: another model, a missing or impossible value, or a
       variant of Gemma that mt/gemma/model.py does not compute.
   """
-  whole = read_json(path)
-  fields = whole.get('text_config', whole)
-  kind = fields.get('model_type') if isinstance(fields, dict) else None
-  if kind == 'gemma3' and fields is whole:
-    fields, kind = {}, 'gemma3_text'  # All of it left to the defaults.
-  if not isinstance(kind, str) or kind not in _DEFAULTS:
-    raise errors.UserError(
-      f'{path}: model_type {str(kind)[:40]!r} found, one of '
-      f'{", ".join(_DEFAULTS)} expected; this project trains Gemma only.'
-    )
-  fields = _DEFAULTS[kind] | fields
-
-  def bad(key, expected):
-    value = str(fields.get(key))[:60]
-    return errors.UserError(
-      f'{path}: {key} is {value}, {expected} expected; the file is damaged or '
-      'of a model not known here.'
-    )
-
-  def number(key, default=None, low=1, high=2**31, kinds=(int, float)):
-    value = fields.get(key)
-    value = default if value is None else value
-    if (
-      isinstance(value, bool)
-      or not isinstance(value, kinds)
-      or not low <= value < high  # NaN fails it too.
-    ):
-      raise bad(key, f'a number from {low} to {high:,}')
-    return value
-
-  def whole_number(key, default=None, high=2**31):
-    return number(key, default, high=high, kinds=int)
-
-  for key, allowed in (
-    ('hidden_activation', _ACTIVATIONS),
-    ('hidden_act', _ACTIVATIONS),
-    ('rms_norm_eps', (None, 1e-6)),
-    ('attention_bias', (None, False)),
-    ('tie_word_embeddings', (None, True)),
-    ('use_bidirectional_attention', (None, False)),
-  ):
+  kind, fields = _text_fields(path)
+  bad = functools.partial(_bad, path, fields)
+  number = functools.partial(_number, path, fields)
+  for key, allowed in _ONLY.items():
     if fields.get(key) not in allowed:
       raise bad(key, str(allowed[-1]))
-  layers = whole_number('num_hidden_layers', high=_MAX_LAYERS)
-  head_dim = whole_number('head_dim', 256)
-  heads = whole_number('num_attention_heads')
-  kv_heads = whole_number('num_key_value_heads')
-  if heads % kv_heads or head_dim % 2:
-    raise bad('num_key_value_heads', f'a divisor of {heads} and even heads')
-  query_dim = head_dim
+  layers = number('num_hidden_layers', high=_MAX_LAYERS)
+  head_dim = query_dim = number('head_dim', 256)
+  caps = {'attn_softcap': None, 'final_softcap': None}
   if kind != 'gemma':
-    query_dim = number('query_pre_attn_scalar', 256, low=1e-3)
-  (local, local_scale), (global_, scale) = _rope(kind, fields, number, bad)
-  if local_scale != 1.0:
-    raise bad('rope_parameters', 'no scaling of sliding_attention')
-  caps = {}
-  for ours, key in (
-    ('attn_softcap', 'attn_logit_softcapping'),
-    ('final_softcap', 'final_logit_softcapping'),
-  ):
-    none = kind == 'gemma' or fields.get(key) is None
-    caps[ours] = None if none else float(number(key, low=1e-3))
-  attention = _attention(kind, fields, layers, whole_number, bad)
+    query_dim = number('query_pre_attn_scalar', 256, float)
+    for ours, key in zip(
+      caps, ('attn_logit_softcapping', 'final_logit_softcapping'), strict=True
+    ):
+      if fields.get(key) is not None:
+        caps[ours] = number(key, kind=float)
+  local, global_, scale = _rope(path, kind, fields)
   return sizes.ModelConfig(
-    vocab_size=whole_number('vocab_size'),
+    vocab_size=number('vocab_size'),
     num_layers=layers,
-    embed_dim=whole_number('hidden_size'),
-    hidden_dim=whole_number('intermediate_size'),
-    num_heads=heads,
-    num_kv_heads=kv_heads,
+    embed_dim=number('hidden_size'),
+    hidden_dim=number('intermediate_size'),
+    num_heads=number('num_attention_heads'),
+    num_kv_heads=number('num_key_value_heads'),
     head_dim=head_dim,
     query_scale=query_dim**-0.5,
-    attention=attention,
-    window=whole_number('sliding_window') if kind != 'gemma' else None,
+    attention=_attention(kind, fields, layers, number, bad),
+    window=number('sliding_window') if kind != 'gemma' else None,
     rope_base_local=local,
     rope_base_global=global_,
     rope_scale_global=scale,
@@ -160,47 +121,71 @@ def read(path: pathlib.Path) -> sizes.ModelConfig:
   )
 
 
-def _rope(kind, fields, number, bad):
-  """(base, factor) of local layers and of global ones."""
+def _text_fields(path):
+  """(model_type, fields) of the text model, with what transformers fills in."""
+  whole = read_json(path)
+  fields = whole.get('text_config', whole)
+  kind = fields.get('model_type') if isinstance(fields, dict) else None
+  if kind == 'gemma3' and fields is whole:
+    fields, kind = {}, 'gemma3_text'  # All of it left to the defaults.
+  if str(kind) not in _DEFAULTS:
+    raise errors.UserError(
+      f'{path}: model_type {str(kind)[:40]!r} found, one of '
+      f'{", ".join(_DEFAULTS)} expected; this project trains Gemma only.'
+    )
+  tied = {'tie_word_embeddings': whole.get('tie_word_embeddings')}
+  return kind, _DEFAULTS[kind] | tied | fields
 
-  def read(key, value, base):
-    value = {} if value is None else value
-    if not isinstance(value, dict):
-      raise bad(key, 'an object')
-    type_ = value.get('rope_type', value.get('type', 'default'))
-    if type_ not in ('default', 'linear'):
-      raise bad(key, 'a rope_type of default or linear')
-    factor = value.get('factor', 1.0) if type_ == 'linear' else 1.0
-    out = []
-    for v in (value.get('rope_theta', base), factor):
-      if isinstance(v, bool) or not isinstance(v, int | float):
-        raise bad(key, 'numbers')
-      if not 1 <= v < math.inf:
-        raise bad(key, 'numbers from 1 up')
-      out.append(float(v))
-    return tuple(out)
 
-  base = number('rope_theta', 10_000.0)
-  new = fields.get('rope_parameters')
-  if kind != 'gemma3_text':
-    key = 'rope_scaling' if new is None else 'rope_parameters'
-    base, scale = read(key, fields.get(key), base)
-    if scale != 1.0:
-      raise bad(key, 'no scaling')
-    return (base, 1.0), (base, 1.0)
-  local = number('rope_local_base_freq', 10_000.0)
-  if new is None:
-    scaling = fields.get('rope_scaling')
-    return (float(local), 1.0), read('rope_scaling', scaling, base)
-  if not isinstance(new, dict):
-    raise bad('rope_parameters', 'an object')
-  return (
-    read('rope_parameters', new.get('sliding_attention'), local),
-    read('rope_parameters', new.get('full_attention'), base),
+def _bad(path, fields, key, expected):
+  return errors.UserError(
+    f'{path}: {key} is {str(fields.get(key))[:60]}, {expected} expected; the '
+    'file is damaged or of a model not known here.'
   )
 
 
-def _attention(kind, fields, layers, whole_number, bad):
+def _number(path, fields, key, default=None, kind=int, high=2**31):
+  """A positive number; a whole one unless kind is float."""
+  value = fields.get(key)
+  value = default if value is None else value
+  if type(value) not in (int, kind) or not 0 < value < high:  # Nor NaN.
+    raise _bad(path, fields, key, f'a number from 1 to {high:,}')
+  return kind(value)
+
+
+def _rope(path, kind, fields):
+  """(base of local layers, base of global layers, factor of global layers)."""
+  new, third = fields.get('rope_parameters'), kind == 'gemma3_text'
+  key = 'rope_scaling' if new is None else 'rope_parameters'
+  base = _number(path, fields, 'rope_theta', 10_000.0, float)
+
+  def read(value, base):
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+      raise _bad(path, fields, key, 'an object')
+    scaling = value.get('rope_type', value.get('type', 'default'))
+    if scaling not in ('default', 'linear'):
+      raise _bad(path, fields, key, 'a rope_type of default or linear')
+    base = _number(path, value, 'rope_theta', base, float)
+    factor = _number(path, value, 'factor', 1.0, float)
+    return base, factor if scaling == 'linear' else 1.0
+
+  if third and new is not None:
+    if not isinstance(new, dict):
+      raise _bad(path, fields, key, 'an object')
+    local = read(new.get('sliding_attention'), 10_000.0)
+    global_ = read(new.get('full_attention'), base)
+  elif third:
+    base_local = _number(path, fields, 'rope_local_base_freq', 10_000.0, float)
+    local, global_ = (base_local, 1.0), read(fields.get(key), base)
+  else:
+    local = global_ = read(fields.get(key), base)
+  if local[1] != 1.0:
+    raise _bad(path, fields, key, 'no scaling of sliding_attention')
+  return local[0], *global_
+
+
+def _attention(kind, fields, layers, number, bad):
   """The pattern of 'L' and 'G', as short as it can be."""
   if kind == 'gemma':
     return 'G'
@@ -208,19 +193,14 @@ def _attention(kind, fields, layers, whole_number, bad):
   if types is None:
     if kind == 'gemma2':
       return 'LG'
-    period = whole_number('sliding_window_pattern', 6, high=_MAX_LAYERS)
+    period = number('sliding_window_pattern', 6, high=_MAX_LAYERS)
     return 'L' * (period - 1) + 'G'
-  if (
-    not isinstance(types, list)
-    or len(types) != layers
-    or not all(isinstance(t, str) and t in _KINDS for t in types)
-  ):
+  if len(types) != layers or not all(str(t) in _KINDS for t in types):
     raise bad('layer_types', f'{layers} of {", ".join(_KINDS)}')
   text = ''.join(_KINDS[t] for t in types)
-  for period in range(1, layers + 1):
-    if (text[:period] * layers)[:layers] == text:
-      return text[:period]
-  raise AssertionError(text)  # Its own length is a period.
+  # Its own length is a period.
+  periods = (text[:n] for n in range(1, layers + 1))
+  return next(p for p in periods if (p * layers)[:layers] == text)
 
 
 def kind_of(cfg: sizes.ModelConfig) -> str:
@@ -279,15 +259,16 @@ def write(
       'final_logit_softcapping': cfg.final_softcap,
     }
   if kind == 'gemma3_text':
-    scaled = cfg.rope_scale_global != 1.0
+    factor = cfg.rope_scale_global
     fields |= {
       'rope_local_base_freq': cfg.rope_base_local,
-      'rope_scaling': {'rope_type': 'linear', 'factor': cfg.rope_scale_global}
-      if scaled
-      else None,
+      'rope_scaling': None,
     }
-    if cfg.rope_scale_global > 1.0:
-      fields['max_position_embeddings'] = 131_072
+    if factor != 1.0:
+      fields |= {
+        'rope_scaling': {'rope_type': 'linear', 'factor': factor},
+        'max_position_embeddings': 131_072,
+      }
   path.write_text(json.dumps(fields, indent=2) + '\n', encoding='utf-8')
 
 

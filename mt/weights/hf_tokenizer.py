@@ -5,6 +5,7 @@ fills it: BPE over characters with byte fallback, the merges in the order of the
 scores, and the symbols that are never split as added tokens.
 """
 
+import functools
 import json
 import pathlib
 import re
@@ -23,6 +24,59 @@ _TURNS = ('<start_of_turn>', '<end_of_turn>')
 _ROLES = ('pad', 'eos', 'bos', 'unk')
 
 
+def read_folder(folder: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
+  """tokenizer.model or, where it lacks tokens of the model, tokenizer.json.
+
+  Who adds tokens, or gives an <unused0> a name, leaves tokenizer.model as it
+  was, and texts would be split otherwise than in training.
+
+  Args:
+    folder: of Hugging Face.
+    rows: of the embedding, see `read`.
+
+  Raises:
+    errors.UserError: damaged, or none that has all tokens.
+  """
+  model, fast = folder / 'tokenizer.model', folder / 'tokenizer.json'
+  if not model.exists() and not fast.exists():
+    raise errors.UserError(
+      f'{folder}: neither tokenizer.model nor tokenizer.json in it; fetch the '
+      'whole folder, or set weights.tokenizer.'
+    )
+  if not model.exists():
+    return read(fast, rows)
+  tok = tokenizer.from_file(model)
+  added = _added_beside(folder, tok, rows)
+  if added and not fast.exists():
+    raise errors.UserError(
+      f'{model}: it lacks the tokens {", ".join(added)[:80]} that were added '
+      'beside it, and there is no tokenizer.json; fetch the whole folder, or '
+      'set weights.tokenizer.'
+    )
+  return read(fast, rows) if added else tok
+
+
+def _added_beside(folder, tok, rows):
+  """Tokens that have a row and that tokenizer.model does not know."""
+  added = {}
+  if (folder / 'added_tokens.json').exists():
+    added = hf_config.read_json(folder / 'added_tokens.json')
+  if (folder / 'tokenizer_config.json').exists():
+    fields = hf_config.read_json(folder / 'tokenizer_config.json')
+    for i, token in fields.get('added_tokens_decoder', {}).items():
+      added[token['content']] = int(i)
+  return [
+    text
+    for text, i in added.items()
+    # Stands for an image in published folders; no text has it.
+    if text != '<image_soft_token>'
+    and i < rows
+    and (
+      i >= tok.vocab_size or tok.spm.id_to_piece(i) != text.replace(' ', _SPACE)
+    )
+  ]
+
+
 def read(path: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
   """Rebuilds Gemma's SentencePiece model from a tokenizer.json.
 
@@ -37,46 +91,9 @@ def read(path: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
   Raises:
     errors.UserError: damaged, or not of Gemma's kind.
   """
-  whole = hf_config.read_json(path)
-
-  def bad(what):
-    return errors.UserError(
-      f"{path}: {what}; Gemma's BPE with byte fallback expected: set "
-      'weights.tokenizer to a tokenizer.model.'
-    )
-
-  m = whole.get('model')
-  if not isinstance(m, dict) or m.get('type', 'BPE') != 'BPE':
-    kind = m.get('type') if isinstance(m, dict) else m
-    raise bad(f'a tokenizer of type {str(kind)[:40]!r} found')
-  vocab, merges = m.get('vocab'), m.get('merges')
-  added = whole.get('added_tokens', [])
-  if not (
-    isinstance(vocab, dict)
-    and all(type(i) is int for i in vocab.values())
-    and isinstance(merges, list)
-    and isinstance(added, list)
-    and all(
-      isinstance(a, dict)
-      and type(a.get('id')) is int
-      and isinstance(a.get('content'), str)
-      for a in added
-    )
-  ):
-    raise bad('no vocabulary, merges and added tokens found')
-  symbols = {a['id']: a['content'] for a in added if a['id'] < rows}
-  by_id = {i: piece for piece, i in vocab.items()} | symbols
-  pieces = [by_id.get(i) for i in range(len(by_id))]
-  if not pieces or not all(pieces):
-    raise bad('the ids of its pieces are not 0, 1, 2, …')
-  if len(set(pieces)) != len(pieces) or len(pieces) < len(vocab):
-    raise bad('two pieces have one id, or one piece has two')
-  # Those of Gemma 1 and 2 have the tab where the model has its byte.
-  tab = vocab.get('<0x08>', -2) + 1 if '<0x09>' not in vocab else -1
-  if 0 <= tab < len(pieces) and pieces[tab] == '\t' and tab not in symbols:
-    pieces[tab] = '<0x09>'
-  ranks = _ranks(merges, bad)
-  special = _special_pieces(path, m.get('unk_token'))
+  bad = functools.partial(_bad, path)
+  model, pieces, symbols, ranks = _parse(path, rows, bad)
+  special = _special_pieces(path, model.get('unk_token'))
   proto = sp_pb2.ModelProto()
   for i, piece in enumerate(pieces):
     score, rank = 0.0, ranks.get(piece)
@@ -94,8 +111,8 @@ def read(path: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
     text = piece.replace(' ', _SPACE) if kind == _USER_DEFINED else piece
     try:
       proto.pieces.add(piece=text, score=score, type=kind)
-    except ValueError:  # A lone surrogate: UnicodeEncodeError.
-      raise bad(f'piece {i} is {piece[:40]!r}, no UTF-8') from None
+    except ValueError as e:  # A lone surrogate: UnicodeEncodeError.
+      raise bad(f'piece {i} is {piece[:40]!r}, no UTF-8') from e
   ids = {role: pieces.index(p) for p, role in special.items() if p in pieces}
   if len(ids) != len(_ROLES):
     raise bad(f'of pad, EOS, BOS, unknown only {sorted(ids)} found')
@@ -103,20 +120,47 @@ def read(path: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
   return tokenizer.from_proto(proto.SerializeToString(), str(path))
 
 
-def _ranks(merges, bad):
-  """Piece -> the rank of the first merge that makes it."""
-  ranks = {}
-  for rank, pair in enumerate(merges):
+def _bad(path, what):
+  return errors.UserError(
+    f"{path}: {what}; Gemma's BPE with byte fallback expected: set "
+    'weights.tokenizer to a tokenizer.model.'
+  )
+
+
+def _parse(path, rows, bad):
+  """(model, pieces by id, added tokens by id, ranks of the merges)."""
+  whole = hf_config.read_json(path)
+  try:
+    model = whole['model']
+    vocab, merges = model['vocab'], model['merges']
+    kind = model.get('type', 'BPE')
+    symbols = {
+      a['id']: a['content'] + ''
+      for a in whole.get('added_tokens', [])
+      if a['id'] < rows
+    }
+    by_id = {i: piece for piece, i in vocab.items()} | symbols
+    pieces = [by_id.get(i) for i in range(len(by_id))]
     # Older files have one text with a space in it.
-    pair = pair.split(' ') if isinstance(pair, str) else pair
-    if (
-      not isinstance(pair, list)
-      or len(pair) != 2
-      or not all(isinstance(p, str) for p in pair)
-    ):
-      raise bad(f'merge {rank} is {str(pair)[:40]!r}')
-    ranks.setdefault(''.join(pair), rank)
-  return ranks
+    pairs = [m.split(' ') if isinstance(m, str) else m for m in merges]
+    ranks = {}
+    for rank, (left, right) in enumerate(pairs):
+      ranks.setdefault(left + right, rank)
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    raise bad(
+      f'no vocabulary, merges and added tokens found ({str(e)[:60]})'
+    ) from e
+  if kind != 'BPE':
+    raise bad(f'a tokenizer of type {str(kind)[:40]!r} found')
+  if not pieces or not all(pieces):
+    raise bad('the ids of its pieces are not 0, 1, 2, …')
+  if len(set(pieces)) != len(pieces) or len(pieces) < len(vocab):
+    raise bad('two pieces have one id, or one piece has two')
+  # Those of Gemma 1 and 2 have the tab where the model has its byte.
+  tab = vocab.get('<0x08>', -2) + 1 if '<0x09>' not in vocab else -1
+  if 0 <= tab < len(pieces) and pieces[tab] == '\t' and tab not in symbols:
+    pieces[tab] = '<0x09>'
+  return model, pieces, symbols, ranks
 
 
 def _special_pieces(path, unknown):
@@ -180,43 +224,32 @@ def _fast(proto, tok, special):
   if '\t' not in vocab and '<0x09>' in vocab:
     # Gemma 1 and 2 have runs of tabs, but no tab, which merges must name.
     vocab = {'\t' if p == '<0x09>' else p: i for p, i in vocab.items()}
-  added = []
-  for i, p in enumerate(proto.pieces):
-    if p.type in (_UNKNOWN, _CONTROL, _USER_DEFINED):
-      symbol = p.type == _USER_DEFINED
-      added.append(
-        {
-          'id': i,
-          'content': p.piece,
-          'single_word': False,
-          'lstrip': False,
-          'rstrip': False,
-          # Runs of spaces are looked for where spaces are U+2581 already.
-          'normalized': symbol,
-          'special': not symbol or p.piece in _TURNS,
-        }
-      )
+  added = [
+    _added_token(i, p)
+    for i, p in enumerate(proto.pieces)
+    if p.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+  ]
+  to_visible = {'pattern': {'String': ' '}, 'content': _SPACE}
+  to_space = {'pattern': {'String': _SPACE}, 'content': ' '}
   bos = special['bos_token']
+  first, second = (
+    [
+      {'SpecialToken': {'id': bos, 'type_id': i}},
+      {'Sequence': {'id': name, 'type_id': i}},
+    ]
+    for i, name in enumerate('AB')
+  )
   return {
     'version': '1.0',
     'truncation': None,
     'padding': None,
     'added_tokens': added,
-    'normalizer': {
-      'type': 'Replace',
-      'pattern': {'String': ' '},
-      'content': _SPACE,
-    },
+    'normalizer': {'type': 'Replace', **to_visible},
     'pre_tokenizer': None,
     'post_processor': {
       'type': 'TemplateProcessing',
-      'single': [_template(bos), _sequence('A', 0)],
-      'pair': [
-        _template(bos),
-        _sequence('A', 0),
-        _template(bos, 1),
-        _sequence('B', 1),
-      ],
+      'single': first,
+      'pair': first + second,
       'special_tokens': {
         bos: {'id': bos, 'ids': [tok.bos_id], 'tokens': [bos]}
       },
@@ -224,11 +257,7 @@ def _fast(proto, tok, special):
     'decoder': {
       'type': 'Sequence',
       'decoders': [
-        {
-          'type': 'Replace',
-          'pattern': {'String': _SPACE},
-          'content': ' ',
-        },
+        {'type': 'Replace', **to_space},
         {'type': 'ByteFallback'},
         {'type': 'Fuse'},
       ],
@@ -248,12 +277,18 @@ def _fast(proto, tok, special):
   }
 
 
-def _template(token, type_id=0):
-  return {'SpecialToken': {'id': token, 'type_id': type_id}}
-
-
-def _sequence(name, type_id):
-  return {'Sequence': {'id': name, 'type_id': type_id}}
+def _added_token(i, piece):
+  symbol = piece.type == _USER_DEFINED
+  return {
+    'id': i,
+    'content': piece.piece,
+    'single_word': False,
+    'lstrip': False,
+    'rstrip': False,
+    # Runs of spaces are looked for where spaces are U+2581 already.
+    'normalized': symbol,
+    'special': not symbol or piece.piece in _TURNS,
+  }
 
 
 def _merges(proto, vocab):

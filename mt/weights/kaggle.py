@@ -7,11 +7,10 @@ KAGGLE_USERNAME and KAGGLE_KEY, KAGGLE_API_TOKEN, or files in ~/.kaggle.
 The cache is ~/.cache/kagglehub, or where KAGGLEHUB_CACHE says.
 """
 
-import errno
+import functools
 import os
 import pathlib
 import re
-import zipfile
 
 import requests
 
@@ -20,8 +19,6 @@ from mt.base import journal
 
 _SITE = 'https://www.kaggle.com'
 _TOKENS = f'{_SITE}/settings'
-# The client's own complaints, and what it does not expect of an answer.
-_NONSENSE = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
 def download(handle: str, *, force: bool = False) -> pathlib.Path:
@@ -46,45 +43,41 @@ def download(handle: str, *, force: bool = False) -> pathlib.Path:
   import kagglehub  # Here: it sets up loggers, which takes a third of a second.
   from kagglehub import exceptions
 
+  failed = functools.partial(_failed, handle)
   try:
     return pathlib.Path(kagglehub.model_download(handle, force_download=force))
   except requests.exceptions.ChunkedEncodingError as e:
-    raise _failed(
-      handle,
+    raise failed(
       f'the connection was cut off ({_reason(e)})',
       'give the same command again, it goes on from there',
-    ) from None
+    ) from e
   except (requests.ConnectionError, requests.Timeout) as e:
     cached = None if force else _newest_in_cache(handle)
     if cached is None:
-      raise _failed(
-        handle,
+      raise failed(
         f'Kaggle does not answer ({_reason(e)})',
         'try again later, or give the folder of a checkpoint that is here',
-      ) from None
+      ) from e
     journal.say(f'weights: Kaggle does not answer, taken from {cached}')
     return cached
   except requests.RequestException as e:
     status = 0 if e.response is None else e.response.status_code
-    raise _failed(handle, *_refused(handle, status, e)) from None
-  except exceptions.DataCorruptionError:
-    raise _failed(
-      handle, 'a file came damaged (md5)', 'give the same command again'
-    ) from None
+    raise failed(*_refused(handle, status, e)) from e
+  except exceptions.DataCorruptionError as e:
+    raise failed(
+      'a file came damaged (md5)', 'give the same command again'
+    ) from e
   except OSError as e:
-    full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-    raise _failed(
-      handle,
+    raise failed(
       f'{e.filename or "the cache"}: {e.strerror or e}',
-      f'{"make room" if full else "mend it"}, or set KAGGLEHUB_CACHE to a '
-      'folder with space for it (2B takes 5 GB, 27B 55 GB)',
-    ) from None
-  except (*_NONSENSE, zipfile.BadZipFile) as e:
-    raise _failed(
-      handle,
-      ' '.join(str(e).split())[:200],
+      'make room or mend it, or set KAGGLEHUB_CACHE to a folder with space for '
+      'it (2B takes 5 GB, 27B 55 GB)',
+    ) from e
+  except ValueError as e:  # The client's own complaints.
+    raise failed(
+      str(e)[:200],
       f'check the handle, and the token of {_TOKENS}',
-    ) from None
+    ) from e
 
 
 def _refused(handle, status, e):
@@ -93,24 +86,18 @@ def _refused(handle, status, e):
 
   owner, model, *_ = handle.split('/')
   page = f'{_SITE}/models/{owner}/{model}'
+  token = (
+    f'make a new token at {_TOKENS} and set KAGGLE_USERNAME and KAGGLE_KEY'
+  )
   known = config.get_kaggle_credentials()
+  who = (known and known.username) or 'whoever has the token'
   if status in (401, 403) and known is None:
-    return (
-      f'Kaggle wants to know who you are ({status})',
-      f'make a token at {_TOKENS} and set KAGGLE_USERNAME and KAGGLE_KEY',
-    )
+    return f'Kaggle wants to know who you are ({status})', token
   if status == 401:
-    who = f' of {known.username}' if known.username else ''
-    return (
-      f'Kaggle does not accept the credentials{who} (401)',
-      f'make a new token at {_TOKENS} and set KAGGLE_USERNAME and KAGGLE_KEY',
-    )
+    return f'Kaggle does not accept the credentials of {who} (401)', token
   if status == 403:
-    return (
-      'Kaggle does not let you have it (403)',
-      f'accept its licence at {page} as {known.username or "the same user"}, '
-      f'or make a new token at {_TOKENS}',
-    )
+    what = 'Kaggle does not let you have it (403)'
+    return what, f'accept its licence at {page} as {who}, or {token}'
   if status == 404:
     return 'Kaggle has no such model (404)', f'see the variations at {page}'
   return f'Kaggle answers {status or _reason(e)}', 'try again later'

@@ -1,8 +1,17 @@
-"""Tensors of one layer each, as files have them -> the stacked pytree."""
+"""Tensors of one layer each, as files have them -> the stacked tree.
+
+Each format says which of a file's tensors goes where (`Place`) and how to read
+one; what is the same for all of them is here. Names and shapes are checked
+before anything is allocated, so that a damaged header asks for no memory.
+"""
 
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
 import functools
+import pathlib
 
 import chex
 import jax
@@ -10,7 +19,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from mt.gemma import model
+from mt.base import errors
+from mt.gemma import parameters
 from mt.gemma import sizes
 
 Shape = tuple[int, ...]
@@ -18,52 +28,134 @@ Shape = tuple[int, ...]
 _AT_ONCE = 2**22  # Weights that are copied in one go.
 
 
-def stack(
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """One tensor of the model, and where a file has it.
+
+  Attributes:
+    row: its row in the table of parameters.
+    layer: which of the layers it belongs to; None where it is not stacked.
+    name: of the file's tensor. In Flax checkpoints several share one.
+    shape: of the file's tensor.
+  """
+
+  row: parameters.Parameter
+  layer: int | None
+  name: str
+  shape: Shape
+
+
+def places(
   cfg: sizes.ModelConfig,
-  leaf: Callable[[str, int | None, Shape], np.ndarray | Iterable[np.ndarray]],
-) -> model.Params:
-  """The float32 parameters, read tensor by tensor.
+  name: Callable[[parameters.Parameter, int | None], str],
+) -> list[Place]:
+  """All tensors of a format that has each matrix apart, as [out, in].
+
+  Args:
+    cfg: the model's shape.
+    name: (row, layer or None) -> name in the file.
+  """
+  shapes, out = parameters.shapes(cfg), []
+  for row in parameters.table(cfg):
+    shape = shapes[row.path][1:] if row.stacked else shapes[row.path]
+    shape = shape[::-1] if row.transposed else shape
+    for layer in range(cfg.num_layers) if row.stacked else [None]:
+      out.append(Place(row, layer, name(row, layer), shape))
+  return out
+
+
+def check(
+  path: pathlib.Path, wanted: Sequence[Place], found: Mapping[str, Shape]
+) -> None:
+  """Refuses a file whose tensors are not those of the model.
+
+  A row of the table with published=False may be missing as a whole.
+
+  Args:
+    path: of the file, for the message.
+    wanted: the tensors of the model.
+    found: name -> shape of the file's tensors, but for those of other parts
+      (vision), which nobody reads. A bias or a scale that we do not read would
+      be another function.
+
+  Raises:
+    errors.UserError: a tensor is missing, too much, or has another shape.
+  """
+  there = {p.row.path for p in wanted if p.name in found}
+  for p in wanted:
+    if p.name not in found and (p.row.published or p.row.path in there):
+      raise errors.UserError(
+        f'{path}: no tensor {p.name!r}; the weights are not a complete Gemma: '
+        'fetch them again.'
+      )
+    if found.get(p.name, p.shape) != p.shape:
+      raise errors.UserError(
+        f'{path}: tensor {p.name} has the shape {found[p.name]}, the model '
+        f'{p.shape}; the files are damaged or do not belong together.'
+      )
+  if extra := sorted(found.keys() - {p.name for p in wanted}):
+    raise errors.UserError(
+      f'{path}: {extra[0]} (and {len(extra) - 1} more) is no part of this '
+      'Gemma; merge an adapter first, take weights that are not quantised and '
+      'have no head of their own, or add it to mt/gemma/parameters.py.'
+    )
+
+
+def read(
+  cfg: sizes.ModelConfig,
+  path: pathlib.Path,
+  wanted: Sequence[Place],
+  found: Mapping[str, Shape],
+  get: Callable[[Place], np.ndarray | Iterable[np.ndarray]],
+  key: chex.PRNGKey,
+) -> parameters.Params:
+  """The float32 parameters, checked and then read tensor by tensor.
 
   Each is written into its place, on the device, before the next is read:
   besides the result only one tensor exists, in the file's own type, or a part.
 
   Args:
     cfg: the model's shape.
-    leaf: (our name, layer or None, shape) -> that tensor, of any float type,
-      turned as ours is; or its parts along the first axis, in order.
+    path, wanted, found: see `check`.
+    get: place -> that tensor, of any float type, in our orientation; or its
+      parts along the first axis, in order.
+    key: of the initial values of what a fork has added and the file lacks.
+
+  Raises:
+    errors.UserError: see `check`.
   """
-  shapes = model.param_shapes(cfg)
+  check(path, wanted, found)
+  shapes, flat = parameters.shapes(cfg), {}
+  for i, row in enumerate(parameters.table(cfg)):
+    own = [p for p in wanted if p.row.path == row.path]
+    if own[0].name not in found:
+      k = jax.random.fold_in(key, i)
+      flat[row.path] = parameters.initial(cfg, row, k)
+      continue
+    out = jnp.zeros(shapes[row.path], jnp.float32)
+    for p in own:
+      out = _place(out, get(p), p.layer)
+    flat[row.path] = out
+  return parameters.unflatten(flat)
 
-  def place(out, name, layer=None):
-    """Reads one tensor into `out`, or into out[layer]."""
-    shape = out.shape if layer is None else out.shape[1:]
-    lead = () if layer is None else (layer,)
-    parts, done = leaf(name, layer, shape), 0
-    for x in [parts] if isinstance(parts, np.ndarray) else parts:
-      chex.assert_shape(x, (None, *shape[1:]))
-      rows = max(1, _AT_ONCE * len(x) // x.size)
-      for at in range(0, len(x), rows):
-        # A copy, as JAX holds on to what it is given for a while.
-        part = np.array(x[at : at + rows])
-        part = part.reshape((1,) * len(lead) + part.shape)
-        start = [*lead, done + at] + [0] * (x.ndim - 1)
-        out = _update(out, part, [np.int32(i) for i in start])
-        out.block_until_ready()
-      done += len(x)
-    chex.assert_equal(done, shape[0])
-    return out
 
-  layers = {}
-  for name, shape in shapes['layers'].items():
-    out = jnp.zeros(shape, jnp.float32)
-    for i in range(cfg.num_layers):
-      out = place(out, name, i)
-    layers[name] = out
-  rest = {
-    name: place(jnp.zeros(shapes[name], jnp.float32), name)
-    for name in ('embedding', 'final_norm')
-  }
-  return rest | {'layers': layers}
+def _place(out, tensor, layer):
+  """Writes one tensor, or its parts, into `out` or into out[layer]."""
+  shape = out.shape if layer is None else out.shape[1:]
+  lead, done = () if layer is None else (layer,), 0
+  for x in [tensor] if isinstance(tensor, np.ndarray) else tensor:
+    chex.assert_shape(x, (None, *shape[1:]))
+    rows = max(1, _AT_ONCE * len(x) // x.size)
+    for at in range(0, len(x), rows):
+      # A copy, as JAX holds on to what it is given for a while.
+      part = np.array(x[at : at + rows])
+      part = part.reshape((1,) * len(lead) + part.shape)
+      start = [*lead, done + at] + [0] * (x.ndim - 1)
+      out = _update(out, part, [np.int32(i) for i in start])
+      out.block_until_ready()
+    done += len(x)
+  chex.assert_equal(done, shape[0])
+  return out
 
 
 @functools.partial(jax.jit, donate_argnums=0)

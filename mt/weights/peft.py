@@ -2,7 +2,7 @@
 
 Files: github.com/huggingface/peft, adapter_config.json (LoraConfig) and
 adapter_model.safetensors. PEFT computes W x + (lora_alpha / r) B A x with
-A [r, in] and B [out, r], which are ours turned.
+A [r, in] and B [out, r], which are ours transposed.
 """
 
 import json
@@ -11,9 +11,9 @@ import pathlib
 import numpy as np
 
 from mt.gemma import lora
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import hf
-from mt.weights import safetensors_out
 
 
 def write(
@@ -38,39 +38,25 @@ def write(
   Raises:
     OSError: the disk is full or not writable.
   """
-  names = hf.layer_names(cfg)
-  factors = [
-    n.removesuffix('_lora_a') for n in trained if n.endswith('_lora_a')
+  rows = [
+    row
+    for row in parameters.table(cfg)
+    if f'{row.path}_lora_a' in trained  # Not all may be trained.
   ]
-  rank = trained[f'{factors[0]}_lora_a'].shape[-1]
-
-  def entry(path, layer, letter):
-    stacked = trained[f'{path}_lora_{letter.lower()}']
-    _, rows, columns = stacked.shape
-    module = names[path.removeprefix('layers/')]
-    return safetensors_out.Entry(
-      f'base_model.model.model.layers.{layer}.{module}.lora_{letter}.weight',
-      (columns, rows),
-      lambda: np.asarray(stacked[layer]).T.astype(dtype, copy=False),
-    )
-
-  safetensors_out.write_file(
-    folder / 'adapter_model.safetensors',
-    [
-      entry(path, layer, letter)
-      for layer in range(cfg.num_layers)
-      for path in factors
-      for letter in 'AB'
-    ],
-    np.dtype(dtype),
-  )
-  modules = {names[p.removeprefix('layers/')].split('.')[-1] for p in factors}
+  tensors = {}
+  for row in rows:
+    for letter in 'AB':
+      stacked = np.asarray(trained[f'{row.path}_lora_{letter.lower()}'])
+      for i, x in enumerate(stacked):
+        module = f'base_model.model.model.layers.{i}.{row.hf}'
+        tensors[f'{module}.lora_{letter}.weight'] = x.T.astype(dtype)
+  hf.save(folder / 'adapter_model.safetensors', tensors)
   fields = {
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM',
     'base_model_name_or_path': base,
     'inference_mode': True,
-    'r': rank,
+    'r': trained[f'{rows[0].path}_lora_a'].shape[-1],
     'lora_alpha': alpha,
     'lora_dropout': 0.0,
     'bias': 'none',
@@ -78,7 +64,7 @@ def write(
     'init_lora_weights': True,
     'use_rslora': False,
     'use_dora': False,
-    'target_modules': sorted(modules),
+    'target_modules': sorted({row.hf.split('.')[-1] for row in rows}),
   }
   (folder / 'adapter_config.json').write_text(
     json.dumps(fields, indent=2) + '\n', encoding='utf-8'

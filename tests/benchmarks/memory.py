@@ -10,6 +10,7 @@ relation: at most 1.3 plus one tensor.
 
 import dataclasses
 import functools
+import math
 import pathlib
 import sys
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mt.data import tokenizer
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import gguf
 from mt.weights import gguf_file
@@ -68,15 +69,13 @@ def zeros(nbytes: float, size: int = 4):
     _VOCAB, 1, _WIDTH, _HIDDEN, 8, 4, 128, 128**-0.5, 'LLLLLG', 512,
     rope_base_global=1e6, qk_norm=True, post_norms=True,
   )  # fmt: skip
-  shapes = model.param_shapes(cfg)
-  layer = sum(int(np.prod(s[1:])) for s in shapes['layers'].values())
+  shapes = parameters.shapes(cfg)
+  layer = sum(math.prod(s) for k, s in shapes.items() if 'layers' in k)
   depth = max(1, round((nbytes / size - _VOCAB * _WIDTH) / layer))
   cfg = dataclasses.replace(cfg, num_layers=depth)
-  return cfg, jax.tree.map(
-    lambda shape: np.zeros(shape, np.float32),
-    model.param_shapes(cfg),
-    is_leaf=lambda x: isinstance(x, tuple),
-  )
+  shapes = parameters.shapes(cfg)
+  zeros = {k: np.zeros(shape, np.float32) for k, shape in shapes.items()}
+  return cfg, parameters.unflatten(zeros)
 
 
 def make(folder: pathlib.Path, nbytes: float, dtype: str) -> None:
@@ -92,18 +91,25 @@ def main(argv):
     make(pathlib.Path(_MAKE.value), _SIZE.value * 1e9, _DTYPE.value)
     return
   # The tokenizer of a synthetic model is not of its size, and does not count.
-  path = pathlib.Path(argv[1])
+  path, key = pathlib.Path(argv[1]), jax.random.key(0)
   if hf.is_folder(path):
     folder = hf.open_folder(path)
-    read = functools.partial(hf.read_params, folder)
+    read = functools.partial(hf.read_params, folder, key)
   elif path.exists():
     file = gguf_file.open_gguf(path)
     cfg = gguf.read_config(file)
-    read = functools.partial(gguf.read_params, file, cfg)
+    read = functools.partial(gguf.read_params, file, cfg, key)
   else:
     read = pretrained.open_source(argv[1], '', '', seed=0, texts=()).read
   # What the compiler takes, once in a process, is not the weights'.
-  load.stack(sizes.SIZES['debug'], lambda _, __, s: np.zeros(s))
+  cfg = sizes.SIZES['debug']
+  places = load.places(cfg, lambda row, i: f'{row.path}/{i}')
+  shapes = {p.name: p.shape for p in places}
+
+  def get(p):
+    return np.zeros(p.shape[::-1] if p.row.transposed else p.shape)
+
+  load.read(cfg, path, places, shapes, get, key)
   final, peak, one = measure(read)
   print(
     f'parameters {final / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB, one tensor '

@@ -1,7 +1,7 @@
 """What transformers and PEFT make of an export: `make test-transformers`.
 
 They run in an environment of their own, .venv-transformers, in which
-tests/transformers_oracle.py answers for them.
+tests/fixtures/transformers_oracle.py answers for them.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ from mt.translate import search
 from mt.weights import hf
 from mt.weights import hf_tokenizer
 from mt.weights import pretrained
-from tests.data import test_tokenizer
 from tests.fixtures import gguf_fixture
 from tests.fixtures import nasty
+from tests.fixtures import real_tokenizers
 from tests.runs import test_export
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -47,7 +47,7 @@ pytestmark = [
 
 
 def _ask(tmp_path, folder, tokens, texts, adapter=None, new_tokens=16):
-  """(logits [L, V], the other answers) of tests/transformers_oracle.py."""
+  """(logits [L, V], the other answers) of transformers_oracle.py."""
   job = {
     'folder': str(folder),
     'adapter': adapter and str(adapter),
@@ -60,7 +60,7 @@ def _ask(tmp_path, folder, tokens, texts, adapter=None, new_tokens=16):
   subprocess.run(
     [
       _PYTHON,
-      _ROOT / 'tests' / 'transformers_oracle.py',
+      _ROOT / 'tests' / 'fixtures' / 'transformers_oracle.py',
       tmp_path / 'job.json',
     ],
     check=True,
@@ -176,14 +176,9 @@ def test_an_adapter_on_its_base_is_the_merged_model(tmp_path, arch):
 @pytest.mark.parametrize('generation', ('gemma1', 'gemma3'))
 def test_the_tokenizer_that_transformers_makes(tmp_path, generation):
   """Its own tokenizer.json, out of the published tokenizer.model."""
-  path = {
-    'gemma1': test_tokenizer._GEMMA1,
-    'gemma3': test_tokenizer._GEMMA3,
-  }[generation]
-  if not path.exists():
-    pytest.skip(f'{path} is not there')
+  original = real_tokenizers.original(generation)
   (tmp_path / 'in').mkdir()
-  (tmp_path / 'in' / 'tokenizer.model').write_bytes(path.read_bytes())
+  (tmp_path / 'in' / 'tokenizer.model').write_bytes(original.proto)
   (tmp_path / 'in' / 'tokenizer_config.json').write_text(
     json.dumps({'tokenizer_class': 'GemmaTokenizer'})
   )
@@ -197,12 +192,9 @@ def test_the_tokenizer_that_transformers_makes(tmp_path, generation):
     check=True,
     env=os.environ | {'HF_HUB_OFFLINE': '1'},
   )
-  original = tokenizer.from_file(path)
   found = hf_tokenizer.read(
     tmp_path / 'out' / 'tokenizer.json', original.vocab_size
   )
-  files = sorted((test_tokenizer._SHARED / 'data').glob('**/*.tsv'))
-  lines = [x for f in files for x in f.read_text('utf-8').split('\n') if x]
   # Runs of tabs are lost in its version of Gemma 1's.
-  texts = [t for t in (*nasty.TEXTS, *lines) if '\t\t' not in t]
+  texts = [t for t in real_tokenizers.texts() if '\t\t' not in t]
   assert found.spm.encode(texts) == original.spm.encode(texts)

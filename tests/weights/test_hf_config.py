@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,10 +11,6 @@ from mt.gemma import sizes
 from mt.weights import hf_config
 from tests.fixtures import hf_fixture
 from tests.fixtures.refusal import refusal
-
-# A tiny folder takes 2 MB; a size out of a damaged header takes gigabytes.
-_MEMORY = 64 * 2**20
-
 
 # As published, without what has no bearing on the shape. Those of 4B and up are
 # the `text_config`, which leaves out what equals transformers' defaults.
@@ -206,23 +201,14 @@ def test_the_config_is_read_and_not_assumed(tmp_path, arch, config, change):
     ('gemma3', {'model_type': 'llama'}, ("'llama'", 'Gemma only')),
     ('gemma3', {'model_type': 'gemma3n'}, ("'gemma3n'",)),
     ('gemma3', {'model_type': ['gemma']}, ('model_type',)),
-    ('gemma3', {'model_type': {}}, ('model_type',)),
     ('gemma3', {'text_config': 'x'}, ('model_type',)),
-    ('gemma3', {'text_config': ['gemma']}, ('model_type',)),
     ('gemma3', {'hidden_size': None}, ('hidden_size',)),
-    ('gemma3', {'hidden_size': 0}, ('hidden_size is 0',)),
     ('gemma3', {'hidden_size': -32}, ('hidden_size is -32',)),
     ('gemma3', {'hidden_size': 32.0}, ('hidden_size is 32.0',)),
     ('gemma3', {'hidden_size': '32'}, ('hidden_size',)),
-    ('gemma3', {'hidden_size': True}, ('hidden_size is True',)),
-    ('gemma3', {'hidden_size': 10**400}, ('hidden_size',)),
     ('gemma3', {'vocab_size': 2**40}, ('vocab_size',)),
-    ('gemma3', {'vocab_size': [1]}, ('vocab_size',)),
     ('gemma3', {'num_hidden_layers': 2**31 - 1}, ('num_hidden_layers',)),
-    ('gemma3', {'num_key_value_heads': 3}, ('num_key_value_heads',)),
-    ('gemma3', {'head_dim': 15}, ('even',)),
     ('gemma3', {'sliding_window': float('nan')}, ('sliding_window',)),
-    ('gemma3', {'sliding_window': {}}, ('sliding_window',)),
     ('gemma3', {'sliding_window_pattern': 0}, ('sliding_window_pattern',)),
     ('gemma3', {'rope_theta': float('inf')}, ('rope_theta',)),
     ('gemma3', {'rope_theta': 'far'}, ('rope_theta',)),
@@ -231,11 +217,10 @@ def test_the_config_is_read_and_not_assumed(tmp_path, arch, config, change):
     (
       'gemma3',
       {'rope_scaling': {'rope_type': 'linear', 'factor': 0}},
-      ('rope_scaling',),
+      ('factor is 0',),
     ),
     ('gemma2', {'rope_scaling': {'type': 'linear', 'factor': 2}}, ('scaling',)),
     ('gemma3', {'rope_parameters': 3}, ('rope_parameters',)),
-    ('gemma3', {'rope_parameters': {'full_attention': 3}}, ('rope_param',)),
     (
       'gemma3',
       {
@@ -245,16 +230,12 @@ def test_the_config_is_read_and_not_assumed(tmp_path, arch, config, change):
       },
       ('sliding_attention',),
     ),
-    ('gemma3', {'layer_types': 'full_attention'}, ('layer_types',)),
     ('gemma3', {'layer_types': ['full_attention']}, ('layer_types',)),
-    ('gemma3', {'layer_types': [[], []]}, ('layer_types',)),
     ('gemma3', {'layer_types': ['chunked', 'chunked']}, ('layer_types',)),
-    ('gemma2', {'attn_logit_softcapping': 'x'}, ('attn_logit_softcapping',)),
     ('gemma2', {'final_logit_softcapping': 0}, ('final_logit_softcapping',)),
     ('gemma3', {'query_pre_attn_scalar': 0}, ('query_pre_attn_scalar',)),
     # Of another function than ours.
     ('gemma3', {'hidden_activation': 'relu'}, ('hidden_activation',)),
-    ('gemma3', {'hidden_activation': ['x']}, ('hidden_activation',)),
     ('gemma', {'hidden_act': 'silu'}, ('hidden_act',)),
     ('gemma3', {'rms_norm_eps': 1e-5}, ('rms_norm_eps',)),
     ('gemma3', {'attention_bias': True}, ('attention_bias',)),
@@ -265,24 +246,16 @@ def test_the_config_is_read_and_not_assumed(tmp_path, arch, config, change):
 )
 def test_a_config_that_cannot_be_is_refused(tmp_path, arch, config, words):
   hf_fixture.write_folder(tmp_path, arch, config=config)
-  tracemalloc.start()
-  try:
-    refusal(lambda: hf_fixture.load(tmp_path), tmp_path / 'config.json', *words)
-    assert tracemalloc.get_traced_memory()[1] < _MEMORY
-  finally:
-    tracemalloc.stop()
+  refusal(lambda: hf_fixture.load(tmp_path), tmp_path / 'config.json', *words)
 
 
 @pytest.mark.parametrize(
   ('data', 'words'),
   [
     (b'', ('damaged JSON',)),
-    (b'{"a": ', ('damaged JSON',)),
     (b'\xff\xfe\xfa', ('damaged JSON',)),
     (b'[1, 2]', ('list found',)),
-    (b'7', ('int found',)),
     (b'[' * 100_000, ('damaged JSON',)),
-    (b'{"hidden_size": ' + b'9' * 10_000 + b'}', ('damaged JSON',)),
     (b'{}', ('model_type',)),
   ],
   ids=lambda x: repr(x)[:20],
@@ -297,3 +270,15 @@ def test_json_that_is_none_is_refused(tmp_path, name, data, words):
   if data == b'{}' and name != 'config.json':
     words = ('weight_map',)
   refusal(lambda: hf_fixture.load(tmp_path), tmp_path / name, *words)
+
+
+def test_a_head_of_the_whole_model_is_refused(tmp_path):
+  hf_fixture.write_folder(tmp_path)
+  path = tmp_path / 'config.json'
+  fields = {
+    'model_type': 'gemma3',
+    'tie_word_embeddings': False,
+    'text_config': json.loads(path.read_text()),
+  }
+  path.write_text(json.dumps(fields))
+  refusal(lambda: hf_fixture.load(tmp_path), path, 'tie_word_embeddings')

@@ -1,9 +1,6 @@
 """tokenizer.json: the same ids as the SentencePiece model, both ways."""
 
-import collections
 import json
-import random
-import tracemalloc
 
 from hypothesis import given
 from hypothesis import settings
@@ -11,7 +8,6 @@ from hypothesis import strategies as st
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
-from mt.base import errors
 from mt.data import tokenizer
 from mt.weights import gguf
 from mt.weights import gguf_file
@@ -19,9 +15,8 @@ from mt.weights import hf_tokenizer
 from mt.weights import pretrained
 from tests.fixtures import gguf_fixture
 from tests.fixtures import nasty
+from tests.fixtures import real_tokenizers
 from tests.fixtures.refusal import refusal
-
-_MEMORY = 64 * 2**20
 
 
 @pytest.fixture(scope='module')
@@ -73,20 +68,19 @@ def test_pieces_and_special_ids_come_back(rebuilt, original):
     assert (a.piece, a.type) == (b.piece, b.type)
 
 
-@pytest.mark.parametrize('text', nasty.TEXTS, ids=range(len(nasty.TEXTS)))
-def test_nasty_texts_are_encoded_as_by_the_original(rebuilt, original, text):
-  _assert_same_ids(rebuilt, original, text)
-  prompt = f'English: {text}\nFrench: {text}'
-  _assert_same_ids(rebuilt, original, prompt)
+def test_nasty_texts_are_encoded_as_by_the_original(rebuilt, original):
+  for text in nasty.TEXTS:
+    _assert_same_ids(rebuilt, original, text)
+    _assert_same_ids(rebuilt, original, f'English: {text}\nFrench: {text}')
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(nasty.ANY)
 def test_any_text_is_encoded_as_by_the_original(rebuilt, original, text):
   _assert_same_ids(rebuilt, original, text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 399)))
 def test_any_ids_are_decoded_as_by_the_original(rebuilt, original, ids):
   assert rebuilt.decode(ids) == original.decode(ids)
@@ -254,28 +248,18 @@ def _hole(content):
 
 _BROKEN = {
   'another kind': (_set('model', 'type', 'Unigram'), "'Unigram'"),
-  'a kind that is a list': (_set('model', 'type', ['BPE']), 'BPE'),
-  'no model': (_set('model', None), 'None'),
-  'a model that is text': (_set('model', 'BPE'), 'BPE'),
+  'no model': (_set('model', None), 'no vocabulary'),
   'no vocabulary': (_set('model', 'vocab', None), 'no vocabulary'),
-  'a vocabulary as a list': (_set('model', 'vocab', ['a']), 'no vocabulary'),
-  'an id that is text': (_set('model', 'vocab', 'a', '7'), 'no vocabulary'),
-  'an id that is a truth': (_set('model', 'vocab', 'a', True), 'no vocabulary'),
+  'an id that is text': (_set('model', 'vocab', 'a', '7'), '0, 1, 2'),
   'a negative id': (_set('model', 'vocab', 'new', -1), '0, 1, 2'),
   'a huge id': (_set('model', 'vocab', 'new', 2**60), '0, 1, 2'),
   'a hole': (_hole, '0, 1, 2'),
   'two pieces of one id': (_swap_id, 'one id'),
-  'no merges': (_set('model', 'merges', {}), 'merges'),
-  'a merge of three': (_set('model', 'merges', [['a', 'b', 'c']]), 'merge 0'),
-  'a merge of numbers': (_set('model', 'merges', [[1, 2]]), 'merge 0'),
-  'a merge that is a number': (_set('model', 'merges', [1]), 'merge 0'),
+  'a merge of three': (_set('model', 'merges', [['a', 'b', 'c']]), 'merges'),
+  'a merge of numbers': (_set('model', 'merges', [1]), 'merges'),
   'added tokens as text': (_set('added_tokens', 'x'), 'added tokens'),
   'an added token without id': (
     _set('added_tokens', [{'content': 'x'}]),
-    'added tokens',
-  ),
-  'an added token of a list': (
-    _set('added_tokens', [{'id': [1], 'content': 'x'}]),
     'added tokens',
   ),
   'no UTF-8': (_set('added_tokens', 5, 'content', '\ud800'), 'UTF-8'),
@@ -302,35 +286,67 @@ def test_bytes_that_are_not_all_there_are_refused(tmp_path, written):
   refusal(lambda: _read(path, content), path, 'SentencePiece')
 
 
-def test_a_damaged_file_loads_or_is_refused(tmp_path, written):
-  whole = (written / 'tokenizer.json').read_bytes()
-  counts, wrong = collections.Counter(), []
-  for seed in range(300):
-    rng, data = random.Random(seed), bytearray(whole)
-    for _ in range(rng.choice((1, 1, 2, 5))):
-      at, what = rng.randrange(len(data)), rng.randrange(4)
-      if what == 0:
-        data[at] = rng.randrange(256)
-      elif what == 1:
-        del data[at : at + rng.choice((1, 4, 50))]
-      elif what == 2:
-        data[at:at] = rng.choice((b'9', b'-', b'"', b'{', b'null,', b'\\ud8'))
-      else:
-        data[at : at + 1] = rng.choice((b'1', b'e', b' ', b'x', b'\xe2'))
-    path = tmp_path / f'{seed}.json'
-    path.write_bytes(data)
-    tracemalloc.start()
-    try:
-      hf_tokenizer.read(path, 400)
-      counts['loaded'] += 1
-    except errors.UserError as e:
-      counts['refused'] += 1
-      if str(path) not in str(e) or '\n' in str(e):
-        wrong.append((seed, str(e)))
-    except BaseException as e:  # noqa: BLE001  To list all of them.
-      wrong.append((seed, repr(e)))
-    if tracemalloc.get_traced_memory()[1] > _MEMORY:
-      wrong.append((seed, 'memory'))
-    tracemalloc.stop()
-  assert not wrong, f'{len(wrong)} of 300 seeds: {wrong[:10]}'
-  assert min(counts['loaded'], counts['refused']) > 20
+# Beside a tokenizer.model.
+
+
+def _beside(folder, original, added, kind='added_tokens.json'):
+  """tokenizer.model, with tokens that only other files list."""
+  folder.mkdir()
+  (folder / 'tokenizer.model').write_bytes(original.proto)
+  content = added
+  if kind == 'tokenizer_config.json':
+    decoder = {str(i): {'content': text} for text, i in added.items()}
+    content = {'added_tokens_decoder': decoder}
+  (folder / kind).write_text(json.dumps(content))
+  return folder
+
+
+@pytest.mark.parametrize('kind', ('added_tokens.json', 'tokenizer_config.json'))
+def test_tokens_added_beside_a_tokenizer_model_are_read(
+  tmp_path, written, original, kind
+):
+  folder = _beside(tmp_path / 'a', original, {'<|tool|>': 400}, kind)
+  refusal(
+    lambda: hf_tokenizer.read_folder(folder, 464),
+    folder / 'tokenizer.model',
+    '<|tool|>',
+    'no tokenizer.json',
+  )
+  content = _content(written)
+  content['added_tokens'].append({'id': 400, 'content': '<|tool|>'})
+  (folder / 'tokenizer.json').write_text(json.dumps(content))
+  tok = hf_tokenizer.read_folder(folder, 464)
+  assert tok.encode('<|tool|>') == [400]
+  _same_everywhere(tok, original)
+
+
+def test_an_unused_token_with_a_new_name_is_read(tmp_path, original):
+  id_ = original.spm.piece_to_id('<unused0>')
+  folder = _beside(tmp_path / 'a', original, {'<turn>': id_})
+  refusal(lambda: hf_tokenizer.read_folder(folder, 400), '<turn>')
+
+
+def test_tokens_that_change_nothing_are_none(tmp_path, original):
+  # As published: an image has no text, nor always a row; others are pieces.
+  added = {'<image_soft_token>': 400, '<unused0>': 6, '  ': 13, '<x>': 500}
+  spm = original.spm
+  added['<unused0>'] = spm.piece_to_id('<unused0>')
+  added['  '] = spm.piece_to_id('\u2581\u2581')
+  folder = _beside(tmp_path / 'a', original, added)
+  assert hf_tokenizer.read_folder(folder, 464).proto == original.proto
+
+
+# The real ones.
+
+
+@pytest.mark.parametrize(
+  'generation',
+  [pytest.param('gemma1', marks=pytest.mark.heavy), 'gemma3'],
+)
+def test_tokenizer_json_gives_the_real_tokenizers(tmp_path, generation):
+  original = real_tokenizers.original(generation)
+  texts = real_tokenizers.texts()
+  hf_tokenizer.write(tmp_path, original)
+  rebuilt = hf_tokenizer.read(tmp_path / 'tokenizer.json', original.vocab_size)
+  assert rebuilt.proto != original.proto  # It is not simply the file beside.
+  real_tokenizers.assert_same(rebuilt, original, texts)

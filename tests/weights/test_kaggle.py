@@ -10,6 +10,7 @@ import socket
 import pytest
 
 from configs import default
+from mt.base import errors
 from mt.base import run_folder
 from mt.gemma import sizes
 from mt.train import run as run_lib
@@ -135,14 +136,6 @@ def test_a_source_is_read(server, monkeypatch):
   assert (source.read()['embedding'] == want['embedding']).all()
 
 
-@pytest.mark.parametrize(
-  'handle', ['gemma-2/flax/gemma2-2b-it', 'gemma-3/flax/gemma3-4b']
-)
-def test_other_handles(published, server, handle):
-  server.handle = f'google/{handle}'
-  assert kaggle.download(server.handle).name == '2'
-
-
 def test_a_cut_connection_goes_on(server):
   server.files['2b-it/noise'] = random.Random(0).randbytes(5_000_000)
   server.cut = 5_000_000
@@ -186,7 +179,9 @@ def test_wrong_credentials(server, monkeypatch):
     'new token at https://www.kaggle.com/settings',
   )
   monkeypatch.setenv('KAGGLE_API_TOKEN', 'of last year')
-  refusal(lambda: kaggle.download(HANDLE), 'the credentials (401)', 'settings')
+  refusal(
+    lambda: kaggle.download(HANDLE), 'whoever has the token (401)', 'settings'
+  )
 
 
 def test_credentials_in_a_file(server, monkeypatch, tmp_path):
@@ -222,12 +217,6 @@ def test_an_unknown_variation(server):
 def test_a_busy_server(server):
   server.status = 503
   refusal(lambda: kaggle.download(HANDLE), '503', 'try again later')
-
-
-@pytest.mark.parametrize('text', ['', 'null', '{', '[]', '{"code": 500}', '7'])
-def test_nonsense_from_the_server(server, text):
-  server.text = text
-  refusal(lambda: kaggle.download(HANDLE), HANDLE)
 
 
 @pytest.mark.parametrize(
@@ -298,14 +287,7 @@ def test_a_full_disk(server, monkeypatch):
     lambda: kaggle.download(HANDLE),
     'tokenizer.model',
     'No space left on device',
-    'make room, or set KAGGLEHUB_CACHE',
-  )
-
-
-def test_a_cache_that_cannot_be(server, tmp_path):
-  (tmp_path / 'cache').write_text('a file')
-  refusal(
-    lambda: kaggle.download(HANDLE), tmp_path / 'cache', 'KAGGLEHUB_CACHE'
+    'make room or mend it, or set KAGGLEHUB_CACHE',
   )
 
 
@@ -314,7 +296,7 @@ def test_the_token_is_never_shown(server, monkeypatch, capfd):
     server.status = status
     try:
       kaggle.download(HANDLE)
-    except Exception as e:  # noqa: BLE001
+    except errors.UserError as e:
       assert 'secret' not in str(e)
   out = capfd.readouterr()
   assert 'secret' not in out.out + out.err
