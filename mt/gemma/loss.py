@@ -51,7 +51,9 @@ def reference_nll(
 ) -> tuple[jax.Array, jax.Array]:
   """What `target_nll` computes, in the plainest way: with all logits."""
   logits = jnp.einsum('bld,vd->blv', hidden[:, :-1], embedding)
-  logits = attention.softcap(logits.astype(jnp.float32), final_softcap)
+  # float32, or more where that is given.
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  logits = attention.softcap(logits, final_softcap)
   logp = jax.nn.log_softmax(logits)
   picked = jnp.take_along_axis(logp, tokens[:, 1:, None], -1)[..., 0]
   nll = -(1 - smoothing) * picked - smoothing * jnp.mean(logp, -1)
@@ -209,8 +211,8 @@ def chunk_widths(chunk: int, mesh: Mesh | None) -> list[int]:
   """
   if mesh is not None:
     return [chunk]
-  widths = [-(-chunk * n // (_PARTS * 16)) * 16 for n in _NARROWER]
-  return [*(w for w in widths if w < chunk), chunk]
+  widths = {-(-chunk * n // (_PARTS * 16)) * 16 for n in _NARROWER}
+  return [*sorted(w for w in widths if w < chunk), chunk]
 
 
 def _on_device(options, axes, hidden, embedding, targets, weights) -> _Result:
@@ -234,7 +236,7 @@ def _on_device(options, axes, hidden, embedding, targets, weights) -> _Result:
       at = lax.dynamic_slice_in_dim(places, i * width, width)
 
       def take(x):
-        return axes.gather(x.at[at].get(mode='fill', fill_value=0))
+        return axes.gather(jnp.take(x, at, axis=0, mode='fill', fill_value=0))
 
       chunk = loss_chunk.Chunk(at, take(hidden), take(targets), take(weights))
       return _add_chunk(options, axes, embedding, chunk, in_place, result)

@@ -14,6 +14,7 @@ from mt.data import batches
 from mt.data import corpus
 from mt.data import splits
 from mt.train import optimizer as optimizer_lib
+from mt.train import state as state_lib
 from mt.train import step
 from mt.weights import pretrained
 
@@ -30,7 +31,7 @@ def main():
     for parts in ('lora', 'blocks', 'all'):
       config.train.parts = parts
       optimizer = optimizer_lib.make_optimizer(config.optim, 100)
-      state = step.init_state(
+      state = state_lib.init_state(
         source.config, source.read(), config, optimizer, jax.random.key(0)
       )
       train_step = step.make_train_step(source.config, config, optimizer)

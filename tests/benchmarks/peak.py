@@ -13,8 +13,10 @@ import jax.numpy as jnp
 
 from mt.base import compiling
 from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.train import optimizer as optimizer_lib
+from mt.train import state as state_lib
 from mt.train import step
 from tests.benchmarks.sides import ours
 from tests.benchmarks.sides import side
@@ -34,13 +36,15 @@ def main(argv):
   cfg, tok = sizes.SIZES[_SIZE.value], ours.open_weights().tokenizer
   rows = ours.rows_of(config, tok)
   optimizer = optimizer_lib.make_optimizer(config.optim, _STEPS)
-  params = jax.tree.map(
-    lambda shape: jnp.full(shape, 0.01, jnp.float32),
-    model.param_shapes(cfg),
-    is_leaf=lambda x: isinstance(x, tuple),
+  params = parameters.unflatten(
+    {
+      path: jnp.full(shape, 0.01, jnp.float32)
+      for path, shape in parameters.shapes(cfg).items()
+    }
   )
   nbytes = sum(x.nbytes for x in jax.tree.leaves(params))
-  state = step.init_state(cfg, params, config, optimizer, jax.random.key(0))
+  key = jax.random.key(0)
+  state = state_lib.init_state(cfg, params, config, optimizer, key)
   del params
   train_step = step.make_train_step(cfg, config, optimizer)
   compiling.ahead(train_step, state, rows[0])

@@ -12,12 +12,12 @@ loss        mean over all targets, before training: has to agree
 same        share of prompts with the same tokens as ours
 """
 
+import math
 import statistics
 
-import jax
 import numpy as np
 
-from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sizes
 
 Answers = dict[str, list[dict]]  # 'side.task' -> an answer a round.
@@ -53,6 +53,12 @@ def speed(answers: list[dict]) -> float | None:
   return median(answers, lambda a: a['units'] / a['seconds'])
 
 
+def numbers_of(cfg: sizes.ModelConfig, start: str = '') -> int:
+  """Of all parameters whose path begins so."""
+  shapes = parameters.shapes(cfg).items()
+  return sum(math.prod(s) for path, s in shapes if path.startswith(start))
+
+
 def useful_flops(cfg: sizes.ModelConfig, pairs, lora: bool) -> float:
   """FLOPs without which these pairs cannot be trained on.
 
@@ -61,8 +67,7 @@ def useful_flops(cfg: sizes.ModelConfig, pairs, lora: bool) -> float:
   again for the gradient of the weights, where they are trained. Attention's
   products and the low-rank factors (1.4 % of the weights) are not counted.
   """
-  shapes = model.param_shapes(cfg)
-  blocks = sum(int(np.prod(s)) for s in shapes['layers'].values())
+  blocks = numbers_of(cfg, 'layers/')
   tokens = sum(len(p) + len(t) for p, t in pairs)
   targets = sum(len(t) for _, t in pairs)
   vocabulary = cfg.vocab_size * cfg.embed_dim
@@ -75,8 +80,7 @@ def decoding_roof(cfg, roof, batch, beam) -> float:
   A step takes as long as reading the weights, or as its products, whichever is
   longer.
   """
-  shapes = model.param_shapes(cfg)
-  blocks = sum(int(np.prod(s)) for s in shapes['layers'].values())
+  blocks = numbers_of(cfg, 'layers/')
   head = cfg.vocab_size * cfg.embed_dim
   rows = batch * beam
   reading = 4 * (blocks + head) / roof['bandwidth']
@@ -152,10 +156,7 @@ def row(cfg, job, answers: Answers, name: str, roof) -> list[str]:
   elif roof:
     beam = job['beam'] if task == 'beam' else 1
     share = rate / decoding_roof(cfg, roof, job['batch'], beam)
-  shapes = jax.tree.leaves(
-    model.param_shapes(cfg), is_leaf=lambda x: isinstance(x, tuple)
-  )
-  nbytes = 4 * sum(int(np.prod(s)) for s in shapes)
+  nbytes = 4 * numbers_of(cfg)
   peaks = [a['peak_bytes'] for a in good if a['peak_bytes']]
   cells = [
     f'{rate:.1f}',

@@ -45,10 +45,12 @@ def main():
   hidden = jax.random.normal(key, (1, 256, D))
   tokens = jax.random.randint(key, (1, 256), 0, V)
   mask = (jnp.arange(256) >= 100) & (jnp.arange(256) < 233)
+  weights = mask[None].astype(jnp.float32)
 
   def gradient(chunk):
     return lambda e, h: jax.value_and_grad(
-      lambda x: loss.target_nll(x, e, tokens, mask[None], chunk=chunk)
+      lambda x: loss.target_nll(x, e, tokens, weights, chunk=chunk),
+      has_aux=True,
     )(h)
 
   chunks = {c: gradient(c) for c in (16, 32, 48, 64, 72, 96, 136)}

@@ -1,65 +1,21 @@
 """The model against the `gemma` package; see gemma_oracle.py."""
 
 import collections
-import dataclasses
 import functools
 import math
 
 from gemma import layers as gemma_layers
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
 from mt.gemma import attention
 from mt.gemma import model
-from mt.gemma import sharding
-from mt.gemma import sizes
+from mt.gemma import parameters
 from tests.fixtures import gemma_oracle
 
-# Small shapes in which no two dimensions agree (H * A != D, A != F, …), so that
-# a swapped axis cannot pass by luck. The caps are low enough to bend the logits
-# of a random model, and every window is shorter than the examples.
-_GEMMA1 = sizes.ModelConfig(
-  vocab_size=61,
-  num_layers=2,
-  embed_dim=24,
-  hidden_dim=40,
-  num_heads=4,
-  num_kv_heads=1,
-  head_dim=8,
-  query_scale=8**-0.5,
-)
-_GEMMA2 = dataclasses.replace(
-  _GEMMA1,
-  num_layers=3,
-  num_kv_heads=2,
-  query_scale=6**-0.5,  # embed_dim / num_heads, as in the 27B.
-  attention='LG',
-  window=4,
-  attn_softcap=2.0,
-  final_softcap=3.0,
-  post_norms=True,
-)
-_GEMMA3 = dataclasses.replace(
-  _GEMMA1,
-  num_layers=7,  # One past the pattern, which starts again.
-  num_kv_heads=2,
-  attention='LLLLLG',
-  window=3,
-  rope_base_global=1_000_000.0,
-  rope_scale_global=8.0,
-  qk_norm=True,
-  post_norms=True,
-)
-FAMILIES = {
-  'gemma1_multi_query': _GEMMA1,
-  'gemma1_multi_head': dataclasses.replace(_GEMMA1, num_kv_heads=4),
-  'gemma2': _GEMMA2,
-  'gemma3': _GEMMA3,
-}
-
+FAMILIES = gemma_oracle.FAMILIES
 LENGTH = 15
 EXAMPLES = (6, 5, 3, 9, 6, 15)  # Their lengths.
 # Which examples stand in each row of [B, L]; what is left of a row is padding.
@@ -68,20 +24,8 @@ PACKED = ((0, 1, 2), (), (3, 4), (5,), (), ())
 
 
 @functools.cache
-def _params(name: str) -> model.Params:
-  """Random parameters, norms too: at zero they would hide a forgotten 1 + w."""
-  rng = np.random.default_rng(7)
-
-  def draw(path, shape):
-    # Matrices and embedding with unit gain, in NumPy to save compilations.
-    std = 0.3 if 'norm' in path[-1].key else shape[-2] ** -0.5
-    std = shape[-1] ** -0.5 if path[-1].key == 'embedding' else std
-    return rng.normal(scale=std, size=shape).astype(np.float32)
-
-  shapes = model.param_shapes(FAMILIES[name])
-  return jax.tree.map_with_path(
-    draw, shapes, is_leaf=lambda x: isinstance(x, tuple)
-  )
+def _params(name: str) -> parameters.Params:
+  return gemma_oracle.random_params(FAMILIES[name])
 
 
 def _example_tokens(i):
@@ -249,13 +193,6 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32():
   np.testing.assert_array_equal(got, want)
 
 
-def test_layer_constants_by_hand():
-  windows, kinds = model.layer_constants(_GEMMA3)
-  assert list(windows[:5]) == [3] * 5 and windows[6] == 3
-  assert windows[5] >= 2**30
-  assert list(kinds[:7]) == [0, 0, 0, 0, 0, 1, 0]
-
-
 def test_remat_gives_the_same_gradients():
   want = _run('gemma3', PACKED)
   _assert_near(_run('gemma3', PACKED, remat='full'), want, 1e-5)
@@ -278,10 +215,9 @@ def test_remat_keeps_only_the_input_of_each_layer():
   assert kept('full') == [(cfg.num_layers, rows, LENGTH, cfg.embed_dim)]
   # Else the line above would show nothing.
   assert len(kept('none')) > len(kept('dots')) > 5
-  # What goes into the four norms, not what comes out; no angles.
+  # What goes into the four norms, and into the products after two of them.
   widths = [s[-1] for s in kept('none')]
-  assert widths.count(cfg.embed_dim) == 4
-  assert cfg.head_dim // 2 not in widths
+  assert widths.count(cfg.embed_dim) == 6
 
 
 def test_bfloat16_activations_keep_float32_parameters():
@@ -296,62 +232,37 @@ def test_bfloat16_activations_keep_float32_parameters():
     assert np.isfinite(leaf).all()
 
 
-def test_init_params_has_unit_gain():
-  cfg = FAMILIES['gemma3']
-  init = gemma_oracle.jit(functools.partial(model.init_params, cfg))
-  params = init(jax.random.key(0))
-  assert jax.tree.map(jnp.shape, params) == model.param_shapes(cfg)
-  fan_in = {
-    'q': cfg.embed_dim,
-    'k': cfg.embed_dim,
-    'v': cfg.embed_dim,
-    'o': cfg.num_heads * cfg.head_dim,
-    'gate': cfg.embed_dim,
-    'up': cfg.embed_dim,
-    'down': cfg.hidden_dim,
-  }
-  for key, leaf in params['layers'].items():
-    std = 0 if 'norm' in key else fan_in[key] ** -0.5
-    assert np.std(leaf) == pytest.approx(std, rel=0.1), key
-  # No two layers, and no two matrices, may start out the same.
-  q, k, v = (np.asarray(params['layers'][m]) for m in 'qkv')
-  assert not np.array_equal(k, v) and not np.array_equal(q[0], q[1])
-  # Times sqrt(D) in `embed`, that is token vectors of variance 1.
-  x = model.embed(params, np.arange(cfg.vocab_size)[None], jnp.float32)
-  assert np.std(x) == pytest.approx(1.0, rel=0.1)
+@pytest.mark.parametrize('argnums', [(0,), (1,), (0, 1)])
+def test_gradients_of_a_product_are_autodiffs(argnums):
+  """And what is frozen costs no product."""
+  x, w = _normal(2, 3, 7), _normal(7, 5)
+
+  def run(product):
+    def total(x, w):
+      return jnp.sum(jnp.sin(product(x, w)))
+
+    return jax.value_and_grad(total, argnums)
+
+  got, want = run(model.matmul), run(jnp.matmul)
+  for a, b in zip(*map(jax.tree.leaves, (got(x, w), want(x, w))), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  text = str(jax.make_jaxpr(got)(x, w))
+  assert text.count('dot_general[') == 1 + len(argnums)
 
 
-@pytest.mark.parametrize('width', [7, 1024])
-def test_rows_kept_apart_change_no_gradient(width):
-  rng = np.random.default_rng(0)
-  x = rng.normal(size=(2, 3, width)).astype(np.float32)
-  layer = {'down': rng.normal(size=(width, 5)).astype(np.float32)}
+def test_gradient_of_the_embedding_is_autodiffs():
+  """Added to what is there; a token that stands twice counts twice."""
+  table, d_x, before = _normal(11, 6), _normal(2, 4, 6), _normal(11, 6) + 1
+  tokens = np.array([[3, 0, 3, 10], [9, 3, 1, 0]])
 
-  def run(apart):
-    def total(layer, x):
-      return jnp.sum(jnp.sin(model.dense(layer, 'down', x, apart)))
+  def total(table):
+    return jnp.sum(model.embed(table, tokens, jnp.float32) * d_x)
 
-    return jax.value_and_grad(total, argnums=(0, 1))(layer, x)
-
-  got, want = map(jax.tree.leaves, (run(True), run(False)))
-  for a, b in zip(got, want, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(('data', 'apart'), [(1, True), (2, False)])
-def test_rows_are_kept_apart_on_one_cpu_alone(data, apart):
-  cfg = dataclasses.replace(_GEMMA1, hidden_dim=1024)
-  axes = {'data': data, 'fsdp': 1, 'tensor': 1}
-  mesh = sharding.make_mesh(ml_collections.ConfigDict(axes))
-  params = model.init_params(cfg, jax.random.key(0))
-
-  def total(params):
-    ids = np.ones((2, 5), np.int32)
-    return jnp.sum(model.forward(cfg, params, ids, ids, ids, mesh=mesh))
-
-  # [N, B, L, F + 16], what the scan keeps for the gradient of `down`.
-  kept = f'[{cfg.num_layers},2,5,1040]'
-  assert (kept in str(jax.make_jaxpr(jax.grad(total))(params))) == apart
+  got = model.add_embed_grad(jnp.asarray(before), tokens, d_x, None)
+  np.testing.assert_allclose(got, before + jax.grad(total)(table), rtol=1e-5)
+  np.testing.assert_allclose(
+    model.embed(table, tokens, jnp.float32), table[tokens] * 6**0.5, rtol=1e-6
+  )
 
 
 _INT = np.zeros((2, 3), np.int32)
@@ -362,24 +273,26 @@ _ONE_KEY = np.zeros((2, 3, 1, 8), np.float32)
 @pytest.mark.parametrize(
   ('call', 'message'),
   [
-    (lambda f: f(_INT[0], _INT, _INT), 'rank'),
+    (lambda f: f(_INT, _INT, _INT[:1]), 'shape'),
     (lambda f: f(_INT, _INT[0], _INT), 'shape'),
     (lambda f: f(_INT, _INT, _INT[:, :2]), 'shape'),
     (lambda f: f(_INT * 1.0, _INT, _INT), 'type'),
-    (lambda _: model.embed({}, _INT[0], jnp.float32), 'rank'),
+    (lambda _: model.embed(_HEADS[0, 0], _INT[0], jnp.float32), 'rank'),
     (lambda _: model.rms_norm(jnp.ones((2, 8)), jnp.ones(7)), 'suffix'),
-    (lambda _: attention.apply_rope(_HEADS, _HEADS, _HEADS[..., 0]), 'rank'),
-    (lambda _: attention.rope_tables(_GEMMA3, _INT[0]), 'rank'),
+    (lambda _: attention.apply_rope(_HEADS, _HEADS, _HEADS[..., 0]), 'shape'),
+    (lambda _: attention.rope_tables(FAMILIES['gemma3'], _INT[0]), 'rank'),
     (
-      lambda _: attention.attend(_GEMMA1, _HEADS, _ONE_KEY, _ONE_KEY, _INT),
-      'rank',
+      lambda _: attention.attend(
+        FAMILIES['gemma1_multi_query'], _HEADS, _ONE_KEY, _ONE_KEY, _INT
+      ),
+      'shape',
     ),
-    (lambda _: attention.make_mask(_INT, _INT[0], _INT, _INT, 4), 'rank'),
+    (lambda _: attention.make_mask(_INT, _INT, _INT, _INT[:1], 4), 'shape'),
   ],
 )
 def test_wrong_shapes_are_named(call, message):
   forward = functools.partial(
-    model.forward, _GEMMA1, _params('gemma1_multi_query')
+    model.forward, FAMILIES['gemma1_multi_query'], _params('gemma1_multi_query')
   )
   with pytest.raises(AssertionError, match=message):
     call(forward)

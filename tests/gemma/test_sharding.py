@@ -13,12 +13,18 @@ import pytest
 from configs import debug
 from mt.gemma import loss
 from mt.gemma import model
+from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
+from mt.train import loop
 from mt.train import optimizer as optimizer_lib
-from mt.train import run as run_lib
+from mt.train import state as state_lib
 from mt.train import step
+from tests.fixtures.gemma_oracle import jit
 from tests.fixtures.refusal import refusal
+
+# Most of the time is compiling.
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 # Four query heads over two key/value heads: a tensor axis of 4 or 8 divides
 # neither or one of them.
@@ -72,19 +78,17 @@ def _config(parts='all', **train):
 
 def _train(config, mesh, steps=2):
   """(losses and gradient norms, final state)."""
-  params = model.init_params(CFG, jax.random.key(1))
+  params = parameters.init(CFG, jax.random.key(1))
   optimizer = optimizer_lib.make_optimizer(config.optim, 10)
   key = jax.random.key(2)
-  state = step.init_state(CFG, params, config, optimizer, key, mesh)
+  state = state_lib.init_state(CFG, params, config, optimizer, key, mesh)
   train_step = step.make_train_step(CFG, config, optimizer, mesh)
-  eval_step = step.make_eval_step(CFG, config, mesh)
   places = jax.tree.map(lambda x: x.sharding, state)
   nlls = []
   for i in range(steps):
     batch = sharding.put_rows(mesh, _batch(i), B)
     state, metrics = train_step(state, batch)
     nlls += [float(metrics['nll']), float(metrics['grad_norm'])]
-  nlls.append(float(eval_step(state, batch)['nll']))
   if mesh is not None:  # Nothing has moved; the donated memory is reused.
     for x, place in zip(
       jax.tree.leaves(state), jax.tree.leaves(places), strict=True
@@ -112,7 +116,7 @@ def _check(parts, micro, shape):
   return mesh, state
 
 
-QUICK = [(8, 1, 1), (1, 4, 1), (1, 1, 2), (2, 2, 2), (1, 2, 4)]
+QUICK = [(4, 1, 1), (2, 2, 2), (1, 2, 4)]
 
 
 @pytest.mark.parametrize(
@@ -144,12 +148,12 @@ def test_parts_and_micro_batches_on_a_mesh(parts, micro, shape):
 
 def test_each_device_holds_its_share():
   """Bytes by device against the ones of a single device, from the shapes."""
-  params = model.init_params(CFG, jax.random.key(1))
+  params = parameters.init(CFG, jax.random.key(1))
   optimizer = optimizer_lib.make_optimizer(_config().optim, 10)
 
   def largest(shape, parts='all'):
     mesh = _mesh(*shape)
-    state = step.init_state(
+    state = state_lib.init_state(
       CFG, params, _config(parts), optimizer, jax.random.key(2), mesh
     )
     held = {}
@@ -181,26 +185,47 @@ def test_what_does_not_divide_stays_whole():
   )
   batch = _batch(0)
   batch['tokens'] %= 91
-  config = _config()
+  flat = parameters.flatten(parameters.init(cfg, jax.random.key(2)))
+  train = _config().train
 
   def run(mesh):
-    sgd = optimizer_lib.make_optimizer(config.optim, 10)
-    key = jax.random.key(2)
-    params = model.init_params(cfg, key)
-    state = step.init_state(cfg, params, config, sgd, key, mesh)
-    train_step = step.make_train_step(cfg, config, sgd, mesh)
-    state, metrics = train_step(state, sharding.put_rows(mesh, batch, B))
-    return float(metrics['nll']), float(metrics['grad_norm'])
+    trained, rows = flat, sharding.put_rows(mesh, batch, B)
+    if mesh is not None:
+      trained = sharding.put(flat, sharding.of_tree(cfg, mesh, flat))
+    run = functools.partial(step.accumulated_gradients, cfg, train, mesh=mesh)
+    return jax.jit(run)(trained, {}, rows)
 
-  want = run(None)
-  for shape in ((2, 2, 2), (1, 1, 2)):
-    np.testing.assert_allclose(run(_mesh(*shape)), want, rtol=1e-5)
+  (grads, nll), (want, want_nll) = run(_mesh(2, 2, 2)), run(None)
+  assert float(nll) == pytest.approx(float(want_nll), rel=1e-5)
+  for name, value in want.items():
+    error = np.linalg.norm(grads[name] - np.asarray(value))
+    assert error < 1e-5 * np.linalg.norm(value), name
+
+
+def test_evaluation_is_the_one_of_one_device():
+  params, config = parameters.init(CFG, jax.random.key(1)), _config()
+  sgd = optimizer_lib.make_optimizer(config.optim, 10)
+
+  def evaluate(mesh):
+    key = jax.random.key(2)
+    state = state_lib.init_state(CFG, params, config, sgd, key, mesh)
+    batch = sharding.put_rows(mesh, _batch(0), B)
+    metrics = step.make_eval_step(CFG, config, mesh)(state, batch)
+    return float(metrics['nll']), int(metrics['targets'])
+
+  np.testing.assert_allclose(
+    evaluate(_mesh(2, 2, 2)), evaluate(None), rtol=1e-5
+  )
+
+
+def _put(mesh, array, *axes):
+  return jax.device_put(array, sharding.place(mesh, axes, array.shape))
 
 
 @pytest.mark.parametrize('shape', [(2, 2, 2), (1, 8, 1), (4, 1, 2)])
 @pytest.mark.parametrize('cap, smoothing', [(None, 0.0), (3.0, 0.1)])
-def test_the_loss_never_gathers_the_vocabulary(shape, cap, smoothing):
-  """On a mesh each device multiplies with its rows of the embedding only."""
+def test_the_loss_is_the_one_of_one_device(shape, cap, smoothing):
+  """And each device multiplies with its rows of the embedding only."""
   mesh = _mesh(*shape)
   v, d = 1009 * 8, 16
   rng = np.random.default_rng(0)
@@ -208,39 +233,78 @@ def test_the_loss_never_gathers_the_vocabulary(shape, cap, smoothing):
   embedding = rng.normal(scale=0.3, size=(v, d)).astype(np.float32)
   tokens = rng.integers(0, v, (B, L), np.int32)
   # All targets but one in the first row: devices have unequal work.
-  mask = np.zeros((B, L), bool)
-  mask[0], mask[5, 3] = True, True
+  weights = np.zeros((B, L), np.float32)
+  weights[0], weights[5, 3] = rng.normal(size=L), 1
 
-  def value(hidden, embedding, mesh):
-    return loss.target_nll(
-      hidden,
-      embedding,
-      tokens,
-      mask,
-      final_softcap=cap,
-      smoothing=smoothing,
-      chunk=4,
-      mesh=mesh,
-    )
+  def grad(mesh):
+    def value(hidden, embedding, weights):
+      return loss.target_nll(
+        hidden,
+        embedding,
+        tokens,
+        weights,
+        final_softcap=cap,
+        smoothing=smoothing,
+        chunk=4,
+        mesh=mesh,
+      )
 
-  grad = jax.value_and_grad(value, argnums=(0, 1))
-  want = grad(hidden, embedding, None)
-  places = (
-    sharding.place(mesh, ('rows', 'length', 'width'), hidden.shape),
-    sharding.place(mesh, ('vocab', 'width'), embedding.shape),
+    return jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))
+
+  want = grad(None)(hidden, embedding, weights)
+  args = (
+    _put(mesh, hidden, 'rows', 'length', 'width'),
+    _put(mesh, embedding, 'vocab', 'width'),
+    _put(mesh, weights, 'rows', 'length'),
   )
-  compiled = (
-    jax.jit(lambda h, e: grad(h, e, mesh), in_shardings=places)
-    .lower(hidden, embedding)
-    .compile()
-  )
-  got = compiled(*jax.device_put((hidden, embedding), places))
+  compiled = grad(mesh).lower(*args).compile()
+  got = compiled(*args)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
   text = compiled.as_text()
   part = v // (shape[1] * shape[2])
   assert f'[{part},' in text
   assert f'[{v},' not in text
+
+
+@pytest.mark.parametrize('shape', [(2, 2, 2), (1, 4, 1), (2, 1, 4)])
+def test_forward_is_the_one_of_one_device(shape):
+  params, batch = parameters.init(CFG, jax.random.key(1)), _batch(3)
+  mesh = _mesh(*shape)
+
+  def forward(params, batch, mesh):
+    names = 'tokens', 'positions', 'segment_ids'
+    return model.forward(CFG, params, *(batch[n] for n in names), mesh=mesh)
+
+  want = jit(functools.partial(forward, mesh=None))(params, batch)
+  flat = parameters.flatten(params)
+  placed = sharding.put(flat, sharding.of_tree(CFG, mesh, flat))
+  got = jit(functools.partial(forward, mesh=mesh))(
+    parameters.unflatten(placed), sharding.put_rows(mesh, batch, B)
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'shape', [(2, 2, 2), (1, 8, 1), (1, 1, 4), (2, 1, 1), (8, 1, 1)]
+)
+@pytest.mark.parametrize('v', [96, 91])
+def test_gradient_of_the_look_up_is_the_one_of_one_device(shape, v):
+  """A vocabulary of 91 = 7 * 13 stays whole."""
+  mesh, rng = _mesh(*shape), np.random.default_rng(0)
+  before = rng.normal(size=(v, 6)).astype(np.float32)
+  d_x = rng.normal(size=(B, L, 6)).astype(np.float32)
+  tokens = rng.integers(0, v, (B, L)).astype(np.int32)
+  want = before.copy()
+  np.add.at(want, tokens, d_x * 6**0.5)
+  args = (
+    _put(mesh, before, 'vocab', 'width'),
+    _put(mesh, tokens, 'rows', 'length'),
+    _put(mesh, d_x, 'rows', 'length', 'width'),
+  )
+  got = jit(functools.partial(model.add_embed_grad, mesh=mesh))(*args)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  assert got.sharding.is_equivalent_to(args[0].sharding, 2)
 
 
 @pytest.mark.parametrize(
@@ -281,17 +345,13 @@ def test_rows_of_a_process():
 
 def test_rows_that_do_not_divide_are_refused():
   mesh = _mesh(2, 2, 2)
-  train = _config().train
-  sharding.check_rows(mesh, train)
-  train.batch_size = 6
+  for batch_size, micro_batches in ((8, 1), (8, 2), (16, 4)):
+    sharding.check_rows(mesh, batch_size, micro_batches)
+  refusal(lambda: sharding.check_rows(mesh, 6, 1), 'train.batch_size', '6', '4')
   refusal(
-    lambda: sharding.check_rows(mesh, train), 'train.batch_size', '6', '4'
+    lambda: sharding.check_rows(mesh, 12, 2), 'train.micro_batches', '12', '8'
   )
-  train.batch_size, train.micro_batches = 12, 2
-  refusal(
-    lambda: sharding.check_rows(mesh, train), 'train.micro_batches', '12', '8'
-  )
-  sharding.check_rows(None, train)
+  sharding.check_rows(None, 12, 2)
 
 
 @pytest.mark.heavy
@@ -300,12 +360,12 @@ def test_a_run_on_a_mesh_goes_on_from_a_run_on_one(debug_config, tmp_path):
   debug_config.train.batch_size = 4
   debug_config.eval.every = debug_config.checkpoint.every = 2
   debug_config.train.max_steps = 4
-  run_lib.run(debug_config, tmp_path / 'whole')
+  loop.run(debug_config, tmp_path / 'whole')
   debug_config.train.max_steps = 2
-  run_lib.run(debug_config, tmp_path / 'moved')
+  loop.run(debug_config, tmp_path / 'moved')
   debug_config.train.max_steps = 4
   debug_config.mesh.update(data=2, fsdp=2, tensor=2)
-  run_lib.run(debug_config, tmp_path / 'moved')
+  loop.run(debug_config, tmp_path / 'moved')
 
   def losses(folder):
     lines = (tmp_path / folder / 'metrics.jsonl').read_text().splitlines()

@@ -14,11 +14,11 @@ import sys
 import types
 from unittest import mock
 
-import jax
 import numpy as np
 import pytest
 
-from mt.gemma import model
+from mt.gemma import attention
+from mt.gemma import parameters
 from mt.gemma import sizes
 from tests.fixtures import gemma_oracle
 
@@ -100,10 +100,9 @@ _SIGLIP = 416_866_032  # The 417M of table 1; its width is 1152.
 
 def _count(cfg):
   """(embedding, the rest)."""
-  shapes = model.param_shapes(cfg)
-  leaves = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
+  shapes = parameters.shapes(cfg)
   embedding = math.prod(shapes['embedding'])
-  return embedding, sum(map(math.prod, leaves)) - embedding
+  return embedding, sum(map(math.prod, shapes.values())) - embedding
 
 
 def test_all_published_sizes_are_here():
@@ -142,7 +141,7 @@ def test_global_layers_stand_where_they_should(name):
   # Gemma 2 begins with a local layer, and every second one is global; in
   # Gemma 3 every sixth is.
   cfg = sizes.SIZES[name]
-  windows, _ = model.layer_constants(cfg)
+  windows, _ = attention.layer_kinds(cfg)
   every = {'1': 1, '2': 2, '3': 6}[name[5]]
   expected = [(i + 1) % every == 0 for i in range(cfg.num_layers)]
   np.testing.assert_array_equal(windows > 100_000, expected)

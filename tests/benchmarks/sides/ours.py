@@ -13,6 +13,7 @@ from mt.data import corpus
 from mt.data import splits
 from mt.data import tokenizer
 from mt.train import optimizer as optimizer_lib
+from mt.train import state as state_lib
 from mt.train import step
 from mt.translate import batching
 from mt.translate import decode
@@ -56,7 +57,9 @@ def _train(job, parts):
   config, source = make_config(parts, job), open_weights()
   optimizer = optimizer_lib.make_optimizer(config.optim, job['steps'])
   key = jax.random.key(0)
-  state = step.init_state(source.config, source.read(), config, optimizer, key)
+  state = state_lib.init_state(
+    source.config, source.read(), config, optimizer, key
+  )
   train_step = step.make_train_step(source.config, config, optimizer)
 
   def take(batch):
