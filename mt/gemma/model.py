@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 
 from mt.gemma import attention
-from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma.parameters import Params
 from mt.gemma.sizes import ModelConfig
@@ -40,12 +39,6 @@ REMAT = {
 _from_arguments = functools.partial(jax.checkpoint, prevent_cse=False)
 
 _ACTIVATIONS = ('rows', 'length', 'width')
-
-init_params = parameters.init  # TEMPORARY
-
-
-def param_shapes(cfg):  # TEMPORARY
-  return parameters.unflatten(parameters.shapes(cfg))
 
 
 @_from_arguments

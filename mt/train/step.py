@@ -24,10 +24,7 @@ from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.train import optimizer as optimizer_lib
 from mt.train.state import TrainState
-from mt.train.state import all_finite  # noqa: F401 TEMPORARY
-from mt.train.state import init_state  # noqa: F401 TEMPORARY
 from mt.train.state import model_params
-from mt.train.state import split_params  # noqa: F401 TEMPORARY
 
 Metrics = dict[str, jax.Array]
 Batch = dict[str, jax.Array]

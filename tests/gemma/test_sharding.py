@@ -16,8 +16,8 @@ from mt.gemma import model
 from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
-from mt.train import loop
 from mt.train import optimizer as optimizer_lib
+from mt.train import run as run_lib
 from mt.train import state as state_lib
 from mt.train import step
 from tests.fixtures.gemma_oracle import jit
@@ -360,12 +360,12 @@ def test_a_run_on_a_mesh_goes_on_from_a_run_on_one(debug_config, tmp_path):
   debug_config.train.batch_size = 4
   debug_config.eval.every = debug_config.checkpoint.every = 2
   debug_config.train.max_steps = 4
-  loop.run(debug_config, tmp_path / 'whole')
+  run_lib.run(debug_config, tmp_path / 'whole')
   debug_config.train.max_steps = 2
-  loop.run(debug_config, tmp_path / 'moved')
+  run_lib.run(debug_config, tmp_path / 'moved')
   debug_config.train.max_steps = 4
   debug_config.mesh.update(data=2, fsdp=2, tensor=2)
-  loop.run(debug_config, tmp_path / 'moved')
+  run_lib.run(debug_config, tmp_path / 'moved')
 
   def losses(folder):
     lines = (tmp_path / folder / 'metrics.jsonl').read_text().splitlines()
