@@ -40,7 +40,7 @@ _CHUNK = 1 << 16
 def fetch() -> pathlib.Path:
   """The folder with MTNT 1.1's {train,valid,test}; fetched at the first call.
 
-  An archive put into the cache by hand is taken as it is.
+  An archive put there by hand is taken.
 
   Raises:
     errors.UserError: no network, no such file, wrong checksum, full disk.
@@ -91,10 +91,8 @@ def _sha256(path) -> str:
 
 def _check(path, archive) -> None:
   if (found := _sha256(path)) != SHA256:
-    size = os.path.getsize(path)
-    raise _failed(
-      f'sha256 {found} in {size:,} bytes, {SHA256} expected', archive
-    )
+    found += f' in {os.path.getsize(path):,} bytes'
+    raise _failed(f'sha256 {found}, {SHA256} expected', archive)
 
 
 def _short(e) -> str:
@@ -160,13 +158,10 @@ def _unpack(archive: pathlib.Path, folder: pathlib.Path) -> None:
         tar.extractall(part, filter='data')
         while f.read(_CHUNK):  # To its end, where the checksum of gzip is.
           pass
-    except tarfile.FilterError as e:
-      raise errors.UserError(
-        f'{archive}: not unpacked ({e}); get it from a source that you trust.'
-      ) from e
     except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as e:
       raise errors.UserError(
-        f'{archive}: not a whole .tar.gz ({_short(e)}); get it again.'
+        f'{archive}: not unpacked ({_short(e)}); get a whole .tar.gz from a '
+        'source that you trust.'
       ) from e
     if not os.path.isdir(split_root(part) / 'train'):
       raise errors.UserError(

@@ -57,13 +57,6 @@ def test_batches_are_those_of_the_config(config):
   )
 
 
-def test_without_packing_a_row_has_one_pair(config):
-  config.data.packing = False
-  got = list(_read(config).train)
-  assert {b['tokens'].shape for b in got} == {(4, 64)}
-  assert max(b['segment_ids'].max() for b in got) == 1
-
-
 def test_each_process_reads_its_part(config, monkeypatch):
   whole = list(_read(config).train)
   for process in (0, 1):
@@ -249,13 +242,6 @@ def test_a_split_of_which_nothing_fits(config, tmp_path, split):
   )
   config.data.length = shortest  # The advice works.
   assert _read(config).valid
-
-
-def test_one_source_of_several_of_which_nothing_fits(config, tmp_path):
-  """Else the others would be trained on in silence."""
-  path = tmp_path / 'long.tsv'
-  config.data.source += ',' + _write(path, [200, 100])
-  refusal(lambda: _read(config), path, 'none of its pairs fits')
 
 
 # The sample of training pairs.
