@@ -81,20 +81,13 @@ class Rows:
   integer, and needs no history. Large texts are shuffled in two steps: the
   blocks of their store, then the examples of each block. Blocks are counted
   through the epochs, too: with 3 blocks, number 4 is the second of epoch 1.
-
-  Attributes:
-    store: of the training text.
-    length: L.
-    seed: of the order.
-    packing: several examples in a row, or one.
-    group: without packing, empty rows fill up a block to a multiple of this.
   """
 
   store: store_lib.Store
   length: int
   seed: int
-  packing: bool = True
-  group: int = 1
+  packing: bool = True  # Several examples in a row.
+  group: int = 1  # Without packing empty rows fill up a block to a multiple.
   # Found so far: the first row of each block, and the last two blocks.
   _first_rows: list = dataclasses.field(default_factory=lambda: [0], init=False)
   _blocks: dict = dataclasses.field(default_factory=dict, init=False)
@@ -172,20 +165,13 @@ class TrainBatches:
   Batch n has rows n * batch_size to (n + 1) * batch_size - 1 of the mixture,
   and each process its part of them. So the position is the number of batches
   taken, whatever the number of processes. A thread of Grain's reads ahead.
-
-  Attributes:
-    sources: the rows of each text.
-    mixture: the share of each; they need not sum to 1.
-    batch_size: rows in a batch, of all processes together.
-    num_batches: after so many the iterator ends.
-    own: which rows of each batch are read here; None for all.
   """
 
   sources: Sequence[Rows]
-  mixture: Sequence[float]
-  batch_size: int
+  mixture: Sequence[float]  # The share of each; they need not sum to 1.
+  batch_size: int  # Rows of all processes together.
   num_batches: int
-  own: Sequence[int] | None = None
+  own: Sequence[int] | None = None  # Rows of a batch that are read here: all.
   _taken: int = dataclasses.field(default=0, init=False)
   _ahead: Iterator[Batch] | None = dataclasses.field(default=None, init=False)
 

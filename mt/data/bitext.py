@@ -24,32 +24,19 @@ _BOM = b'\xef\xbb\xbf'
 
 @dataclasses.dataclass(frozen=True)
 class Bitext:
-  """The usable pairs of one split, on disk.
+  """The usable pairs of one split, on disk."""
 
-  Attributes:
-    paths: one file, or two aligned ones.
-    stats: of each file, see _stat: another one is refused.
-    parse: (line number, a line of each file) -> pair, or why there is none.
-    starts: [n, files] int64, bytes before each line.
-    sizes: [n, files] int32, bytes of each line.
-    numbers: [n] int32, line numbers from 1.
-    num_lines: how many lines were looked at.
-    unusable: reason -> (how many lines, the first one's number).
-    notes: what else a reader should know.
-    digest: changes with the content and with how it is read.
-    pairs: instead of all that, the pairs themselves (see mt/data/tfds.py).
-  """
-
-  paths: tuple[str, ...]
-  stats: tuple[tuple[int, ...], ...]
+  paths: tuple[str, ...]  # One file, or two aligned ones.
+  stats: tuple[tuple[int, ...], ...]  # Of each; a file that changes is refused.
   parse: lines.Parser
-  starts: np.ndarray
-  sizes: np.ndarray
-  numbers: np.ndarray
-  num_lines: int
-  unusable: dict[str, tuple[int, int]]
-  notes: tuple[str, ...]
-  digest: str
+  starts: np.ndarray  # [n, files] int64, bytes before each line.
+  sizes: np.ndarray  # [n, files] int32, bytes of each line.
+  numbers: np.ndarray  # [n] int32, line numbers from 1.
+  num_lines: int  # How many were looked at.
+  unusable: dict[str, tuple[int, int]]  # Reason -> (how many, the first one).
+  notes: tuple[str, ...]  # What else a reader should know.
+  digest: str  # Changes with the content and with how it is read.
+  # Instead of all that, the pairs themselves, see mt/data/tfds.py.
   pairs: tuple[lines.Pair, ...] = ()
 
   def __len__(self) -> int:

@@ -40,7 +40,7 @@ _CHUNK = 1 << 16
 def fetch() -> pathlib.Path:
   """The folder with MTNT 1.1's {train,valid,test}; fetched at the first call.
 
-  An archive put there by hand is taken.
+  An archive put into the cache by hand is taken.
 
   Raises:
     errors.UserError: no network, no such file, wrong checksum, full disk.
@@ -95,14 +95,10 @@ def _check(path, archive) -> None:
     raise _failed(f'sha256 {found}, {SHA256} expected', archive)
 
 
-def _short(e) -> str:
-  return ' '.join(str(e).split())
-
-
 def _failed(what, archive) -> errors.UserError:
   return errors.UserError(
-    f'{archive}: {what}; delete it, if it is there, and try again later, or '
-    f'put {URL} there by hand.'
+    f'{archive}: {" ".join(str(what).split())}; delete it, if it is there, '
+    f'and try again later, or put {URL} there by hand.'
   )
 
 
@@ -143,7 +139,7 @@ def _download(archive: pathlib.Path) -> None:
         progress.update(f.tell() // 1000)
       progress.close()
     except requests.RequestException as e:
-      raise _failed(_short(e), archive) from e
+      raise _failed(e, archive) from e
     f.flush()
     _check(f.name, archive)
 
@@ -160,8 +156,8 @@ def _unpack(archive: pathlib.Path, folder: pathlib.Path) -> None:
           pass
     except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as e:
       raise errors.UserError(
-        f'{archive}: not unpacked ({_short(e)}); get a whole .tar.gz from a '
-        'source that you trust.'
+        f'{archive}: not unpacked ({" ".join(str(e).split())}); get a whole '
+        '.tar.gz from a source that you trust.'
       ) from e
     if not os.path.isdir(split_root(part) / 'train'):
       raise errors.UserError(

@@ -41,20 +41,14 @@ _LANGUAGES = pathlib.Path(__file__).parent / 'languages.tsv'
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """How a pair becomes text.
+  """How a pair becomes text."""
 
-  Attributes:
-    prompt: with {source} in it once.
-    target_prefix: put before the target, and taken off translations.
-    target_bos: the target begins with a BOS of its own, as the tutorial has it;
-      like all of the target it is learned, and made by the model itself.
-    chat: prompt and target are the turns of a user and of the model.
-  """
-
-  prompt: str
-  target_prefix: str = ''
+  prompt: str  # With {source} in it once.
+  target_prefix: str = ''  # Put before the target, taken off translations.
+  # The target begins with a BOS of its own, as the tutorial has it; like all of
+  # the target it is learned, and made by the model itself.
   target_bos: bool = False
-  chat: bool = False
+  chat: bool = False  # Prompt and target are turns of a user and the model.
 
 
 def from_config(config: ml_collections.ConfigDict) -> Template:
@@ -114,17 +108,11 @@ def end_id(tok: tokenizer.Tokenizer, template: Template) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """Tokenised pairs, one after the other in a flat array.
+  """Tokenised pairs, one after the other in a flat array."""
 
-  Attributes:
-    tokens: [sum of sizes] int32.
-    sizes: [n] int32, how many of them each example has.
-    target_starts: [n] int32, where the learned part begins in each.
-  """
-
-  tokens: np.ndarray
-  sizes: np.ndarray
-  target_starts: np.ndarray
+  tokens: np.ndarray  # [sum of sizes] int32.
+  sizes: np.ndarray  # [n] int32, tokens of each example.
+  target_starts: np.ndarray  # [n] int32, where the learned part of each begins.
 
   def __post_init__(self):
     chex.assert_equal_shape([self.sizes, self.target_starts])

@@ -1,5 +1,6 @@
 """Parallel text on disk: what is read of it, counted, noted and refused."""
 
+import functools
 import json
 import os
 
@@ -234,18 +235,15 @@ def test_exactly_the_fraction_does_not_stop(tmp_path):
 # Files that are no parallel text.
 
 
-@pytest.mark.parametrize('suffix', ['.tsv', '.jsonl'])
 @pytest.mark.parametrize('content', [b'', BOM, b'\n', b'\r\n \n', b'\r'])
-def test_a_file_without_pairs(tmp_path, content, suffix):
-  path = tmp_path / f'x0{suffix}'
-  call = lambda: open_text(tmp_path, content, suffix=suffix)  # noqa: E731
-  refusal(call, path, 'no pair in it')
-
-
-def test_aligned_files_without_pairs(tmp_path):
-  for content in (b'', BOM, b'\n\n'):
-    call = lambda c=content: open_text(tmp_path, c, c)  # noqa: E731
-    refusal(call, tmp_path / 'x0.tsv', tmp_path / 'x1.tsv', 'no pair in it')
+def test_a_file_without_pairs(tmp_path, content):
+  for contents, suffix in (
+    ([content], '.tsv'),
+    ([content], '.jsonl'),
+    ([content, content], '.txt'),
+  ):
+    call = functools.partial(open_text, tmp_path, *contents, suffix=suffix)
+    refusal(call, *sorted(tmp_path.glob(f'*{suffix}')), 'no pair in it')
 
 
 @pytest.mark.parametrize('what', ['missing', 'a folder', 'under a file'])

@@ -164,11 +164,7 @@ def test_validation_has_the_first_pairs_that_fit(config):
   assert [
     numbered_rows.sample_tokenizer().decode(r).count('word')
     for r in sorted(few)
-  ] == [
-    1,
-    2,
-    3,
-  ]
+  ] == [1, 2, 3]
 
 
 def test_scored_pairs(config, tmp_path):
@@ -242,6 +238,13 @@ def test_a_split_of_which_nothing_fits(config, tmp_path, split):
   )
   config.data.length = shortest  # The advice works.
   assert _read(config).valid
+
+
+def test_one_source_of_several_of_which_nothing_fits(config, tmp_path):
+  """Else the others would be trained on in silence."""
+  path = tmp_path / 'long.tsv'
+  config.data.source += ',' + _write(path, [200, 100])
+  refusal(lambda: _read(config), path, 'none of its pairs fits')
 
 
 # The sample of training pairs.

@@ -146,6 +146,17 @@ def test_an_unknown_language_is_refused(pair, code, side):
   assert template_lib.from_config(config).prompt == '=> {source}\n'
 
 
+def test_every_knob_of_the_template_counts():
+  config = _config(prompt='p {source}', target_prefix='_', target_bos=True)
+  assert template_lib.from_config(config) == template_lib.Template(
+    'p {source}', '_', target_bos=True, chat=False
+  )
+  config = _config(prompt='p {source}', target_prefix='', chat=True)
+  assert template_lib.from_config(config) == template_lib.Template(
+    'p {source}', chat=True
+  )
+
+
 # Chat.
 
 
