@@ -34,37 +34,30 @@ def lengths(blocks: store.Store) -> tuple[np.ndarray, np.ndarray]:
 
   Tokenises all blocks that are not in the store yet.
   """
-  prompts, sizes = [], []
+  parts = []
   progress = journal.Progress(
     f'tokenising {blocks.bitext.where}, blocks', len(blocks)
   )
   for number in range(len(blocks)):
     examples = blocks.block(number)
-    prompts.append(examples.target_starts)
-    sizes.append(examples.sizes)
+    parts.append((examples.target_starts, examples.sizes))
     progress.update(number + 1)
   progress.close()
-  prompt = np.concatenate(prompts)
-  return prompt, np.concatenate(sizes) - prompt
+  prompt, size = map(np.concatenate, zip(*parts, strict=True))
+  return prompt, size - prompt
+
+
+def _kinds(prompt, target):
+  return {'prompt': prompt, 'target': target, 'both': prompt + target}
 
 
 def table(prompt: np.ndarray, target: np.ndarray, length: int) -> str:
-  """Quantiles of the lengths, and how many pairs exceed a row.
-
-  Args:
-    prompt: [n], tokens before the target.
-    target: [n], tokens learned.
-    length: of a row.
-  """
+  """Quantiles of lengths ([n], [n]), and how many pairs exceed a row."""
   chex.assert_equal_shape([prompt, target])
   names = [f'{q} %' for q in _QUANTILES]
   names[0], names[-1] = 'least', 'most'
   out = ['  tokens    ' + ''.join(f'{n:>8}' for n in names) + '        sum']
-  for name, values in (
-    ('prompt', prompt),
-    ('target', target),
-    ('both', prompt + target),
-  ):
+  for name, values in _kinds(prompt, target).items():
     marks = np.percentile(values, _QUANTILES, method='nearest')
     cells = ''.join(f'{int(m):8,}' for m in marks)
     out.append(f'  {name:10}{cells}{int(values.sum()):11,}')
@@ -87,12 +80,10 @@ def example(
   In colour it is bold green and the rest is dim; else it stands in ⟦ ⟧. A space
   is shown as ▁, a newline as ⏎.
   """
-  pieces = [tok.spm.id_to_piece(i) for i in examples.ids(number).tolist()]
+  pieces = tok.spm.id_to_piece(examples.ids(number).tolist())
+  pieces = [piece.replace('\n', '⏎') for piece in pieces]
   start = int(examples.target_starts[number])
-  masked, learned = (
-    ''.join(part).replace('\n', '⏎')
-    for part in (pieces[:start], pieces[start:])
-  )
+  masked, learned = ''.join(pieces[:start]), ''.join(pieces[start:])
   if color:
     return f'\033[2m{masked}\033[0m\033[1;32m{learned}\033[0m'
   return f'{masked}⟦{learned}⟧'
@@ -101,57 +92,41 @@ def example(
 def plot(
   path: str, named: dict[str, tuple[np.ndarray, np.ndarray]], length: int
 ) -> None:
-  """A PNG: one histogram of prompt, target and both for each text.
-
-  Raises:
-    errors.UserError: the file cannot be written.
-  """
+  """A PNG: histograms of prompt, target and both for each text."""
   figure = matplotlib.figure.Figure(
     figsize=(8, 3 * len(named)), layout='constrained'
   )
   axes = figure.subplots(len(named), squeeze=False)[:, 0]
   for axis, (name, (prompt, target)) in zip(axes, named.items(), strict=True):
-    both = prompt + target
-    most = max(length, int(np.percentile(both, 99.5)))
+    most = max(length, int(np.percentile(prompt + target, 99.5)))
     bins = np.linspace(0, most, 65)
-    for label, values in (
-      ('prompt', prompt),
-      ('target', target),
-      ('both', both),
-    ):
+    for label, values in _kinds(prompt, target).items():
       axis.hist(np.minimum(values, most), bins, histtype='step', label=label)
     axis.axvline(length, color='0.6', linestyle='--', label='data.length')
     axis.set(title=name, xlabel='tokens (longer ones in the last bar)')
-    axis.set_ylabel('pairs')
+    axis.set(ylabel='pairs')
     axis.legend()
   try:
     figure.savefig(path, format='png', dpi=120)
   except OSError as e:
     raise errors.UserError(
-      f'{path}: cannot write the plot ({e.strerror}); give --plot the path of '
-      'a PNG file in a folder that you may write to.'
+      f'{path}: cannot write the plot ({e.strerror}); change --plot.'
     ) from e
 
 
 def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
-  """The card of a config's data.
-
-  Args:
-    config: see configs/default.py.
-    color: for a terminal.
-    png: where to put the histograms, if anywhere.
+  """The card of a config's data; `png`: where to put the histograms, if at all.
 
   Raises:
     errors.UserError: what a run with this config would say; a text without one
       for validation is shown, though.
   """
   settings.check(config)
-  there = [
-    split
-    for split in corpus.splits(config)
-    if corpus.split_source(config.data, split) is not None
-  ]
-  texts = corpus.read_splits(config.data, there)
+  wanted = corpus.splits(config)
+  texts = corpus.read_splits(
+    config.data,
+    [x for x in wanted if corpus.split_source(config.data, x) is not None],
+  )
   random = config.weights.source == 'random'
   tok = pretrained.open_source(
     config.weights.source,
@@ -161,19 +136,21 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
     texts=corpus.some_texts(texts['train'][0]) if random else (),
   ).tokenizer
   out, measured = [], {}
-  for split in corpus.splits(config):
+  for split in wanted:
     if split not in texts:
       out.append(f'{split}: no text is named; data.{split} names one.')
       continue
     sources, mixture = splits.training_rows(config, tok, texts[split])
     for source, share in zip(sources, mixture, strict=False):
-      where = source.store.bitext.where
-      found = measured[f'{split}: {where}'] = lengths(source.store)
-      out.append(f'{split}: {bitext.describe(source.store.bitext)}')
+      text = source.store.bitext
+      found = measured[f'{split}: {text.where}'] = lengths(source.store)
+      out.append(f'{split}: {bitext.describe(text)}')
       out.append(table(*found, config.data.length))
       if split == 'train':
         out.append(_epoch(source, share / sum(mixture), config.train))
-      out += [f'  {x}' for x in _examples(source.store, tok, color)]
+      first = source.store.block(0)
+      for i in range(min(_EXAMPLES, len(first))):
+        out.append(f'  {example(first, i, tok, color)}')
       out.append('')
   if png:
     plot(png, measured, config.data.length)
@@ -181,12 +158,11 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
 
 
 def _epoch(source, share, train) -> str:
-  blocks = [source.block_of_epoch(i) for i in range(len(source.store))]
-  count = sum(len(rows) for _, rows in blocks)
-  used = sum(
-    int(examples.sizes[examples.sizes <= source.length].sum())
-    for examples, _ in blocks
-  )
+  used = count = 0
+  for number in range(len(source.store)):
+    examples, rows = source.block_of_epoch(number)
+    used += int(examples.sizes[examples.sizes <= source.length].sum())
+    count += len(rows)
   padding = 1 - used / max(1, count * source.length)
   epochs = train.max_steps * train.batch_size * share / max(1, count)
   return (
@@ -195,13 +171,6 @@ def _epoch(source, share, train) -> str:
     f'of {share:.0%} in train.max_steps={train.max_steps:,} is {epochs:.2f} '
     'epochs'
   )
-
-
-def _examples(blocks, tok, color) -> list[str]:
-  first = blocks.block(0)
-  return [
-    example(first, i, tok, color) for i in range(min(_EXAMPLES, len(first)))
-  ]
 
 
 def define_flags() -> None:

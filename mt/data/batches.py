@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
 
-import chex
 import grain
 import numpy as np
 
@@ -64,15 +63,13 @@ def eval_batches(
 ) -> Iterator[Batch]:
   """Every example that fits once; empty rows fill the last batch."""
   fitting = np.flatnonzero(examples.sizes <= length)
-  rows = [[i] for i in fitting.tolist()]
+  plan = [[i] for i in range(len(fitting))]
   if packing:
-    packed = packing_lib.best_fit(examples.sizes[fitting], length)
-    rows = [fitting[row].tolist() for row in packed]
-  rows += [[]] * (-len(rows) % batch_size)
+    plan = packing_lib.best_fit(examples.sizes[fitting], length)
+  rows = [build_row(examples, fitting[items], length) for items in plan]
+  rows += [build_row(examples, [], length)] * (-len(rows) % batch_size)
   for at in range(0, len(rows), batch_size):
-    yield _stack(
-      [build_row(examples, row, length) for row in rows[at : at + batch_size]]
-    )
+    yield _stack(rows[at : at + batch_size])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,50 +81,43 @@ class Rows:
   integer, and needs no history. Large texts are shuffled in two steps: the
   blocks of their store, then the examples of each block. Blocks are counted
   through the epochs, too: with 3 blocks, number 4 is the second of epoch 1.
-
-  Attributes:
-    store: of the training text.
-    length: L.
-    seed: of the order.
-    packing: several examples in a row, or one.
-    group: without packing, empty rows fill up a block to a multiple of this.
   """
 
   store: store_lib.Store
   length: int
   seed: int
-  packing: bool = True
-  group: int = 1
+  packing: bool = True  # Several examples in a row.
+  group: int = 1  # Without packing empty rows fill up a block to a multiple.
   # Found so far: the first row of each block, and the last two blocks.
   _first_rows: list = dataclasses.field(default_factory=lambda: [0], init=False)
   _blocks: dict = dataclasses.field(default_factory=dict, init=False)
 
   def __getitem__(self, index: int) -> Batch:
     """Row `index`: every array [length]."""
-    examples, rows, at, _ = self._find(index)
+    number, at = self._find(index)
+    examples, rows = self.block_of_epoch(number)
     return build_row(examples, rows[at], self.length)
 
   def pair_ids(self, index: int) -> list[str]:
     """Of the pairs in a row, as the text has them."""
-    _, rows, at, block = self._find(index)
-    pairs = self.store.members(block)[rows[at]]
+    number, at = self._find(index)
+    items = self.block_of_epoch(number)[1][at]
+    pairs = self.store.members(self._stored(number))[items]
     return [pair.id for pair in self.store.bitext.read(pairs)]
 
   def _find(self, index):
-    """The block that a row is in: examples, rows, its place there, number."""
+    """The number of the block that a row is in, and its place there."""
     firsts = self._first_rows
     while firsts[-1] <= index:
       number = len(firsts) - 1
       firsts.append(firsts[-1] + len(self.block_of_epoch(number)[1]))
       if number + 1 == len(self.store) and firsts[-1] == 0:
         sizes = [self.store.block(i).sizes for i in range(len(self.store))]
-        shortest = min(int(s.min()) for s in sizes)
-        raise no_pair_fits(self.store.bitext.where, self.length, shortest)
+        raise no_pair_fits(self.store.bitext.where, self.length, sizes)
     number = bisect.bisect_right(firsts, index) - 1
-    at = index - firsts[number]
-    return *self.block_of_epoch(number), at, self._block(number)
+    return number, index - firsts[number]
 
-  def _block(self, number: int) -> int:
+  def _stored(self, number: int) -> int:
     """Which block of the store it is."""
     epoch, position = divmod(number, len(self.store))
     rng = np.random.default_rng([self.seed, epoch])
@@ -140,13 +130,11 @@ class Rows:
     if number not in self._blocks:
       for old in sorted(self._blocks)[:-1]:
         del self._blocks[old]
-      block = self._block(number)
+      block, epoch = self._stored(number), number // len(self.store)
       examples = self.store.block(block)
-      epoch = number // len(self.store)
       rng = np.random.default_rng([self.seed, epoch, block])
       order = rng.permutation(np.flatnonzero(examples.sizes <= self.length))
-      rows = self._pack(rng, order, examples.sizes)
-      self._blocks[number] = examples, rows
+      self._blocks[number] = examples, self._pack(rng, order, examples.sizes)
     return self._blocks[number]
 
   def _pack(self, rng, order, sizes):
@@ -160,14 +148,17 @@ class Rows:
     return [row for at in groups for row in rows[at : at + self.group]]
 
 
-def no_pair_fits(where: str, length: int, shortest: int) -> errors.UserError:
-  """The sentence for a text that has nothing for rows of this length."""
+def no_pair_fits(
+  where: str, length: int, sizes: Sequence[np.ndarray]
+) -> errors.UserError:
+  """The error for a text that has nothing for rows of this length."""
   return errors.UserError(
     f'{where}: none of its pairs fits into data.length={length} tokens (the '
-    f'shortest needs {shortest}); raise data.length.'
+    f'shortest needs {min(s.min() for s in sizes)}); raise data.length.'
   )
 
 
+@dataclasses.dataclass
 class TrainBatches:
   """Iterator over batches [B, L] of rows of several sources, with a position.
 
@@ -176,70 +167,52 @@ class TrainBatches:
   taken, whatever the number of processes. A thread of Grain's reads ahead.
   """
 
-  def __init__(
-    self,
-    sources: Sequence[Rows],
-    mixture: Sequence[float],
-    batch_size: int,
-    num_batches: int,
-    own: Sequence[int] | None = None,
-  ):
-    """An iterator at position 0; nothing is read yet.
-
-    Args:
-      sources: the rows of each text.
-      mixture: the share of each; they need not sum to 1.
-      batch_size: rows in a batch, of all processes together.
-      num_batches: after so many the iterator ends.
-      own: which rows of each batch are read here; None for all.
-    """
-    chex.assert_equal(len(sources), len(mixture))
-    self._sources, self._mixture = sources, mixture
-    self._batch_size, self._num_batches = batch_size, num_batches
-    self._own = range(batch_size) if own is None else [int(i) for i in own]
-    self._taken, self._ahead = 0, None
+  sources: Sequence[Rows]
+  mixture: Sequence[float]  # The share of each; they need not sum to 1.
+  batch_size: int  # Rows of all processes together.
+  num_batches: int
+  own: Sequence[int] | None = None  # Rows of a batch that are read here: all.
+  _taken: int = dataclasses.field(default=0, init=False)
+  _ahead: Iterator[Batch] | None = dataclasses.field(default=None, init=False)
 
   def __iter__(self) -> Iterator[Batch]:
     return self
 
   def __next__(self) -> Batch:
-    if self._taken == self._num_batches:
+    if self._taken == self.num_batches:
       raise StopIteration
     if self._ahead is None:
-      self._ahead = iter(self._batches_from(self._taken))
+      self._ahead = self._read_ahead(self._taken)
     batch = next(self._ahead)
     self._taken += 1
     return batch
 
-  def _batches_from(self, first):
+  def _read_ahead(self, first):
     places = self._places()
+    own = range(self.batch_size) if self.own is None else self.own
 
     def batch(number):
-      start = number * self._batch_size
-      return _stack([source[row] for source, row in places(start, self._own)])
+      return _stack([source[row] for source, row in places(number, own)])
 
-    numbers = grain.MapDataset.range(first, self._num_batches)
+    numbers = grain.MapDataset.range(first, self.num_batches)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return numbers.map(batch).to_iter_dataset(options)
+    return iter(numbers.map(batch).to_iter_dataset(options))
 
   def _places(self):
-    """(start, row numbers) -> where rows start + i of the mixture come from."""
+    """(batch, rows of it) -> the source of each row, and its number there."""
     # Copies: a thread that reads ahead may still be at work on earlier ones.
-    sources = [dataclasses.replace(source) for source in self._sources]
+    sources = [dataclasses.replace(source) for source in self.sources]
+    size = self.batch_size
     # Any source can be asked for all rows; a batch more for what Grain rounds.
-    numbers = grain.MapDataset.range((self._num_batches + 1) * self._batch_size)
+    numbers = grain.MapDataset.range((self.num_batches + 1) * size)
     parts = [numbers.map(lambda row, s=source: (s, row)) for source in sources]
-    mixed = grain.MapDataset.mix(parts, self._mixture)
-    return lambda start, rows: [mixed[start + i] for i in rows]
+    mixed = grain.MapDataset.mix(parts, self.mixture)
+    return lambda batch, rows: [mixed[batch * size + int(i)] for i in rows]
 
   def pair_ids(self, number: int) -> list[str]:
     """Of all pairs in batch `number`, of all processes."""
-    places, size = self._places(), self._batch_size
-    return [
-      pair
-      for source, row in places(number * size, range(size))
-      for pair in source.pair_ids(row)
-    ]
+    places = self._places()(number, range(self.batch_size))
+    return [pair for source, row in places for pair in source.pair_ids(row)]
 
   def get_state(self) -> dict[str, int]:
     """The position, as JSON."""

@@ -24,32 +24,19 @@ _BOM = b'\xef\xbb\xbf'
 
 @dataclasses.dataclass(frozen=True)
 class Bitext:
-  """The usable pairs of one split, on disk.
+  """The usable pairs of one split, on disk."""
 
-  Attributes:
-    paths: one file, or two aligned ones.
-    stats: what os.fstat said of each: device, inode, size, time of change.
-    parse: (line number, a line of each file) -> pair, or why there is none.
-    starts: [n, files] int64, bytes before each line.
-    sizes: [n, files] int32, bytes of each line.
-    numbers: [n] int32, line numbers from 1.
-    num_lines: how many lines were looked at.
-    unusable: reason -> (how many lines, the first one's number).
-    notes: what else a reader should know.
-    digest: changes with the content and with how it is read.
-    pairs: instead of all that, the pairs themselves (see mt/data/tfds.py).
-  """
-
-  paths: tuple[str, ...]
-  stats: tuple[tuple[int, ...], ...]
+  paths: tuple[str, ...]  # One file, or two aligned ones.
+  stats: tuple[tuple[int, ...], ...]  # Of each; a file that changes is refused.
   parse: lines.Parser
-  starts: np.ndarray
-  sizes: np.ndarray
-  numbers: np.ndarray
-  num_lines: int
-  unusable: dict[str, tuple[int, int]]
-  notes: tuple[str, ...]
-  digest: str
+  starts: np.ndarray  # [n, files] int64, bytes before each line.
+  sizes: np.ndarray  # [n, files] int32, bytes of each line.
+  numbers: np.ndarray  # [n] int32, line numbers from 1.
+  num_lines: int  # How many were looked at.
+  unusable: dict[str, tuple[int, int]]  # Reason -> (how many, the first one).
+  notes: tuple[str, ...]  # What else a reader should know.
+  digest: str  # Changes with the content and with how it is read.
+  # Instead of all that, the pairs themselves, see mt/data/tfds.py.
   pairs: tuple[lines.Pair, ...] = ()
 
   def __len__(self) -> int:
@@ -70,12 +57,11 @@ class Bitext:
       return [self.pairs[i] for i in which]
     texts = [self._read_lines(file, which) for file in range(len(self.paths))]
     numbers = self.numbers[which].tolist()
-    return [self.parse(*line) for line in zip(numbers, *texts, strict=True)]
+    return list(map(self.parse, numbers, *texts))
 
   def _read_lines(self, file, which):
     path = self.paths[file]
-    starts = self.starts[which, file].tolist()
-    sizes = self.sizes[which, file].tolist()
+    starts, sizes = self.starts[which, file], self.sizes[which, file]
     try:
       with open(path, 'rb', buffering=0) as f:
         if _stat(f) != self.stats[file]:
@@ -83,7 +69,7 @@ class Bitext:
         fd = f.fileno()
         return [
           os.pread(fd, size, start).decode()
-          for size, start in zip(sizes, starts, strict=True)
+          for size, start in zip(sizes.tolist(), starts.tolist(), strict=True)
         ]
     except (OSError, UnicodeDecodeError) as e:
       raise errors.UserError(
@@ -121,8 +107,7 @@ def open_bitext(
     errors.UserError: unreadable, in another format, without a pair, aligned
       files of different length, or too many unusable lines.
   """
-  paths = tuple(str(p) for p in paths)
-  where = ' + '.join(paths)
+  paths = tuple(map(str, paths))
   with contextlib.ExitStack() as stack:
     try:
       files = [stack.enter_context(open(p, 'rb')) for p in paths]
@@ -139,7 +124,7 @@ def open_bitext(
       found = _look_at_lines(files, parse, header)
       content = [_sha256(f) for f in files]
     except OSError as e:
-      raise unreadable(e.filename or where, e) from e
+      raise unreadable(e.filename or ' + '.join(paths), e) from e
   identity = json.dumps([content, repr(parse), header])
   text = Bitext(
     paths=paths,
@@ -149,8 +134,22 @@ def open_bitext(
     digest=hashlib.sha256(identity.encode()).hexdigest(),
     **found,
   )
-  _check(text, max_bad_fraction)
+  bad = text.num_lines - len(text)
+  # Divided, for 0.29 * 100 is less than 29.
+  if bad and bad / text.num_lines > max_bad_fraction:
+    raise errors.UserError(
+      f'{text.where}: {bad:,} of its {text.num_lines:,} lines cannot be used '
+      f'({_reasons(text.unusable)}), more than data.max_bad_fraction='
+      f'{max_bad_fraction:g}; mend them, or raise it.'
+    )
+  if not len(text):
+    raise lines.no_pair(text.where)
   return text
+
+
+def _sha256(f) -> str:
+  f.seek(0)
+  return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 def _skip_bom(path, f) -> bool:
@@ -171,12 +170,12 @@ def _first_line(paths, files, columns) -> tuple[str, bool]:
   """
   if len(paths) == 2 or paths[0].endswith('.jsonl'):
     return '', False
-  header, start, first = lines.has_header(columns), files[0].tell(), ''
-  while not first.strip() and (raw := files[0].readline()):
+  header, start = lines.has_header(columns), files[0].tell()
+  for raw in iter(files[0].readline, b''):
     first = raw.decode(errors='replace')
-    if header:
+    if header or first.strip():
       break
-  if not (first if header else first.strip()):
+  else:
     raise lines.no_pair(paths[0])
   if not header:
     files[0].seek(start)
@@ -223,39 +222,19 @@ def _look_at_lines(files, parse, header):
   }
 
 
-def _sha256(f) -> str:
-  f.seek(0)
-  return hashlib.file_digest(f, 'sha256').hexdigest()
-
-
-def _check(text, max_bad_fraction):
-  bad = text.num_lines - len(text)
-  # Divided, for 0.29 * 100 is less than 29.
-  if bad and bad / text.num_lines > max_bad_fraction:
-    raise errors.UserError(
-      f'{text.where}: {bad:,} of its {text.num_lines:,} lines cannot be used '
-      f'({_reasons(text.unusable)}), more than data.max_bad_fraction='
-      f'{max_bad_fraction:g}; mend them, or raise it.'
-    )
-  if not len(text):
-    raise lines.no_pair(text.where)
-
-
 def _reasons(unusable) -> str:
+  by_count = sorted(unusable.items(), key=lambda item: -item[1][0])
   return ', '.join(
     f'{count:,} {reason} (the first in line {first:,})'
-    for reason, (count, first) in sorted(
-      unusable.items(), key=lambda item: -item[1][0]
-    )
+    for reason, (count, first) in by_count
   )
 
 
 def unreadable(path: str, e: OSError) -> errors.UserError:
-  """The sentence for a parallel text that cannot be read."""
+  """The error for a parallel text that cannot be read."""
   return errors.UserError(
-    f'{path}: cannot read the parallel text ({e.strerror or e}); data.source, '
-    'data.valid and data.test name a folder in the layout of MTNT, an archive '
-    'of it, or files (with {split} and {lang} in their names, if need be).'
+    f'{path}: cannot read the parallel text ({e.strerror or e}); for what '
+    'data.source, data.valid and data.test may name see mt/data/corpus.py.'
   )
 
 

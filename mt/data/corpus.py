@@ -42,14 +42,10 @@ def read_splits(
 ) -> dict[str, list[bitext.Bitext]]:
   """The parallel texts of each split: of `train` one for each source.
 
-  Args:
-    data: `config.data`.
-    splits: of train, valid, test.
-
   Raises:
     errors.UserError: no such source, split or pair, or a file's own errors.
   """
-  found = {}  # Of all splits, before the first one is read.
+  found = {}  # All of them, before the first one is read.
   for split in splits:
     source = split_source(data, split)
     if source is None:
@@ -113,8 +109,8 @@ def _find(source, split, pair) -> tuple[list[pathlib.Path], bool]:
   if other in pairs:
     return [folder / f'{split}.{other}.tsv'], True
   raise errors.UserError(
-    f'{path}: there is no such file; data.pair is {pair!r}, there '
-    f'{"is" if len(pairs) == 1 else "are"} {", ".join(sorted(pairs))}.'
+    f'{path}: there is no such file; data.pair is {pair!r}, expected one of '
+    f'{", ".join(sorted(pairs))}.'
   )
 
 
@@ -131,6 +127,4 @@ def _open_folder(source) -> pathlib.Path:
   if source == 'mtnt':
     return mtnt.fetch()
   path = pathlib.Path(source)
-  if os.path.isfile(path):
-    return mtnt.open_archive(path)
-  return mtnt.split_root(path)
+  return (mtnt.open_archive if os.path.isfile(path) else mtnt.split_root)(path)

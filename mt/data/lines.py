@@ -19,15 +19,9 @@ from mt.base import errors
 
 
 class Pair(NamedTuple):
-  """One line of a parallel corpus.
+  """One line of a parallel corpus."""
 
-  Attributes:
-    id: its first column; where there is none, the number of its line.
-    source: the text to be translated.
-    target: its translation.
-  """
-
-  id: str
+  id: str  # Its first column; where there is none, the number of its line.
   source: str
   target: str
 
@@ -93,8 +87,8 @@ def _look_up(value, key):
   if isinstance(value, dict) and key in value:
     return value[key]
   first, _, rest = key.partition('.')
-  if rest and isinstance(value, dict) and first in value:
-    return _look_up(value[first], rest)
+  if rest and isinstance(value, dict):
+    return _look_up(value.get(first), rest)
   return None
 
 
@@ -106,9 +100,9 @@ def parse_line(parse: Parser, number: int, raws: Sequence[bytes]) -> Pair | str:
     texts = [raw.decode() for raw in raws]
   except UnicodeDecodeError:
     return 'not UTF-8'
-  pair = parse(number, *texts)
   if not any(map(str.strip, texts)):
     return 'an empty line'
+  pair = parse(number, *texts)
   if isinstance(pair, str):
     return pair
   if not pair.source.strip():
@@ -129,15 +123,11 @@ def make_parser(
   *,
   reversed_pair: bool,
 ) -> Parser:
-  """How lines become pairs.
+  """How lines become pairs; the arguments are those of bitext.open_bitext.
 
   Args:
-    paths: one or two.
     first: the header line, where `columns` has names; else the first line with
       something in it.
-    pair: of languages, such as en-fr.
-    columns: see bitext.open_bitext.
-    reversed_pair: see bitext.open_bitext.
 
   Raises:
     errors.UserError: the first line has not the columns that are asked for.
@@ -148,7 +138,14 @@ def make_parser(
     return Keys(*(columns if has_header(columns) else pair.split('-')))
   cells = first.split('\t')
   if has_header(columns):
-    return Columns(len(cells), *_find_names(paths[0], cells, columns))
+    for name in columns:
+      if name not in cells:
+        raise errors.UserError(
+          f'{paths[0]}: no column {name!r} in its first line, which has '
+          f'{" ".join(cells)[:200]!r}; mend data.columns, or give the numbers '
+          'of the columns if there is no header.'
+        )
+    return Columns(len(cells), *map(cells.index, columns))
   source, target = (n - 1 for n in columns or (len(cells) - 1, len(cells)))
   if max(source, target) >= len(cells) or not (columns or len(cells) in (2, 3)):
     raise errors.UserError(
@@ -168,19 +165,8 @@ def has_header(columns: Sequence[int | str]) -> bool:
   return bool(columns) and isinstance(columns[0], str)
 
 
-def _find_names(path, cells, columns):
-  for name in columns:
-    if name not in cells:
-      raise errors.UserError(
-        f'{path}: no column {name!r} in its first line, which has '
-        f'{" ".join(cells)[:200]!r}; mend data.columns, or give the numbers of '
-        'the columns if there is no header.'
-      )
-  return [cells.index(name) for name in columns]
-
-
 def no_pair(where: str) -> errors.UserError:
-  """The sentence for a text without a usable line."""
+  """The error for a text without a usable line."""
   return errors.UserError(
     f'{where}: no pair in it; one a line is expected: name another file.'
   )

@@ -23,6 +23,7 @@ from mt.base import cache
 from mt.base import errors
 from mt.base import files
 from mt.base import journal
+from mt.data import bitext
 
 URL = (
   'https://github.com/pmichel31415/mtnt/releases/download/v1.1/MTNT.1.1.tar.gz'
@@ -39,16 +40,15 @@ _CHUNK = 1 << 16
 def fetch() -> pathlib.Path:
   """The folder with MTNT 1.1's {train,valid,test}; fetched at the first call.
 
-  An archive put into the cache by hand is taken as it is.
+  An archive put into the cache by hand is taken.
 
   Raises:
-    errors.UserError: no network, no such file, cut off, wrong checksum, full
-      disk.
+    errors.UserError: no network, no such file, wrong checksum, full disk.
   """
   folder = _root() / 'MTNT.1.1'
   archive = folder.with_name('MTNT.1.1.tar.gz')
   if not folder.is_dir():
-    with _alone(f'put {URL} at {archive} by hand'):
+    with _alone():
       if not archive.exists():
         _download(archive)
       _check(archive, archive)
@@ -65,12 +65,9 @@ def open_archive(archive: pathlib.Path) -> pathlib.Path:
   try:
     folder = _root() / _sha256(archive)[:16]
   except OSError as e:
-    raise errors.UserError(
-      f'{archive}: cannot read the archive ({e.strerror}); set data.source to '
-      'a .tar.gz in the layout of MTNT.'
-    ) from e
+    raise bitext.unreadable(str(archive), e) from e
   if not folder.is_dir():
-    with _alone(f'unpack {archive} and name its folder in data.source'):
+    with _alone():
       _unpack(archive, folder)
   return split_root(folder)
 
@@ -94,21 +91,19 @@ def _sha256(path) -> str:
 
 def _check(path, archive) -> None:
   if (found := _sha256(path)) != SHA256:
-    size = os.path.getsize(path)
-    raise _failed(
-      f'sha256 {found} in {size:,} bytes, {SHA256} expected', archive
-    )
+    found += f' in {os.path.getsize(path):,} bytes'
+    raise _failed(f'sha256 {found}, {SHA256} expected', archive)
 
 
 def _failed(what, archive) -> errors.UserError:
   return errors.UserError(
-    f'{archive}: {what}; delete it, if it is there, and try again later, or '
-    f'put {URL} there by hand.'
+    f'{archive}: {" ".join(str(what).split())}; delete it, if it is there, '
+    f'and try again later, or put {URL} there by hand.'
   )
 
 
 @contextlib.contextmanager
-def _alone(otherwise: str) -> Iterator[None]:
+def _alone() -> Iterator[None]:
   """Keeps other processes out of the folder of archives for so long."""
   with contextlib.ExitStack() as stack:
     try:
@@ -118,7 +113,8 @@ def _alone(otherwise: str) -> Iterator[None]:
     except OSError as e:
       raise errors.UserError(
         f'{e.filename}: cannot prepare the data ({e.strerror}); set '
-        f'XDG_CACHE_HOME to a folder that you may write to, or {otherwise}.'
+        'XDG_CACHE_HOME to a folder that you may write to, or unpack the '
+        'archive by hand and name its folder in data.source.'
       ) from e
     yield
 
@@ -138,12 +134,12 @@ def _download(archive: pathlib.Path) -> None:
       answer.raise_for_status()
       total = int(answer.headers.get('Content-Length', 0))
       progress = journal.Progress('MTNT, kB', total // 1000)
-      with contextlib.closing(progress):
-        for chunk in answer.iter_content(_CHUNK):
-          f.write(chunk)
-          progress.update(f.tell() // 1000)
+      for chunk in answer.iter_content(_CHUNK):
+        f.write(chunk)
+        progress.update(f.tell() // 1000)
+      progress.close()
     except requests.RequestException as e:
-      raise _failed(' '.join(str(e).split()), archive) from e
+      raise _failed(e, archive) from e
     f.flush()
     _check(f.name, archive)
 
@@ -158,15 +154,10 @@ def _unpack(archive: pathlib.Path, folder: pathlib.Path) -> None:
         tar.extractall(part, filter='data')
         while f.read(_CHUNK):  # To its end, where the checksum of gzip is.
           pass
-    except tarfile.FilterError as e:
-      raise errors.UserError(
-        f'{archive}: not unpacked ({e}); get the archive from a source that '
-        'you trust.'
-      ) from e
     except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as e:
       raise errors.UserError(
-        f'{archive}: not a whole .tar.gz ({" ".join(str(e).split())}); get it '
-        'again.'
+        f'{archive}: not unpacked ({" ".join(str(e).split())}); get a whole '
+        '.tar.gz from a source that you trust.'
       ) from e
     if not os.path.isdir(split_root(part) / 'train'):
       raise errors.UserError(

@@ -11,7 +11,7 @@ def best_fit(sizes: np.ndarray, length: int) -> list[list[int]]:
 
   Args:
     sizes: [n] ints, each in 1..length.
-    length: capacity of a row.
+    length: of a row.
 
   Returns:
     Rows of item indices; every item exactly once.

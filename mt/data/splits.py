@@ -22,22 +22,13 @@ from mt.gemma import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """Everything read from disk, as text and as tokens.
-
-  Attributes:
-    train: iterator over all training batches.
-    train_digest: changes with any training text, its tokens and its share.
-    valid: batches of the validation loss.
-    minitrain: the same of some training pairs; none without
-      eval.minitrain_pairs.
-    scored: split -> pairs to be translated and scored.
-  """
+  """Everything read from disk, as text and as tokens."""
 
   train: batches.TrainBatches
-  train_digest: str
-  valid: list[batches.Batch]
-  minitrain: list[batches.Batch]
-  scored: dict[str, list[lines.Pair]]
+  train_digest: str  # Changes with any training text, its tokens, its share.
+  valid: list[batches.Batch]  # For the loss.
+  minitrain: list[batches.Batch]  # The same of some training pairs, or none.
+  scored: dict[str, list[lines.Pair]]  # By split, to be translated.
 
 
 def read(
@@ -49,8 +40,6 @@ def read(
   """Tokenises the splits and says what became of them.
 
   Args:
-    config: see configs/default.py.
-    tok: the model's.
     texts: see corpus.read_splits.
     mesh: decides which rows of a training batch this process reads.
 
@@ -136,13 +125,9 @@ def draw(
   number: int,
   seed: int,
 ) -> list[lines.Pair]:
-  """A sample of training pairs, the same whenever the arguments are.
+  """A sample of training pairs, each text with its share of the mixture.
 
-  Args:
-    texts: the training texts.
-    mixture: the share of each text.
-    number: of pairs; fewer where a text has fewer than its part.
-    seed: decides which.
+  They are fewer than `number` where a text has fewer than its part.
   """
   rng = np.random.default_rng(seed)
   counts = rng.multinomial(number, np.array(mixture) / sum(mixture))
@@ -173,6 +158,6 @@ def _loss_batches(config, tok, pairs, where) -> tuple[list[batches.Batch], int]:
   length, size = config.data.length, config.train.batch_size
   dropped = int((examples.sizes > length).sum())
   if dropped == len(examples):
-    raise batches.no_pair_fits(where, length, int(examples.sizes.min()))
+    raise batches.no_pair_fits(where, length, [examples.sizes])
   made = batches.eval_batches(examples, length, size, config.data.packing)
   return list(made)[: config.eval.loss_batches or None], dropped

@@ -33,14 +33,7 @@ _CHUNK = 1 << 10  # Pairs tokenised in one call, which holds Python's lock.
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-  """The blocks of one parallel text.
-
-  Attributes:
-    bitext: the pairs.
-    tok: the tokenizer.
-    template: how they become tokens.
-    folder: of the blocks.
-  """
+  """The blocks of one parallel text."""
 
   bitext: bitext_lib.Bitext
   tok: tokenizer.Tokenizer
@@ -48,7 +41,6 @@ class Store:
   folder: pathlib.Path
 
   def __len__(self) -> int:
-    """Number of blocks."""
     return -(-len(self.bitext) // _BLOCK)
 
   @property

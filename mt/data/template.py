@@ -35,50 +35,41 @@ from mt.data import tokenizer
 
 START_OF_TURN, END_OF_TURN = '<start_of_turn>', '<end_of_turn>'
 
+# Codes of ISO 639-1 and their English names.
 _LANGUAGES = pathlib.Path(__file__).parent / 'languages.tsv'
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """How a pair becomes text.
+  """How a pair becomes text."""
 
-  Attributes:
-    prompt: with {source} in it once.
-    target_prefix: put before the target, and taken off translations.
-    target_bos: the target begins with a BOS of its own, as the tutorial has it;
-      like all of the target it is learned, and made by the model itself.
-    chat: prompt and target are the turns of a user and of the model.
-  """
-
-  prompt: str
-  target_prefix: str = ''
+  prompt: str  # With {source} in it once.
+  target_prefix: str = ''  # Put before the target, taken off translations.
+  # The target begins with a BOS of its own, as the tutorial has it; like all of
+  # the target it is learned, and made by the model itself.
   target_bos: bool = False
-  chat: bool = False
+  chat: bool = False  # Prompt and target are turns of a user and the model.
 
 
 def from_config(config: ml_collections.ConfigDict) -> Template:
   """The template of `config.template`, with the languages' names filled in.
 
-  Names come from languages.tsv: codes of ISO 639-1 and their English names.
-
   Raises:
-    errors.UserError: the prompt asks for the name of a language not in there.
+    errors.UserError: the prompt asks for the name of an unknown language.
   """
-  t = config.template
-  names = dict(
-    x.split('\t') for x in _LANGUAGES.read_text('utf-8').splitlines()
-  )
-  prompt = t.prompt
+  t, prompt = config.template, config.template.prompt
+  rows = _LANGUAGES.read_text('utf-8').splitlines()
+  names = dict(row.split('\t') for row in rows)
   codes = config.data.pair.lower().split('-')
   for side, code in zip(('source', 'target'), codes, strict=True):
-    field, knob = f'{{{side}_language}}', f'{side}_language'
+    knob = f'{side}_language'
     name = t[knob] or names.get(code)
-    if field in prompt and not name:
+    if f'{{{knob}}}' in prompt and not name:
       raise errors.UserError(
-        f'template.prompt has {field} in it, but the name of {code!r} (of '
+        f'template.prompt has {{{knob}}} in it, but the name of {code!r} (of '
         f'data.pair={config.data.pair!r}) is not known; set template.{knob}.'
       )
-    prompt = prompt.replace(field, name or '')
+    prompt = prompt.replace(f'{{{knob}}}', name or '')
   return Template(prompt, t.target_prefix, t.target_bos, t.chat)
 
 
@@ -110,25 +101,18 @@ def end_id(tok: tokenizer.Tokenizer, template: Template) -> int:
   if any(len(ids) != 1 for ids in turns):
     raise errors.UserError(
       f'template.chat needs a tokenizer with the pieces {START_OF_TURN} and '
-      f'{END_OF_TURN}, this one lacks them; set template.chat=False or take a '
-      "Gemma's own tokenizer."
+      f"{END_OF_TURN}; take Gemma's own, or set template.chat=False."
     )
   return turns[1][0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """Tokenised pairs, one after the other in a flat array.
+  """Tokenised pairs, one after the other in a flat array."""
 
-  Attributes:
-    tokens: [sum of sizes] int32.
-    sizes: [n] int32, how many of them each example has.
-    target_starts: [n] int32, where the learned part begins in each.
-  """
-
-  tokens: np.ndarray
-  sizes: np.ndarray
-  target_starts: np.ndarray
+  tokens: np.ndarray  # [sum of sizes] int32.
+  sizes: np.ndarray  # [n] int32, tokens of each example.
+  target_starts: np.ndarray  # [n] int32, where the learned part of each begins.
 
   def __post_init__(self):
     chex.assert_equal_shape([self.sizes, self.target_starts])

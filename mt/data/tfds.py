@@ -24,8 +24,8 @@ def read_as_tfds(
   be empty (tensorflow_datasets/translate/mtnt/mtnt.py).
 
   Raises:
-    errors.UserError: unreadable file, not UTF-8, a column of more than 131,072
-      characters, or no row at all.
+    errors.UserError: unreadable, not UTF-8, no row at all, or a column of more
+      than 131,072 characters.
   """
   path = str(path)
   pairs, unusable, num_rows = [], {}, 0

@@ -1,4 +1,4 @@
-"""SentencePiece, from a .model file or rebuilt from a GGUF vocabulary."""
+"""SentencePiece: from a .model file, or trained."""
 
 import collections
 from collections.abc import Sequence
@@ -19,16 +19,10 @@ _BYTE = 6  # SentencePiece's type of a piece that is one byte.
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A SentencePiece model and the ids that the project needs by name.
-
-  Attributes:
-    spm: the processor.
-    proto: the serialised model, to be written to `tokenizer.model`.
-    vocab_size: number of pieces.
-  """
+  """A SentencePiece model and the ids that the project needs by name."""
 
   spm: sentencepiece.SentencePieceProcessor
-  proto: bytes
+  proto: bytes  # The serialised model: what stands in `tokenizer.model`.
   vocab_size: int
   pad_id: int
   bos_id: int
@@ -47,11 +41,7 @@ class Tokenizer:
 
 
 def from_proto(proto: bytes, where: str) -> Tokenizer:
-  """A tokenizer from a serialised SentencePiece model.
-
-  Args:
-    proto: the bytes of a `tokenizer.model`.
-    where: file name for error messages.
+  """A tokenizer from the bytes of a `tokenizer.model`; `where` they stand.
 
   Raises:
     errors.UserError: not a SentencePiece model, or one without BOS or EOS.
@@ -80,13 +70,19 @@ def from_proto(proto: bytes, where: str) -> Tokenizer:
   return Tokenizer(spm, proto, spm.vocab_size(), pad, bos, eos)
 
 
-def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-  """A small tokenizer with Gemma's settings and special ids.
+def from_file(path: str | pathlib.Path) -> Tokenizer:
+  """A tokenizer from a SentencePiece `tokenizer.model`."""
+  try:
+    proto = pathlib.Path(path).read_bytes()
+  except OSError as e:
+    raise errors.UserError(
+      f'{path}: cannot read the tokenizer ({e.strerror}).'
+    ) from e
+  return from_proto(proto, str(path))
 
-  Args:
-    texts: to train on.
-    vocab_size: at most this many pieces; few texts give fewer.
-  """
+
+def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+  """A tokenizer with Gemma's settings and ids; few texts give fewer pieces."""
   # SentencePiece refuses to train when the characters alone fill the
   # vocabulary, as Japanese would: the rarest are spelt in bytes.
   counts = collections.Counter(itertools.chain.from_iterable(texts))
@@ -117,26 +113,11 @@ def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
   return from_proto(out.getvalue(), 'the trained tokenizer')
 
 
-def from_file(path: str | pathlib.Path) -> Tokenizer:
-  """A tokenizer from a SentencePiece `tokenizer.model`."""
-  try:
-    proto = pathlib.Path(path).read_bytes()
-  except OSError as e:
-    raise errors.UserError(
-      f'{path}: cannot read the tokenizer ({e.strerror}).'
-    ) from e
-  return from_proto(proto, str(path))
-
-
 def set_gemma_spec(proto: sp_pb2.ModelProto, ids: Sequence[int]) -> None:
   """Completes a model of pieces alone with the settings of all Gemmas.
 
   BPE with byte fallback, identity normalisation, no dummy prefix, white space
-  kept.
-
-  Args:
-    proto: its pieces are there.
-    ids: of pad, EOS, BOS and the unknown piece.
+  kept; `ids` of pad, EOS, BOS and the unknown piece.
   """
   t = proto.trainer_spec
   t.model_type = sp_pb2.TrainerSpec.BPE

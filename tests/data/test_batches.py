@@ -1,37 +1,23 @@
 """Examples to rows, rows to batches: order, position, mixtures, processes."""
 
-import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mt.data import batches
 from mt.data import bitext
-from mt.data import packing
 from mt.data import store
 from mt.data import template
-from mt.data import tokenizer
-from mt.gemma import model
-from mt.gemma import parameters
-from mt.gemma import sizes
 from tests.fixtures import numbered_rows
 from tests.fixtures.refusal import refusal
 
 PLAIN = template.Template('English: {source}\nFrench:', ' ')
 KINDS = numbered_rows.KINDS
-KEY = jax.random.key(1)
-QUICK = {  # Compiling is most of the time.
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-}
-
 # A row.
 
 
@@ -54,67 +40,6 @@ def test_a_row_by_hand():
   assert {v.dtype for v in row.values()} == {np.dtype(np.int32)}
   empty = batches.build_row(examples, [], 4)
   assert all(v.shape == (4,) and not v.any() for v in empty.values())
-
-
-def test_the_row_in_the_docstring():
-  shown = {
-    words[0]: words[1:]
-    for line in batches.__doc__.splitlines()
-    if (words := line.split()) and len(words) == 9
-  }
-  examples = template.Examples(
-    tokens=np.array([2, 7, 8, 1, 2, 9, 1], np.int32),
-    sizes=np.array([4, 3], np.int32),
-    target_starts=np.array([2, 1], np.int32),
-  )
-  row = batches.build_row(examples, [0, 1], 8)
-  assert len(shown) == 4
-  for name in ('segment_ids', 'positions', 'target_mask'):
-    assert row[name].astype(int).tolist() == list(map(int, shown[name])), name
-  names = ['<bos>', 'A', 'B', '<eos>', '<bos>', 'C', '<eos>', '0']
-  assert shown['tokens'] == names
-
-
-def test_a_packed_batch_costs_what_its_examples_cost_alone():
-  """Loss and gradients: neighbours in a row must not be seen."""
-  debug = sizes.SIZES['debug']
-  cfg = dataclasses.replace(debug, num_layers=2, attention='LG')
-  pairs = numbered_rows.sample_pairs()
-  short = sorted(pairs, key=lambda p: len(p.source + p.target))[:6]
-  tok = tokenizer.train([t for p in pairs for t in p[1:]], cfg.vocab_size)
-  examples = template.encode(short, tok, PLAIN)
-  length = 128
-  plan = packing.best_fit(examples.sizes, length)
-  assert len(plan) <= len(short) / 2, 'little is packed'
-  shapes = jax.eval_shape(lambda key: parameters.init(cfg, key), KEY)
-  rng = np.random.default_rng(1)  # To draw them with JAX takes seconds.
-  params = jax.tree.map(
-    lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes
-  )
-
-  @functools.partial(jax.jit, compiler_options=QUICK)
-  def value_and_grad(batch):
-    def nll(params):
-      names = ('tokens', 'positions', 'segment_ids')
-      hidden = model.forward(cfg, params, *(batch[name] for name in names))
-      scores = jax.nn.log_softmax(hidden[:, :-1] @ params['embedding'].T)
-      scores = jnp.take_along_axis(scores, batch['tokens'][:, 1:, None], -1)
-      return -jnp.sum(scores[..., 0] * batch['target_mask'][:, 1:])
-
-    return jax.value_and_grad(nll)(params)
-
-  def run(rows):
-    rows = rows + [[]] * (len(short) - len(rows))  # One shape for both.
-    built = [batches.build_row(examples, row, length) for row in rows]
-    batch = {k: np.stack([b[k] for b in built]) for k in built[0]}
-    return jax.tree.map(np.float64, value_and_grad(batch))
-
-  packed, alone = run(plan), run([[i] for i in range(len(short))])
-  assert packed[0] == pytest.approx(alone[0], rel=1e-6)
-  for path, want in jax.tree.leaves_with_path(alone[1]):
-    got = functools.reduce(lambda t, k: t[k.key], path, packed[1])
-    error = np.linalg.norm(got - want) / np.linalg.norm(want)
-    assert error < 1e-6, (jax.tree_util.keystr(path), error)
 
 
 # Epochs.
@@ -274,15 +199,6 @@ def test_batches_are_those_of_earlier_versions(mixture):
   assert digest.hexdigest()[:16] == GOLDEN[mixture]
 
 
-def test_training_batches_are_the_rows_in_order():
-  rows = numbered_rows.make_rows()
-  for n, batch in enumerate(_whole('packed')):
-    want = [rows[4 * n + i] for i in range(4)]
-    for name, values in batch.items():
-      assert values.dtype == (bool if name == 'target_mask' else np.int32)
-      np.testing.assert_array_equal(values, np.stack([w[name] for w in want]))
-
-
 @pytest.mark.parametrize('mixture', MIXTURES)
 def test_a_state_brings_back_the_very_next_batches(mixture):
   sources, _ = MIXTURES[mixture]()
@@ -434,10 +350,5 @@ def test_evaluation_has_every_example_that_fits_once(size):
   used = [bool(row.any()) for b in got for row in b['segment_ids']]
   assert used == sorted(used, reverse=True)
   assert used.count(False) < size
-
-
-def test_evaluation_fills_up_the_last_batch():
-  (batch,) = batches.eval_batches(numbered_rows.make_examples([5, 5, 4]), 5, 4)
-  assert batch['segment_ids'].any(axis=1).tolist() == [True, True, True, False]
-  assert not batch['target_mask'][3].any()
-  assert not [*batches.eval_batches(numbered_rows.make_examples([6, 7]), 5, 4)]
+  long = numbered_rows.make_examples([length + 1])
+  assert not [*batches.eval_batches(long, length, size)]

@@ -7,7 +7,6 @@ import re
 import pytest
 
 from configs import default
-from mt.data import bitext
 from mt.data import corpus
 from tests.fixtures.refusal import refusal
 
@@ -80,10 +79,15 @@ def test_the_other_direction_is_read_reversed(tmp_path):
 def test_a_pair_that_is_not_there(tmp_path):
   _mtnt(tmp_path, 'ja-en')
   path = tmp_path / 'train' / 'train.en-fr.tsv'
-  words = (path, 'no such file', "data.pair is 'en-fr'", 'there is ja-en.')
+  words = (
+    path,
+    'no such file',
+    "data.pair is 'en-fr'",
+    'expected one of ja-en.',
+  )
   refusal(lambda: _read(tmp_path), *words)
   _mtnt(tmp_path, 'en-ja')
-  refusal(lambda: _read(tmp_path), path, 'there are en-ja, ja-en.')
+  refusal(lambda: _read(tmp_path), path, 'expected one of en-ja, ja-en.')
 
 
 def test_a_folder_without_splits(tmp_path):
@@ -219,13 +223,6 @@ def test_bad_lines_are_looked_at_for_each_file(tmp_path):
   )
 
 
-def test_some_texts(tmp_path):
-  path = _write(tmp_path / 'x.tsv', 'a\tb\n\nc\td\ne\tf\n')
-  text = bitext.open_bitext([path], 'en-fr', max_bad_fraction=1.0)
-  assert corpus.some_texts(text) == ['a', 'b', 'c', 'd', 'e', 'f']
-  assert corpus.some_texts(text, 2) == ['a', 'b', 'c', 'd']
-
-
 # The bundled sample.
 
 
@@ -238,13 +235,6 @@ def _sample(split):
 def _sample_sources():
   splits = ('train', 'valid', 'test')
   return [p.source for split in splits for p in _sample(split)]
-
-
-@pytest.mark.parametrize(
-  ('split', 'least'), [('train', 600), ('valid', 80), ('test', 80)]
-)
-def test_sample_is_large_enough(split, least):
-  assert len(_sample(split)) >= least
 
 
 def test_sample_has_no_text_twice():
@@ -282,13 +272,3 @@ def test_sample_is_noisy():
   # Texts without a capital in front or a full stop at the end: most of them.
   loose = count(lambda s: not s[0].isupper() or s[-1] not in '.!?')
   assert loose > 0.5 * len(sources)
-
-
-def test_sample_translations_are_french():
-  targets = [p.target for p in _sample('train')]
-  accents = re.compile('[àâçéèêëîïôùûü]', re.I)
-  assert sum(bool(accents.search(t)) for t in targets) > 0.7 * len(targets)
-  # A target as long as its source, within reason: no line is half translated.
-  for p in _sample('train'):
-    if len(p.source.split()) >= 20:
-      assert 0.6 < len(p.target) / len(p.source) < 2, p.id

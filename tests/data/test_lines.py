@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from mt.base import errors
 from mt.data import lines
 from tests.fixtures.refusal import refusal
 
@@ -65,12 +64,6 @@ def test_columns_that_are_not_there(first, columns, words):
   refusal(lambda: _make(first, columns, 'my/x.tsv'), 'my/x.tsv: ', *words)
 
 
-def test_a_strange_header_is_shown_in_part():
-  with pytest.raises(errors.UserError) as caught:
-    _make('x' * 5000 + '\ten', ('en', 'fr'))
-  assert len(str(caught.value)) < 500
-
-
 @pytest.mark.parametrize(
   ('line', 'expected'),
   [
@@ -80,15 +73,12 @@ def test_a_strange_header_is_shown_in_part():
     # A quote is a character: csv.reader would go on to the next line.
     ('1\t"so close\t""d', ('1', '"so close', '""d')),
     ('1\ta', 'fewer than 3 columns'),
-    ('just text', 'fewer than 3 columns'),
     ('1\ta\tb\t', 'more than 3 columns'),
-    ('1\ta\tb\tc', 'more than 3 columns'),
     ('1\t\tb', 'an empty source'),
     ('1\t \u00a0\u2028\tb', 'an empty source'),
     ('1\ta\t', 'an empty target'),
     ('1\ta\t\u3000', 'an empty target'),
     ('\t\t', 'an empty line'),
-    ('', 'an empty line'),
     ('1\ta\tb\0', 'a NUL character'),
   ],
 )
@@ -104,11 +94,14 @@ def test_a_line_without_an_id_has_its_number():
 # JSON.
 
 
-def test_keys():
+def test_keys_and_aligned_files():
   assert _make('', name='x.jsonl') == KEYS
   assert _make('', name='x.jsonl', pair='de-ja') == lines.Keys('de', 'ja')
   columns = ('translation.en', 'translation.fr')
   assert _make('{}', columns, 'x.jsonl') == lines.Keys(*columns)
+  paths = ['x.en', 'x.fr']
+  made = lines.make_parser(paths, '', 'en-fr', (), reversed_pair=False)
+  assert made == ALIGNED
 
 
 HUGE = '9' * 5000  # More digits than Python makes an int of.
@@ -130,8 +123,6 @@ HUGE = '9' * 5000  # More digits than Python makes an int of.
     ('{"en": "a", "fr": "b", "n": ' + HUGE + '}', 'not JSON'),
     ('"en"', "no text under 'en'"),
     ('["en", "fr"]', "no text under 'en'"),
-    ('null', "no text under 'en'"),
-    ('{}', "no text under 'en'"),
     ('{"en": "a"}', "no text under 'fr'"),
     ('{"en": 3, "fr": "b"}', "no text under 'en'"),
     ('{"en": null, "fr": "b"}', "no text under 'en'"),
@@ -166,12 +157,6 @@ def test_a_dot_goes_into_an_object():
 
 
 # Aligned files.
-
-
-def test_two_files_are_aligned():
-  paths = ['x.en', 'x.fr']
-  made = lines.make_parser(paths, '', 'en-fr', (), reversed_pair=False)
-  assert made == ALIGNED
 
 
 @pytest.mark.parametrize(
@@ -232,8 +217,3 @@ def test_other_characters_are_text(char):
 )
 def test_not_utf8(raw):
   assert lines.parse_line(THREE, 1, [raw]) == 'not UTF-8'
-
-
-def test_utf16_without_a_mark_is_full_of_nuls():
-  raw = '2\ta\td'.encode('utf-16-le')
-  assert lines.parse_line(THREE, 1, [raw]) == 'a NUL character'

@@ -57,13 +57,6 @@ def test_batches_are_those_of_the_config(config):
   )
 
 
-def test_without_packing_a_row_has_one_pair(config):
-  config.data.packing = False
-  got = list(_read(config).train)
-  assert {b['tokens'].shape for b in got} == {(4, 64)}
-  assert max(b['segment_ids'].max() for b in got) == 1
-
-
 def test_each_process_reads_its_part(config, monkeypatch):
   whole = list(_read(config).train)
   for process in (0, 1):
@@ -171,11 +164,7 @@ def test_validation_has_the_first_pairs_that_fit(config):
   assert [
     numbered_rows.sample_tokenizer().decode(r).count('word')
     for r in sorted(few)
-  ] == [
-    1,
-    2,
-    3,
-  ]
+  ] == [1, 2, 3]
 
 
 def test_scored_pairs(config, tmp_path):

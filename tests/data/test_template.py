@@ -124,12 +124,6 @@ def test_the_languages_of_the_pair_are_named():
   )
 
 
-def test_a_language_can_be_called_otherwise():
-  config = _config(source_language='Scots', target_language='français')
-  config.data.pair = 'sco-fr'
-  assert template_lib.from_config(config).prompt == 'Scots: {source}\nfrançais:'
-
-
 @pytest.mark.parametrize(
   ('pair', 'code', 'side'),
   [('sco-fr', 'sco', 'source'), ('en-sco', 'sco', 'target')],
@@ -297,46 +291,29 @@ def test_the_sequences_of_the_tutorial(printed):
   assert examples.target_starts[0] == len(_ids(src))
 
 
-def _printed_examples():
-  """Texts read off the printed ids, and our tokens of them."""
+def test_the_batches_of_the_tutorial(tmp_path):
+  """From a file to the padded batches of training, in their own order.
+
+  The texts are read off the printed ids. What is learned begins at the second
+  BOS, which is part of it in the tutorial.
+  """
   tok = numbered_rows.gemma('gemma1')
-  pairs = []
-  for printed, _ in _PRINTED_BATCHES:
+  pairs, want = [], []
+  for printed, (before, learned) in _PRINTED_BATCHES:
     ids = _ids(printed)
     assert ids[: len(_PROMPT)] == _PROMPT
     second = ids.index(tok.bos_id, 1)
     source = tok.decode(ids[len(_PROMPT) : second - 1])  # 108 is the newline.
     target = tok.decode(ids[second + 1 : ids.index(tok.eos_id)])
     pairs.append(_pair(source, target))
-  return pairs, template_lib.encode(pairs, tok, TUTORIAL)
-
-
-def _printed_masks():
-  """They begin at the second BOS, which is part of what the tutorial learns."""
-  return [
-    [False] * before + [True] * learned + [False] * (20 - before - learned)
-    for _, (before, learned) in _PRINTED_BATCHES
-  ]
-
-
-def test_the_rows_of_the_tutorial():
-  _, examples = _printed_examples()
-  rows = [batches.build_row(examples, [i], 20) for i in range(len(examples))]
-  assert [r['tokens'].tolist() for r in rows] == [
-    _ids(t) for t, _ in _PRINTED_BATCHES
-  ]
-  assert [r['target_mask'].tolist() for r in rows] == _printed_masks()
-
-
-def test_the_batches_of_the_tutorial(tmp_path):
-  """From a file to the padded batches of training, in their own order."""
-  pairs, _ = _printed_examples()
+    rest = 20 - before - learned
+    want.append((ids, [False] * before + [True] * learned + [False] * rest))
   path = tmp_path / 'a.tsv'
   path.write_text(
     ''.join(f'{p.source}\t{p.target}\n' for p in pairs), encoding='utf-8'
   )
   text = bitext.open_bitext([path], 'en-fr')
-  made = store.open_store(text, numbered_rows.gemma('gemma1'), TUTORIAL)
+  made = store.open_store(text, tok, TUTORIAL)
   rows = batches.Rows(made, 20, 0, packing=False, group=3)
   got = list(batches.TrainBatches([rows], [6], 3, 2))
   assert [b['tokens'].shape for b in got] == [(3, 20)] * 2
@@ -345,5 +322,4 @@ def test_the_batches_of_the_tutorial(tmp_path):
     for b in got
     for tokens, mask in zip(b['tokens'], b['target_mask'], strict=True)
   ]
-  printed = [_ids(tokens) for tokens, _ in _PRINTED_BATCHES]
-  assert sorted(found) == sorted(zip(printed, _printed_masks(), strict=True))
+  assert sorted(found) == sorted(want)
