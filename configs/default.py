@@ -172,7 +172,7 @@ KNOBS = (
   knob('train.dtype', 'float32', FORMAT, """
     Of activations: float32, or bfloat16 (half the memory, for GPU and TPU).
     Trained weights are float32 always, and so are logits
-    (mt/gemma/precision.py).
+    (mt/train/state.py).
     """),
   knob('train.frozen_dtype', 'float32', FORMAT, """
     Of frozen weights in memory: float32, or bfloat16 (half of it; a Gemma that

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mt.data import batches
-from mt.data import store
+from mt.data import template
 from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
@@ -46,7 +46,7 @@ def test_pairs_of_packed_rows():
   tokens = np.array([i for p, t in pairs for i in p + t], np.int32)
   lengths = np.array([len(p) + len(t) for p, t in pairs])
   starts = np.array([len(p) for p, _ in pairs])
-  examples = store.make_examples(lengths, starts, tokens)
+  examples = template.Examples(tokens, lengths, starts)
   rows = [batches.build_row(examples, i, 9) for i in ([0, 1], [], [2])]
   first = {k: np.stack([r[k] for r in rows[:2]]) for k in rows[0]}
   second = {k: v[None] for k, v in rows[2].items()}

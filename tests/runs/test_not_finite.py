@@ -30,11 +30,11 @@ def test_steps_that_are_not_finite_end_a_run(
   debug_config, tmp_path, monkeypatch
 ):
   real = loss.target_nll
-  monkeypatch.setattr(
-    loss,
-    'target_nll',
-    lambda hidden, *args, **kwargs: real(hidden, *args, **kwargs) + jnp.inf,
-  )
+
+  def infinite(*args, **kwargs):
+    return tuple(x + jnp.inf for x in real(*args, **kwargs))
+
+  monkeypatch.setattr(loss, 'target_nll', infinite)
   debug_config.train.max_skipped = 3
   debug_config.checkpoint.every = 100
   text = _refused(debug_config, tmp_path)
