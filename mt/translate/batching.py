@@ -40,24 +40,17 @@ Batch = tuple[decode_lib.Cache, search_lib.State]  # Of M rows, of B sentences.
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What all batches of a job have in common.
-
-  Attributes:
-    cfg: the model's shape.
-    search: see Search.
-    stop_ids: tokens that end a hypothesis, at least one.
-    batch_size: most sentences at once. They are fewer where
-      sentences * search.width * slots would exceed 1024 * batch_size.
-    dtype: of the activations and the cache, by name.
-    mesh: where the parameters are, if not on one device. The cache is split
-      over it; every process has all of what is decoded.
-  """
+  """What all batches of a job have in common."""
 
   cfg: sizes.ModelConfig
   search: search_lib.Search
-  stop_ids: tuple[int, ...]
+  stop_ids: tuple[int, ...]  # Tokens that end a hypothesis, at least one.
+  # Most sentences at once; fewer where sentences * search.width * slots would
+  # exceed 1024 * batch_size.
   batch_size: int
-  dtype: str = 'float32'
+  dtype: str = 'float32'  # Of the activations and the cache.
+  # Where the parameters are, if not on one device. The cache is split over it;
+  # every process has all of what is decoded.
   mesh: Mesh | None = None
 
   @property
@@ -78,8 +71,7 @@ class Prompt:
   number: int = 0  # Decides its draws, if it is sampled.
 
   @property
-  def slots(self) -> int:
-    """Cache slots that it may come to need."""
+  def slots(self) -> int:  # Of the cache, that it may come to need.
     return len(self.tokens) + self.limit
 
 
@@ -111,21 +103,18 @@ def _place(settings, batch):
     return batch
   cache, state = batch
   axes = ('rows', 'slots', 'kv_heads', 'head')
-  cache = jax.tree.map(
-    lambda x: sharding.constrain(x, settings.mesh, axes), cache
-  )
+  put = functools.partial(sharding.constrain, mesh=settings.mesh, axes=axes)
   whole = sharding.whole(settings.mesh)
-  return cache, lax.with_sharding_constraint(state, whole)
+  return jax.tree.map(put, cache), lax.with_sharding_constraint(state, whole)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def init(settings: Settings, size: int, slots: int) -> Batch:
   """A batch of `size` free rows."""
-  zeros, rows = jnp.zeros(size, jnp.int32), size * settings.search.width
+  zeros, search = jnp.zeros(size, jnp.int32), settings.search
+  state = search_lib.start(search, zeros, zeros, zeros + 1, zeros, slots)
+  rows = size * search.width
   cache = decode_lib.empty_cache(settings.cfg, rows, slots, settings.dtype)
-  state = search_lib.start(
-    settings.search, zeros, zeros, zeros + 1, zeros, slots
-  )
   return _place(settings, (cache, state))
 
 
@@ -201,15 +190,12 @@ class Schedule:
   slots: int  # Of the batch's cache.
 
   def taken(self) -> list[int]:
-    """Rows that have a prompt."""
     return [row for row, i in enumerate(self.owners) if i is not None]
 
   def free(self) -> list[int]:
-    """Rows that have none."""
     return [row for row, i in enumerate(self.owners) if i is None]
 
-  def group(self) -> int:
-    """How many prompts are to be read together next."""
+  def group(self) -> int:  # How many prompts are to be read together next.
     return min(max(1, len(self.owners) // 4), len(self.waiting))
 
 
@@ -241,24 +227,26 @@ def _fit(settings, prompts, schedule, batch):
 def _fill(settings, params, prompts, schedule, batch):
   """The batch with the next group of prompts in free rows."""
   size, n = len(schedule.owners), schedule.group()
-  free, chosen = schedule.free()[:n], schedule.waiting[:n]
+  rows, chosen = schedule.free()[:n], schedule.waiting[:n]
   schedule.waiting = schedule.waiting[n:]
-  width = bucket(max(len(prompts[i].tokens) for i in chosen))
-  g = max(1, size // 4)
+  for row, i in zip(rows, chosen, strict=True):
+    schedule.owners[row] = i
+  members = [prompts[i] for i in chosen]
+  width = bucket(max(len(p.tokens) for p in members))
+  empty = max(1, size // 4) - n
+  members += [Prompt([0], limit=0)] * empty
+  int32 = functools.partial(np.array, dtype=np.int32)
   group = Group(
-    tokens=np.zeros((g, width), np.int32),
-    lengths=np.ones(g, np.int32),
-    limits=np.zeros(g, np.int32),
-    numbers=np.zeros(g, np.int32),
-    rows=np.full(g, size, np.int32),
+    tokens=int32(
+      [[*p.tokens, *[0] * (width - len(p.tokens))] for p in members]
+    ),
+    lengths=int32([len(p.tokens) for p in members]),
+    limits=int32([p.limit for p in members]),
+    numbers=int32([p.number for p in members]),
+    rows=int32(rows + [size] * empty),
   )
-  for n, (row, i) in enumerate(zip(free, chosen, strict=True)):
-    schedule.owners[row], prompt = i, prompts[i]
-    group.tokens[n, : len(prompt.tokens)] = prompt.tokens
-    group.lengths[n], group.limits[n] = len(prompt.tokens), prompt.limit
-    group.numbers[n], group.rows[n] = prompt.number, row
-  dtype = settings.dtype
-  new = decode_lib.prefill(settings.cfg, params, group.tokens, dtype)
+  cfg, dtype = settings.cfg, settings.dtype
+  new = decode_lib.prefill(cfg, params, group.tokens, dtype)
   return insert(settings, batch, group, new)
 
 
