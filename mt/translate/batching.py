@@ -186,17 +186,12 @@ class Schedule:
   """Which prompts wait, and which are in which row: what the host knows."""
 
   waiting: list[int]  # Numbers of prompts, the longest first.
-  owners: list[int | None]  # Each row's prompt; None where the row is free.
-  slots: int  # Of the batch's cache.
-
-  def taken(self) -> list[int]:
-    return [row for row, i in enumerate(self.owners) if i is not None]
-
-  def free(self) -> list[int]:
-    return [row for row, i in enumerate(self.owners) if i is None]
+  taken: dict[int, int]  # Row -> its prompt; the other rows are free.
+  size: int = 0  # Rows of the batch.
+  slots: int = 0  # Of its cache.
 
   def group(self) -> int:  # How many prompts are to be read together next.
-    return min(max(1, len(self.owners) // 4), len(self.waiting))
+    return min(max(1, self.size // 4), len(self.waiting))
 
 
 def bucket(length: int, smallest: int = _SMALLEST_WIDTH) -> int:
@@ -206,31 +201,29 @@ def bucket(length: int, smallest: int = _SMALLEST_WIDTH) -> int:
 
 def _fit(settings, prompts, schedule, batch):
   """The batch in the smallest shape that will do for what is left."""
-  taken, waiting = schedule.taken(), schedule.waiting
-  left = [schedule.owners[row] for row in taken]
-  need = max(prompts[i].slots for i in left + waiting[:1])
+  taken, waiting = schedule.taken, schedule.waiting
+  need = max(prompts[i].slots for i in [*taken.values(), *waiting[:1]])
   slots = bucket(need, _SMALLEST_SLOTS)
   room = settings.batch_size * _SLOTS_EACH // (slots * settings.search.width)
   most = next((n for n in settings.batch_sizes if n <= room), 1)
   most = min(most, len(taken) + len(waiting))
   size = min(n for n in settings.batch_sizes if n >= most)
-  if (size, slots) == (len(schedule.owners), schedule.slots):
+  if (size, slots) == (schedule.size, schedule.slots):
     return batch
-  free = [None] * (size - len(taken))
-  schedule.owners, schedule.slots = left + free, slots
+  schedule.size, schedule.slots = size, slots
+  schedule.taken = dict(enumerate(taken.values()))
   if batch is None:
     return init(settings, size, slots)
-  rows = np.array(taken + [0] * len(free), np.int32)
+  rows = np.array([*taken, *[0] * (size - len(taken))], np.int32)
   return resize(settings, batch, rows, np.int32(len(taken)), slots)
 
 
 def _fill(settings, params, prompts, schedule, batch):
   """The batch with the next group of prompts in free rows."""
-  size, n = len(schedule.owners), schedule.group()
-  rows, chosen = schedule.free()[:n], schedule.waiting[:n]
-  schedule.waiting = schedule.waiting[n:]
-  for row, i in zip(rows, chosen, strict=True):
-    schedule.owners[row] = i
+  size, n = schedule.size, schedule.group()
+  rows = [row for row in range(size) if row not in schedule.taken][:n]
+  chosen, schedule.waiting = schedule.waiting[:n], schedule.waiting[n:]
+  schedule.taken |= zip(rows, chosen, strict=True)
   members = [prompts[i] for i in chosen]
   width = bucket(max(len(p.tokens) for p in members))
   empty = max(1, size // 4) - n
@@ -252,10 +245,10 @@ def _fill(settings, params, prompts, schedule, batch):
 
 def _floor(settings, schedule):
   """How few sentences are to run when `decode` ends."""
-  size = len(schedule.owners)
   if schedule.waiting:  # The next group fits in.
-    return size - schedule.group()
-  return max((n for n in settings.batch_sizes if n < size), default=0)
+    return schedule.size - schedule.group()
+  smaller = [n for n in settings.batch_sizes if n < schedule.size]
+  return max(smaller, default=0)
 
 
 def _hypotheses(settings, state, row):
@@ -285,18 +278,17 @@ def decode_all(
   """
   found: list[list[Hypothesis]] = [[] for _ in prompts]
   order = sorted(range(len(prompts)), key=lambda i: -prompts[i].slots)
-  schedule, batch = Schedule(waiting=order, owners=[], slots=0), None
-  while schedule.waiting or schedule.taken():
+  schedule, batch = Schedule(waiting=order, taken={}), None
+  while schedule.waiting or schedule.taken:
     batch = _fit(settings, prompts, schedule, batch)
-    while schedule.waiting and len(schedule.free()) >= schedule.group():
+    while 0 < schedule.group() <= schedule.size - len(schedule.taken):
       batch = _fill(settings, params, prompts, schedule, batch)
     floor = np.int32(_floor(settings, schedule))
     batch = decode(settings, batch, params, floor)
     state = jax.device_get(batch[1])
-    for row in schedule.taken():
+    for row, i in list(schedule.taken.items()):
       if not state.live[row].any():
-        found[schedule.owners[row]] = _hypotheses(settings, state, row)
-        schedule.owners[row] = None
-    left = len(schedule.waiting) + len(schedule.taken())
-    on_done(len(prompts) - left)
+        found[i] = _hypotheses(settings, state, row)
+        del schedule.taken[row]
+    on_done(len(prompts) - len(schedule.waiting) - len(schedule.taken))
   return found

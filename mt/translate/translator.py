@@ -108,13 +108,10 @@ def from_config(
   mesh: Mesh | None = None,
   search: search_lib.Search | None = None,
 ) -> Translator:
-  """The translator of a run.
+  """The translator of a run, whose model started from `source`.
 
-  Args:
-    config: of the run.
-    source: what its model started from.
-    mesh: where the parameters are, if not on one device.
-    search: that of `config.decode` where none is given.
+  `mesh` is where the parameters are, if not on one device; the search is that
+  of `config.decode` where none is given.
   """
   d, template = config.decode, template_lib.from_config(config)
   settings = batching.Settings(

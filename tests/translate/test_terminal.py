@@ -1,4 +1,7 @@
-"""The command `python -m mt.translate`."""
+"""The command `python -m mt.translate`, with a translator that stands in.
+
+With a run of its own: tests/runs/test_run.py and test_best.py.
+"""
 
 import io
 import json
@@ -13,12 +16,10 @@ from absl import flags
 import pytest
 
 from configs import default
-from mt.train import run as run_lib
 from mt.translate import __main__ as terminal
 from mt.translate import search as search_lib
 from mt.translate import translator
 from tests.fixtures.refusal import refusal
-from tests.runs import small
 
 VALUES = {
   'workdir': 'w',
@@ -232,34 +233,3 @@ def test_a_prompt_on_a_terminal(shouting, monkeypatch):
   # Each is answered before the next prompt.
   assert seen.decode() == '> HÉ 🔥\r\n> \r\n> \r\n'
   assert shouting == [(1, 0), (1, 1)]
-
-
-def test_a_run_of_its_own(tmp_path, quick_compilation):
-  """Every line comes through; checkpoints and samples by flag."""
-  config = small.get_config()
-  config.train.max_steps = 2
-  config.optim.learning_rate = 0.2  # So that checkpoints differ.
-  config.eval.loss_pairs = config.eval.translate_pairs = 2
-  config.decode.max_ratio = 0.02
-  config.checkpoint.every = 1
-  workdir = tmp_path / 'run'
-  run_lib.run(config, workdir)
-  given, made = tmp_path / 'in', tmp_path / 'out'
-  sources = [line[:200] for line in LINES]
-  given.write_text('\n'.join(sources), 'utf-8')
-  files = {'workdir': workdir, 'input': str(given), 'output': str(made)}
-
-  def say(**values):
-    terminal.run(VALUES | files | {'json': True} | values)
-    lines = [json.loads(x) for x in made.read_text('utf-8').split('\n')[:-1]]
-    assert [x['source'] for x in lines] == sources
-    return [x['translations'] for x in lines]
-
-  last = say()
-  for (best,) in last:
-    assert '\n' not in best['text']
-    assert best['score'] <= 0 and best['log_probability'] <= 0
-  assert say(checkpoint='2') == last != say(checkpoint='1')
-  drawn = say(temperature=2.0, seed=1)
-  assert drawn != last and drawn == say(temperature=2.0, seed=1)
-  refusal(lambda: say(checkpoint='3'), workdir, 'step 3', '1, 2 expected')
