@@ -1,4 +1,4 @@
-"""`python -m mt.translate`: what it reads, what it writes, and its flags.
+"""Translates with a run's checkpoint: what it reads, what it writes.
 
   python -m mt.translate --workdir=W < in.txt > out.txt
   python -m mt.translate --workdir=W --input=in.txt --output=out.txt
@@ -15,7 +15,6 @@ object a line:
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -38,31 +37,6 @@ from mt.translate import search as search_lib
 from mt.translate import translator as translator_lib
 
 _CHUNK = 1024  # Lines, sorted by length among themselves.
-
-
-def define_flags(own: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines the flags of the command; numbers after a help text are bounds."""
-  text = functools.partial(flags.DEFINE_string, flag_values=own)
-  whole = functools.partial(flags.DEFINE_integer, flag_values=own)
-  number = functools.partial(flags.DEFINE_float, flag_values=own)
-  text('workdir', None, 'Folder of a run of train.py.', required=True)
-  text('checkpoint', '', checkpoint.WHICH)
-  text('input', '', 'File to translate, instead of standard input.')
-  text('output', '', 'File for the translations, whole or not at all.')
-  flags.DEFINE_bool('json', False, 'Write JSON lines, with scores.', own)
-  whole('beam', None, "Hypotheses of beam search; the run's decode.beam.", 1)
-  number('length_penalty', None, "See the run's decode.length_penalty.", 0.0)
-  whole('n_best', 1, 'Translations of each line; above 1 with --json.', 1)
-  number('temperature', 0.0, 'Above 0: draw tokens from p^(1/temperature).', 0)
-  whole('top_k', None, 'Draw from so many most probable tokens; 0 for all.', 0)
-  number('top_p', None, 'Draw from the fewest tokens of so much probability.')
-  whole('seed', None, 'Of the draws; 0 if not given.', 0, 2**32 - 1)
-  flags.register_validator(
-    'top_p',
-    lambda p: p is None or 0 < p <= 1,
-    'more than 0, at most 1 expected.',
-    own,
-  )
 
 
 def read_search(
@@ -88,10 +62,11 @@ def read_search(
   for name in {'top_k', 'top_p', 'seed'} & given.keys():
     if not sampling:
       _say(f'--{name} has no effect without --temperature above 0')
-  beam = 1 if sampling else defaults.beam
-  search = search_lib.Search(
-    **{'beam': beam, 'length_penalty': defaults.length_penalty} | given
-  )
+  of_run = {
+    'beam': 1 if sampling else defaults.beam,
+    'length_penalty': defaults.length_penalty,
+  }
+  search = search_lib.Search(**of_run | given)
   if search.n_best > search.width:
     raise errors.UserError(
       f'--n_best is {search.n_best}, but a beam of {search.beam} has no more '
@@ -105,40 +80,26 @@ def read_search(
   return search
 
 
-def main(_) -> None:
-  """The command."""
-  try:
-    run(flags.FLAGS.flag_values_dict())
-  except BrokenPipeError:  # The reader has what it wanted.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  except KeyboardInterrupt:
-    _say('interrupted')
-    sys.exit(130)
-
-
 def run(values: dict[str, Any]) -> None:
   """Translates line by line.
 
   Args:
-    values: of the flags by name, see define_flags.
+    values: of the flags by name.
 
   Raises:
     errors.UserError: bad flags, text or files, no such run or checkpoint.
   """
-  workdir = pathlib.Path(values['workdir'])
+  workdir, asked = pathlib.Path(values['workdir']), values['input']
   search = read_search(values, run_folder.read_config(workdir).decode)
   at, about = checkpoint.find_step(workdir, values['checkpoint'])
-  asking = not values['input'] and sys.stdin.isatty()
-  with (
-    _open_input(values['input']) as stream,
-    _open_output(values['output']) as out,
-  ):
+  asking = not asked and sys.stdin.isatty()
+  with _open_input(asked) as stream, _open_output(values['output']) as out:
     compiling.keep_compiled_programs()
     _say(f'checkpoint: {about}')
     config, source, params = checkpoint.load_finetuned(workdir, at)
     params = decode.unstack(params, config.train.dtype)  # Once for all lines.
     translator = translator_lib.from_config(config, source, search=search)
-    lines = _ask() if asking else _read_lines(stream, values['input'])
+    lines = _ask() if asking else _read_lines(stream, asked)
     done = 0
     while chunk := list(itertools.islice(lines, 1 if asking else _CHUNK)):
       found = translator.n_best(params, chunk, first=done)
@@ -181,16 +142,14 @@ def _open_output(name) -> contextlib.AbstractContextManager[BinaryIO]:
 
 def _read_lines(stream: BinaryIO, name: str) -> Iterator[str]:
   """Lines of UTF-8, ended by LF or CRLF and nothing else."""
-  name = name or 'standard input'
   for number, line in enumerate(stream, 1):
     try:
-      text = line.decode()
+      yield line.decode().removesuffix('\n').removesuffix('\r')
     except UnicodeDecodeError as e:
       raise errors.UserError(
-        f'{name}, line {number}: not UTF-8 ({e.reason} at byte {e.start}); '
-        'convert it to UTF-8.'
+        f'{name or "standard input"}, line {number}: not UTF-8 ({e.reason} at '
+        f'byte {e.start}); convert it to UTF-8.'
       ) from e
-    yield text.removesuffix('\n').removesuffix('\r')
 
 
 def _ask() -> Iterator[str]:
@@ -210,6 +169,27 @@ def _ask() -> Iterator[str]:
     yield text
 
 
+def main(_):
+  try:
+    run(flags.FLAGS.flag_values_dict())
+  except BrokenPipeError:  # The reader has what it wanted.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 if __name__ == '__main__':
-  define_flags()
+  # Numbers after a help text are bounds.
+  text, whole = flags.DEFINE_string, flags.DEFINE_integer
+  number = flags.DEFINE_float
+  text('workdir', None, 'Folder of a run of train.py.', required=True)
+  text('checkpoint', '', checkpoint.WHICH)
+  text('input', '', 'File to translate, instead of standard input.')
+  text('output', '', 'File for the translations, whole or not at all.')
+  flags.DEFINE_bool('json', False, 'Write JSON lines, with scores.')
+  whole('beam', None, "Hypotheses of beam search; the run's decode.beam.", 1)
+  number('length_penalty', None, "See the run's decode.length_penalty.", 0.0)
+  whole('n_best', 1, 'Translations of each line; above 1 with --json.', 1)
+  number('temperature', 0.0, 'Above 0: draw tokens from p^(1/temperature).', 0)
+  whole('top_k', None, 'Draw from so many most probable tokens; 0 for all.', 0)
+  number('top_p', None, 'From the fewest that have this probability.', 1e-6, 1)
+  whole('seed', None, 'Of the draws; 0 if not given.', 0, 2**32 - 1)
   cli.run(main)

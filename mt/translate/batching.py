@@ -40,24 +40,17 @@ Batch = tuple[decode_lib.Cache, search_lib.State]  # Of M rows, of B sentences.
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What all batches of a job have in common.
-
-  Attributes:
-    cfg: the model's shape.
-    search: see Search.
-    stop_ids: tokens that end a hypothesis, at least one.
-    batch_size: most sentences at once. They are fewer where
-      sentences * search.width * slots would exceed 1024 * batch_size.
-    dtype: of the activations and the cache, by name.
-    mesh: where the parameters are, if not on one device. The cache is split
-      over it; every process has all of what is decoded.
-  """
+  """What all batches of a job have in common."""
 
   cfg: sizes.ModelConfig
   search: search_lib.Search
-  stop_ids: tuple[int, ...]
+  stop_ids: tuple[int, ...]  # Tokens that end a hypothesis, at least one.
+  # Most sentences at once; fewer where sentences * search.width * slots would
+  # exceed 1024 * batch_size.
   batch_size: int
-  dtype: str = 'float32'
+  dtype: str = 'float32'  # Of the activations and the cache.
+  # Where the parameters are, if not on one device. The cache is split over it;
+  # every process has all of what is decoded.
   mesh: Mesh | None = None
 
   @property
@@ -78,8 +71,7 @@ class Prompt:
   number: int = 0  # Decides its draws, if it is sampled.
 
   @property
-  def slots(self) -> int:
-    """Cache slots that it may come to need."""
+  def slots(self) -> int:  # Of the cache, that it may come to need.
     return len(self.tokens) + self.limit
 
 
@@ -111,21 +103,18 @@ def _place(settings, batch):
     return batch
   cache, state = batch
   axes = ('rows', 'slots', 'kv_heads', 'head')
-  cache = jax.tree.map(
-    lambda x: sharding.constrain(x, settings.mesh, axes), cache
-  )
+  put = functools.partial(sharding.constrain, mesh=settings.mesh, axes=axes)
   whole = sharding.whole(settings.mesh)
-  return cache, lax.with_sharding_constraint(state, whole)
+  return jax.tree.map(put, cache), lax.with_sharding_constraint(state, whole)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def init(settings: Settings, size: int, slots: int) -> Batch:
   """A batch of `size` free rows."""
-  zeros, rows = jnp.zeros(size, jnp.int32), size * settings.search.width
+  zeros, search = jnp.zeros(size, jnp.int32), settings.search
+  state = search_lib.start(search, zeros, zeros, zeros + 1, zeros, slots)
+  rows = size * search.width
   cache = decode_lib.empty_cache(settings.cfg, rows, slots, settings.dtype)
-  state = search_lib.start(
-    settings.search, zeros, zeros, zeros + 1, zeros, slots
-  )
   return _place(settings, (cache, state))
 
 
@@ -197,20 +186,12 @@ class Schedule:
   """Which prompts wait, and which are in which row: what the host knows."""
 
   waiting: list[int]  # Numbers of prompts, the longest first.
-  owners: list[int | None]  # Each row's prompt; None where the row is free.
-  slots: int  # Of the batch's cache.
+  taken: dict[int, int]  # Row -> its prompt; the other rows are free.
+  size: int = 0  # Rows of the batch.
+  slots: int = 0  # Of its cache.
 
-  def taken(self) -> list[int]:
-    """Rows that have a prompt."""
-    return [row for row, i in enumerate(self.owners) if i is not None]
-
-  def free(self) -> list[int]:
-    """Rows that have none."""
-    return [row for row, i in enumerate(self.owners) if i is None]
-
-  def group(self) -> int:
-    """How many prompts are to be read together next."""
-    return min(max(1, len(self.owners) // 4), len(self.waiting))
+  def group(self) -> int:  # How many prompts are to be read together next.
+    return min(max(1, self.size // 4), len(self.waiting))
 
 
 def bucket(length: int, smallest: int = _SMALLEST_WIDTH) -> int:
@@ -220,54 +201,54 @@ def bucket(length: int, smallest: int = _SMALLEST_WIDTH) -> int:
 
 def _fit(settings, prompts, schedule, batch):
   """The batch in the smallest shape that will do for what is left."""
-  taken, waiting = schedule.taken(), schedule.waiting
-  left = [schedule.owners[row] for row in taken]
-  need = max(prompts[i].slots for i in left + waiting[:1])
+  taken, waiting = schedule.taken, schedule.waiting
+  need = max(prompts[i].slots for i in [*taken.values(), *waiting[:1]])
   slots = bucket(need, _SMALLEST_SLOTS)
   room = settings.batch_size * _SLOTS_EACH // (slots * settings.search.width)
   most = next((n for n in settings.batch_sizes if n <= room), 1)
   most = min(most, len(taken) + len(waiting))
   size = min(n for n in settings.batch_sizes if n >= most)
-  if (size, slots) == (len(schedule.owners), schedule.slots):
+  if (size, slots) == (schedule.size, schedule.slots):
     return batch
-  free = [None] * (size - len(taken))
-  schedule.owners, schedule.slots = left + free, slots
+  schedule.size, schedule.slots = size, slots
+  schedule.taken = dict(enumerate(taken.values()))
   if batch is None:
     return init(settings, size, slots)
-  rows = np.array(taken + [0] * len(free), np.int32)
+  rows = np.array([*taken, *[0] * (size - len(taken))], np.int32)
   return resize(settings, batch, rows, np.int32(len(taken)), slots)
 
 
 def _fill(settings, params, prompts, schedule, batch):
   """The batch with the next group of prompts in free rows."""
-  size, n = len(schedule.owners), schedule.group()
-  free, chosen = schedule.free()[:n], schedule.waiting[:n]
-  schedule.waiting = schedule.waiting[n:]
-  width = bucket(max(len(prompts[i].tokens) for i in chosen))
-  g = max(1, size // 4)
+  size, n = schedule.size, schedule.group()
+  rows = [row for row in range(size) if row not in schedule.taken][:n]
+  chosen, schedule.waiting = schedule.waiting[:n], schedule.waiting[n:]
+  schedule.taken |= zip(rows, chosen, strict=True)
+  members = [prompts[i] for i in chosen]
+  width = bucket(max(len(p.tokens) for p in members))
+  empty = max(1, size // 4) - n
+  members += [Prompt([0], limit=0)] * empty
+  int32 = functools.partial(np.array, dtype=np.int32)
   group = Group(
-    tokens=np.zeros((g, width), np.int32),
-    lengths=np.ones(g, np.int32),
-    limits=np.zeros(g, np.int32),
-    numbers=np.zeros(g, np.int32),
-    rows=np.full(g, size, np.int32),
+    tokens=int32(
+      [[*p.tokens, *[0] * (width - len(p.tokens))] for p in members]
+    ),
+    lengths=int32([len(p.tokens) for p in members]),
+    limits=int32([p.limit for p in members]),
+    numbers=int32([p.number for p in members]),
+    rows=int32(rows + [size] * empty),
   )
-  for n, (row, i) in enumerate(zip(free, chosen, strict=True)):
-    schedule.owners[row], prompt = i, prompts[i]
-    group.tokens[n, : len(prompt.tokens)] = prompt.tokens
-    group.lengths[n], group.limits[n] = len(prompt.tokens), prompt.limit
-    group.numbers[n], group.rows[n] = prompt.number, row
-  dtype = settings.dtype
-  new = decode_lib.prefill(settings.cfg, params, group.tokens, dtype)
+  cfg, dtype = settings.cfg, settings.dtype
+  new = decode_lib.prefill(cfg, params, group.tokens, dtype)
   return insert(settings, batch, group, new)
 
 
 def _floor(settings, schedule):
   """How few sentences are to run when `decode` ends."""
-  size = len(schedule.owners)
   if schedule.waiting:  # The next group fits in.
-    return size - schedule.group()
-  return max((n for n in settings.batch_sizes if n < size), default=0)
+    return schedule.size - schedule.group()
+  smaller = [n for n in settings.batch_sizes if n < schedule.size]
+  return max(smaller, default=0)
 
 
 def _hypotheses(settings, state, row):
@@ -297,18 +278,17 @@ def decode_all(
   """
   found: list[list[Hypothesis]] = [[] for _ in prompts]
   order = sorted(range(len(prompts)), key=lambda i: -prompts[i].slots)
-  schedule, batch = Schedule(waiting=order, owners=[], slots=0), None
-  while schedule.waiting or schedule.taken():
+  schedule, batch = Schedule(waiting=order, taken={}), None
+  while schedule.waiting or schedule.taken:
     batch = _fit(settings, prompts, schedule, batch)
-    while schedule.waiting and len(schedule.free()) >= schedule.group():
+    while 0 < schedule.group() <= schedule.size - len(schedule.taken):
       batch = _fill(settings, params, prompts, schedule, batch)
     floor = np.int32(_floor(settings, schedule))
     batch = decode(settings, batch, params, floor)
     state = jax.device_get(batch[1])
-    for row in schedule.taken():
+    for row, i in list(schedule.taken.items()):
       if not state.live[row].any():
-        found[schedule.owners[row]] = _hypotheses(settings, state, row)
-        schedule.owners[row] = None
-    left = len(schedule.waiting) + len(schedule.taken())
-    on_done(len(prompts) - left)
+        found[i] = _hypotheses(settings, state, row)
+        del schedule.taken[row]
+    on_done(len(prompts) - len(schedule.waiting) - len(schedule.taken))
   return found

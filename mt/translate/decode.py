@@ -24,14 +24,12 @@ Cache = dict[str, tuple[jax.Array, ...]]  # k, v per layer: [B, S, K, A].
 def unstack(
   params: parameters.Params, dtype: jnp.dtype | None = None
 ) -> parameters.Params:
-  """Layers as a tuple of dicts, their matrices [out, in].
+  """Layers as a tuple of dicts, their matrices [out, in] and of this dtype.
 
-  A decoding step is bound by reading the weights: slices of stacked arrays
-  would be copied at every step, and with `out` first the products of a few rows
-  are 1.4 times as fast on a CPU (BUILD_NOTES.md).
-
-  Matrices are converted to `dtype`, that of the activations, here and not at
-  every step; if it is None, they stay as they are.
+  A decoding step is bound by reading the weights: it would copy slices of
+  stacked arrays, and convert matrices that are not of the activations' dtype.
+  With `out` first the products of a few rows are 1.4 times as fast on a CPU
+  (BUILD_NOTES.md).
 
   Raises:
     ValueError: there are low-rank factors, see lora.fold.
@@ -40,7 +38,7 @@ def unstack(
     raise ValueError('low-rank factors are folded in first: lora.fold')
   embedding = params['embedding']
   return params | {
-    'embedding': embedding if dtype is None else embedding.astype(dtype),
+    'embedding': embedding.astype(dtype or embedding.dtype),
     'layers': _split(params['layers'], dtype),
   }
 
@@ -63,10 +61,10 @@ def _dense(layer, name, x):
 def empty_cache(
   cfg: sizes.ModelConfig, rows: int, slots: int, dtype: jnp.dtype
 ) -> Cache:
-  """A cache of zeros: `k` and `v` per layer [rows, slots, K, A]."""
-  shape = (rows, slots, cfg.num_kv_heads, cfg.head_dim)
-  layers = range(cfg.num_layers)
-  return {x: tuple(jnp.zeros(shape, dtype) for _ in layers) for x in 'kv'}
+  """A cache of zeros, S slots for each of B rows."""
+  shape, layers = cfg.dims()['KA'], range(cfg.num_layers)
+  zeros = functools.partial(jnp.zeros, (rows, slots, *shape), dtype)
+  return {x: tuple(zeros() for _ in layers) for x in 'kv'}
 
 
 def extend(
@@ -76,16 +74,11 @@ def extend(
   tokens: jax.Array,
   start: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-  """Reads L more tokens of each row.
+  """Reads L more tokens of each row, in the dtype of the cache.
 
-  Args:
-    params: as `unstack` returns them.
-    cache: its dtype is that of the activations.
-    tokens: [B, L] int32.
-    start: [B] int32, position of the first one; start + L is at most S.
-
-  Returns:
-    Hidden states [B, L, D], after the final norm, and the cache.
+  `params` are as `unstack` returns them, tokens [B, L] int32, `start` [B] int32
+  is the position of the first one; start + L is at most S. Returns hidden
+  states [B, L, D], after the final norm, and the cache.
   """
   dims = cfg.dims()
   dims['BL'], dims['_S__'] = tokens.shape, cache['k'][0].shape
@@ -96,18 +89,15 @@ def extend(
   windows, kinds = attention.layer_kinds(cfg)
   sin, cos = attention.rope_tables(cfg, at)
   keys, values = list(cache['k']), list(cache['v'])
-  write = jax.vmap(
-    lambda old, new, i: lax.dynamic_update_slice_in_dim(old, new, i, 0)
-  )
+  write = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=0))
   x = model.embed(params['embedding'], tokens, keys[0].dtype)
+  one_text = jnp.ones_like(at), jnp.ones_like(slot)
   for n, layer in enumerate(params['layers']):
-    mask = attention.make_mask(
-      at, slot, jnp.ones_like(at), jnp.ones_like(slot), windows[n]
-    )
 
-    def attend(q, k, v, n=n, mask=mask):
+    def attend(q, k, v, n=n):
       keys[n] = write(keys[n], k, start)
       values[n] = write(values[n], v, start)
+      mask = attention.make_mask(at, slot, *one_text, windows[n])
       return attention.attend(cfg, q, keys[n], values[n], mask), None
 
     kind = kinds[n]
@@ -124,15 +114,11 @@ def prefill(
   dtype: jnp.dtype,
   chunk: int = 512,
 ) -> Cache:
-  """The cache of some prompts, with as many slots as they are wide.
+  """The cache of prompts [B, P] int32, left-aligned, with P slots.
 
-  Args:
-    params: as `unstack` returns them.
-    tokens: [B, P] int32, left-aligned. What fills up a row is read as well,
-      into slots that nothing sees.
-    dtype: of the activations and the cache.
-    chunk: tokens read at once, as attention takes B * H * chunk * P numbers; P
-      is less, or a multiple of it.
+  What fills up a row is read as well, into slots that nothing sees. `chunk`
+  tokens are read at once, as attention takes B * H * chunk * P numbers; P is
+  less, or a multiple of it.
   """
   chex.assert_rank(tokens, 2)
   b, p = tokens.shape
@@ -159,8 +145,7 @@ def step(
 ) -> tuple[jax.Array, Cache]:
   """`extend` by one token, at its position: [B] int32 each.
 
-  Returns:
-    Logits [V, B] float32 of what may follow, and the cache.
+  Returns logits [V, B] float32 of what may follow, and the cache.
   """
   chex.assert_equal_shape([tokens, positions])
   hidden, cache = extend(cfg, params, cache, tokens[:, None], positions)

@@ -22,8 +22,6 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-_TILE = 512  # Of the vocabulary, at most.
-
 Cache = Any
 # (cache, tokens [M], positions [M]) -> (logits [V, M] float32, cache).
 Step = Callable[[Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
@@ -31,33 +29,20 @@ Step = Callable[[Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """How the next tokens are chosen.
+  """How the next tokens are chosen."""
 
-  Attributes:
-    beam: hypotheses at once; 1 is greedy.
-    length_penalty: a hypothesis of n tokens, the one that ends it included, has
-      the score log-probability / n^length_penalty.
-    n_best: hypotheses wanted; at most `beam`, unless they are sampled.
-    temperature: 0 takes the most probable token; above, tokens are drawn with
-      probabilities proportional to p^(1 / temperature).
-    top_k: drawn from so many most probable tokens only; 0 for all.
-    top_p: drawn from the fewest tokens that have at least this probability
-      together, after temperature and top_k.
-    seed: of the draws. They depend on the sentence's number and on nothing that
-      stands in the batch with it.
-  """
-
-  beam: int = 1
+  beam: int = 1  # Hypotheses at once; 1 is greedy.
+  # A hypothesis of n tokens, the one that ends it included, has the score
+  # log-probability / n^length_penalty.
   length_penalty: float = 1.0
-  n_best: int = 1
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  seed: int = 0
+  n_best: int = 1  # Hypotheses wanted; at most `beam`, unless sampled.
+  temperature: float = 0.0  # Above 0, tokens are drawn, from p^(1/temperature).
+  top_k: int = 0  # Drawn from so many most probable tokens only; 0 for all.
+  top_p: float = 1.0  # From the fewest of these that have so much probability.
+  seed: int = 0  # Of the draws.
 
   @property
-  def width(self) -> int:
-    """W."""
+  def width(self) -> int:  # W.
     return self.n_best if self.temperature else self.beam
 
 
@@ -77,7 +62,6 @@ class State:
   live: jax.Array  # [B, W] bool, not ended yet.
 
   def dims(self) -> chex.Dimensions:
-    """The sizes of B, W, M and T."""
     b, w, t = self.tokens.shape
     return chex.Dimensions(B=b, W=w, M=b * w, T=t)
 
@@ -93,7 +77,7 @@ def start(
   """Before the first step; `width` is T, the other arguments are [B] int32.
 
   `last` is the last token of each prompt, `lengths` counts its tokens, at least
-  1; `limits` are at most T, and 0 for a row that only fills up.
+  1; `limits` are at most T.
   """
   dims = chex.Dimensions(B=len(last), W=search.width, T=width)
   chex.assert_shape([numbers, last, lengths, limits], dims['B'])
@@ -113,11 +97,6 @@ def start(
   )
 
 
-def running(state: State) -> jax.Array:
-  """Sentences that are not done: [B] bool."""
-  return jnp.any(state.live, axis=1)
-
-
 def score(search: Search, logp: jax.Array, counts: jax.Array) -> jax.Array:
   """What hypotheses are ranked by; see Search.length_penalty."""
   chex.assert_equal_shape([logp, counts])
@@ -133,7 +112,7 @@ def top(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   """
   chex.assert_shape(logits, (None, None))
   v, m = logits.shape
-  tile = next(n for n in range(_TILE, 0, -1) if v % n == 0)
+  tile = next(n for n in range(512, 0, -1) if v % n == 0)
   tiles = logits.reshape(v // tile, tile, m)
   best = lax.top_k(jnp.max(tiles, 1).T, min(k, len(tiles)))[1]  # [M, tiles]
   best = jnp.sort(best)  # So that the first token comes first.
@@ -143,19 +122,17 @@ def top(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   return values.T, tokens.T
 
 
-def keep_probable(
-  logits: jax.Array, top_k: int = 0, top_p: float = 1.0
-) -> jax.Array:
-  """Logits [V, M] with -inf for what is not to be drawn, see Search.
+def keep_probable(search: Search, logits: jax.Array) -> jax.Array:
+  """Logits [V, M] with -inf for what is not to be drawn: top_k, then top_p.
 
   Tokens as probable as the last one of the top k, or of the top p (Holtzman et
   al., arXiv 1904.09751), stay too.
   """
   chex.assert_shape(logits, (None, None))
-  if 0 < top_k < len(logits):
-    least = lax.top_k(logits.T, top_k)[0][:, -1]
+  if 0 < search.top_k < len(logits):
+    least = lax.top_k(logits.T, search.top_k)[0][:, -1]
     logits = jnp.where(logits >= least, logits, -jnp.inf)
-  if top_p == 1.0:
+  if search.top_p == 1.0:
     return logits
   # A token stays if those more probable than it have less than top_p together.
   # The least probability for which this holds is found by bisection over the
@@ -166,42 +143,41 @@ def keep_probable(
   def halve(_, bounds):
     low, high = bounds
     middle = (low + high) // 2
-    level = lax.bitcast_convert_type(middle, jnp.float32)
-    stays = jnp.sum(jnp.where(probs > level, probs, 0.0), 0) < top_p
+    above = probs > middle.view(jnp.float32)
+    stays = jnp.sum(jnp.where(above, probs, 0.0), 0) < search.top_p
     return jnp.where(stays, low, middle + 1), jnp.where(stays, middle, high)
 
-  one = lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32)
-  m = logits.shape[1]
-  bounds = jnp.zeros(m, jnp.int32), jnp.full(m, one)
-  _, least = lax.fori_loop(0, 30, halve, bounds)
-  least = lax.bitcast_convert_type(least, jnp.float32)
-  return jnp.where(probs >= least, logits, -jnp.inf)
+  high = jnp.ones(logits.shape[1]).view(jnp.int32)  # Of probability 1.
+  _, least = lax.fori_loop(0, 30, halve, (jnp.zeros_like(high), high))
+  return jnp.where(probs >= least.view(jnp.float32), logits, -jnp.inf)
 
 
-def draw(search: Search, state: State, logits: jax.Array) -> jax.Array:
-  """Tokens [M] that are drawn from logits [V, M].
+def _draw(search, state, logits):
+  """Tokens [M], drawn from logits [V, M].
 
-  A draw depends on the sentence's number, the hypothesis' place and the step.
+  A draw depends on the seed, the sentence's number, the hypothesis' place and
+  the step, and on nothing that stands in the batch with it.
   """
   dims = state.dims()
-  chex.assert_shape(logits, dims['*M'])
 
-  def key(number, place, made):
-    k = jax.random.fold_in(jax.random.key(search.seed), number)
-    return jax.random.fold_in(jax.random.fold_in(k, place), made)
+  def draw(number, place, made, kept):
+    key = jax.random.key(search.seed)
+    for n in (number, place, made):
+      key = jax.random.fold_in(key, n)
+    return jax.random.categorical(key, kept)
 
-  keys = jax.vmap(key)(
+  kept = keep_probable(search, logits / search.temperature)
+  return jax.vmap(draw)(
     jnp.repeat(state.numbers, dims.W),
     jnp.tile(jnp.arange(dims.W), dims.B),
     jnp.repeat(state.made, dims.W),
+    kept.T,
   )
-  kept = keep_probable(logits / search.temperature, search.top_k, search.top_p)
-  return jax.vmap(jax.random.categorical)(keys, kept.T)
 
 
 def _append(state, tokens, logp, longer, stop_ids):
   """Adds a token to each hypothesis for which `longer` holds: [B, W] all."""
-  made = state.made + running(state)
+  made = state.made + jnp.any(state.live, 1)
   ended = jnp.isin(tokens, stop_ids) | (made >= state.limits)[:, None]
   at = jnp.arange(state.tokens.shape[2]) == state.made[:, None, None]
   at &= longer[..., None]
@@ -223,9 +199,8 @@ def _candidates(state, logits, stop_ids):
   ones, each ended by its most probable stop token; the others do not count, so
   that no text comes twice. The rest goes on with the k best other tokens.
 
-  Returns:
-    parent [C] int32, the hypothesis that each comes from; token [B, C] int32;
-    logp [B, C] float32, -inf where there is no such candidate.
+  Returns the parent that each comes from, [C] int32, and its token and logp,
+  [B, C] int32 and float32, -inf where there is no such candidate.
   """
   dims, norm = state.dims(), jax.nn.logsumexp(logits, 0)
   dims.k = min(dims.W, len(logits))
@@ -234,45 +209,35 @@ def _candidates(state, logits, stop_ids):
   end_gain = (jnp.max(ends, 0) - norm).reshape(dims['BW'])
   gain, token = top(logits.at[stop_ids].set(-jnp.inf), dims.k)
   gain = (gain - norm).T.reshape(dims['BWk'])
-
   ended = jnp.where(state.live, -jnp.inf, state.logp)
   alive = jnp.where(state.live, state.logp, -jnp.inf)
   grown = (alive[..., None] + gain).reshape(dims['B(Wk)'])
   logp = jnp.concatenate([ended, alive + end_gain, grown], 1)
-  token = token.T.reshape(dims['B(Wk)'])
-  token = jnp.concatenate([state.last, end_token, token], 1)
+  tokens = [state.last, end_token, token.T.reshape(dims['B(Wk)'])]
   place = jnp.arange(dims.W)
   parent = jnp.concatenate([place, place, jnp.repeat(place, dims.k)])
-  return parent, token, logp
+  return parent, jnp.concatenate(tokens, 1), logp
 
 
 def _end_early(search, state):
   """Gives up living hypotheses that cannot come among the n best any more."""
-  ended = score(search, state.logp, state.counts)
-  ended = jnp.where(state.live, -jnp.inf, ended)
+  scores = score(search, state.logp, state.counts)
+  ended = jnp.where(state.live, -jnp.inf, scores)
   last_wanted = lax.top_k(ended, search.n_best)[0][:, -1]
-  limits = jnp.broadcast_to(state.limits[:, None], state.live.shape)
-  bound = score(search, state.logp, limits)
-  bound = jnp.max(jnp.where(state.live, bound, -jnp.inf), 1)
-  hopeless = state.live & (last_wanted >= bound)[:, None]
-  return dataclasses.replace(
-    state,
-    logp=jnp.where(hopeless, -jnp.inf, state.logp),
-    live=state.live & ~hopeless,
-  )
+  best_alive = jnp.max(jnp.where(state.live, state.logp, -jnp.inf), 1)
+  hope = last_wanted < score(search, best_alive, state.limits)
+  live = state.live & hope[:, None]
+  logp = jnp.where(state.live & ~live, -jnp.inf, state.logp)
+  return dataclasses.replace(state, logp=logp, live=live)
 
 
-def beam(
-  search: Search, state: State, logits: jax.Array, stop_ids: jax.Array
-) -> tuple[State, jax.Array]:
-  """The best continuations of all hypotheses of a sentence; see `advance`."""
-  dims, stop_ids = state.dims(), jnp.asarray(stop_ids)
-  chex.assert_shape(logits, dims['*M'])
+def _beam(search, state, logits, stop_ids):
+  """The best continuations of all hypotheses of a sentence, as `advance`."""
+  dims = state.dims()
   parent, token, logp = _candidates(state, logits, stop_ids)
   # All that have ended stay; the best of the others take the other places.
   ended = (jnp.arange(logp.shape[1]) < dims.W) & (logp > -jnp.inf)
   _, chosen = lax.top_k(jnp.where(ended, jnp.inf, logp), dims.W)
-
   parent = parent[chosen]
   token, logp = (jnp.take_along_axis(x, chosen, 1) for x in (token, logp))
   longer = (chosen >= dims.W) & (logp > -jnp.inf)
@@ -290,28 +255,23 @@ def beam(
 def advance(
   search: Search, state: State, logits: jax.Array, stop_ids: jax.Array
 ) -> tuple[State, jax.Array | None]:
-  """One step of whichever search it is.
+  """One step, with logits [V, M] float32.
 
-  Args:
-    search, state: see Search, State.
-    logits: [V, M] float32.
-    stop_ids: [n] int32, tokens that end a hypothesis, at least one.
-
-  Returns:
-    The state, and for each row the row [M] whose cache it goes on with, or None
-    where each goes on with its own.
+  Returns the state, and for each row the row [M] whose cache it goes on with,
+  or None where each goes on with its own.
   """
-  chex.assert_shape(logits, state.dims()['*M'])
+  dims, stop_ids = state.dims(), jnp.asarray(stop_ids)
+  chex.assert_shape(logits, dims['*M'])
   if search.temperature:
-    tokens = draw(search, state, logits)
+    tokens = _draw(search, state, logits)
   elif search.beam == 1:
     tokens = top(logits, 1)[1][0]
   else:
-    return beam(search, state, logits, stop_ids)
+    return _beam(search, state, logits, stop_ids)
   gain = jnp.take_along_axis(logits, tokens[None], 0)[0]
-  gain = (gain - jax.nn.logsumexp(logits, 0)).reshape(state.live.shape)
-  tokens = tokens.reshape(state.live.shape).astype(jnp.int32)
-  return _append(state, tokens, state.logp + gain, state.live, stop_ids), None
+  gain = (gain - jax.nn.logsumexp(logits, 0)).reshape(dims['BW'])
+  logp, tokens = state.logp + gain, tokens.reshape(dims['BW'])
+  return _append(state, tokens, logp, state.live, stop_ids), None
 
 
 def run(
@@ -322,15 +282,16 @@ def run(
   stop_ids: jax.Array,
   floor: jax.Array | int = 0,
 ) -> tuple[Cache, State]:
-  """Takes steps until at most `floor` sentences are running.
+  """Takes steps until at most `floor` sentences are not done.
 
-  `step` is the model; the arrays of its cache lead with M rows.
+  `step` is the model; the arrays of its cache lead with M rows. `stop_ids` end
+  a hypothesis: [n] int32, at least one.
   """
   dims = state.dims()
   chex.assert_tree_shape_prefix(cache, dims['M'])
 
-  def condition(carry):
-    return jnp.sum(running(carry[1])) > floor
+  def unfinished(carry):
+    return jnp.sum(jnp.any(carry[1].live, 1)) > floor
 
   def body(carry):
     cache, state = carry
@@ -341,4 +302,4 @@ def run(
       cache = jax.tree.map(lambda x: x[parents], cache)
     return cache, state
 
-  return lax.while_loop(condition, body, (cache, state))
+  return lax.while_loop(unfinished, body, (cache, state))

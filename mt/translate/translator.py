@@ -30,11 +30,7 @@ class Translation:
 def stop_ids(
   tok: tokenizer.Tokenizer, template: template_lib.Template
 ) -> tuple[int, ...]:
-  """What ends a translation.
-
-  EOS, the template's own end and, as one line is one text, every piece of
-  newlines.
-  """
+  """EOS, the template's own end and, as a text is a line, every newline."""
   pieces = (tok.spm.id_to_piece(i) for i in range(tok.vocab_size))
   newlines = [
     i for i, p in enumerate(pieces) if p == '<0x0A>' or not p.strip('\n')
@@ -60,8 +56,7 @@ class Translator:
     on_progress: Progress = lambda done: None,
   ) -> list[str]:
     """The best translation of each text, in order; see `n_best`."""
-    found = self.n_best(params, texts, on_progress)
-    return [best.text for best, *_ in found]
+    return [best.text for best, *_ in self.n_best(params, texts, on_progress)]
 
   def n_best(
     self,
@@ -82,22 +77,17 @@ class Translator:
     """
     if not isinstance(params['layers'], tuple):
       params = decode.unstack(params, self.settings.dtype)
-    prompts = {
-      i: self._prompt(text, first + i)
-      for i, text in enumerate(texts)
-      if text.strip()
-    }
-    empty = len(texts) - len(prompts)
+    full = [i for i, text in enumerate(texts) if text.strip()]
     found = batching.decode_all(
       self.settings,
       params,
-      list(prompts.values()),
-      lambda done: on_progress(empty + done),
+      [self._prompt(texts[i], first + i) for i in full],
+      lambda done: on_progress(len(texts) - len(full) + done),
     )
     out = [[Translation('', 0.0, 0.0)] for _ in texts]
-    for i, hypotheses in zip(prompts, found, strict=True):
+    for i, best in zip(full, found, strict=True):
       out[i] = [
-        Translation(self._text(h.tokens), h.score, h.logp) for h in hypotheses
+        Translation(self._text(h.tokens), h.score, h.logp) for h in best
       ]
     return out
 
@@ -118,13 +108,10 @@ def from_config(
   mesh: Mesh | None = None,
   search: search_lib.Search | None = None,
 ) -> Translator:
-  """The translator of a run.
+  """The translator of a run, whose model started from `source`.
 
-  Args:
-    config: of the run.
-    source: what its model started from.
-    mesh: where the parameters are, if not on one device.
-    search: that of `config.decode` where none is given.
+  `mesh` is where the parameters are, if not on one device; the search is that
+  of `config.decode` where none is given.
   """
   d, template = config.decode, template_lib.from_config(config)
   settings = batching.Settings(

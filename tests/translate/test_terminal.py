@@ -1,40 +1,40 @@
-"""The command `python -m mt.translate`."""
+"""The command `python -m mt.translate`, with a translator that stands in.
 
-import functools
+With a run of its own: tests/runs/test_run.py and test_best.py.
+"""
+
 import io
 import json
 import os
-import pathlib
 import pty
 import select
-import subprocess
 import sys
+import termios
 import types
 
 from absl import flags
 import pytest
 
-from configs import debug
 from configs import default
-from mt.base import errors
-from mt.train import run as run_lib
 from mt.translate import __main__ as terminal
 from mt.translate import search as search_lib
 from mt.translate import translator
 from tests.fixtures.refusal import refusal
 
-ROOT = pathlib.Path(__file__).parents[2]
-QUICK = os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-
-
-def _parse(*given):
-  own = flags.FlagValues()
-  terminal.define_flags(own)
-  own(['translate', '--workdir=w', *given])
-  return own.flag_values_dict()
-
-
-VALUES = _parse()
+VALUES = {
+  'workdir': 'w',
+  'checkpoint': '',
+  'input': '',
+  'output': '',
+  'json': False,
+  'beam': None,
+  'length_penalty': None,
+  'n_best': 1,
+  'temperature': 0.0,
+  'top_k': None,
+  'top_p': None,
+  'seed': None,
+}
 LINES = [
   'a\u2028b\x85c\x0c',
   '',
@@ -62,30 +62,36 @@ class _Shouting:
 
 
 @pytest.fixture
-def command(monkeypatch):
-  """Runs the command with that translator: (output, calls)."""
+def shouting(monkeypatch):
+  """The command has that translator; its calls."""
   config, calls = default.get_config(), []
+  for module, name, stand_in in (
+    (terminal.run_folder, 'read_config', lambda folder: config),
+    (terminal.checkpoint, 'find_step', lambda folder, which: (7, 'step 7')),
+    (terminal.checkpoint, 'load_finetuned', lambda *_: (config, None, {})),
+    (terminal.decode, 'unstack', lambda params, dtype: params),
+    (translator, 'from_config', lambda *_, search: _Shouting(calls)),
+    (terminal.compiling, 'keep_compiled_programs', lambda: None),
+  ):
+    monkeypatch.setattr(module, name, stand_in)
+  return calls
+
+
+@pytest.fixture
+def command(shouting, monkeypatch):
+  """Runs it without a terminal: (output, calls)."""
 
   def run(given=b'', **values):
-    out = io.BytesIO()
     stdin = types.SimpleNamespace(
       buffer=io.BytesIO(given), isatty=lambda: False
     )
+    stdout = types.SimpleNamespace(buffer=io.BytesIO())
+    shouting.clear()
     with monkeypatch.context() as m:
-      for module, name, stand_in in (
-        (terminal.run_folder, 'read_config', lambda folder: config),
-        (terminal.checkpoint, 'find_step', lambda folder, which: (7, 'step 7')),
-        (terminal.checkpoint, 'load_finetuned', lambda *_: (config, None, {})),
-        (terminal.decode, 'unstack', lambda params, dtype: params),
-        (translator, 'from_config', lambda *_, search: _Shouting(calls)),
-        (terminal.compiling, 'keep_compiled_programs', lambda: None),
-        (sys, 'stdin', stdin),
-        (sys, 'stdout', types.SimpleNamespace(buffer=out)),
-      ):
-        m.setattr(module, name, stand_in)
-      calls.clear()
+      m.setattr(sys, 'stdin', stdin)
+      m.setattr(sys, 'stdout', stdout)
       terminal.run(VALUES | values)
-    return out.getvalue().decode(), calls.copy()
+    return stdout.buffer.getvalue().decode(), shouting.copy()
 
   return run
 
@@ -184,145 +190,46 @@ def test_flags_that_cannot_be(values, words):
   refusal(lambda: _search(**values), *words)
 
 
-@pytest.mark.parametrize(
-  'flag, words',
-  [
-    ('--beam=0', 'a positive integer'),
-    ('--length_penalty=-1', 'a non-negative number'),
-    ('--n_best=0', 'a positive integer'),
-    ('--temperature=-0.1', 'a non-negative number'),
-    ('--top_k=-1', 'a non-negative integer'),
-    ('--top_p=0', 'more than 0, at most 1'),
-    ('--top_p=1.1', 'more than 0, at most 1'),
-    ('--seed=-1', '4294967295'),
-    ('--top=5', 'top_k'),
-  ],
-)
-def test_flags_out_of_bounds(flag, words):
-  with pytest.raises(flags.Error, match=words):
-    _parse(flag)
-
-
 def test_what_has_no_effect_is_said(capsys):
   assert _search(top_k=5).top_k == 5
   told = '--top_k has no effect without --temperature above 0'
   assert told in capsys.readouterr().err
 
 
-# The command itself, on a run of the debug model.
-
-
-@pytest.fixture(scope='module')
-def workdir(tmp_path_factory, quick_compilation):
-  config = debug.get_config()
-  config.train.max_steps = 2
-  config.train.batch_size = 2
-  config.optim.learning_rate = 0.2  # So that checkpoints differ.
-  config.eval.loss_pairs = config.eval.translate_pairs = 2
-  config.eval.translate_every = config.eval.chrf_pairs = 0
-  config.eval.patience = 0
-  config.decode.max_ratio = 0.02
-  config.checkpoint.every = 1
-  folder = tmp_path_factory.mktemp('run')
-  run_lib.run(config, folder)
-  return folder
-
-
-def _say(workdir, tmp_path, lines, **values):
-  given, made = tmp_path / 'in', tmp_path / 'out'
-  given.write_text('\n'.join(lines), 'utf-8')
-  names = {'workdir': workdir, 'input': str(given), 'output': str(made)}
-  terminal.run(VALUES | names | values)
-  return made.read_text('utf-8').removesuffix('\n').split('\n')
-
-
-def test_every_line_comes_through_in_its_place(workdir, tmp_path):
-  given = [line[:200] for line in LINES]
-  asked = {'json': True, 'beam': 2, 'n_best': 2, 'length_penalty': 0.0}
-  lines = [json.loads(x) for x in _say(workdir, tmp_path, given, **asked)]
-  assert [x['source'] for x in lines] == given
-  for line in lines:
-    found = line['translations']
-    assert len(found) == (2 if line['source'] else 1)
-    scores = [t['score'] for t in found]
-    assert scores == sorted(scores, reverse=True)
-    assert scores == [t['log_probability'] for t in found]
-    assert all('\n' not in t['text'] for t in found)
-
-
-def test_checkpoints_and_samples_by_flag(workdir, tmp_path):
-  say = functools.partial(_say, workdir, tmp_path, ['I cannot believe it'])
-  last = say()
-  assert say(checkpoint='2') == last != say(checkpoint='1')
-  drawn = say(temperature=2.0, seed=1)
-  assert drawn != last and drawn == say(temperature=2.0, seed=1)
-  assert say(checkpoint='last') == last
-  refusal(lambda: say(checkpoint='3'), workdir, 'step 3', '1, 2 expected')
-  refusal(lambda: say(checkpoint='-3'), "--checkpoint is '-3'", 'best, last')
-  words = 'eval.translate_every=0', '--checkpoint=last', '1, 2 expected'
-  refusal(lambda: say(checkpoint='best'), workdir, *words)
-
-
-def test_a_reader_that_leaves(workdir):
+def test_a_reader_that_leaves(shouting, monkeypatch, tmp_path, capfd):
   """As `… | head -1` does: no traceback, no complaint."""
+  given = tmp_path / 'in'
+  given.write_text('a\nb\n')
+  values = VALUES | {'input': str(given)}
+  own = types.SimpleNamespace(flag_values_dict=lambda: values)
   read, write = os.pipe()
   os.close(read)
-  with open(write, 'wb') as out:
-    done = subprocess.run(
-      [sys.executable, '-m', 'mt.translate', f'--workdir={workdir}'],
-      input=b'a\nb\n',
-      cwd=ROOT,
-      env=QUICK,
-      stdout=out,
-      stderr=subprocess.PIPE,
-    )
-  told = b'checkpoint: step 2, the last\n'
-  assert (done.returncode, done.stderr) == (0, told)
+  with open(write, 'w') as out, monkeypatch.context() as m:
+    m.setattr(flags, 'FLAGS', own)
+    m.setattr(sys, 'stdout', out)
+    terminal.main([])
+  assert capfd.readouterr() == ('', 'checkpoint: step 7\n')
 
 
-def test_a_prompt_on_a_terminal(workdir):
+def test_a_prompt_on_a_terminal(shouting, monkeypatch):
   ours, theirs = pty.openpty()
-  process = subprocess.Popen(
-    [sys.executable, '-m', 'mt.translate', f'--workdir={workdir}', '--json'],
-    stdin=theirs,
-    stdout=theirs,
-    stderr=subprocess.DEVNULL,
-    cwd=ROOT,
-    env=QUICK | {'TERM': 'dumb', 'PYTHONUTF8': '1'},
-  )
-  os.close(theirs)
-  seen = b''
-
-  def until(text):
-    nonlocal seen
-    while text not in seen:
-      assert select.select([ours], [], [], 120)[0], seen
-      part = os.read(ours, 4096)
-      assert part, seen
-      seen += part
-    seen = seen.split(text, 1)[1]
-
-  try:
-    until(b'> ')
-    os.write(ours, 'Hé 🔥\n'.encode())
-    # Answered at once, while the terminal is still open.
-    until('{"source": "Hé 🔥", "translations"'.encode())
-    until(b'> ')
-    os.write(ours, b'\n')
-    until(b'{"source": "", "translations"')
-    until(b'> ')
-    os.write(ours, b'\x04')  # Ctrl-D.
-    assert process.wait(60) == 0
-  finally:
-    process.kill()
-    os.close(ours)
-
-
-def test_a_run_from_before_there_were_beams(workdir, tmp_path):
-  config = json.loads((workdir / 'config.json').read_text())
-  del config['decode']['beam'], config['decode']['length_penalty']
-  (tmp_path / 'config.json').write_text(json.dumps(config))
-  read = terminal.run_folder.read_config(tmp_path)
-  assert read == terminal.run_folder.read_config(workdir)
-  with pytest.raises(errors.UserError, match='no checkpoint'):
-    terminal.run(VALUES | {'workdir': str(tmp_path), 'input': __file__})
+  attributes = termios.tcgetattr(theirs)
+  attributes[3] &= ~termios.ECHO
+  termios.tcsetattr(theirs, termios.TCSANOW, attributes)
+  os.write(ours, 'Hé 🔥\n\n\x04'.encode())  # Ctrl-D at the end.
+  with (
+    open(theirs, encoding='utf-8') as stdin,
+    open(os.dup(theirs), 'w', encoding='utf-8') as stdout,
+    monkeypatch.context() as m,
+  ):
+    m.setattr(sys, 'stdin', stdin)
+    m.setattr(sys, 'stdout', stdout)
+    terminal.run(VALUES)
+    stdout.flush()
+    seen, end = b'', b'> \r\n> \r\n'
+    while not seen.endswith(end) and select.select([ours], [], [], 10)[0]:
+      seen += os.read(ours, 4096)
+  os.close(ours)
+  # Each is answered before the next prompt.
+  assert seen.decode() == '> HÉ 🔥\r\n> \r\n> \r\n'
+  assert shouting == [(1, 0), (1, 1)]

@@ -219,7 +219,8 @@ def _buckets(texts):
 
 
 def test_one_line_in_one_line_out_in_order():
-  out = _translate(TEXTS)
+  seen = []
+  out = _random()(_random_params(), TEXTS, seen.append)
   assert out == _alone()
   assert [i for i, text in enumerate(out) if not text] == EMPTY
   assert all(len(text.splitlines()) <= 1 for text in out)
@@ -227,6 +228,9 @@ def test_one_line_in_one_line_out_in_order():
   # Were most of them the same, the order would not show.
   assert len(set(out)) == len(set(TEXTS)) - len({TEXTS[i] for i in EMPTY}) + 1
   assert len(set(_buckets(TEXTS))) == 2
+  # Progress counts every one.
+  assert seen == sorted(set(seen)) and seen[-1] == len(TEXTS)
+  assert len(seen) >= 4 and seen[0] > len(EMPTY)
 
 
 def test_neighbours_and_order_change_nothing():
@@ -236,15 +240,6 @@ def test_neighbours_and_order_change_nothing():
   # A call of its own for each half, and batches of another make-up.
   half = len(TEXTS) // 2
   assert _translate(TEXTS[:half]) + _translate(TEXTS[half:]) == _alone()
-  assert _translate(TEXTS * 3) == _alone() * 3
-
-
-def test_a_very_long_text():
-  text = 'I KNOW its flat. مرحبا 🤡 ' * 12
-  assert _buckets([text]) == [512]
-  (out,) = _translate([text])
-  assert out and len(out.splitlines()) == 1
-  assert _translate(['Hi!', text, ''])[1] == out
 
 
 def test_nothing_to_translate(monkeypatch):
@@ -252,13 +247,6 @@ def test_nothing_to_translate(monkeypatch):
   monkeypatch.setattr(batching, 'init', None)
   assert _translate([]) == []
   assert _translate(['', ' \u3000']) == ['', '']
-
-
-def test_progress_counts_every_sentence():
-  seen = []
-  _random()(_random_params(), TEXTS, seen.append)
-  assert seen == sorted(set(seen)) and seen[-1] == len(TEXTS)
-  assert len(seen) >= 4 and seen[0] > len(EMPTY)
 
 
 def test_limits_are_of_the_source_alone(monkeypatch):
