@@ -22,7 +22,7 @@ from mt.base import run_folder
 from mt.export import __main__ as export
 from mt.train import checkpoint
 from mt.train import optimizer as optimizer_lib
-from mt.train import step
+from mt.train import state as state_lib
 from mt.weights import pretrained
 from tests.fixtures import flax_fixture
 from tests.fixtures import gguf_fixture
@@ -47,7 +47,7 @@ def write_run(folder, source, tok_proto, rank=4, alpha=12.0):
   _, opened = checkpoint.open_source(folder)
   params = opened.read()
   optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
-  state = step.init_state(
+  state = state_lib.init_state(
     opened.config, params, config, optimizer, jax.random.key(0)
   )
   rng = np.random.default_rng(0)
@@ -123,7 +123,7 @@ def test_the_command_writes_the_model_of_the_run(tmp_path, run, finetuned):
 def test_the_checkpoint_is_chosen_by_flag(tmp_path, run, to):
   flags = f'--to={to}', f'--out={tmp_path / "o"}', '--checkpoint=7'
   done = _command(f'--workdir={run}', *flags)
-  assert done.returncode == 2 and 'no checkpoint of step 7' in done.stderr
+  assert done.returncode == 2 and "no checkpoint '7'" in done.stderr
 
 
 def test_the_adapter_is_of_that_checkpoint(tmp_path, run, monkeypatch):

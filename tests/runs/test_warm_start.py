@@ -72,7 +72,7 @@ def test_what_cannot_be_begun_with_is_one_sentence(debug_config, tmp_path):
 
   refused('nowhere', weights__warm_start=str(tmp_path / 'nowhere'))
   warm.weights.warm_start = str(first)
-  refused('step 3', weights__warm_start=f'{first}@3')
+  refused("'3'", weights__warm_start=f'{first}@3')
   refused("train.parts='lora'", first, train__parts='all')
   refused('train.lora_rank=16', first, train__lora_rank=4)
   refused('fingerprint', first, seed=5)
