@@ -188,10 +188,8 @@ WHICH += 'the best by chrF where validation was translated, else the last.'
 def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
   """The step of one of a run's checkpoints, and what there is to say of it.
 
-  Args:
-    workdir: the run's folder.
-    which: `best`, `last`, a step, or '' for the best where there is one, else
-      the last.
+  `which` is `best`, `last`, a step, or '' for the best where there is one, else
+  the last.
 
   Raises:
     errors.UserError: there is no run, or no such checkpoint.
@@ -242,15 +240,11 @@ def open_source(
 def load_trained(
   workdir: pathlib.Path, at: int | None = None
 ) -> tuple[ml_collections.ConfigDict, pretrained.Source, lora.Flat, lora.Flat]:
-  """One of a run's checkpoints.
-
-  Args:
-    workdir: the run's folder.
-    at: the checkpoint's step; see find_step where none is given.
+  """The checkpoint of step `at` of a run; see find_step where none is given.
 
   Returns:
-    The run's config, where its weights came from, and the trained and the
-    frozen parameters, see mt/gemma/lora.py.
+    The run's config, where its weights came from, and the trained (EMA if there
+    is one) and the frozen parameters, see mt/gemma/lora.py.
 
   Raises:
     errors.UserError: no run there, no such checkpoint, another model, or
