@@ -157,7 +157,7 @@ KNOBS = (
     What is trained: `all` weights; the `blocks` (all but the embedding);
     `lora`, low-rank factors beside matrices of the blocks; or a regular
     expression for paths such as embedding, final_norm, layers/q
-    (mt/gemma/model.py).
+    (mt/gemma/parameters.py).
     """),
   knob('train.lora_rank', 16, at_least(1), """
     Width of the low-rank factors.
@@ -171,8 +171,7 @@ KNOBS = (
     """),
   knob('train.dtype', 'float32', FORMAT, """
     Of activations: float32, or bfloat16 (half the memory, for GPU and TPU).
-    Trained weights are float32 always, and so are logits
-    (mt/train/state.py).
+    Trained weights are float32 always, and so are logits.
     """),
   knob('train.frozen_dtype', 'float32', FORMAT, """
     Of frozen weights in memory: float32, or bfloat16 (half of it; a Gemma that

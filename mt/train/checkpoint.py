@@ -34,21 +34,17 @@ def identity(
 ) -> dict[str, Any]:
   """What a checkpoint must agree with: the model, its weights, its tokenizer.
 
-  Args:
-    source: where the weights came from.
-    params: the pretrained parameters.
-
   Returns:
     JSON: `version`, of what checkpoints are made of, the fields of the model's
-    config, `fingerprint`, the CRC-32 of all parameters, and `tokenizer`, that
-    of the tokenizer.
+    config, `fingerprint`, the CRC-32 of all pretrained parameters, and
+    `tokenizer`, that of the tokenizer.
   """
   crc = 0
   for leaf in jax.tree.leaves(params):
     crc = zlib.crc32(np.asarray(leaf), crc)
-  known = {'fingerprint': crc, 'tokenizer': zlib.crc32(source.tokenizer.proto)}
-  version = {'version': manifest.VERSION}
-  return version | dataclasses.asdict(source.config) | known
+  known = {'version': manifest.VERSION, 'fingerprint': crc}
+  known['tokenizer'] = zlib.crc32(source.tokenizer.proto)
+  return dataclasses.asdict(source.config) | known
 
 
 def open_manager(
@@ -96,14 +92,14 @@ def save(
 
   Args:
     manager: see open_manager.
-    state: to be saved under its step, finite in every number.
+    state: to be saved under its step.
     data_state: of the loader, after the last batch that the state has seen.
     who: see `identity`.
     chrf: of validation, if it was translated.
 
   Raises:
-    errors.UserError: the disk is full or not writable, or the state is not
-      finite and would take the place of a good one.
+    errors.UserError: the disk is full or not writable, or a number of the
+      state is not finite: it would take the place of a good one.
   """
   if not state_lib.all_finite(state):
     raise errors.UserError(
@@ -114,14 +110,12 @@ def save(
   arrays = _arrays(state)
   need = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _SLACK
   manifest.check_space(pathlib.Path(manager.directory), need)
-  items = {
-    'data': ocp.args.JsonSave({'state': data_state}),
-    'identity': ocp.args.JsonSave(who),
-  }
-  for name, tree in arrays.items():
-    items[name] = ocp.args.StandardSave(tree)
+  args = ocp.args.Composite(
+    data=ocp.args.JsonSave({'state': data_state}),
+    identity=ocp.args.JsonSave(who),
+    **{k: ocp.args.StandardSave(tree) for k, tree in arrays.items()},
+  )
   metrics = {} if chrf is None else {'valid_chrf': chrf}
-  args = ocp.args.Composite(**items)
   try:
     manager.save(int(state.step), args=args, metrics=metrics)
   except (OSError, ValueError) as e:  # ValueError: of tensorstore.
@@ -148,15 +142,12 @@ def restore(
   state: state_lib.TrainState,
   who: dict[str, Any],
 ) -> tuple[state_lib.TrainState, Any] | None:
-  """The newest checkpoint, or None where there is none.
+  """The newest checkpoint's state and the loader's; None where there is none.
 
   Args:
     manager: see open_manager.
     state: a fresh one, for structure, dtypes and frozen parameters.
     who: see `identity`.
-
-  Returns:
-    The state and the loader's state.
 
   Raises:
     errors.UserError: the checkpoint is of another model, or damaged.
@@ -165,12 +156,9 @@ def restore(
   if at is None:
     return None
   check_identity(manager, at, who)
-  args = {
-    name: ocp.args.StandardRestore(_abstract(tree))
-    for name, tree in _arrays(state).items()
-  }
-  read = _read(manager, at, data=ocp.args.JsonRestore(), **args)
-  found = {name: read[name] for name in args}
+  trees = _arrays(state)
+  read = _read(manager, at, trees, data=ocp.args.JsonRestore())
+  found = {name: read[name] for name in trees}
   restored = dataclasses.replace(state, **found.pop('rest'), **found)
   chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
   return restored, read.data['state']
@@ -188,8 +176,7 @@ def restore_model(
   """
   manifest.check(pathlib.Path(manager.directory), at)
   name = 'ema' if state.ema else 'trained'
-  args = {name: ocp.args.StandardRestore(_abstract(state.eval_params))}
-  found = {name: _read(manager, at, **args)[name]}
+  found = {name: _read(manager, at, {name: state.eval_params})[name]}
   return dataclasses.replace(state, step=state.step * 0 + at, **found)
 
 
@@ -201,47 +188,35 @@ WHICH += 'the best by chrF where validation was translated, else the last.'
 def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
   """The step of one of a run's checkpoints, and what there is to say of it.
 
-  Args:
-    workdir: the run's folder.
-    which: `best`, `last`, a step, or '' for the best where there is one, else
-      the last.
+  `which` is `best`, `last`, a step, or '' for the best where there is one, else
+  the last.
 
   Raises:
     errors.UserError: there is no run, or no such checkpoint.
   """
-  if which not in ('', 'best', 'last') and not which.isdecimal():
-    raise errors.UserError(
-      f'--checkpoint is {which!r}; best, last or a step expected.'
-    )
   run_folder.read_config(workdir)  # Orbax would make the folder.
   manager = open_manager(workdir)
-  steps = sorted(manager.all_steps())
+  steps, best = sorted(manager.all_steps()), best_step(manager)
   if not steps:
     raise errors.UserError(
       f'{manager.directory}: no checkpoint; run train.py with this --workdir '
       'first.'
     )
-  best = best_step(manager)
-  known = ', '.join(map(str, steps))
-  if which == 'best' and best is None:
+  last = steps[-1]
+  choices = {'': last, 'last': last} | {str(at): at for at in steps}
+  if best is not None:
+    choices |= {'': best, 'best': best}
+  if which not in choices:
     raise errors.UserError(
-      f'{manager.directory}: no checkpoint is the best, as '
-      'eval.translate_every=0 never translated validation; --checkpoint=last '
-      f'or one of {known} expected.'
+      f'{manager.directory}: no checkpoint {which!r} (--checkpoint); last or '
+      f'one of {", ".join(map(str, steps))} expected, or best, where '
+      'eval.translate_every has translated validation.'
     )
-  if which.isdecimal():
-    at = int(which)
-  else:
-    at = steps[-1] if best is None or which == 'last' else best
-  if at not in steps:
-    raise errors.UserError(
-      f'{manager.directory}: there is no checkpoint of step {at}; one of '
-      f'{known} expected.'
-    )
-  about = ['the last'] if at == steps[-1] else []
+  at = choices[which]
+  about = [f'step {at}'] + ['the last'] * (at == last)
   if at == best:
     about.append(f'the best (chrF {_chrf(manager.metrics(at)):.2f})')
-  return at, ', '.join([f'step {at}', *about])
+  return at, ', '.join(about)
 
 
 def open_source(
@@ -265,15 +240,11 @@ def open_source(
 def load_trained(
   workdir: pathlib.Path, at: int | None = None
 ) -> tuple[ml_collections.ConfigDict, pretrained.Source, lora.Flat, lora.Flat]:
-  """One of a run's checkpoints.
-
-  Args:
-    workdir: the run's folder.
-    at: the checkpoint's step; see find_step where none is given.
+  """The checkpoint of step `at` of a run; see find_step where none is given.
 
   Returns:
-    The run's config, where its weights came from, and the trained and the
-    frozen parameters, see mt/gemma/lora.py.
+    The run's config, where its weights came from, and the trained (EMA if there
+    is one) and the frozen parameters, see mt/gemma/lora.py.
 
   Raises:
     errors.UserError: no run there, no such checkpoint, another model, or
@@ -290,34 +261,17 @@ def load_trained(
   )
   del params
   name = 'ema' if config.optim.ema_decay else 'trained'
-  args = ocp.args.StandardRestore(_abstract(trained))
-  trained = _read(manager, at, **{name: args})[name]
+  trained = _read(manager, at, {name: trained})[name]
   return config, source, trained, frozen
 
 
 def load_finetuned(
   workdir: pathlib.Path, at: int | None = None
 ) -> tuple[ml_collections.ConfigDict, pretrained.Source, parameters.Params]:
-  """The model of one of a run's checkpoints, its EMA if it has one.
-
-  Args:
-    workdir: the run's folder.
-    at: the checkpoint's step; see find_step where none is given.
-
-  Returns:
-    The run's config, where its weights came from, and the parameters, low-rank
-    products added in.
-
-  Raises:
-    errors.UserError: see load_trained.
-  """
+  """`load_trained` as one tree of parameters, low-rank products added in."""
   config, source, trained, frozen = load_trained(workdir, at)
   params = state_lib.model_params(config.train, trained, frozen)
   return config, source, lora.fold(params)
-
-
-def _abstract(tree):
-  return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
 
 
 def check_identity(
@@ -325,16 +279,18 @@ def check_identity(
 ) -> None:
   """Refuses a checkpoint that does not agree with `who`, see `identity`.
 
+  Whether its version can be read, mt/train/manifest.py has said. A knob that
+  there was not yet is none that differs.
+
   Raises:
     errors.UserError: with the first thing that differs.
   """
-  saved = _read(manager, at, identity=ocp.args.JsonRestore()).identity
-  # Whether a version can be read, mt/train/manifest.py has said. A knob that
-  # there was not yet is none that differs.
-  saved['version'] = who['version']
-  saved, who = (_flat(x) for x in (saved, who))
+  saved = _read(manager, at, {}, identity=ocp.args.JsonRestore()).identity
+  saved, who = _flat(saved), _flat(who)
   for key in who:
-    if saved.get(key) != who[key] and not ('.' in key and key not in saved):
+    if key == 'version' or ('.' in key and key not in saved):
+      continue
+    if saved.get(key) != who[key]:
       raise errors.UserError(
         f'{manager.directory}: step {at} belongs to another run: its {key} is '
         f'{saved.get(key)!r}, here it is {who[key]!r}; use another --workdir, '
@@ -344,13 +300,15 @@ def check_identity(
 
 def _flat(who):
   """config.GROUP.KNOB -> value, beside what is no knob."""
-  knobs = who.get('config', {})
-  return {k: v for k, v in who.items() if k != 'config'} | {
-    f'config.{knob}': value for knob, value in knobs.items()
-  }
+  knobs = {f'config.{k}': v for k, v in who.get('config', {}).items()}
+  return {k: v for k, v in who.items() if k != 'config'} | knobs
 
 
-def _read(manager, at, **items):
+def _read(manager, at, trees, **items):
+  """Items of a checkpoint; `trees` say what arrays there are in theirs."""
+  for name, tree in trees.items():
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+    items[name] = ocp.args.StandardRestore(abstract)
   try:
     return manager.restore(at, args=ocp.args.Composite(**items))
   except (OSError, ValueError, KeyError, TypeError) as e:

@@ -10,7 +10,6 @@ import math
 import re
 from typing import NamedTuple
 
-_BITS = re.compile(r'\d+')  # f32, bf16, s8; `pred` has none and is a byte.
 _ARRAY = re.compile(r'\b(pred|[subf]{1,2}(?:8|16|32|64))\[([\d,]*)\]')
 _HEAD = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
 _LINE = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$')
@@ -26,15 +25,10 @@ _SENT = {
 
 
 class Cost(NamedTuple):
-  """Of one run of a program on one device.
+  """Of one run of a program on one device."""
 
-  Attributes:
-    flops: in matrix products, two for each multiplication.
-    sent: bytes that the device receives in collectives.
-  """
-
-  flops: float = 0.0
-  sent: float = 0.0
+  flops: float = 0.0  # In matrix products, two for each multiplication.
+  sent: float = 0.0  # Bytes that the device receives in collectives.
 
 
 class _Instruction(NamedTuple):
@@ -49,14 +43,9 @@ def _numbers(text):
 
 
 def _bytes(shape):
-  """Of an array or of a tuple of them."""
-
-  def width(dtype):
-    bits = _BITS.search(dtype)
-    return int(bits[0]) // 8 if bits else 1
-
+  """Of an array or of a tuple of them: f32, bf16, s8; `pred` is a byte."""
   return sum(
-    width(dtype) * math.prod(_numbers(dims))
+    int(dtype.strip('predsubf') or 8) // 8 * math.prod(_numbers(dims))
     for dtype, dims in _ARRAY.findall(shape)
   )
 
@@ -88,8 +77,6 @@ def _parse(text):
       entry = head[1] if line.startswith('ENTRY') else entry
     elif current is not None and (found := _LINE.match(line)):
       current.append(_Instruction(*found.groups()))
-  if entry is None:
-    raise ValueError('no ENTRY computation: this is not the text of an HLO')
   return computations, entry
 
 
@@ -99,9 +86,6 @@ def cost(text: str, unknown_trips: int) -> Cost:
   Args:
     text: of the compiled program.
     unknown_trips: how often a loop runs whose number is not in the text.
-
-  Raises:
-    ValueError: the text is no HLO.
   """
   computations, entry = _parse(text)
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 import ml_collections
-import optax
 import orbax.checkpoint as ocp
 
 from mt.base import compiling
@@ -34,7 +33,6 @@ from mt.evaluate import scores
 from mt.gemma import lora
 from mt.gemma import parameters
 from mt.gemma import sharding
-from mt.gemma import sizes
 from mt.train import checkpoint
 from mt.train import state as state_lib
 from mt.train import step
@@ -48,24 +46,13 @@ class Run:
   """What does not change while a run lasts; each part is made once.
 
   Attributes:
-    config: see configs/default.py.
-    workdir: the run's folder.
-    cfg: the model's shape.
-    optimizer: see mt/train/optimizer.py.
-    train_step, eval_step: see mt/train/step.py.
-    translator: see mt/translate/translator.py.
-    data: see mt/data/splits.py.
     identity: of the pretrained model, see checkpoint.identity.
-    checkpoints: Orbax's manager.
-    events: the TensorBoard writer, see mt/base/events.py.
     mesh: of several devices, or None.
     started: time.monotonic() at the start.
   """
 
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
-  cfg: sizes.ModelConfig
-  optimizer: optax.GradientTransformation
   train_step: Callable[[state_lib.TrainState, step.Batch], Any]
   eval_step: Callable[[state_lib.TrainState, step.Batch], step.Metrics]
   translator: translator_lib.Translator
@@ -97,11 +84,6 @@ def train(
 ) -> state_lib.TrainState:
   """Takes the state to step `train.max_steps`, or until eval.patience ends.
 
-  Args:
-    run: the run.
-    state: a fresh one, or of the newest checkpoint.
-    listener: the signal that it hears ends the run, with a checkpoint.
-
   Raises:
     errors.Interrupted: the listener has heard a signal.
     errors.UserError: too many steps were not finite; the disk is full.
@@ -131,35 +113,22 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class Due:
-  """What is to be done between two steps.
+  """What is to be done between two steps."""
 
-  Attributes:
-    evaluate: the losses of validation.
-    translate: and its chrF.
-    save: a checkpoint.
-    leave: the signal that asked the run to end, or 0.
-  """
-
-  evaluate: bool
-  translate: bool
+  evaluate: bool  # The losses of validation.
+  translate: bool  # And its chrF.
   save: bool
-  leave: int
+  leave: int  # The signal that asked the run to end, or 0.
 
 
 def schedule(
   config: ml_collections.ConfigDict, at: int, first: int, asked: int
 ) -> Due:
-  """What is due after `at` steps.
+  """What is due after `at` steps, in a run that started with `first` done.
 
   Before the first step validation is looked at. A resumed run begins with a
-  step: its checkpoint came last. After the last step everything is due, and no
-  signal matters any more.
-
-  Args:
-    config: for `eval`, `checkpoint` and `train.max_steps`.
-    at: steps done.
-    first: steps that were done at the start.
-    asked: the signal that was heard, or 0.
+  step: its checkpoint came last. After the last step everything is due, and a
+  signal that was heard (`asked`, or 0) does not matter any more.
   """
   last = config.train.max_steps
   asked = asked if at < last else 0
@@ -213,24 +182,19 @@ class Log:
     self._clock = time.monotonic()
 
   def flush(self) -> None:
-    """Waits for the metrics that are kept, and writes them.
-
-    Raises:
-      errors.UserError: train.max_skipped steps in a row were not finite.
-    """
+    """Waits for the metrics that are kept, and writes them."""
     if self._pending is None:
       return
     (at, metrics, waited), self._pending = self._pending, None
     metrics = {k: float(v) for k, v in metrics.items()}
     seconds = time.monotonic() - self._clock
     self.restart_clock()
-    loss = metrics['nll'] / max(1.0, metrics['targets'])
+    nll, in_a_row = metrics.pop('nll'), metrics.pop('skipped_in_a_row')
+    loss = nll / max(1.0, metrics['targets'])
     speed = metrics['targets'] / seconds
     line = {'step': at, 'loss': loss, 'targets_per_s': round(speed, 1)}
-    line['data_wait_s'] = round(waited, 4)
-    names = ('targets', 'tokens', 'grad_norm', 'skipped')
-    record(self._run, line | {k: metrics[k] for k in names})
-    check_skipped(self._run, at, int(metrics['skipped_in_a_row']))
+    record(self._run, line | {'data_wait_s': round(waited, 4)} | metrics)
+    check_skipped(self._run, at, in_a_row)
     if at == self._first + 1:
       since = time.monotonic() - self._run.started
       journal.say(f'first step after {since:.1f} s')
@@ -246,30 +210,24 @@ def record(run: Run, line: dict[str, Any]) -> None:
   events.add(run.events, line)
 
 
-def check_skipped(run: Run, at: int, in_a_row: int) -> None:
-  """Stops a run that gets nowhere; its newest checkpoint is a good state.
-
-  Raises:
-    errors.UserError: naming the pairs of the last batch.
-  """
-  if in_a_row < run.config.train.max_skipped:
+def check_skipped(run: Run, at: int, in_a_row: float) -> None:
+  """Stops a run that gets nowhere, naming the pairs of the last batch."""
+  most = run.config.train.max_skipped
+  if in_a_row < most:
     return
   ids = run.data.train.pair_ids(at - 1)
   more = f' and {len(ids) - _SHOWN} more' if len(ids) > _SHOWN else ''
   raise errors.UserError(
-    f'step {at}: loss or gradients were not finite for {in_a_row} steps in a '
-    f'row, train.max_skipped={run.config.train.max_skipped} of which end a '
-    f'run; {_newest(run)}; the last batch has the training pairs '
-    f'{", ".join(ids[:_SHOWN])}{more}: lower optim.learning_rate, or look at '
-    'them.'
+    f'step {at}: loss or gradients were not finite for {in_a_row:.0f} steps in '
+    f'a row (train.max_skipped={most}); {_newest(run)}; the last batch has the '
+    f'training pairs {", ".join(ids[:_SHOWN])}{more}: lower '
+    'optim.learning_rate, or look at them.'
   )
 
 
 def _newest(run):
   at = run.checkpoints.latest_step()
-  if at is None:
-    return 'there is no checkpoint'
-  return f'the newest checkpoint is of step {at}'
+  return f'the newest checkpoint is of step {at}' if at else 'no checkpoint yet'
 
 
 def evaluate(
@@ -277,27 +235,19 @@ def evaluate(
 ) -> dict[str, Any]:
   """Looks at validation, and says and records what there is.
 
-  The test split waits for the end of the run.
-
-  Args:
-    run: the run.
-    state: whose model is looked at.
-    translate: whether chrF is wanted, besides the losses.
-
   Returns:
     What metrics.jsonl gets: `valid_loss` and, where there are pairs for it,
     `minitrain_loss`, of training pairs, which shows what is learned by heart;
-    both in nats per target token, the means over all of them; and `valid_chrf`,
-    if wanted.
+    both in nats per target token, the means over all of them; and, where
+    `translate` asks for it, `valid_chrf`.
   """
   began, at = time.monotonic(), int(state.step)
   valid = _sums(run, state, run.data.valid)
   line = {'step': at, 'valid_loss': _mean(valid)}
-  targets = sum(m['targets'] for m in valid)
-  text = f'step {at}: validation loss {line["valid_loss"]:.4f} '
-  text += f'({targets:.0f} targets)'
   if run.config.log.table:
     text = journal.table_line(run.metrics_path, at, valid)
+  else:
+    text = f'step {at}: validation loss {line["valid_loss"]:.4f}'
   if run.data.minitrain:
     line['minitrain_loss'] = _mean(_sums(run, state, run.data.minitrain))
     text += f', minitrain {line["minitrain_loss"]:.4f}'
@@ -325,12 +275,11 @@ def _mean(sums):
 
 def _on_mesh(run, batch):
   """A batch [B, L], all of which each process has, where the steps want it."""
-  if run.mesh is None:
-    return batch
   size = run.config.train.batch_size
-  own = sharding.own_rows(run.mesh, size)
-  rows = {k: v[own] for k, v in batch.items()}
-  return sharding.put_rows(run.mesh, rows, size)
+  if run.mesh is not None:
+    own = sharding.own_rows(run.mesh, size)
+    batch = {k: v[own] for k, v in batch.items()}
+  return sharding.put_rows(run.mesh, batch, size)
 
 
 def valid_chrf(run: Run, state: state_lib.TrainState) -> float:
@@ -366,7 +315,7 @@ def save(
   Args:
     run: the run.
     state: to be saved.
-    metrics: of `evaluate` for this very state; {} for none, and then the first
+    metrics: of `evaluate` for this very state; without them, {}, the first
       batch of validation tells whether the state is good for anything.
 
   Raises:
@@ -394,11 +343,10 @@ def patience_over(run: Run, at: int) -> bool:
   patience, last = run.config.eval.patience, run.config.train.max_steps
   if not patience or at >= last:
     return False
-  if not processes.agree(journal.since_best(run.metrics_path) >= patience):
-    return False
-  journal.say(
-    f'stopped at step {at} of {last}: no better chrF in '
-    f'{journal.since_best(run.metrics_path)} translations, '
-    f'eval.patience={patience}'
-  )
-  return True
+  since = journal.since_best(run.metrics_path)
+  if over := processes.agree(since >= patience):
+    journal.say(
+      f'stopped at step {at} of {last}: no better chrF in {since} '
+      f'translations, eval.patience={patience}'
+    )
+  return over

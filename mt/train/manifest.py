@@ -19,6 +19,7 @@ import zlib
 import orbax.checkpoint as ocp
 
 from mt.base import errors
+from mt.base import files
 from mt.base import journal
 
 NAME = 'manifest.json'
@@ -43,15 +44,6 @@ class TemporaryPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
     await super().finalize()
 
 
-def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  files = {
-    p.relative_to(folder).as_posix(): p
-    for p in sorted(folder.rglob('*'))
-    if p.is_file()
-  }
-  return {name: p for name, p in files.items() if name not in _NOT_IN_IT}
-
-
 def _crc(path: pathlib.Path) -> int:
   crc = 0
   with open(path, 'rb') as f:
@@ -62,9 +54,15 @@ def _crc(path: pathlib.Path) -> int:
 
 def write(folder: pathlib.Path) -> None:
   """Writes the manifest of a folder into it."""
+  paths = {
+    p.relative_to(folder).as_posix(): p
+    for p in sorted(folder.rglob('*'))
+    if p.is_file()
+  }
   found = {
     name: [path.stat().st_size, _crc(path)]
-    for name, path in _files(folder).items()
+    for name, path in paths.items()
+    if name not in _NOT_IN_IT
   }
   (folder / NAME).write_text(json.dumps(found, indent=0), encoding='utf-8')
 
@@ -76,25 +74,19 @@ def damage(folder: pathlib.Path, largest: float = math.inf) -> str:
     folder: of one checkpoint.
     largest: files of more bytes are only measured, and not read.
   """
-  for name in (_ORBAX, NAME):
-    try:
+  try:
+    for name in (_ORBAX, NAME):
       wanted = json.loads((folder / name).read_text(encoding='utf-8'))
-    except FileNotFoundError:
-      return f'{name} is missing'
-    except (OSError, ValueError):
-      return f'{name} cannot be read'
-  found = _files(folder)
-  for name, (size, crc) in wanted.items():
-    if name not in found:
-      return f'{name} is missing'
-    try:
-      has = found[name].stat().st_size
+    for name, (size, crc) in wanted.items():
+      has = (folder / name).stat().st_size
       if has != size:
         return f'{name} has {has} bytes instead of {size}'
-      if size <= largest and _crc(found[name]) != crc:
+      if size <= largest and _crc(folder / name) != crc:
         return f'{name} has another content'
-    except OSError as e:
-      return f'{name} cannot be read: {e.strerror}'
+  except FileNotFoundError:
+    return f'{name} is missing'
+  except (OSError, ValueError):
+    return f'{name} cannot be read'
   return ''
 
 
@@ -126,30 +118,24 @@ def check(checkpoints: pathlib.Path, at: int) -> None:
 def check_version(
   checkpoints: pathlib.Path, *which: int, since: int = VERSION
 ) -> None:
-  """Refuses checkpoints that another version of this code wrote.
-
-  Args:
-    checkpoints: the folder of all of them.
-    *which: their steps.
-    since: the oldest version that will do.
+  """Refuses checkpoints, by step, of versions that are older or newer.
 
   Raises:
     errors.UserError: with the version.
   """
   for at in which:
-    known = folder_of(checkpoints, at) / 'identity' / 'metadata'
+    path = folder_of(checkpoints, at) / 'identity' / 'metadata'
     try:
-      version = json.loads(known.read_text(encoding='utf-8')).get('version')
+      version = json.loads(path.read_text(encoding='utf-8')).get('version')
     except (OSError, ValueError, AttributeError):
       continue  # Damaged.
     if not since <= (version or 0) <= VERSION:
       found = 'no version' if version is None else f'version {version}'
-      more = 'take another --workdir for a new run'
-      if _MODELS_SINCE <= (version or 0) < VERSION:
-        more += ', which can begin with its weights (weights.warm_start)'
       raise errors.UserError(
         f'{checkpoints}: step {at} has {found}, and this code goes on with '
-        f'version {VERSION}: finish it with the code that wrote it, or {more}.'
+        f'version {VERSION}: finish it with the code that wrote it, or take '
+        f'another --workdir for a new run; weights.warm_start begins with the '
+        f'weights of a run of version {_MODELS_SINCE} or {VERSION}.'
       )
 
 
@@ -161,10 +147,7 @@ def check_space(checkpoints: pathlib.Path, need: int) -> None:
   Raises:
     errors.UserError: with what is free.
   """
-  try:
-    free = shutil.disk_usage(checkpoints).free
-  except OSError:
-    return  # Writing will tell.
+  free = shutil.disk_usage(checkpoints).free
   if free < need:
     raise errors.UserError(
       f'{checkpoints}: a checkpoint takes {need / 1e6:,.1f} MB, and '
@@ -182,7 +165,7 @@ def quarantine_damaged(checkpoints: pathlib.Path) -> None:
     errors.UserError: there are checkpoints, but none is whole; or the folder is
       not writable.
   """
-  aside = list(checkpoints.glob(_ASIDE + 'step_*'))
+  aside = [p.name for p in checkpoints.glob(_ASIDE + 'step_*')]
   bad, newest = {}, None
   for at in reversed(steps(checkpoints)):
     largest = math.inf if newest is None else _SMALL
@@ -191,22 +174,19 @@ def quarantine_damaged(checkpoints: pathlib.Path) -> None:
     elif newest is None:
       newest = at
   if newest is None and (bad or aside):
-    found = [f'step {at}: {what}' for at, what in bad.items()]
+    found = [f'step {at}: {what}' for at, what in bad.items()] or aside
     raise errors.UserError(
-      f'{checkpoints}: no checkpoint is whole '
-      f'({"; ".join(found) or aside[0].name}); give another --workdir to start '
-      'from the pretrained weights, or bring back a copy of that folder.'
+      f'{checkpoints}: no checkpoint is whole ({"; ".join(found)}); give '
+      'another --workdir to start from the pretrained weights, or bring back a '
+      'copy of that folder.'
     )
   for at, what in bad.items():
     goal = checkpoints / f'{_ASIDE}step_{at}'
+    shutil.rmtree(goal, ignore_errors=True)
     try:
-      shutil.rmtree(goal, ignore_errors=True)
       folder_of(checkpoints, at).rename(goal)
     except OSError as e:
-      raise errors.UserError(
-        f'{goal}: cannot move a damaged checkpoint there ({e.strerror}); give '
-        '--workdir a folder that you may write to.'
-      ) from e
+      raise files.unwritable(goal, e) from e
     journal.say(
       f'checkpoint of step {at} is damaged ({what}), moved to {goal.name}; '
       f'the newest whole one is of step {newest}'

@@ -51,39 +51,23 @@ _CGROUPS = (  # (limit, in use), of version 2 and 1.
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Of one training step; bytes are of the device that has most.
-
-  Attributes:
-    devices: in the mesh.
-    parameters, gradients, optimizer: bytes, EMA under optimizer.
-    activations: bytes, all else that the compiled program holds at its peak.
-    total: bytes, their sum.
-    flops: of all devices together.
-    targets: target tokens in a step.
-    ideal: 6 * active parameters, floating-point operations per target token.
-    sent: bytes that each device receives in collectives.
-    seconds: of compiling.
-  """
+  """Of one training step; bytes are of the device that has most."""
 
   devices: int
-  parameters: int
+  parameters: int  # Bytes, as the next ones.
   gradients: int
-  optimizer: int
-  activations: int
+  optimizer: int  # With EMA.
+  activations: int  # All else that the compiled program holds at its peak.
   total: int
-  flops: float
-  targets: int
-  ideal: float
-  sent: float
-  seconds: float
+  flops: float  # Of all devices together.
+  targets: int  # Target tokens.
+  ideal: float  # 6 * active parameters: operations per target token.
+  sent: float  # Bytes that each device receives in collectives.
+  seconds: float  # Of compiling.
 
 
 def run(config: ml_collections.ConfigDict) -> Plan:
-  """Prints what training with `config` would take.
-
-  Raises:
-    errors.UserError: the config is impossible, or its model unknown.
-  """
+  """Prints what training with `config` would take."""
   settings.check(config)
   use_virtual_devices(config.mesh)
   plan = make_plan(config)
@@ -106,11 +90,7 @@ def use_virtual_devices(mesh: ml_collections.ConfigDict) -> None:
 
 
 def model_size(weights: ml_collections.ConfigDict) -> sizes.ModelConfig:
-  """The model's shape without a look at its weights.
-
-  Raises:
-    errors.UserError: the source does not tell it and weights.size neither.
-  """
+  """The model's shape without a look at its weights."""
   source = weights.source.lower()
   if source == 'random' or weights.size != 'debug':
     return sizes.SIZES[weights.size]
@@ -132,10 +112,9 @@ def abstract_state(
   optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
 
   def init():
-    params = parameters.init(cfg, jax.random.key(0))
-    return state_lib.init_state(
-      cfg, params, config, optimizer, jax.random.key(0)
-    )
+    key = jax.random.key(0)
+    params = parameters.init(cfg, key)
+    return state_lib.init_state(cfg, params, config, optimizer, key)
 
   state = jax.eval_shape(init)
   if mesh is None:
@@ -153,11 +132,10 @@ def abstract_batch(
   """A batch's shapes, dtypes and places."""
   shape = config.train.batch_size, config.data.length
   place = None if mesh is None else sharding.of_rows(mesh)
-  dtypes = dict.fromkeys(('tokens', 'positions', 'segment_ids'), jnp.int32)
-  return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-    for name, dtype in (dtypes | {'target_mask': jnp.bool_}).items()
-  }
+  ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+  mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=place)
+  names = ('tokens', 'positions', 'segment_ids')
+  return dict.fromkeys(names, ids) | {'target_mask': mask}
 
 
 def bytes_of(tree) -> int:
@@ -195,18 +173,18 @@ def make_plan(config: ml_collections.ConfigDict) -> Plan:
   memory = compiled.memory_analysis()
   held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   held += memory.output_size_in_bytes - memory.alias_size_in_bytes
-  parameters = bytes_of((state.trained, state.frozen))
+  kept = bytes_of((state.trained, state.frozen))
   gradients = bytes_of(state.trained)
   rest = bytes_of((state.opt_state, state.ema))
   devices = 1 if mesh is None else mesh.size
   shapes = jax.eval_shape(lambda: parameters.init(cfg, jax.random.key(0)))
   return Plan(
     devices=devices,
-    parameters=parameters,
+    parameters=kept,
     gradients=gradients,
     optimizer=rest,
-    activations=max(0, held - parameters - gradients - rest),
-    total=max(held, parameters + gradients + rest),
+    activations=max(0, held - kept - gradients - rest),
+    total=max(held, kept + gradients + rest),
     flops=cost.flops * devices,
     targets=targets,
     ideal=6.0 * sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)),
@@ -237,8 +215,7 @@ def describe(plan: Plan) -> str:
 def available(root: pathlib.Path = pathlib.Path('/sys/fs/cgroup')) -> int:
   """Bytes that a device of this process can still give.
 
-  Args:
-    root: where Linux tells the limits of this process's control group.
+  `root` is where Linux tells the limits of this process's control group.
   """
   device = jax.local_devices()[0]
   if device.platform != 'cpu':
@@ -279,19 +256,13 @@ def needed(
 def check_memory(
   cfg: sizes.ModelConfig, config: ml_collections.ConfigDict, mesh: Mesh | None
 ) -> None:
-  """Refuses a config that cannot fit.
-
-  Raises:
-    errors.UserError: with what is needed, what there is, and the three knobs
-      that save most.
-  """
+  """Refuses a config that cannot fit, with the three knobs that save most."""
   need, free = needed(cfg, config, mesh), available()
   if need <= free:
     return
-  rows = max(1, config.train.batch_size // _row_shards(mesh))
   saved = []
   for knob, value in (
-    ('train.micro_batches', rows),
+    ('train.micro_batches', config.train.batch_size // _row_shards(mesh)),
     ('train.remat', 'full'),
     ('train.parts', 'lora'),
     ('optim.name', 'adafactor'),

@@ -29,7 +29,6 @@ from mt.evaluate import cached
 from mt.evaluate import report
 from mt.evaluate import samples
 from mt.evaluate import scores as scores_lib
-from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.train import checkpoint
 from mt.train import loop
@@ -47,10 +46,6 @@ from mt.weights import pretrained
 def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   """Trains, or goes on training, and leaves scores in `folder`.
 
-  Args:
-    config: see configs/default.py.
-    folder: the run's own, see mt/base/run_folder.py.
-
   Raises:
     errors.UserError: anything that the user can mend.
   """
@@ -58,26 +53,30 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   settings.check(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_rows(mesh, config.train.batch_size, config.train.micro_batches)
+  if mesh is not None:
+    shape = ' x '.join(f'{k} {n}' for k, n in mesh.shape.items())
+    journal.say(f'mesh: {shape}; {jax.process_count()} processes')
   with run_folder.locked(workdir):
-    _run(config, workdir, mesh, started)
+    if processes.is_first():
+      claim(config, workdir)
+    processes.sync('claimed')
+    run, state = begin(config, workdir, mesh, started)
+    if run.checkpoints.latest_step() is None:
+      drop_stale(run, '*')  # Of a start that came to nothing.
+    translate_splits(run, 'before', state)
+    state = resume(run, state)
+    state = train(run, state)
+    state = best(run, state)
+    finish(run, state)
   journal.say(f'done in {time.monotonic() - started:.0f} s: {workdir}')
 
 
-def _run(config, workdir, mesh, started):
+def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Makes the folder this run's; its newest checkpoint is whole after that."""
   checkpoints = workdir / 'checkpoints'
-  if processes.is_first():
-    manifest.check_version(checkpoints, *reversed(manifest.steps(checkpoints)))
-    run_folder.claim(workdir, config)
-    manifest.quarantine_damaged(checkpoints)
-  processes.sync('settled')
-  run, state = begin(config, workdir, mesh, started)
-  if run.checkpoints.latest_step() is None:
-    drop_stale(run, '*')  # Of a start that came to nothing.
-  translate_splits(run, 'before', state)
-  state = resume(run, state)
-  state = train(run, state)
-  state = best(run, state)
-  finish(run, state)
+  manifest.check_version(checkpoints, *reversed(manifest.steps(checkpoints)))
+  run_folder.claim(workdir, config)
+  manifest.quarantine_damaged(checkpoints)
 
 
 def begin(
@@ -92,9 +91,12 @@ def begin(
   weights.warm_start.
   """
   compiling.keep_compiled_programs()
-  texts, source = processes.first_then_others(
-    lambda: open_inputs(config, workdir)
-  )
+
+  def open_inputs():
+    texts = corpus.read_splits(config.data, corpus.splits(config))
+    return texts, open_weights(config, workdir, texts['train'][0])
+
+  texts, source = processes.first_then_others(open_inputs)
   plan.check_memory(source.config, config, mesh)
   data = splits.read(config, source.tokenizer, texts, mesh)
   params = sharding.on_host(source.read)
@@ -102,16 +104,11 @@ def begin(
     f'model: {config.weights.source}, {_millions(params)} parameters; '
     f'read after {time.monotonic() - started:.1f} s'
   )
-  if mesh is not None:
-    shape = ' x '.join(f'{k} {n}' for k, n in mesh.shape.items())
-    journal.say(f'mesh: {shape}; {jax.process_count()} processes')
   cfg = source.config
   optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
   run = loop.Run(
     config=config,
     workdir=workdir,
-    cfg=cfg,
-    optimizer=optimizer,
     train_step=step.make_train_step(cfg, config, optimizer, mesh),
     eval_step=step.make_eval_step(cfg, config, mesh),
     translator=translator.from_config(config, source, mesh),
@@ -122,7 +119,14 @@ def begin(
     mesh=mesh,
     started=started,
   )
-  state = start(run, params)
+  state = state_lib.init_state(
+    cfg, params, config, optimizer, jax.random.key(config.seed), mesh
+  )
+  state = state if mesh else sharding.to_device(state)
+  journal.say(
+    f'training: {config.train.parts}, {_millions(state.trained)} parameters, '
+    f'{config.train.max_steps} steps'
+  )
   if config.weights.warm_start:
     run, state = warm_start.begin(run, state)
   return run, state
@@ -130,14 +134,6 @@ def begin(
 
 def _millions(tree) -> str:
   return f'{sum(x.size for x in jax.tree.leaves(tree)) / 1e6:.1f}M'
-
-
-def open_inputs(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> tuple[dict[str, list[bitext.Bitext]], pretrained.Source]:
-  """The texts of each split, and the pretrained model."""
-  texts = corpus.read_splits(config.data, corpus.splits(config))
-  return texts, open_weights(config, workdir, texts['train'][0])
 
 
 def open_weights(
@@ -159,21 +155,6 @@ def open_weights(
   if not kept.exists():
     files.write(kept, source.tokenizer.proto)
   return source
-
-
-def start(run: loop.Run, params: parameters.Params) -> state_lib.TrainState:
-  """The state before the first step, which translates as `params` do."""
-  config = run.config
-  key = jax.random.key(config.seed)
-  state = state_lib.init_state(
-    run.cfg, params, config, run.optimizer, key, run.mesh
-  )
-  state = state if run.mesh else sharding.to_device(state)
-  journal.say(
-    f'training: {config.train.parts}, {_millions(state.trained)} parameters, '
-    f'{config.train.max_steps} steps'
-  )
-  return state
 
 
 def resume(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
@@ -208,10 +189,7 @@ def train(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
 
 
 def best(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
-  """The state that is scored: of the best checkpoint, where there is one.
-
-  Otherwise the last one, which is given.
-  """
+  """The state of the best checkpoint; the last one, given, where none is."""
   at = checkpoint.best_step(run.checkpoints)
   if at is None:
     return state
@@ -250,11 +228,7 @@ def translate_splits(
   """Leaves translations of the scored splits in the workdir.
 
   Those that are there, of this step and made like this, are not made again.
-
-  Args:
-    run: the run.
-    when: 'before' or 'after' training.
-    state: whose model translates.
+  `when` is 'before' or 'after' training.
   """
   config, at = run.config, int(state.step)
   for split, pairs in run.data.scored.items():
@@ -293,24 +267,16 @@ def _cached(
 
 
 def drop_stale(run: loop.Run, when: str) -> None:
-  """Takes scores and translations for not made: they are of other steps.
-
-  Args:
-    run: the run.
-    when: 'before' or 'after' training; * for both.
-  """
+  """Has the scores and translations of `when`, * for all, made anew."""
   files.remove(run.workdir / 'scores.json')
-  folder = run.workdir / 'translations'
-  for path in folder.glob(f'*.{when}.json'):
+  for path in (run.workdir / 'translations').glob(f'*.{when}.json'):
     files.remove(path)
 
 
 def write_scores(run: loop.Run, at: int) -> None:
   """Scores and samples out of the translations, on screen and on disk.
 
-  Args:
-    run: the run.
-    at: the steps behind the model that translated after training.
+  Those after training are of step `at`.
   """
   scores: dict[str, Any] = {}
   language = run.config.data.pair.split('-')[0].lower()

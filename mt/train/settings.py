@@ -46,7 +46,7 @@ def notes(config: ml_collections.ConfigDict) -> list[str]:
       f'optim.warmup_steps={optim.warmup_steps} is cut to '
       f'{train.max_steps - 1}, as train.max_steps={train.max_steps}'
     )
-  if optim.weight_decay and optim.name != 'adamw':
+  if optim.weight_decay and optim.name in ('adafactor', 'sgd'):
     found.append(
       f'optim.weight_decay={optim.weight_decay} has no effect: '
       f'optim.name={optim.name} has no decay'

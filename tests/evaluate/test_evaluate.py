@@ -185,7 +185,7 @@ def test_what_is_no_run(run, tmp_path):
   empty.mkdir()
   refusal(lambda: evaluate.evaluate(empty, 'valid'), empty / 'config.json')
   assert list(empty.iterdir()) == []
-  none = 'no checkpoint of step 7'
+  none = "no checkpoint '7'"
   refusal(lambda: evaluate.evaluate(run, 'valid', which='7'), run, none)
   shutil.rmtree(run / 'checkpoints')
   refusal(lambda: evaluate.evaluate(run, 'valid'), run, 'no checkpoint')

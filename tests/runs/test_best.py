@@ -27,10 +27,7 @@ CURVE = {0: 9.0, 2: 1.0, 4: 30.25, 6: 2.5, 8: 30.25, 10: 3.0, 12: 40.5}
 def config(debug_config):
   c = debug_config
   c.train.max_steps = 8
-  c.optim.learning_rate = 0.1  # So that checkpoints differ.
   c.eval.translate_every = 2
-  c.eval.translate_pairs = 2
-  c.decode.max_ratio = 0.02
   c.checkpoint.every, c.checkpoint.keep = 3, 1
   return c
 
@@ -71,7 +68,7 @@ def test_the_best_is_kept_and_does_everything_after(
   assert _scored(tmp_path) == {'valid': both, 'test': both}
   out = capsys.readouterr().out
   assert 'best: step 4 of 7, chrF 30.25' in out
-  assert 'translated test (after, step 4): 2 sentences' in out
+  assert 'translated test (after, step 4): 3 sentences' in out
 
   # They are what the checkpoint of step 4 says, and no other.
   after = (tmp_path / 'translations' / 'test.after.txt').read_text('utf-8')
@@ -211,35 +208,30 @@ def test_a_stopped_run_only_finishes_until_it_may_go_on(
   folders.assert_same_run(tmp_path / 'whole', tmp_path)
 
 
-def test_a_finished_run_is_asked_for_the_test_split(
-  config, curve, tmp_path, capsys
-):
-  config.train.max_steps = 6
-  run_lib.run(config, tmp_path / 'later')
+def test_a_finished_run_is_asked_for_the_test_split(finished, tmp_path, capsys):
+  config = finished[0].copy_and_resolve_references()
+  config.eval.test = False
+  run_lib.run(config, tmp_path)
   config.eval.test = True
-  run_lib.run(config, tmp_path / 'first')
   capsys.readouterr()
-  run_lib.run(config, tmp_path / 'later')
+  run_lib.run(config, tmp_path)
   out = capsys.readouterr().out
   assert 'translated test (before, step 0)' in out
   assert 'translated valid' not in out
-  folders.assert_same_run(tmp_path / 'first', tmp_path / 'later')
+  folders.assert_same_run(finished[1], tmp_path)
 
 
 def test_other_translations_in_the_folder_are_not_taken_for_its_own(
-  config, tmp_path
+  plain, plain_copy
 ):
   """A folder without a checkpoint is anybody's."""
-  config.eval.translate_every = 0
-  config.train.max_steps = 2
-  run_lib.run(config, tmp_path / 'own')
-  shutil.copytree(tmp_path / 'own', tmp_path / 'other')
-  shutil.rmtree(tmp_path / 'other' / 'checkpoints')
+  config, folder = plain_copy
+  shutil.rmtree(folder / 'checkpoints')
   for when in ('before', 'after'):
-    path = tmp_path / 'other' / 'translations' / f'valid.{when}.txt'
-    files.write_lines(path, ['of another', 'model'])
-  run_lib.run(config, tmp_path / 'other')
-  folders.assert_same_run(tmp_path / 'own', tmp_path / 'other')
+    path = folder / 'translations' / f'valid.{when}.txt'
+    files.write_lines(path, ['of', 'another', 'model'])
+  run_lib.run(config, folder)
+  folders.assert_same_run(plain[1], folder)
 
 
 def test_no_checkpoint_is_the_best(plain, tmp_path):
@@ -251,7 +243,7 @@ def test_no_checkpoint_is_the_best(plain, tmp_path):
     lambda: export.to_hf(folder, tmp_path / 'x', 'float32', False, 'best'),
   ):
     refusal(call, folder, 'eval.translate_every=0', 'last or one of 4, 6')
-  refusal(lambda: checkpoint.find_step(folder, 'bst'), "'bst'", 'best, last')
+  refusal(lambda: checkpoint.find_step(folder, 'bst'), "'bst'", 'best')
 
 
 def test_texts_learned_by_heart_have_the_loss_of_validation(

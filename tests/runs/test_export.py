@@ -125,7 +125,7 @@ def test_the_command_writes_the_model_of_the_run(tmp_path, run, finetuned):
 def test_the_checkpoint_is_chosen(tmp_path, run, write):
   refusal(
     lambda: write(run, tmp_path / 'o', 'float32', False, '7'),
-    'no checkpoint of step 7',
+    "no checkpoint '7'",
   )
 
 

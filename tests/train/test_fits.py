@@ -11,7 +11,11 @@ from tests.fixtures.refusal import refusal
 
 
 @pytest.mark.parametrize(
-  'parts, remat, name', [('all', 'none', 'adamw'), ('lora', 'full', 'sgd')]
+  'parts, remat, name',
+  [
+    ('all', 'none', 'adamw'),
+    pytest.param('lora', 'full', 'sgd', marks=pytest.mark.heavy),
+  ],
 )
 def test_it_is_less_than_a_compiled_step_takes(
   debug_config, parts, remat, name

@@ -91,11 +91,6 @@ def test_traffic_of_a_compiled_program():
   assert hlo.cost(text, 1).sent == 64 * 32 * 4 * 7 / 8
 
 
-def test_no_hlo_is_refused():
-  with pytest.raises(ValueError, match='ENTRY'):
-    hlo.cost('module @jit_f {}', 1)
-
-
 @pytest.mark.parametrize(
   'parts, mesh',
   [
@@ -212,7 +207,8 @@ def test_less_memory_is_planned_where_less_is_taken():
 
 
 def test_a_plan_is_told():
-  made = plan.make_plan(_config(fsdp=2))
+  numbers = {f.name: 1 for f in dataclasses.fields(plan.Plan)}
+  made = plan.Plan(**numbers | {'devices': 2})
   text = plan.describe(made)
   for word in ('2 devices', 'parameters', 'gradients', 'optimizer', 'total'):
     assert word in text
@@ -299,6 +295,7 @@ def _command(*flags):
   return done.stdout
 
 
+@pytest.mark.heavy  # A minute; the 12B of eight devices is planned above.
 def test_27b_on_64_devices_is_planned_in_minutes():
   start = time.monotonic()
   out = _command(
