@@ -170,7 +170,7 @@ def _grid(parts) -> str:
 def _read_curves(path):
   """Points (step, number) of each curve in metrics.jsonl; the last step."""
   curves, last = {key: [] for key in _CURVES}, 0
-  for line in journal.read_metrics(path, most=5000):
+  for line in journal.read_metrics(path):
     last = max(last, line['step'])
     for key, points in curves.items():
       if isinstance(line.get(key), int | float):
