@@ -61,21 +61,19 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
   if not processes.is_first():
     yield
     return
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = os.open(workdir / 'lock', os.O_RDWR | os.O_CREAT, 0o666)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as e:
-    raise errors.UserError(
-      f'{workdir}: another run is at work in it; wait for its end, or give '
-      'another --workdir.'
-    ) from e
-  except OSError as e:
-    raise files.unwritable(workdir, e) from e
-  try:
+  with contextlib.ExitStack() as stack:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      lock = stack.enter_context(open(workdir / 'lock', 'ab'))
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise errors.UserError(
+        f'{workdir}: another run is at work in it; wait for its end, or give '
+        'another --workdir.'
+      ) from e
+    except OSError as e:
+      raise files.unwritable(workdir, e) from e
     yield
-  finally:
-    os.close(lock)
 
 
 def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:

@@ -47,7 +47,7 @@ def _config(steps):
   config = small.get_config()
   config.train.max_steps, config.train.batch_size = steps, 4
   config.eval.every = config.eval.translate_every = config.checkpoint.every = 1
-  config.eval.translate_pairs = 2
+  config.eval.translate_pairs, config.eval.minitrain_pairs = 2, 4
   return config
 
 
