@@ -83,11 +83,7 @@ def define_config() -> None:
 
 
 def read_config() -> tuple[ml_collections.ConfigDict, pathlib.Path]:
-  """What --config gives, and its file.
-
-  Raises:
-    errors.UserError: no such file.
-  """
+  """What --config gives, and its file."""
   path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
   if not path.is_file():
     raise errors.UserError(f'--config={path}: no such file; see configs/.')

@@ -25,11 +25,7 @@ Writer = event_file_writer.EventsWriter | None  # The first process has one.
 
 
 def open_writer(workdir: pathlib.Path) -> Writer:
-  """Begins the event file of a run, and removes those of earlier starts.
-
-  Raises:
-    errors.UserError: the folder is not writable, the disk is full.
-  """
+  """Begins the event file of a run, and removes those of earlier starts."""
   if not processes.is_first():
     return None
   folder = workdir / 'tensorboard'
@@ -51,11 +47,7 @@ def replay(writer: Writer, metrics: pathlib.Path) -> None:
 
 
 def add(writer: Writer, line: dict[str, Any]) -> None:
-  """Adds the numbers of one line of metrics.jsonl, under its step.
-
-  Raises:
-    errors.UserError: the disk is full.
-  """
+  """Adds the numbers of one line of metrics.jsonl, under its step."""
   if not writer:
     return
   event = event_pb2.Event(wall_time=time.time(), step=line['step'])

@@ -18,10 +18,8 @@ from mt.base import processes
 def new_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
   """An open file that replaces `path` when the block ends well.
 
-  Nothing is left of it otherwise.
-
-  Raises:
-    errors.UserError: the folder is not writable, the disk is full.
+  Nothing is left of it otherwise. Raises errors.UserError where it cannot be
+  written.
   """
   part = _part(path)
   try:
@@ -41,11 +39,8 @@ def new_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
 def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder to write into, which becomes `path` when the block ends well.
 
-  Nothing is left of it otherwise.
-
-  Raises:
-    errors.UserError: `path` is there and not an empty folder, its folder is
-      not writable, the disk is full.
+  Nothing is left of it otherwise. Raises errors.UserError where it cannot be
+  written, or is there already and not an empty folder.
   """
   path = path.absolute()
   part = _part(path)

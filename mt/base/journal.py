@@ -26,10 +26,7 @@ def say(text: str) -> None:
 
 
 def cut_metrics(path: pathlib.Path, last_step: int) -> None:
-  """Drops the lines after `last_step`: a resumed run writes them again.
-
-  A line that a crash left unfinished goes too.
-  """
+  """Drops the lines after `last_step`, which a resumed run writes again."""
   if processes.is_first() and path.exists():
     kept = [json.dumps(x) for x in read_metrics(path) if x['step'] <= last_step]
     files.write(path, ''.join(x + '\n' for x in kept))
@@ -130,10 +127,8 @@ class Progress:
     ):
       spent = time.monotonic() - self.start
       left = spent / max(1, done - self.first) * (self.total - done)
-      say(
-        f'{self.what} {done}/{self.total}{"  " + note if note else ""}  '
-        f'{left:.0f} s left'
-      )
+      note = f'  {note}' if note else ''
+      say(f'{self.what} {done}/{self.total}{note}  {left:.0f} s left')
     self.done = done
 
   def close(self) -> None:

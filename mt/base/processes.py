@@ -107,7 +107,7 @@ def broadcast_from_first(value: float) -> float:
 
 
 def largest(value: int) -> jax.Array:
-  """The largest number of all processes: scalar int32, computed meanwhile."""
+  """The largest number of all processes: scalar int32, not waited for."""
   one_each, maximum = _over_processes()
   own = np.array([value], np.int32)
   return maximum(jax.make_array_from_process_local_data(one_each, own))

@@ -53,11 +53,7 @@ def _tuples(value):
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-  """A folder for one run at a time; whoever dies gives it free.
-
-  Raises:
-    errors.UserError: a run is at work there, or the folder is not writable.
-  """
+  """A folder for one run at a time; whoever dies gives it free."""
   if not processes.is_first():
     yield
     return
@@ -77,12 +73,9 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  """Claims a folder for a run, or finds that it belongs to the same one.
+  """Claims a folder for a run; errors.UserError if it has one of other knobs.
 
   A folder without a checkpoint is anybody's: that start came to nothing.
-
-  Raises:
-    errors.UserError: the folder holds a run with another config.
   """
   path = workdir / 'config.json'
   saved = (workdir / 'checkpoints').glob('*step_*')  # Damaged ones too.

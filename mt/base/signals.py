@@ -5,7 +5,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 
 import jax
 
@@ -48,13 +47,8 @@ class Listener:
 def listening() -> Iterator[Listener]:
   """A Listener that hears SIGINT and SIGTERM until the context ends."""
   listener = Listener()
-  if threading.current_thread() is not threading.main_thread():
-    yield listener  # Python gives signals to the main thread alone.
-    return
-  old = {
-    number: signal.signal(number, listener.hear)
-    for number in (signal.SIGINT, signal.SIGTERM)
-  }
+  both = signal.SIGINT, signal.SIGTERM
+  old = {number: signal.signal(number, listener.hear) for number in both}
   try:
     yield listener
   finally:

@@ -39,11 +39,7 @@ def cached(key: Any, make: Callable[[], list[str]]) -> list[str]:
   """What `make` returns, kept on disk under everything that decides it.
 
   The pretrained model's translations of a validation set are the same in every
-  run that starts from it; a sweep pays for them once.
-
-  Args:
-    key: JSON; the code that translates is added.
-    make: () -> translations.
+  run that starts from it; a sweep pays for them once. The key is JSON.
   """
   digest = hashlib.sha256(json.dumps([key, code_digest()]).encode())
   path = cache.cache_dir() / 'translations' / f'{digest.hexdigest()}.json'

@@ -28,13 +28,14 @@ def _address():
 
 
 def _start(*commands):
-  """Processes of Python, each with two devices."""
+  """Processes of Python, each with two devices, as quick_compilation is."""
+  env = os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+  env['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
   return [
     subprocess.Popen(
       [sys.executable, *command],
       cwd=ROOT,
-      env=os.environ
-      | {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'},
+      env=env,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -86,7 +87,7 @@ def _numbers(workdir, *kinds):
   }
 
 
-def test_two_processes_are_one_run(tmp_path, capsys):
+def test_two_processes_are_one_run(quick_compilation, tmp_path, capsys):
   """From one to two, and from two to one, in the middle of a run."""
   whole, workdir = tmp_path / 'whole', tmp_path / 'changing'
   run_lib.run(_config(3), whole)
