@@ -26,8 +26,8 @@ flags.disclaim_key_flags()
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs a command: `main` is called after the flags are read.
 
-  What ends it for a reason is one line on stderr. Exit codes: 0 done, 1 unknown
-  flag, 2 bad input, 130 interrupted (SIGINT), 143 terminated (SIGTERM).
+  Exit codes: 0 done, 1 unknown flag, 2 bad input, 130 interrupted (SIGINT), 143
+  terminated (SIGTERM); all but the first with one line on stderr.
   """
   flags.DEFINE_bool(
     'traceback', False, 'Show where in the code an error comes from.'
@@ -68,11 +68,12 @@ def _leave(e, code, message=''):
   sys.exit(code)
 
 
-# Flags.
-
-
 def define_config() -> None:
   """Defines --config."""
+  try:
+    _check_knobs(sys.argv)  # ml_collections reads them while it defines.
+  except errors.UserError as e:
+    _leave(e, e.code)
   config_flags.DEFINE_config_file(
     'config',
     'configs/gemma3_270m.py',
@@ -82,11 +83,7 @@ def define_config() -> None:
 
 
 def read_config() -> tuple[ml_collections.ConfigDict, pathlib.Path]:
-  """What --config gives, and its file.
-
-  Raises:
-    errors.UserError: no such file.
-  """
+  """What --config gives, and its file."""
   path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
   if not path.is_file():
     raise errors.UserError(f'--config={path}: no such file; see configs/.')
@@ -103,36 +100,23 @@ def _parse_flags(argv):
     _leave(e, 1, ' '.join(str(e).split()))
   except (AttributeError, KeyError, TypeError, ValueError, OSError) as e:
     # ml_collections raises these out of --config and --config.knob=value.
-    _leave(e, errors.UserError.code, _config_error(argv, e))
+    _leave(e, errors.UserError.code, f'--config: {" ".join(str(e).split())}')
 
 
-def _config_error(argv, error):
+def _check_knobs(argv):
+  """ml_collections takes a misspelt knob for a bug of the program."""
+  known = [knob.path for knob in default.KNOBS]
   for arg in argv:
-    if not arg.startswith('--config.'):
+    path = arg.split('=')[0].removeprefix('--config.')
+    if not arg.startswith('--config.') or path in known:
       continue
-    path = arg.split('=')[0].removeprefix('--config.').split('.')
-    level = default.get_config()
-    for depth, part in enumerate(path):
-      if not isinstance(level, ml_collections.ConfigDict) or part not in level:
-        return _no_such_knob(path, depth, level)
-      level = level[part]
-  return f'--config: {" ".join(str(error).split())}'
-
-
-def _no_such_knob(path, depth, level):
-  text = f'--config.{".".join(path)}: there is no such knob'
-  above = ''.join(part + '.' for part in path[:depth])
-  if not isinstance(level, ml_collections.ConfigDict):
-    return f'{text}; {above[:-1]} is one value.'
-  near = difflib.get_close_matches(path[depth], level.keys(), 1)
-  if near and isinstance(level[near[0]], ml_collections.ConfigDict):
-    above, level, near = f'{above}{near[0]}.', level[near[0]], []
-  if near:
-    text += f'; did you mean {above}{near[0]}'
-  return f'{text}; there are {above}{{{", ".join(level)}}}.'
-
-
-# --help.
+    last = path.split('.')[-1]
+    near = [k for k in known if k.split('.')[-1] == last]
+    near = near or difflib.get_close_matches(path, known, 1)
+    meant = f'did you mean {" or ".join(near)}? ' if near else ''
+    raise errors.UserError(
+      f'--config.{path}: there is no such knob; {meant}--help lists them.'
+    )
 
 
 def help_of_command() -> str:
@@ -142,23 +126,15 @@ def help_of_command() -> str:
   for flag in sorted(own, key=lambda f: f.name):
     parts.append(_entry(flag.name, flag.default_unparsed, flag.help))
   if 'config' in flags.FLAGS:
-    parts += ['Knobs, with the defaults of configs/default.py', help_of_knobs()]
+    parts.append('Knobs, with the defaults of configs/default.py')
+    for knob in default.KNOBS:
+      parts.append(_entry(f'config.{knob.path}', knob.default, knob.doc))
   return '\n\n'.join(parts)
-
-
-def help_of_knobs() -> str:
-  """Each knob of configs/default.py: its name, default and comment."""
-  return '\n\n'.join(
-    _entry(f'config.{k.path}', k.default, k.doc) for k in default.KNOBS
-  )
 
 
 def _entry(name, value, text):
   if isinstance(value, str):
     value = repr(value)[1:-1]  # A line break in a prompt.
   shown = '' if value is None else f'={value}'
-  indent = '      '
-  text = textwrap.fill(
-    ' '.join(text.split()), 80, initial_indent=indent, subsequent_indent=indent
-  )
-  return f'  --{name}{shown}\n{text}'
+  text = textwrap.fill(' '.join(text.split()), 74)
+  return f'  --{name}{shown}\n{textwrap.indent(text, " " * 6)}'

@@ -3,11 +3,9 @@
   tensorboard --logdir=runs
 
 The event files of a run hold what metrics.jsonl holds: each start of the run
-writes them anew, so that a resumed run has every step once. Steps that are
-written again get the time of the restart.
+writes them anew, so that a resumed run has every step once.
 """
 
-import contextlib
 import math
 import pathlib
 import time
@@ -27,20 +25,18 @@ Writer = event_file_writer.EventsWriter | None  # The first process has one.
 
 
 def open_writer(workdir: pathlib.Path) -> Writer:
-  """Begins the event file of a run, and removes those of earlier starts.
-
-  Raises:
-    errors.UserError: the folder is not writable, the disk is full.
-  """
+  """Begins the event file of a run, and removes those of earlier starts."""
   if not processes.is_first():
     return None
   folder = workdir / 'tensorboard'
-  with _told(folder):
+  try:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob('events.out.tfevents.*'):
       old.unlink()
     writer = event_file_writer.EventsWriter(str(folder / 'events'))
     writer.flush()
+  except OSError as e:
+    raise files.unwritable(folder, e) from e
   return writer
 
 
@@ -51,29 +47,16 @@ def replay(writer: Writer, metrics: pathlib.Path) -> None:
 
 
 def add(writer: Writer, line: dict[str, Any]) -> None:
-  """Adds the numbers of one line of metrics.jsonl, under its step.
-
-  Raises:
-    errors.UserError: the disk is full.
-  """
+  """Adds the numbers of one line of metrics.jsonl, under its step."""
   if not writer:
     return
-  with _told('tensorboard'):
-    for name, value in line.items():
-      number = isinstance(value, int | float) and math.isfinite(value)
-      if name != 'step' and number:
-        event = event_pb2.Event(
-          wall_time=time.time(),
-          step=line['step'],
-          summary=summary.scalar(name, value),
-        )
-        writer.write_event(event)
-    writer.flush()
-
-
-@contextlib.contextmanager
-def _told(where):
+  event = event_pb2.Event(wall_time=time.time(), step=line['step'])
+  for name, value in line.items():
+    number = isinstance(value, int | float) and math.isfinite(value)
+    if name != 'step' and number:
+      event.summary.MergeFrom(summary.scalar(name, value))
   try:
-    yield
+    writer.write_event(event)
+    writer.flush()
   except OSError as e:
-    raise files.unwritable(where, e) from e
+    raise files.unwritable('tensorboard', e) from e

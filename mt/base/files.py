@@ -15,19 +15,17 @@ from mt.base import processes
 
 
 @contextlib.contextmanager
-def new_file(path: pathlib.Path, mode: str = 'wb') -> Iterator[IO]:
-  """An open file that becomes `path` when the block ends well.
+def new_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
+  """An open file that replaces `path` when the block ends well.
 
-  It replaces what stood there; nothing is left of it otherwise. Text is UTF-8.
-
-  Raises:
-    errors.UserError: the folder is not writable, the disk is full.
+  Nothing is left of it otherwise. Raises errors.UserError where it cannot be
+  written.
   """
   part = _part(path)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-      with open(part, mode, encoding=None if 'b' in mode else 'utf-8') as f:
+      with open(part, 'wb') as f:
         yield f
       os.replace(part, path)
     finally:
@@ -41,11 +39,8 @@ def new_file(path: pathlib.Path, mode: str = 'wb') -> Iterator[IO]:
 def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder to write into, which becomes `path` when the block ends well.
 
-  Nothing is left of it otherwise.
-
-  Raises:
-    errors.UserError: `path` is there and not an empty folder, its folder is
-      not writable, the disk is full.
+  Nothing is left of it otherwise. Raises errors.UserError where it cannot be
+  written, or is there already and not an empty folder.
   """
   path = path.absolute()
   part = _part(path)
@@ -63,16 +58,9 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def check_new(path: pathlib.Path) -> None:
-  """Refuses a file, a link or a folder with something in it.
-
-  Raises:
-    errors.UserError: it is there.
-  """
-  if (
-    path.is_symlink()
-    or path.is_file()
-    or (path.is_dir() and any(path.iterdir()))
-  ):
+  """Refuses a file, a link or a folder with something in it."""
+  in_it = path.is_dir() and any(path.iterdir())
+  if path.is_symlink() or path.is_file() or in_it:
     raise errors.UserError(
       f'{path}: there already, and nothing is overwritten; name a new folder.'
     )
@@ -83,13 +71,7 @@ def _part(path):
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:
-  """Writes a file whole or not at all; text as UTF-8.
-
-  Of several processes the first one writes, and the others do nothing.
-
-  Raises:
-    errors.UserError: see new_file.
-  """
+  """Writes a file whole or not at all, text as UTF-8; in the first process."""
   if processes.is_first():
     with new_file(path) as f:
       f.write(content.encode() if isinstance(content, str) else content)
@@ -127,11 +109,7 @@ def read_lines(path: pathlib.Path) -> list[str]:
 
 
 def read_json(path: pathlib.Path) -> Any:
-  """What write_json wrote.
-
-  Raises:
-    errors.UserError: missing, unreadable or damaged.
-  """
+  """What write_json wrote; errors.UserError where it is missing or damaged."""
   try:
     return json.loads(_read(path))
   except ValueError as e:
@@ -139,19 +117,12 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def remove(path: pathlib.Path) -> None:
-  """Removes a file, if it is there.
-
-  Of several processes the first one does it.
-
-  Raises:
-    errors.UserError: the folder is not writable.
-  """
-  if not processes.is_first():
-    return
-  try:
-    path.unlink(missing_ok=True)
-  except OSError as e:
-    raise unwritable(path, e) from e
+  """Removes a file, if it is there; in the first process."""
+  if processes.is_first():
+    try:
+      path.unlink(missing_ok=True)
+    except OSError as e:
+      raise unwritable(path, e) from e
 
 
 def unwritable(path: pathlib.Path | str, e: OSError) -> errors.UserError:

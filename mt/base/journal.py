@@ -10,7 +10,6 @@ import sys
 import time
 from typing import Any
 
-import chex
 import numpy as np
 import tqdm
 
@@ -20,21 +19,14 @@ from mt.base import processes
 
 
 def say(text: str) -> None:
-  """A line on stdout that leaves a progress bar in one piece.
-
-  Of several processes the first one speaks; so for everything in this file.
-  """
-  if not processes.is_first():
-    return
-  tqdm.tqdm.write(text)
-  sys.stdout.flush()
+  """A line on stdout, of the first process, that spares a progress bar."""
+  if processes.is_first():
+    tqdm.tqdm.write(text)
+    sys.stdout.flush()
 
 
 def cut_metrics(path: pathlib.Path, last_step: int) -> None:
-  """Drops the lines after `last_step`: a resumed run writes them again.
-
-  A line that a crash left unfinished goes too.
-  """
+  """Drops the lines after `last_step`, which a resumed run writes again."""
   if processes.is_first() and path.exists():
     kept = [json.dumps(x) for x in read_metrics(path) if x['step'] <= last_step]
     files.write(path, ''.join(x + '\n' for x in kept))
@@ -66,18 +58,11 @@ def table_line(
 ) -> str:
   """A validation as the tutorial prints it.
 
-  Args:
-    path: metrics.jsonl, before this validation stands in it.
-    step: steps done.
-    sums: nll and targets of each batch.
-
-  Returns:
-    `STEP 20 training loss: 3.3015 - eval loss: 2.6868`: the mean of the
-    training losses since the validation before, and the mean over batches of
-    the mean in a batch. Before the first step: `Start, validation loss:
-    10.6472`. Digits are those of a float32.
+  `STEP 20 training loss: 3.3015 - eval loss: 2.6868`: the mean of the training
+  losses since the validation before, and the mean over batches of the mean in a
+  batch, `sums` being nll and targets of each. Before the first step: `Start,
+  validation loss: 10.6472`. Digits are those of a float32.
   """
-  chex.assert_scalar_positive(len(sums))
   valid = _float32(np.mean([m['nll'] / m['targets'] for m in sums]))
   if not step:
     return f'Start, validation loss: {valid}'
@@ -97,7 +82,7 @@ def since_best(path: pathlib.Path) -> int:
   Counted from the first that reached the highest `valid_chrf` in metrics.jsonl;
   0 where there is none. The pretrained model, step 0, is no rival.
   """
-  lines = (m for m in read_metrics(path, most=1) if m['step'] > 0)
+  lines = (m for m in read_metrics(path) if m['step'] > 0)
   found = [m['valid_chrf'] for m in lines if 'valid_chrf' in m]
   return len(found) - 1 - found.index(max(found)) if found else 0
 
@@ -106,30 +91,14 @@ def _float32(x: float) -> float:
   return float(np.float32(x))
 
 
-def read_metrics(
-  path: pathlib.Path, most: int | None = None
-) -> Iterator[dict[str, Any]]:
-  """The lines of metrics.jsonl that are whole; none where there is no file.
-
-  Args:
-    path: read line by line: of a long run there are many.
-    most: of more lines than these only some that lie evenly; the last one and
-      those of validations are always among them. That takes little more than
-      looking for the ends of lines.
-  """
+def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """The lines of metrics.jsonl that are whole; none where there is no file."""
   if not path.exists():
     return
-  count, every = 0, 1
-  if most is not None:
-    with path.open('rb') as lines:
-      count = sum(1 for _ in lines)
-    every = max(1, -(-count // most))
-  # What a broken disk left in a line is not to end a run.
   with path.open(encoding='utf-8', errors='replace') as lines:
-    for number, line in enumerate(lines, 1):
-      if (count - number) % every == 0 or '"valid_' in line:
-        with contextlib.suppress(ValueError):
-          yield json.loads(line)
+    for line in lines:
+      with contextlib.suppress(ValueError):  # A crash in the middle of a line.
+        yield json.loads(line)
 
 
 class Progress:
@@ -139,12 +108,11 @@ class Progress:
     self.what, self.total, self.every = what, total, every
     self.first, self.start = done, time.monotonic()
     self.done = done
-    terminal = sys.stderr.isatty() and processes.is_first()
     self.bar = tqdm.tqdm(
       desc=what,
       total=total,
       initial=done,
-      disable=not terminal,
+      disable=not (sys.stderr.isatty() and processes.is_first()),
       dynamic_ncols=True,
       leave=False,
     )
@@ -159,10 +127,8 @@ class Progress:
     ):
       spent = time.monotonic() - self.start
       left = spent / max(1, done - self.first) * (self.total - done)
-      say(
-        f'{self.what} {done}/{self.total}{"  " + note if note else ""}  '
-        f'{left:.0f} s left'
-      )
+      note = f'  {note}' if note else ''
+      say(f'{self.what} {done}/{self.total}{note}  {left:.0f} s left')
     self.done = done
 
   def close(self) -> None:

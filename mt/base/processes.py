@@ -19,14 +19,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from mt.base import compiling
 from mt.base import errors
 
 T = TypeVar('T')
 
-# Seconds after which a process that is silent counts as dead.
-_HEARTBEAT = 20
-_SHUTDOWN = 15  # The same at the end, where all of them meet.
+# Seconds of silence after which a process counts as dead: during a run, and at
+# its end, where all of them meet.
+_HEARTBEAT, _SHUTDOWN = 20, 15
 
 
 def start(coordinator: str, processes: int, process: int) -> None:
@@ -51,7 +50,7 @@ def start(coordinator: str, processes: int, process: int) -> None:
         'HOST:PORT of process 0.'
       )
     return
-  where = {}
+  where = ()
   if coordinator != 'auto':
     processes = processes or _number('JAX_NUM_PROCESSES', 0)
     process = _number('JAX_PROCESS_ID', -1) if process < 0 else process
@@ -61,14 +60,10 @@ def start(coordinator: str, processes: int, process: int) -> None:
         'below the number of processes expected, by flag or as '
         'JAX_PROCESS_ID and JAX_NUM_PROCESSES.'
       )
-    where = {
-      'coordinator_address': coordinator,
-      'num_processes': processes,
-      'process_id': process,
-    }
+    where = coordinator, processes, process
   try:
     jax.distributed.initialize(
-      **where,
+      *where,
       heartbeat_timeout_seconds=_HEARTBEAT,
       shutdown_timeout_seconds=_SHUTDOWN,
     )
@@ -112,10 +107,7 @@ def broadcast_from_first(value: float) -> float:
 
 
 def largest(value: int) -> jax.Array:
-  """The largest of all processes' numbers, in all of them: scalar int32.
-
-  Nothing waits for it but who reads it.
-  """
+  """The largest number of all processes: scalar int32, not waited for."""
   one_each, maximum = _over_processes()
   own = np.array([value], np.int32)
   return maximum(jax.make_array_from_process_local_data(one_each, own))
@@ -127,7 +119,7 @@ def _over_processes():
   first = {d.process_index: d for d in reversed(jax.devices())}
   mesh = Mesh([first[i] for i in sorted(first)], 'process')
   everywhere = NamedSharding(mesh, PartitionSpec())
-  maximum = compiling.jit_once(jnp.max, out_shardings=everywhere)
+  maximum = jax.jit(jnp.max, out_shardings=everywhere)
   return NamedSharding(mesh, PartitionSpec('process')), maximum
 
 
@@ -151,11 +143,7 @@ def first_then_others(make: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def exit_if_peer_lost():
-  """Ends this process with one sentence if another one is lost.
-
-  Raises:
-    errors.ExitNow: an orderly end would wait for the lost one.
-  """
+  """Raises errors.ExitNow if another process is lost."""
   try:
     yield
   except jax.errors.JaxRuntimeError as e:

@@ -33,31 +33,15 @@ from mt.base import errors
 from mt.base import files
 from mt.base import processes
 
-# Knobs that are no more, of which a run could not go on without: its rows would
-# be others. All others that are no more decided nothing, and are passed over.
-_GONE = ('data.buckets',)
-
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config that a run was started with.
-
-  A knob that there was not yet has its default; one that is no more is left
-  out.
-  """
-  saved = _saved_knobs(workdir)
+  """The config that a run was started with, in the knobs of today."""
+  saved = dict(_flat(_tuples(files.read_json(workdir / 'config.json'))))
   config = default.get_config()
   config.update_from_flattened_dict(
     {k.path: saved[k.path] for k in default.KNOBS if k.path in saved}
   )
   return config
-
-
-def _saved_knobs(workdir):
-  """config.json as GROUP.KNOB -> value, with today's meaning of each value."""
-  saved = dict(_flat(_tuples(files.read_json(workdir / 'config.json'))))
-  if 'data.workers' in saved and saved.get('eval.minitrain_pairs') == 0:
-    saved['eval.minitrain_pairs'] = -1  # 0 meant none in those days.
-  return saved
 
 
 def _tuples(value):
@@ -69,40 +53,29 @@ def _tuples(value):
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-  """A folder for one run at a time; whoever dies gives it free.
-
-  Raises:
-    errors.UserError: a run is at work there, or the folder is not writable.
-  """
+  """A folder for one run at a time; whoever dies gives it free."""
   if not processes.is_first():
     yield
     return
-  path = workdir / 'lock'
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115 Closed below.
-  except OSError as e:
-    raise files.unwritable(path, e) from e
-  with file:
+  with contextlib.ExitStack() as stack:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      workdir.mkdir(parents=True, exist_ok=True)
+      lock = stack.enter_context(open(workdir / 'lock', 'ab'))
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
       raise errors.UserError(
         f'{workdir}: another run is at work in it; wait for its end, or give '
         'another --workdir.'
       ) from e
     except OSError as e:
-      raise files.unwritable(path, e) from e
+      raise files.unwritable(workdir, e) from e
     yield
 
 
 def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  """Claims a folder for a run, or finds that it belongs to the same one.
+  """Claims a folder for a run; errors.UserError if it has one of other knobs.
 
   A folder without a checkpoint is anybody's: that start came to nothing.
-
-  Raises:
-    errors.UserError: the folder holds a run with another config.
   """
   path = workdir / 'config.json'
   saved = (workdir / 'checkpoints').glob('*step_*')  # Damaged ones too.
@@ -117,14 +90,6 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 
 def _check_same(workdir, config):
   """Refuses a config with which the run there cannot go on."""
-  saved = _saved_knobs(workdir)
-  for path in _GONE:
-    if saved.get(path):
-      raise errors.UserError(
-        f'{workdir} holds a run with {path}={saved[path]!r}, a knob that is no '
-        'more; start again in another --workdir, or go on with the version of '
-        'the code that began it.'
-      )
   old = read_config(workdir).to_dict()
   resume = {k.path: k.resume for k in default.KNOBS}
   for path, was, now in differences(old, config.to_dict()):
@@ -152,15 +117,13 @@ def _flat(config, prefix=''):
 
 
 def differences(
-  old: dict[str, Any], new: dict[str, Any], prefix: str = ''
+  old: dict[str, Any], new: dict[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
   """Knobs of two configs that differ: their name, the old and the new value."""
+  old, new = dict(_flat(old)), dict(_flat(new))
   for key in sorted(old.keys() | new.keys()):
-    was, now = old.get(key), new.get(key)
-    if isinstance(was, dict) and isinstance(now, dict):
-      yield from differences(was, now, f'{prefix}{key}.')
-    elif was != now:
-      yield prefix + key, was, now
+    if old.get(key) != new.get(key):
+      yield key, old.get(key), new.get(key)
 
 
 def environment() -> dict[str, Any]:

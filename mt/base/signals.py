@@ -5,7 +5,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 
 import jax
 
@@ -19,7 +18,7 @@ class Listener:
 
   def __init__(self):
     self._signal = 0
-    self._of_all = None  # What all processes had heard a step ago.
+    self._of_all = 0  # What all processes had heard a step ago.
 
   def hear(self, number: int, _frame) -> None:
     """Notes a signal; a second SIGINT ends the process on the spot."""
@@ -41,20 +40,15 @@ class Listener:
     if jax.process_count() == 1:
       return self._signal
     before, self._of_all = self._of_all, processes.largest(self._signal)
-    return 0 if before is None else int(before)
+    return int(before)
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[Listener]:
   """A Listener that hears SIGINT and SIGTERM until the context ends."""
   listener = Listener()
-  if threading.current_thread() is not threading.main_thread():
-    yield listener  # Python gives signals to the main thread alone.
-    return
-  old = {
-    number: signal.signal(number, listener.hear)
-    for number in (signal.SIGINT, signal.SIGTERM)
-  }
+  both = signal.SIGINT, signal.SIGTERM
+  old = {number: signal.signal(number, listener.hear) for number in both}
   try:
     yield listener
   finally:
@@ -63,11 +57,7 @@ def listening() -> Iterator[Listener]:
 
 
 def leave(number: int, at: int) -> None:
-  """Ends the run.
-
-  Raises:
-    errors.Interrupted: always; its exit code is 128 + the signal's number.
-  """
+  """Raises errors.Interrupted, with the exit code 128 + the signal's number."""
   word = 'interrupted' if number == signal.SIGINT else 'terminated'
   where = f'at step {at}, which is saved' if at else 'before its first step'
   raise errors.Interrupted(

@@ -16,7 +16,6 @@ import pathlib
 from typing import Any
 
 from absl import flags
-import ml_collections
 
 from mt.base import cli
 from mt.base import compiling
@@ -35,23 +34,13 @@ from mt.translate import translator as translator_lib
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-  """A split, translated by a run.
+  """A split, translated with the checkpoint of a step."""
 
-  Attributes:
-    config: the run's.
-    step: of the checkpoint.
-    sources, references, hypotheses: of each pair.
-  """
-
-  config: ml_collections.ConfigDict
+  language: str  # Of the sources.
   step: int
   sources: list[str]
   references: list[str]
   hypotheses: list[str]
-
-  @property
-  def language(self) -> str:
-    return self.config.data.pair.split('-')[0].lower()
 
 
 def translate_split(
@@ -68,16 +57,13 @@ def translate_split(
     pairs: the first ones of the split, 0 for all; None for as many as the run
       itself translates.
     which: of its checkpoints, see checkpoint.find_step.
-
-  Raises:
-    errors.UserError: no run, no checkpoint, no such split, or what
-      checkpoint.load_finetuned raises.
   """
   config = run_folder.read_config(workdir)
   step, _ = checkpoint.find_step(workdir, which)
-  number = config.eval.translate_pairs if pairs is None else pairs
+  if pairs is None:
+    pairs = config.eval.translate_pairs
   chosen = corpus.read_splits(config.data, [split])[split][0].read()
-  chosen = chosen[: number or None]
+  chosen = chosen[: pairs or None]
   sources = [p.source for p in chosen]
   references = [p.target for p in chosen]
   made = cached.provenance(step, config.decode, sources)
@@ -91,7 +77,8 @@ def translate_split(
   for name, lines in (('source', sources), ('reference', references)):
     files.write_lines(own.with_name(f'{split}.{name}.txt'), lines)
   cached.write(own, made, texts)
-  return Evaluated(config, step, sources, references, texts)
+  language = config.data.pair.split('-')[0].lower()
+  return Evaluated(language, step, sources, references, texts)
 
 
 def _translate(workdir, step, split, sources):
@@ -113,18 +100,15 @@ def evaluate(
   """Scores one of a run's checkpoints, and leaves W/evaluation/SPLIT.json.
 
   Args:
-    workdir: of the run.
-    split: valid or test.
+    workdir, split, pairs, which: see translate_split.
     against: the folder of another run, to compare with: with its best
       checkpoint, or its last where there is no best one.
-    pairs: see translate_split.
-    which: of the run's checkpoints, see checkpoint.find_step.
 
   Returns:
     What SPLIT.json holds.
 
   Raises:
-    errors.UserError: see translate_split; or the runs have other sentences.
+    errors.UserError: the runs have other sentences.
   """
   own = translate_split(workdir, split, pairs, which)
   out = {
@@ -169,21 +153,16 @@ def describe(result: dict[str, Any]) -> str:
     else:
       text = f'{row["sentences"]:6,}  {row["chrf"]:6.2f}'
     out.append(f'  {name:14}{text}')
-  if 'against' in result:
-    out += _describe_comparison(result['against'])
+  if other := result.get('against'):
+    out.append(f'against {other["workdir"]}, step {other["step"]}')
+    for name, row in other['scores'].items():
+      out.append(
+        f'{name:10} {row["baseline"]:6.2f} ±{row["baseline_interval"]:.2f} -> '
+        f'{row["score"]:6.2f} ±{row["interval"]:.2f}  '
+        f'({row["score"] - row["baseline"]:+.2f}, p = {row["p"]:.4f})  '
+        f'{row["signature"]}'
+      )
   return '\n'.join(out)
-
-
-def _describe_comparison(other):
-  yield f'against {other["workdir"]}, step {other["step"]}'
-  for name in scores.NAMES:
-    row = other['scores'][name]
-    yield (
-      f'{name:10} {row["baseline"]:6.2f} ±{row["baseline_interval"]:.2f} -> '
-      f'{row["score"]:6.2f} ±{row["interval"]:.2f}  '
-      f'({row["score"] - row["baseline"]:+.2f}, p = {row["p"]:.4f})  '
-      f'{row["signature"]}'
-    )
 
 
 def main(_):
@@ -208,8 +187,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer(
     'pairs',
     None,
-    'The first ones of the split, 0 for all; as many as the run translates '
-    'where none is given.',
+    'The first ones, 0 for all; without it as many as the run translates.',
     lower_bound=0,
   )
   flags.mark_flag_as_required('workdir')

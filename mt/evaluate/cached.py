@@ -15,8 +15,11 @@ from mt.base import errors
 from mt.base import files
 from mt.base import processes
 
-# All code that makes a translation, in mt/: whole rooms, and two files.
-_CODE = 'gemma', 'weights', 'translate', 'data/template.py', 'data/tokenizer.py'
+# All code that makes a translation, in mt/.
+_CODE = (
+  *('gemma/**/*.py', 'weights/**/*.py', 'translate/**/*.py'),
+  *('data/template.py', 'data/tokenizer.py'),
+)
 _MT = pathlib.Path(__file__).parents[1]
 
 
@@ -25,11 +28,7 @@ def code_digest() -> str:
 
   A fork that changes RoPE is not to be shown the old model's translations.
   """
-  paths = [
-    path
-    for part in _CODE
-    for path in ([_MT / part] if '.' in part else (_MT / part).rglob('*.py'))
-  ]
+  paths = [p for part in _CODE for p in _MT.glob(part)]
   digest = hashlib.sha256()
   for path in sorted(paths):
     digest.update(f'{path.relative_to(_MT)}\n'.encode() + path.read_bytes())
@@ -40,11 +39,7 @@ def cached(key: Any, make: Callable[[], list[str]]) -> list[str]:
   """What `make` returns, kept on disk under everything that decides it.
 
   The pretrained model's translations of a validation set are the same in every
-  run that starts from it; a sweep pays for them once.
-
-  Args:
-    key: JSON; the code that translates is added.
-    make: () -> translations.
+  run that starts from it; a sweep pays for them once. The key is JSON.
   """
   digest = hashlib.sha256(json.dumps([key, code_digest()]).encode())
   path = cache.cache_dir() / 'translations' / f'{digest.hexdigest()}.json'
@@ -62,13 +57,7 @@ def cached(key: Any, make: Callable[[], list[str]]) -> list[str]:
 def provenance(
   step: int, decode_config: ml_collections.ConfigDict, sources: Sequence[str]
 ) -> dict[str, Any]:
-  """What a run's translations depend on, as JSON: equal here, equal there.
-
-  Args:
-    step: of the checkpoint.
-    decode_config: `config.decode`.
-    sources: what is translated.
-  """
+  """What a run's translations depend on, as JSON; `step` of the checkpoint."""
   digest = hashlib.sha256(json.dumps(list(sources)).encode()).hexdigest()
   made = {'step': step, 'decode': decode_config.to_dict(), 'sources': digest}
   return json.loads(json.dumps(made))  # Tuples become lists.

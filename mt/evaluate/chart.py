@@ -85,9 +85,8 @@ def lines(title: str, series: Sequence[Series]) -> str:
     fig = figure.Figure(figsize=(5.4, 3.1))
     axes = fig.add_axes(_PLACE)
     for (_, points), color in zip(series, _VARIABLES, strict=False):
-      few = len(points) <= 40
       x, y = zip(*thin(points), strict=True) if points else ((), ())
-      marker, alpha = ('o', 1) if few else ('', 0.6)
+      marker, alpha = ('o', 1) if len(points) <= 40 else ('', 0.6)
       axes.plot(x, y, color=color, marker=marker, alpha=alpha)
     axes.set_xlabel('step')
     axes.locator_params('x', integer=True)

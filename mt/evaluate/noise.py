@@ -18,7 +18,6 @@ class is not thereby clean.
 Words stand in mt/evaluate/words/CLASS.LANGUAGE.txt.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence
 import itertools
 import pathlib
@@ -26,21 +25,10 @@ import pathlib
 import regex
 
 CLASSES = (
-  'emoji',
-  'capitals',
-  'slang',
-  'typos',
-  'markup',
-  'very short',
-  'very long',
+  *('emoji', 'capitals', 'slang', 'typos', 'markup'),
+  *('very short', 'very long'),
 )
-
-# At most and at least so many words, or characters in languages without spaces.
-_SHORT, _LONG = 3, 40
-_SHORT_CHARACTERS, _LONG_CHARACTERS = 8, 100
 _WITHOUT_SPACES = ('ja', 'zh', 'th')
-
-
 _EMOJI = regex.compile(
   # © ® ™ and the arrows are text; 1 and # only with a keycap.
   r'(?![©®™‼⁉↔-↪♀♂])\p{Extended_Pictographic}|\p{Regional_Indicator}|\u20e3'
@@ -84,12 +72,10 @@ def _read(path: pathlib.Path) -> tuple[regex.Pattern, ...]:
   words = [line for line in lines if line[0] not in '=/']
   exact = [line[1:] for line in lines if line[0] == '=']
   exact += [word for word in words if word != word.lower()]
-  found = [
-    _any_of([word for word in words if word not in exact], regex.I),
-    _any_of(exact, 0),
-  ]
+  words = [word for word in words if word not in exact]
   patterns = [f'(?:{line[1:]})' for line in lines if line[0] == '/']
-  return *found, regex.compile('|'.join(patterns) or r'(?!)')
+  pattern = regex.compile('|'.join(patterns) or r'(?!)')
+  return _any_of(words, regex.I), _any_of(exact, 0), pattern
 
 
 def _any_of(words: Sequence[str], flags: int) -> regex.Pattern:
@@ -123,40 +109,31 @@ def has_rule(name: str, language: str) -> bool:
 def classes(text: str, language: str) -> tuple[str, ...]:
   """The classes of a sentence, in the order of CLASSES.
 
-  Args:
-    text: one sentence, or what stands on one line.
-    language: its code, such as en. Classes without a rule for it are never
-      found, see has_rule.
-
-  For example, `classes('idk why u dont LOVE it 😂', 'en')` is
-  `('emoji', 'capitals', 'slang', 'typos')`.
+  In en, 'idk why u dont LOVE it 😂' has `('emoji', 'capitals', 'slang',
+  'typos')`. `language` is a code; for what it has no rules, see has_rule.
   """
   prose = _NOT_PROSE.sub(' ', text)
-  found: dict[str, Callable[[], object]] = {
-    'emoji': lambda: _EMOJI.search(_NOT_PROSE.sub('', text)),
-    'capitals': lambda: _shouts(prose, language),
-    'slang': lambda: _listed('slang', language, prose, _STRETCHED),
-    'typos': lambda: _listed('typos', language, prose, _TYPOS_ANY),
-    'markup': lambda: _MARKUP.search(text),
-    'very short': lambda: _size(text, language, _SHORT_CHARACTERS, _SHORT) <= 0,
-    'very long': lambda: _size(text, language, _LONG_CHARACTERS, _LONG) >= 0,
+  size, short, long = len(text.split()), 3, 40
+  if language in _WITHOUT_SPACES:
+    size, short, long = len(''.join(text.split())), 8, 100
+  found = {
+    'emoji': _EMOJI.search(_NOT_PROSE.sub('', text)),
+    'capitals': _shouts(prose, language),
+    'slang': _listed('slang', language, prose) or _STRETCHED.search(prose),
+    'typos': _listed('typos', language, prose) or _TYPOS_ANY.search(prose),
+    'markup': _MARKUP.search(text),
+    'very short': size <= short,
+    'very long': size >= long,
   }
   return tuple(
-    name for name in CLASSES if has_rule(name, language) and found[name]()
+    name for name in CLASSES if has_rule(name, language) and found[name]
   )
 
 
-def _listed(kind, language, text, *more) -> bool:
-  """Whether a list has something in a text, or a further pattern does."""
-  patterns = *_LISTS.get(f'{kind}.{language}', ()), *more
+def _listed(kind, language, text) -> bool:
+  """Whether a list of words has something in a text."""
+  patterns = _LISTS.get(f'{kind}.{language}', ())
   return any(p.search(text) for p in patterns)
-
-
-def _size(text, language, characters, words) -> int:
-  """How much longer than the limit of its language a text is."""
-  if language in _WITHOUT_SPACES:
-    return len(regex.sub(r'\s', '', text)) - characters
-  return len(text.split()) - words
 
 
 def _shouts(text, language) -> bool:

@@ -26,15 +26,15 @@ _ABOUT_NOISE = (
   '<p class="dim">A sentence may be in several classes; the rules are '
   'in mt/evaluate/noise.py.</p>'
 )
+_ABOUT_BOOTSTRAP = (
+  '<p class="dim">Paired bootstrap. ± is half of the 95 % interval, p how '
+  'likely chance alone makes such a difference.</p>'
+)
 _STYLE = pathlib.Path(__file__).with_suffix('.css').read_text('utf-8')
 
 
 def write(workdir: pathlib.Path) -> None:
-  """Writes report.html of what a run has left so far.
-
-  Raises:
-    errors.UserError: no run there, a damaged file, or no place to write.
-  """
+  """Writes report.html of what a run has left so far."""
   files.write(workdir / 'report.html', page(workdir))
 
 
@@ -76,13 +76,8 @@ def page(workdir: pathlib.Path) -> str:
 
 
 def _head(name, config, last, done) -> str:
-  title = ', '.join(
-    (
-      config['weights']['source'],
-      config['data']['pair'],
-      config['train']['parts'],
-    )
-  )
+  title = config['weights']['source'], config['data']['pair']
+  title = ', '.join((*title, config['train']['parts']))
   state = 'done' if done else 'running: scores come at the end'
   return (
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -99,7 +94,7 @@ def _head(name, config, last, done) -> str:
 def _config(config) -> str:
   was = json.loads(json.dumps(default.get_config().to_dict()))
   rows = [
-    (f'<code>{_text(knob)}</code>', _code(now), _code(old))
+    (_code(knob), _code(now), _code(old))
     for knob, old, now in run_folder.differences(was, config)
   ]
   if not rows:
@@ -137,18 +132,10 @@ def _scores(both) -> str:
     before, after = both['before'][key], both['after'][key]
     cells = f'{before:.2f}', f'{after:.2f}', sentences.change(before, after)
     rows.append((f'<b>{name}</b>', *cells))
-  head = (
-    f'{both["after"]["sentences"]:,} sentences',
-    'before',
-    f'after{_of_step(both["after"])}',
-    'change',
-  )
-  return _table(head, rows, (1, 2, 3))
-
-
-def _of_step(scores) -> str:
-  """Runs of old have no step in their scores."""
-  return f', step {scores["step"]:,}' if 'step' in scores else ''
+  size, after = f'{both["after"]["sentences"]:,} sentences', 'after'
+  if 'step' in both['after']:  # Runs of old have none.
+    after += f', step {both["after"]["step"]:,}'
+  return _table((size, 'before', after, 'change'), rows, (1, 2, 3))
 
 
 def _signatures(scores) -> str:
@@ -170,7 +157,7 @@ def _grid(parts) -> str:
 def _read_curves(path):
   """Points (step, number) of each curve in metrics.jsonl; the last step."""
   curves, last = {key: [] for key in _CURVES}, 0
-  for line in journal.read_metrics(path, most=5000):
+  for line in journal.read_metrics(path):
     last = max(last, line['step'])
     for key, points in curves.items():
       if isinstance(line.get(key), int | float):
@@ -182,14 +169,16 @@ def _curves(curves, scores, last) -> str:
   loss = [('training', curves['loss']), ('validation', curves['valid_loss'])]
   if minitrain := curves['minitrain_loss']:
     loss.append(('minitrain: memorised?', minitrain))
-
-  def at(both, when):  # Runs of old have no step in their scores.
-    return both[when].get('step', {'before': 0, 'after': last}[when])
-
   chrf = [('validation', curves['valid_chrf'])]
-  if not chrf[0][1]:
+  if not curves['valid_chrf']:
     chrf = [
-      (split, [(at(both, when), both[when]['chrf']) for when in both])
+      (
+        split,
+        [
+          (0, both['before']['chrf']),
+          (both['after'].get('step', last), both['after']['chrf']),
+        ],
+      )
       for split, both in scores.items()
     ]
   speed = [('target tokens per second', curves['targets_per_s'])]
@@ -213,24 +202,21 @@ def _curves(curves, scores, last) -> str:
 
 def _noise(before, after) -> str:
   """`before` may be None."""
+  head = ['class', 'sentences', 'before', 'after', 'change']
+  if before is None:
+    head = ['class', 'sentences', 'chrF']
   rows = []
   for name in (*noise.CLASSES, scores_lib.NO_CLASS):
     row = after.get(name)
-    if row is None:
-      cells = '–', *[''] * (2 * bool(before)), 'no rule'
-    elif not row['sentences']:
-      cells = '0', *[''] * (2 * bool(before)), 'no sentence'
+    if row and row['sentences']:
+      ends = [both[name]['chrf'] for both in (before, after) if both]
+      cells = [f'{row["sentences"]:,}', *(f'{chrf:.2f}' for chrf in ends)]
+      if before:
+        cells.append(sentences.change(*ends))
     else:
-      cells = [f'{row["sentences"]:,}']
-      if before:
-        cells += [f'{before[name]["chrf"]:.2f}']
-      cells += [f'{row["chrf"]:.2f}']
-      if before:
-        cells += [sentences.change(before[name]['chrf'], row['chrf'])]
+      cells = ['0', 'no sentence'] if row else ['–', 'no rule']
+      cells[1:1] = [''] * (len(head) - 3)
     rows.append((_text(name), *cells))
-  head = ['class', 'sentences', 'before', 'after', 'change']
-  if not before:
-    head = ['class', 'sentences', 'chrF']
   return _table(head, rows, range(1, len(head)))
 
 
@@ -244,24 +230,19 @@ def _evaluation(split, result) -> str:
     ('chrF by noise', _noise(None, result['noise'])),
   ]
   if 'against' in result:
-    other = result['against']
-    rows = [
-      (
-        f'<b>{name}</b>',
-        f'{row["baseline"]:.2f} ±{row["baseline_interval"]:.2f}',
-        f'{row["score"]:.2f} ±{row["interval"]:.2f}',
-        sentences.change(row['baseline'], row['score']),
-        f'{row["p"]:.3f}',
-      )
-      for key, name in _METRICS.items()
-      for row in [other['scores'][key]]
-    ]
-    note = (
-      '<p class="dim">Paired bootstrap. ± is half of the 95 % interval, p how '
-      'likely chance alone makes such a difference.</p>'
-    )
-    table = _table(('', 'there', 'here', 'change', 'p'), rows, range(1, 5))
-    title = f'against {other["workdir"]}, step {other["step"]:,}'
-    parts.append((title, note + table))
+    parts.append(_against(result['against']))
   title = f'Evaluation: {_text(split)}, step {result["step"]:,}'
   return f'<h2>{title}</h2>{_grid(parts)}'
+
+
+def _against(other) -> tuple[str, str]:
+  rows = []
+  for key, name in _METRICS.items():
+    row = other['scores'][key]
+    there = f'{row["baseline"]:.2f} ±{row["baseline_interval"]:.2f}'
+    here = f'{row["score"]:.2f} ±{row["interval"]:.2f}'
+    change = sentences.change(row['baseline'], row['score'])
+    rows.append((f'<b>{name}</b>', there, here, change, f'{row["p"]:.3f}'))
+  table = _table(('', 'there', 'here', 'change', 'p'), rows, range(1, 5))
+  title = f'against {other["workdir"]}, step {other["step"]:,}'
+  return title, _ABOUT_BOOTSTRAP + table

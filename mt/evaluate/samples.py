@@ -24,15 +24,13 @@ def samples(
     [len(sources)] * 3, [len(references), len(before), len(after)]
   )
   chosen = np.unique(np.linspace(0, len(sources) - 1, number).astype(int))
-  out = []
-  for i in chosen.tolist():
-    out.append(
-      f'source     {sources[i]}\n'
-      f'reference  {references[i]}\n'
-      f'before     {before[i]}\n'
-      f'after      {after[i]}\n'
-    )
-  return '\n'.join(out)
+  return '\n'.join(
+    f'source     {sources[i]}\n'
+    f'reference  {references[i]}\n'
+    f'before     {before[i]}\n'
+    f'after      {after[i]}\n'
+    for i in chosen.tolist()
+  )
 
 
 def show_texts(

@@ -27,9 +27,7 @@ def score(
 ) -> dict[str, Any]:
   """BLEU (tokenisers 13a and intl) and chrF2, 0 to 100, with signatures.
 
-  Args:
-    hypotheses: detokenised translations.
-    references: one for each.
+  Texts are detokenised; there is one reference for each hypothesis.
   """
   chex.assert_equal(len(hypotheses), len(references))
   out = {'sentences': len(references)}
@@ -49,9 +47,7 @@ def by_noise(
   """chrF2 of the sentences of each class of noise, see mt/evaluate/noise.py.
 
   Args:
-    sources: what was translated; its classes count.
-    hypotheses: a translation of each.
-    references: one for each.
+    sources, hypotheses, references: of each pair; the source's classes count.
     language: of the sources. A class without a rule for it is left out.
 
   Returns:
@@ -79,9 +75,7 @@ def compare(
   """Paired bootstrap resampling (Koehn 2004, W04-3250), as sacreBLEU does it.
 
   Args:
-    baseline: translations to compare with.
-    hypotheses: of the same sentences.
-    references: one for each.
+    baseline, hypotheses, references: of each sentence.
 
   Returns:
     metric -> `baseline` and `score`, half the width of the 95 % intervals of

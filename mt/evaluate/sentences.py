@@ -32,25 +32,21 @@ def tables(
 ) -> str:
   """Sentences spread over a split, and those that lost most, as HTML.
 
-  Args:
-    sources, references, before, after: of each pair.
-    source_language, target_language: codes, such as en.
+  The languages are codes, such as en.
   """
   chex.assert_equal(
     [len(sources)] * 3, [len(references), len(before), len(after)]
   )
-  texts = sources, references, before, after
+  texts = list(zip(sources, references, before, after, strict=True))
   metric = sacrebleu.CHRF()
   ends = [
-    [metric.sentence_score(made, [reference]).score for made in column]
-    for reference, *column in zip(references, before, after, strict=True)
+    [metric.sentence_score(text, [reference]).score for text in made]
+    for _, reference, *made in texts
   ]
   languages, total = (source_language, target_language), len(ends)
   spread = np.unique(np.linspace(0, total - 1, _SPREAD).astype(int)).tolist()
   gains = [after - before for before, after in ends]
-  lost = sorted(
-    (i for i in range(total) if gains[i] < 0), key=gains.__getitem__
-  )
+  lost = [i for i in np.argsort(gains, kind='stable').tolist() if gains[i] < 0]
   out = [
     '<p class="dim">Words that the reference has not at that place are '
     '<mark>marked</mark>; <span class="gap">‸</span> stands where it has words '
@@ -60,9 +56,7 @@ def tables(
     (f'{len(spread):,} of {total:,}, evenly spread', spread),
     ('Those that lost most', lost[:_LOST]),
   ):
-    rows = [
-      _sentence(i, [t[i] for t in texts], ends[i], *languages) for i in chosen
-    ]
+    rows = [_sentence(i, texts[i], ends[i], *languages) for i in chosen]
     if rows:
       head = ''.join(f'<th>{n}</th>' for n in COLUMNS)
       out.append(
@@ -75,27 +69,20 @@ def tables(
 def _sentence(number, texts, ends, source_language, target_language) -> str:
   source, reference, before, after = texts
   tags = [f'{number + 1}', *noise.classes(source, source_language.lower())]
-  tags = ''.join(f'<span class="tag">{_text(tag)}</span>' for tag in tags)
+  tags = ''.join(f'<span class="tag">{tag}</span>' for tag in tags)
+  first, last = f'{ends[0]:.1f}', f'{ends[1]:.1f} ({change(*ends)})'
   cells = (
-    ('source', source_language, _text(source), tags),
-    ('reference', target_language, _text(reference), ''),
-    ('before', target_language, marked(reference, before), f'{ends[0]:.1f}'),
-    (
-      'after',
-      target_language,
-      marked(reference, after),
-      f'{ends[1]:.1f} ({change(*ends)})',
-    ),
+    ('source', source_language, html.escape(source), tags),
+    ('reference', target_language, html.escape(reference), ''),
+    ('before', target_language, marked(reference, before), first),
+    ('after', target_language, marked(reference, after), last),
   )
-  return (
-    '<tr>'
-    + ''.join(
-      f'<td data-name="{name}"><p lang="{_text(code)}" dir="auto">{text}</p>'
-      f'<small>{note}</small></td>'
-      for name, code, text, note in cells
-    )
-    + '</tr>'
+  row = ''.join(
+    f'<td data-name="{name}"><p lang="{html.escape(code)}" dir="auto">{text}'
+    f'</p><small>{note}</small></td>'
+    for name, code, text, note in cells
   )
+  return f'<tr>{row}</tr>'
 
 
 def marked(reference: str, text: str) -> str:
@@ -118,18 +105,14 @@ def marked(reference: str, text: str) -> str:
       out.append('<span class="gap">‸</span>')
       continue
     start, stop = words[first].start(), words[end - 1].end()
-    part = _text(text[start:stop])
-    out.append(_text(text[at:start]))
+    part = html.escape(text[start:stop])
+    out.append(html.escape(text[at:start]))
     out.append(part if kind == 'equal' else f'<mark>{part}</mark>')
     at = stop
-  return ''.join([*out, _text(text[at:])])
+  return ''.join([*out, html.escape(text[at:])])
 
 
 def change(before: float, after: float) -> str:
   """A difference of scores, coloured, as HTML."""
   kind = 'up' if after > before else 'down' if after < before else 'dim'
   return f'<span class="{kind}">{after - before:+.2f}</span>'
-
-
-def _text(value) -> str:
-  return html.escape(str(value))

@@ -3,28 +3,16 @@
 import pathlib
 import subprocess
 import sys
-import types
 
 import pytest
 
 from configs import default
-from mt.base import cli
 
 ROOT = pathlib.Path(__file__).parents[2]
-STUB = [
-  types.SimpleNamespace(path='seed', default=0, doc='Of the order.'),
-  types.SimpleNamespace(
-    path='data.columns', default=(), doc='Where texts stand:\n' + 'word ' * 40
-  ),
-]
-
 # All commands in one process: loading what they need takes seconds.
 _HELP = """
-import runpy, sys, types
+import runpy, sys
 from absl import flags
-from configs import default
-knob = types.SimpleNamespace(path='seed', default=0, doc='Of the order.')
-default.KNOBS = getattr(default, 'KNOBS', [knob])
 for name in ('mt.translate', 'mt.evaluate', 'mt.export', 'mt.data', 'train'):
   sys.argv = [name, '--help']
   print('command', name)
@@ -61,20 +49,12 @@ def test_each_command_lists_its_own_flags():
       assert f'\n  --{flag}' in text, (name, flag)
     assert 'verbosity' not in text and 'log_dir' not in text
     assert max(map(len, text.split('\n'))) <= 100
-    assert ('--config.seed=0' in text) == (name in ('mt.data', 'train'))
-
-
-def test_help_lists_each_knob_with_its_comment(monkeypatch):
-  monkeypatch.setattr(default, 'KNOBS', STUB, raising=False)
-  lines = cli.help_of_knobs().split('\n')
-  assert lines[:4] == [
-    '  --config.seed=0',
-    '      Of the order.',
-    '',
-    '  --config.data.columns=()',
-  ]
-  assert lines[4].startswith('      Where texts stand: word word')
-  assert len(lines) > 6 and max(map(len, lines)) <= 80
+    knobs = default.KNOBS if name in ('mt.data', 'train') else ()
+    assert text.count('\n  --config.') == len(knobs)
+    words = ' '.join(text.split())
+    for knob in knobs:
+      assert f' --config.{knob.path}' in words
+      assert ' '.join(knob.doc.split()) in words
 
 
 _MAIN = """
@@ -88,9 +68,9 @@ cli.run(main)
 """
 
 
-def _end(error, *flags):
+def _end(error, *flags, program=_MAIN):
   return subprocess.run(
-    [sys.executable, '-c', _MAIN.format(error=error), *flags],
+    [sys.executable, '-c', program.format(error=error), *flags],
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -114,10 +94,26 @@ def test_a_bug_keeps_its_traceback():
   assert 'AttributeError' in done.stderr.splitlines()[-1]
 
 
+_CONFIG = """
+from mt.base import cli
+cli.define_config()
+cli.run(lambda _: cli.read_config())
+"""
+
+
 @pytest.mark.parametrize(
-  'flag, code, word', [('--no_such=1', 1, 'no_such'), ('word', 2, "'word'")]
+  'flag, code, words',
+  [
+    ('--no_such=1', 1, 'no_such'),
+    ('word', 2, "'word'"),
+    ('--config=none.py', 2, '--config=none.py: no such file'),
+    ('--config.seed=x', 1, '--config.seed=x: invalid'),
+    # With the nearest knob.
+    ('--config.optim.learning_rat=1', 2, 'did you mean optim.learning_rate?'),
+    ('--config.max_steps=1', 2, 'did you mean train.max_steps?'),
+  ],
 )
-def test_what_is_no_flag_is_refused(flag, code, word):
-  done = _end('UserError', flag)
+def test_flags_are_refused_in_one_line(flag, code, words):
+  done = _end('', flag, program=_CONFIG)
   assert done.returncode == code and done.stdout == ''
-  assert done.stderr.count('\n') == 1 and word in done.stderr
+  assert done.stderr.count('\n') == 1 and words in done.stderr

@@ -31,11 +31,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
   with files.new_file(path) as f:
     f.write(b'old')
     assert not path.exists()
-  with pytest.raises(ZeroDivisionError), files.new_file(path, 'w') as f:
-    f.write(str(1 / 0))
+  with pytest.raises(ZeroDivisionError), files.new_file(path) as f:
+    f.write(1 / 0)
   assert path.read_text() == 'old'
-  with files.new_file(path, 'w') as f:
-    f.write('é')
+  files.write(path, 'é')
   assert path.read_bytes() == 'é'.encode()
   assert [p.name for p in path.parent.iterdir()] == ['x']
 

@@ -1,4 +1,3 @@
-import itertools
 import json
 
 import pytest
@@ -19,24 +18,6 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
   assert lines[0]['loss'] == 1 / 3  # To the last bit.
   journal.cut_metrics(path, -1)
   assert path.read_text() == ''
-
-
-def test_of_a_long_run_some_lines_and_all_validations(tmp_path):
-  path = tmp_path / 'metrics.jsonl'
-  assert list(journal.read_metrics(path, most=10)) == []
-  for step in range(1, 101):
-    journal.add_metrics(path, {'step': step, 'loss': 1.0})
-    if step % 33 == 0:
-      journal.add_metrics(path, {'step': step, 'valid_loss': 2.0})
-  whole = list(journal.read_metrics(path))
-  assert list(journal.read_metrics(path, most=103)) == whole
-  some = list(journal.read_metrics(path, most=10))
-  assert some[-1] == whole[-1]
-  valid = [x for x in some if 'valid_loss' in x]
-  assert [x['step'] for x in valid] == [33, 66, 99]
-  steps = [x['step'] for x in some if 'loss' in x]
-  assert 8 <= len(steps) <= 10
-  assert max(b - a for a, b in itertools.pairwise(steps)) <= 11
 
 
 def test_metrics_that_cannot_be_written(tmp_path):

@@ -1,6 +1,5 @@
 """Two real processes on one machine: one run, whoever starts or dies."""
 
-import json
 import os
 import pathlib
 import re
@@ -14,150 +13,153 @@ import numpy as np
 import pytest
 
 from mt.base import processes
-from mt.train import manifest
+from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
+from tests.runs import folders
+from tests.runs import small
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def _start(workdir, processes, *flags):
-  """Processes of one run, each with two devices."""
+def _address():
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{s.getsockname()[1]}'
-  started = []
-  for i in range(processes):
-    of_several = [f'--coordinator={address}', f'--processes={processes}']
-    command = [
-      sys.executable,
-      str(ROOT / 'train.py'),
-      f'--config={ROOT}/configs/debug.py',
-      f'--workdir={workdir}',
-      *(of_several + [f'--process={i}'] if processes > 1 else []),
-      '--config.data.length=128',
-      '--config.eval.translate_pairs=2',
-      '--config.eval.loss_pairs=4',
-      '--config.eval.every=2',
-      '--config.eval.translate_every=2',
-      '--config.checkpoint.every=2',
-      '--config.decode.max_ratio=0.1',
-      *flags,
-    ]
-    flags_of_xla = '--xla_force_host_platform_device_count=2'
-    started.append(
-      subprocess.Popen(
-        command,
-        env=os.environ | {'XLA_FLAGS': flags_of_xla},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
+    return f'127.0.0.1:{s.getsockname()[1]}'
+
+
+def _start(*commands):
+  """Processes of Python, each with two devices, as quick_compilation is."""
+  env = os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+  env['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
+  return [
+    subprocess.Popen(
+      [sys.executable, *command],
+      cwd=ROOT,
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
     )
-  return started
+    for command in commands
+  ]
 
 
-def _run(workdir, processes, *flags):
-  started = _start(workdir, processes, *flags)
-  outs = [p.communicate(timeout=600) for p in started]
-  for p, (_, err) in zip(started, outs, strict=True):
-    assert p.returncode == 0, err
-  return [out for out, _ in outs]
+def _config(steps):
+  config = small.get_config()
+  config.train.max_steps, config.train.batch_size = steps, 4
+  config.eval.every = config.eval.translate_every = config.checkpoint.every = 1
+  config.eval.translate_pairs, config.eval.minitrain_pairs = 2, 4
+  return config
+
+
+_PROCESS = """
+import sys
+from mt.base import processes
+address, workdir, i = *sys.argv[1:3], int(sys.argv[3])
+processes.start(address, 2, i)
+print('got', processes.broadcast_from_first(1 / 3 + i),
+      processes.agree(i == 0), processes.agree(i == 1),
+      *(int(processes.largest(x)) for x in (3 + i, 9 - i, 0)))
+from mt.train import run
+from tests.base import test_processes
+config = test_processes._config(2)
+config.mesh.fsdp, config.mesh.data = 2, -1
+run.run(config, workdir)
+"""
+
+
+def _two_processes(workdir):
+  address = _address()
+  started = _start(
+    *(['-c', _PROCESS, address, str(workdir), str(i)] for i in range(2))
+  )
+  ended = [p.communicate(timeout=600) for p in started]
+  assert [p.returncode for p in started] == [0, 0], ended
+  return [out for out, _ in ended]
 
 
 def _numbers(workdir, *kinds):
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  lines = [json.loads(x) for x in lines]
   return {
-    (x['step'], kind): x[kind] for x in lines for kind in kinds if kind in x
+    (line['step'], kind): line[kind]
+    for line in folders.metrics(workdir)
+    for kind in kinds
+    if kind in line
   }
 
 
-def test_two_processes_are_one_run(tmp_path):
+def test_two_processes_are_one_run(quick_compilation, tmp_path, capsys):
   """From one to two, and from two to one, in the middle of a run."""
-  one, two = ('--config.mesh.data=1',), ('--config.mesh.fsdp=2',)
-  steps = '--config.train.max_steps='
   whole, workdir = tmp_path / 'whole', tmp_path / 'changing'
-  _run(whole, 1, *one, steps + '6')
-  _run(workdir, 1, *one, steps + '2')
-  outs = _run(workdir, 2, *two, '--config.mesh.data=-1', steps + '4')
-  assert 'data 2 x fsdp 2' in outs[0] and '2 processes' in outs[0]
+  run_lib.run(_config(3), whole)
+  run_lib.run(_config(1), workdir)
+  first, second = _two_processes(workdir)
+  # A third is no float32; what the other process has does not matter.
+  for out in (first, second):
+    assert f'got {1 / 3} True False 4 9 0' in out
+  assert 'data 2 x fsdp 2' in first and '2 processes' in first
   # Process 0 speaks for both; the other's lines are Gloo's own.
-  assert 'step' in outs[0] and 'step' not in outs[1]
-  assert 'resumed' in outs[0] and 'valid chrf' in outs[0]
-  scored = json.loads((workdir / 'scores.json').read_text())['valid']
+  assert 'step' in first and 'step' not in second
+  assert 'resumed' in first and 'valid chrf' in first
   curve = _numbers(workdir, 'valid_chrf')
   chosen = max((chrf, at) for (at, _), chrf in curve.items() if at)[1]
-  assert scored['after']['step'] == chosen
-  assert f'best: step {chosen} of 4' in outs[0] and 'best' not in outs[1]
-  assert 'resumed' in _run(workdir, 1, *one, steps + '6')[0]
+  assert folders.scores(workdir)['valid']['after']['step'] == chosen
+  assert f'best: step {chosen} of 2' in first and 'best' not in second
+  capsys.readouterr()
+  run_lib.run(_config(3), workdir)
+  assert 'resumed' in capsys.readouterr().out
   kinds = 'loss', 'valid_loss', 'minitrain_loss'
   want, got = _numbers(whole, *kinds), _numbers(workdir, *kinds)
-  assert len(want) == 6 + 4 + 4 and got.keys() == want.keys()
+  assert len(want) == 3 + 4 + 4 and got.keys() == want.keys()
   for key, value in want.items():
     np.testing.assert_allclose(got[key], value, rtol=1e-5, err_msg=str(key))
 
 
-def test_the_first_process_decides():
-  """A third is no float32, and what the other process has does not matter."""
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{s.getsockname()[1]}'
-  code = (
-    'import sys; from mt.base import processes as d; i = int(sys.argv[1]); '
-    f'd.start({address!r}, 2, i); '
-    'print("got", d.broadcast_from_first(1 / 3 + i), '
-    'd.agree(i == 0), d.agree(i == 1), '
-    '*(int(d.largest(x)) for x in (3 + i, 9 - i, 0)))'
+@pytest.fixture
+def endless(tmp_path):
+  """Two processes of train.py that have taken three steps, and their folder."""
+  shared = (
+    ROOT / 'train.py',
+    f'--config={ROOT}/tests/runs/small.py',
+    f'--workdir={tmp_path}',
+    f'--coordinator={_address()}',
+    '--processes=2',
+    '--config.mesh.data=-1',
+    '--config.train.batch_size=4',
+    '--config.train.max_steps=100000',
+    '--config.eval.every=50000',
+    '--config.checkpoint.every=50000',
   )
-  started = [
-    subprocess.Popen(
-      [sys.executable, '-c', code, str(i)],
-      cwd=ROOT,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  for process in started:
-    out, _ = process.communicate(timeout=300)
-    assert f'got {1 / 3} True False 4 9 0' in out
-
-
-@pytest.mark.parametrize('lost', [pytest.param(0, marks=pytest.mark.heavy), 1])
-def test_if_one_dies_the_other_ends(tmp_path, lost):
-  many = '--config.train.max_steps=100000'
-  started = _start(tmp_path, 2, '--config.mesh.data=-1', many)
+  started = _start(*([*shared, f'--process={i}'] for i in range(2)))
   path = tmp_path / 'metrics.jsonl'
   deadline = time.monotonic() + 300
   while not (path.exists() and '"step": 3,' in path.read_text()):
     assert time.monotonic() < deadline
     assert all(p.poll() is None for p in started), started[0].stderr.read()
     time.sleep(0.05)
+  yield started, tmp_path
+  for process in started:
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize('lost', [pytest.param(0, marks=pytest.mark.heavy), 1])
+def test_if_one_dies_the_other_ends(endless, lost):
+  started, _ = endless
   started[lost].send_signal(signal.SIGKILL)
   _, err = started[1 - lost].communicate(timeout=60)
   assert started[1 - lost].returncode != 0
   assert 'error' in err.lower() or 'terminat' in err.lower()
-  started[lost].communicate()
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize('asked', [0, 1])
-def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path, asked):
-  many = ('--config.mesh.data=-1', '--config.train.max_steps=100000')
-  rare = ('--config.checkpoint.every=50000', '--config.eval.every=50000')
-  started = _start(tmp_path, 2, *many, *rare)
-  path = tmp_path / 'metrics.jsonl'
-  deadline = time.monotonic() + 300
-  while not (path.exists() and '"step": 3,' in path.read_text()):
-    assert time.monotonic() < deadline
-    assert all(p.poll() is None for p in started), started[0].stderr.read()
-    time.sleep(0.05)
+def test_a_signal_to_one_stops_both_at_the_same_step(endless, asked):
+  started, workdir = endless
   started[asked].send_signal(signal.SIGTERM)
   errs = [p.communicate(timeout=120)[1] for p in started]
   assert [p.returncode for p in started] == [143, 143], errs
   steps = {re.search(r'at step (\d+), which is saved', e)[1] for e in errs}
-  saved = manifest.steps(tmp_path / 'checkpoints')
-  assert {int(x) for x in steps} == {saved[-1]}
+  assert {int(x) for x in steps} == {folders.steps(workdir)[-1]}
 
 
 @pytest.mark.parametrize(

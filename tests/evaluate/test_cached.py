@@ -10,15 +10,15 @@ from mt.evaluate import cached
 
 MT = pathlib.Path(__file__).parents[2] / 'mt'
 # Whatever may change a translation.
-CODE = sorted(
-  [
-    MT / 'data' / 'template.py',
-    MT / 'data' / 'tokenizer.py',
-    *MT.glob('gemma/**/*.py'),
-    *MT.glob('translate/**/*.py'),
-    *MT.glob('weights/**/*.py'),
-  ]
-)
+CODE = [
+  'data/template.py',
+  'data/tokenizer.py',
+  *(
+    str(path.relative_to(MT))
+    for room in ('gemma', 'translate', 'weights')
+    for path in sorted((MT / room).rglob('*.py'))
+  ),
+]
 
 
 @pytest.fixture
@@ -27,40 +27,32 @@ def cache(tmp_path, monkeypatch):
   return tmp_path
 
 
-class _Counted:
-  def __init__(self, texts):
-    self.texts, self.calls = texts, 0
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+  """A copy of mt/, to be changed."""
+  ignore = shutil.ignore_patterns('__pycache__')
+  folder = shutil.copytree(MT, tmp_path / 'mt', ignore=ignore)
+  monkeypatch.setattr(cached, '_MT', folder)
+  return folder
 
-  def __call__(self):
-    self.calls += 1
-    return self.texts
+
+def _not_called():
+  raise AssertionError('translated again')
 
 
 def test_a_second_run_does_not_translate_again(cache):
   texts = ['Salut 😀', '', 'a\u2028b "c"', '\u00a0!']
-  make = _Counted(texts)
   key = [{'fingerprint': 1, 'prompt': 'é'}, ['Hi!']]
-  assert cached.cached(key, make) == texts
-  assert cached.cached(key, make) == texts
-  assert make.calls == 1
+  assert cached.cached(key, lambda: texts) == texts
+  assert cached.cached(key, _not_called) == texts
   assert any(p.is_file() for p in cache.rglob('*')), 'kept elsewhere'
 
 
 def test_another_key_is_another_text(cache):
-  make = _Counted(['a'])
-  cached.cached([1, 'x'], make)
-  for n, key in enumerate([[2, 'x'], [1, 'y'], [[1], 'x'], [1, 'x', None]], 2):
-    other = _Counted([str(n)])
-    assert cached.cached(key, other) == [str(n)] and other.calls == 1
-  assert cached.cached([1, 'x'], make) == ['a'] and make.calls == 1
-
-
-@pytest.fixture(scope='module')
-def copy(tmp_path_factory):
-  """A copy of mt/, to be changed."""
-  folder = tmp_path_factory.mktemp('copy') / 'mt'
-  ignore = shutil.ignore_patterns('__pycache__')
-  return shutil.copytree(MT, folder, ignore=ignore)
+  keys = [1, 'x'], [2, 'x'], [1, 'y'], [[1], 'x'], [1, 'x', None]
+  for n, key in enumerate(keys):
+    assert cached.cached(key, lambda n=n: [str(n)]) == [str(n)]
+  assert cached.cached(keys[0], _not_called) == ['0']
 
 
 def _changed(source):
@@ -72,42 +64,31 @@ def _changed(source):
   return source[: found.start()] + number + source[found.end() :]
 
 
-@pytest.mark.parametrize(
-  'file', CODE, ids=[str(f.relative_to(MT)) for f in CODE]
-)
-def test_changed_code_translates_anew(cache, monkeypatch, copy, file):
-  monkeypatch.setattr(cached, '_MT', copy)
-  assert cached.cached('key', _Counted(['old'])) == ['old']
-  path = copy / file.relative_to(MT)
-  source = path.read_text('utf-8')
-  assert _changed(source) != source
-  path.write_text(_changed(source), 'utf-8')
-  try:
-    assert cached.cached('key', _Counted(['new'])) == ['new']
-  finally:
-    path.write_text(source, 'utf-8')
-  assert cached.cached('key', _Counted(['again'])) == ['old']
+def test_changed_code_translates_anew(cache, copy):
+  assert cached.cached('key', lambda: ['old']) == ['old']
+  for file in CODE:
+    source = (copy / file).read_text('utf-8')
+    (copy / file).write_text(_changed(source), 'utf-8')
+    assert cached.cached('key', lambda f=file: [f]) == [file]
+    (copy / file).write_text(source, 'utf-8')
+  assert cached.cached('key', _not_called) == ['old']
 
 
-def test_other_code_and_another_place_change_nothing(monkeypatch, copy):
+def test_other_code_and_another_place_change_nothing(copy, monkeypatch):
   """A clone elsewhere, or a fork of the training loop, has the same key."""
-  here = cached.code_digest()
-  monkeypatch.setattr(cached, '_MT', copy)
-  assert cached.code_digest() == here
+  there = cached.code_digest()
   (copy / 'train' / 'new.py').write_text('X = 1')
-  assert cached.code_digest() == here
+  assert cached.code_digest() == there
   (copy / 'gemma' / 'new.py').write_text('X = 1')
-  assert cached.code_digest() != here
-  (copy / 'gemma' / 'new.py').unlink()
+  assert cached.code_digest() != there
+  monkeypatch.undo()
+  assert cached.code_digest() == there
 
 
 def test_a_failure_is_not_remembered(cache):
-  def fail():
-    raise KeyboardInterrupt
-
-  with pytest.raises(KeyboardInterrupt):
-    cached.cached('key', fail)
-  assert cached.cached('key', _Counted(['a'])) == ['a']
+  with pytest.raises(AssertionError):
+    cached.cached('key', _not_called)
+  assert cached.cached('key', lambda: ['a']) == ['a']
 
 
 def test_a_damaged_file_is_made_again(cache):
@@ -115,4 +96,4 @@ def test_a_damaged_file_is_made_again(cache):
   (path,) = (p for p in cache.rglob('*') if p.is_file())
   path.write_text('["a')
   assert cached.cached('key', lambda: ['b']) == ['b']
-  assert cached.cached('key', lambda: ['c']) == ['b']
+  assert cached.cached('key', _not_called) == ['b']

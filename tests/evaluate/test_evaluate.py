@@ -15,6 +15,7 @@ from mt.evaluate import __main__ as evaluate
 from mt.evaluate import scores
 from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
+from tests.runs import small
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -22,17 +23,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
   """A run that has scored valid and test."""
-  config = debug.get_config()
-  config.data.length = 128
-  config.train.max_steps = 2
-  config.train.batch_size = 2
-  config.eval.every = 2
-  config.eval.loss_pairs = 4
-  config.eval.translate_every = config.eval.chrf_pairs = 0
-  config.eval.patience = 0
-  config.eval.translate_pairs = 3
+  config = small.get_config()
+  config.train.max_steps = config.eval.every = 2
   config.eval.test = True
-  config.decode.max_ratio = 0.1
   folder = tmp_path_factory.mktemp('run') / 'finished'
   run_lib.run(config, folder)
   return folder

@@ -466,23 +466,11 @@ def test_what_is_compared_by_chrf_stays_the_same(debug_config, tmp_path):
   again(eval_chrf_pairs=1, decode_beam=2)
 
 
-def _with_old_knobs(folder, **knobs):
-  path = folder / 'config.json'
-  config = json.loads(path.read_text())
-  config['data'] |= {'workers': 2, 'max_wait': 9.0, 'buckets': []}
-  config['eval']['minitrain_pairs'] = 0
-  config['data'] |= knobs
-  path.write_text(json.dumps(config))
-
-
 def test_knobs_that_are_no_more_are_passed_over(debug_config, tmp_path):
   _started(tmp_path, debug_config)
-  _with_old_knobs(tmp_path)
-  # 0 meant none in those days.
+  path = tmp_path / 'config.json'
+  config = json.loads(path.read_text())
+  config['data'] |= {'workers': 2, 'max_wait': 9.0}
+  path.write_text(json.dumps(config))
   assert run_folder.read_config(tmp_path) == debug_config
   run_folder.claim(tmp_path, debug_config)
-  _with_old_knobs(tmp_path, buckets=[32, 64])
-  assert run_folder.read_config(tmp_path) == debug_config
-  refusal(
-    lambda: run_folder.claim(tmp_path, debug_config), tmp_path, '(32, 64)'
-  )
