@@ -142,7 +142,8 @@ def endless(tmp_path):
     process.communicate()
 
 
-@pytest.mark.parametrize('lost', [pytest.param(0, marks=pytest.mark.heavy), 1])
+@pytest.mark.heavy
+@pytest.mark.parametrize('lost', [0, 1])
 def test_if_one_dies_the_other_ends(endless, lost):
   started, _ = endless
   started[lost].send_signal(signal.SIGKILL)
