@@ -234,7 +234,7 @@ def test_nothing_is_overwritten(tmp_path, run, what):
     (out / 'precious').write_text('')
   else:
     out.symlink_to(tmp_path / 'elsewhere')
-  refusal(lambda: export.to_hf(run, out, 'float32', base=True), out, '--out')
+  refusal(lambda: export.to_hf(run, out, 'float32', base=True), out, 'new')
   assert sorted(p.name for p in tmp_path.iterdir()) == ['out']
 
 
@@ -252,7 +252,7 @@ def test_what_fails_in_the_middle_leaves_nothing(
     path.write_text('half')
     raise error(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-  monkeypatch.setattr(export.weights_hf.hf_config, 'write', fail)
+  monkeypatch.setattr(export.hf.hf_config, 'write', fail)
   out = tmp_path / 'new' / 'out'
   if error is OSError:
     refusal(
