@@ -242,7 +242,7 @@ def test_no_checkpoint_is_the_best(plain, tmp_path):
     lambda: evaluate.evaluate(folder, 'valid', which='best'),
     lambda: export.to_hf(folder, tmp_path / 'x', 'float32', False, 'best'),
   ):
-    refusal(call, folder, 'eval.translate_every=0', 'last or one of 4, 6')
+    refusal(call, folder, 'eval.translate_every', 'last or one of 4, 6')
   refusal(lambda: checkpoint.find_step(folder, 'bst'), "'bst'", 'best')
 
 
