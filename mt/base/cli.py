@@ -47,7 +47,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except (errors.UserError, errors.Interrupted) as e:
       _leave(e, e.code)
     except KeyboardInterrupt as e:
-      _leave(e, 130, 'interrupted; a run goes on from its last checkpoint')
+      _leave(e, 130, 'interrupted; of a run, the last checkpoint stands')
 
   app.run(guarded, flags_parser=_parse_flags)
 
@@ -60,7 +60,8 @@ def _terminated(number, _frame):
 
 def _leave(e, code, message=''):
   sys.stdout.flush()
-  if '--traceback' in sys.argv:
+  parsed = flags.FLAGS.is_parsed()
+  if flags.FLAGS.traceback if parsed else '--traceback' in sys.argv:
     traceback.print_exception(e)
   print(f'error: {message or e}', file=sys.stderr, flush=True)
   if isinstance(e, errors.ExitNow):
