@@ -101,6 +101,10 @@ def _parse_flags(argv):
     _leave(e, 1, ' '.join(str(e).split()))
   except (AttributeError, KeyError, TypeError, ValueError, OSError) as e:
     # ml_collections raises these out of --config and --config.knob=value.
+    if any(
+      f.name == 'get_config' for f in traceback.extract_tb(e.__traceback__)
+    ):
+      raise  # A bug in the config file, whose line is to be seen.
     _leave(e, errors.UserError.code, f'--config: {" ".join(str(e).split())}')
 
 

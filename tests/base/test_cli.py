@@ -117,3 +117,16 @@ def test_flags_are_refused_in_one_line(flag, code, words):
   done = _end('', flag, program=_CONFIG)
   assert done.returncode == code and done.stdout == ''
   assert done.stderr.count('\n') == 1 and words in done.stderr
+
+
+def test_a_bug_in_a_config_file_shows_its_line(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+    'from configs import default\n'
+    'def get_config():\n'
+    '  c = default.get_config()\n'
+    '  c.data.lenght = 5\n'
+  )
+  done = _end('', f'--config={path}', program=_CONFIG)
+  assert done.returncode == 1
+  assert f'"{path}", line 4' in done.stderr and '"length"' in done.stderr
