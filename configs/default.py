@@ -14,6 +14,7 @@ from configs.knobs import LANGUAGES
 from configs.knobs import POSITIVE
 from configs.knobs import PROMPT
 from configs.knobs import TEXT
+from configs.knobs import Rule
 from configs.knobs import at_least
 from configs.knobs import between
 from configs.knobs import each
@@ -29,7 +30,8 @@ SIZES = (
   'gemma3_270m', 'gemma3_1b', 'gemma3_4b', 'gemma3_12b', 'gemma3_27b',
   'debug',
 )  # fmt: skip
-REMAT = ('none', 'dots', 'full')
+REMAT = ('none', 'dots', 'narrow', 'full')
+ATTENTION = ('xla', 'tokamax', 'splash')
 OPTIMIZERS = ('adamw', 'adafactor', 'sgd')
 SCHEDULES = ('constant', 'linear', 'cosine')
 
@@ -179,8 +181,12 @@ KNOBS = (
     """),
   knob('train.remat', 'none', one_of(*REMAT), """
     What the backward pass recomputes: `none`; all but the products with
-    weights (`dots`), which takes little time; or each layer (`full`), which
-    takes a third more and leaves [N, B, L, D] in memory.
+    weights (`dots`); each layer but the product that ends it (`narrow`), for
+    two [N, B, L, D] in memory; or each layer (`full`), for one.
+    """, 'free'),
+  knob('train.attention', 'xla', one_of(*ATTENTION), """
+    Its implementation: plain products (`xla`), or a fused kernel for NVIDIA
+    GPUs (`tokamax`) or TPUs (`splash`).
     """, 'free'),
   knob('train.loss_chunk', 576, at_least(1), """
     Most target tokens that the loss takes at once: few for the cache of a CPU,
@@ -188,9 +194,12 @@ KNOBS = (
     model is wide, a trained embedding takes loss_chunk * vocabulary numbers of
     memory.
     """, 'free'),
-  knob('train.loss_tile', 2048, at_least(1), """
-    Most rows of the vocabulary in one product of the loss: few for the cache of
-    a CPU, many for a GPU or TPU.
+  knob('train.loss_tile', 2048, Rule(
+    lambda v: v == -1 or v >= 1, '1 or more, or -1 for the whole vocabulary'
+  ), """
+    Most rows of the vocabulary in one product of the loss: few, for the cache
+    of a CPU, or -1 for all at once, on a GPU or TPU; the logits are in
+    train.dtype then.
     """, 'free'),
   knob('train.label_smoothing', 0.0, fraction(), """
     Share of each label that is spread over the vocabulary, against a model that
