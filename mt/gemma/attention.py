@@ -178,10 +178,12 @@ def causal_attend(
   chex.assert_shape([k, v], dims['BLKA'])
   chex.assert_shape(first, dims['BL'])
   block, place = max(_BLOCK, -(-dims.L // _MOST_BLOCKS)), jnp.arange(dims.L)
-  out = []
-  for at in range(0, dims.L, block):
-    end = min(at + block, dims.L)
-    mask = place[:end] >= first[:, at:end, None]
-    mask &= place[:end] <= place[at:end, None]
-    out.append(attend(cfg, q[:, at:end], k[:, :end], v[:, :end], mask))
-  return jnp.concatenate(out, axis=1)
+  mask = (place >= first[..., None]) & (place <= place[:, None])
+  return jnp.concatenate(
+    [
+      attend(cfg, q[:, at:end], k[:, :end], v[:, :end], mask[:, at:end, :end])
+      for at in range(0, dims.L, block)
+      for end in [min(at + block, dims.L)]
+    ],
+    axis=1,
+  )

@@ -63,7 +63,7 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
   return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=True)
+@_from_arguments
 def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
   """gelu(gate) * up, the tanh form of GELU (arXiv 1606.08415, 2002.05202)."""
   chex.assert_equal_shape([gate, up])

@@ -203,19 +203,25 @@ def make_train_step(
     grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(nll) & jnp.isfinite(grad_norm)
 
-    clipped = optimizer_lib.clip(grads, grad_norm, config.optim.clip_norm)
-    updates, opt_state = optimizer.update(
-      clipped, state.opt_state, state.trained
-    )
-    trained = optax.apply_updates(state.trained, updates)
-    ema = {
-      k: decay * v + (1 - decay) * trained[k] for k, v in state.ema.items()
-    }
-    # Not a `cond`: an accelerator would copy all that its branches may change.
-    trained, opt_state, ema = jax.tree.map(
-      lambda new, old: jnp.where(good, new, old),
-      (trained, opt_state, ema),
-      (state.trained, state.opt_state, state.ema),
+    def update(trained, opt_state, ema):
+      clipped = optimizer_lib.clip(grads, grad_norm, config.optim.clip_norm)
+      updates, opt_state = optimizer.update(clipped, opt_state, trained)
+      trained = optax.apply_updates(trained, updates)
+      ema = {k: decay * v + (1 - decay) * trained[k] for k, v in ema.items()}
+      return trained, opt_state, ema
+
+    def keep(trained, opt_state, ema):
+      return trained, opt_state, ema
+
+    def select(*old):
+      return jax.tree.map(lambda n, o: jnp.where(good, n, o), update(*old), old)
+
+    # An accelerator would copy all that a cond's branches may change; a CPU
+    # would keep two of each array for a where.
+    trained, opt_state, ema = lax.platform_dependent(
+      *(state.trained, state.opt_state, state.ema),
+      cpu=lambda *old: lax.cond(good, update, keep, *old),
+      default=select,
     )
     new = dataclasses.replace(
       state,
