@@ -116,7 +116,7 @@ def test_splash_is_xla(kv_heads, window, monkeypatch):
 
 @pytest.mark.parametrize(('length', 'share'), [(256, 3 / 4), (512, 5 / 8)])
 def test_keys_ahead_of_a_block_cost_nothing(length, share):
-  cfg, args, mask, segments = _case(1, length)
+  cfg, args, mask, segments = _case(1, length, head_dim=32)
   first = attention.first_keys(cfg, segments)[0]
 
   def flops(attend, seen):
