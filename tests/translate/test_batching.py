@@ -65,7 +65,7 @@ def _assert_same(one, other):
 def test_batched_is_alone_and_scored_as_in_training(name):
   settings, done = SETTINGS[name], []
   # A longer cache is for greedy search alone: each is compiled again.
-  prompts = [p for p in MIXED if name == 'greedy' or p.slots <= 128]
+  prompts = [p for p in MIXED if name == 'greedy' or p.slots(1) <= 128]
   out = _decode(settings, prompts, done.append)
   assert done == sorted(done) and done[-1] == len(prompts)
   assert all(len(found) == settings.search.n_best for found in out)
