@@ -216,9 +216,11 @@ def _candidates(state, logits, stop_ids):
   dims, norm = state.dims(), jax.nn.logsumexp(logits, 0)
   dims.k = min(dims.W, len(logits))
   ends = logits[stop_ids]
+  is_end = jnp.zeros(len(logits), bool).at[stop_ids].set(True)
+  others = jnp.where(is_end[:, None], -jnp.inf, logits)
   end_token = stop_ids[jnp.argmax(ends, 0)].reshape(dims['BW'])
   end_gain = (jnp.max(ends, 0) - norm).reshape(dims['BW'])
-  gain, token = top(logits.at[stop_ids].set(-jnp.inf), dims.k)
+  gain, token = top(others, dims.k)
   gain = (gain - norm).T.reshape(dims['BWk'])
   ended = jnp.where(state.live, -jnp.inf, state.logp)
   alive = jnp.where(state.live, state.logp, -jnp.inf)

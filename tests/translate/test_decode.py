@@ -2,12 +2,14 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mt.gemma import attention
+from mt.gemma import lora
 from mt.gemma import model
 from mt.translate import decode
 from mt.translate import search as search_lib
@@ -242,12 +244,22 @@ def test_logits_are_those_of_the_vocabulary():
   np.testing.assert_allclose(got.T, want, rtol=1e-3, atol=1e-4)
 
 
-def test_factors_that_are_not_folded_in_are_refused():
-  """Decoding would go on without them."""
-  params = tiny.stacked()
-  layers = params['layers'] | {'q_lora_a': jnp.zeros((2, 3, 1))}
-  with pytest.raises(ValueError, match='fold'):
-    decode.unstack(params | {'layers': layers})
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+def test_unstack_adds_the_low_rank_products(dtype):
+  """In float32, and before it converts to the dtype."""
+  cfg, key = FAMILIES['gemma3'], jax.random.key(0)
+  parts = lora.partition(cfg, tiny.stacked(), 'lora', rank=4, key=key)
+  factors = {
+    k: 0.3 * jax.random.normal(key, x.shape) for k, x in parts[0].items()
+  }
+  params = lora.merge(factors, parts[1], lora_scale=0.5)
+  got = decode.unstack(params, dtype)
+  want = decode.unstack(lora.fold(params), dtype)
+  assert got['layers'][0].keys() == tiny.stacked()['layers'].keys()
+  chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+  chex.assert_trees_all_close(got, want, rtol=1e-2 if dtype else 1e-5)
+  plain = decode.unstack(tiny.stacked(), dtype)
+  assert not np.allclose(got['layers'][1]['q'], plain['layers'][1]['q'], 0.1)
 
 
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
