@@ -20,6 +20,7 @@ from mt.base import errors
 from mt.base import files
 from mt.base import journal
 from mt.base import run_folder
+from mt.gemma import lora
 from mt.train import checkpoint
 from mt.weights import flax_out
 from mt.weights import hf
@@ -41,7 +42,7 @@ def _load(workdir, base, which):
     _, source = checkpoint.open_source(workdir)
     return source, source.read()
   _, source, params = checkpoint.load_finetuned(workdir, _step(workdir, which))
-  return source, params
+  return source, lora.fold(params)
 
 
 def to_hf(

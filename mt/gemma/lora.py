@@ -10,6 +10,7 @@ import re
 
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from mt.base import errors
@@ -109,6 +110,19 @@ def fold(params: parameters.Params) -> parameters.Params:
     if f'{name}_lora_a' in layers:
       w, a, b = layers[name], layers[f'{name}_lora_a'], layers[f'{name}_lora_b']
       chex.assert_equal_shape_prefix([w, a, b], 1)
-      product = jnp.einsum('nir,nro->nio', a, b)
-      out[name] = (w.astype(jnp.float32) + product).astype(w.dtype)
+      out[name] = _fold_stack(w, a, b)
   return params | {'layers': out}
+
+
+@jax.jit
+def _fold_stack(w, a, b):
+  """A layer at a time: in float32 whole stacks are twice a bfloat16 model."""
+  return lax.map(lambda x: add_product(*x, w.dtype), (w, a, b))
+
+
+def add_product(
+  w: jax.Array, a: jax.Array, b: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+  """w + a @ b, summed in float32: [in, out], [in, R], [R, out]."""
+  chex.assert_rank([w, a, b], 2)
+  return (w.astype(jnp.float32) + a @ b).astype(dtype)

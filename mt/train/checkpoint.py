@@ -268,10 +268,10 @@ def load_trained(
 def load_finetuned(
   workdir: pathlib.Path, at: int | None = None
 ) -> tuple[ml_collections.ConfigDict, pretrained.Source, parameters.Params]:
-  """`load_trained` as one tree of parameters, low-rank products added in."""
+  """`load_trained` as one tree of parameters, see lora.merge."""
   config, source, trained, frozen = load_trained(workdir, at)
   params = state_lib.model_params(config.train, trained, frozen)
-  return config, source, lora.fold(params)
+  return config, source, params
 
 
 def check_identity(

@@ -30,7 +30,6 @@ from mt.data import batches
 from mt.data import splits
 from mt.evaluate import report
 from mt.evaluate import scores
-from mt.gemma import lora
 from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.train import checkpoint
@@ -301,9 +300,9 @@ def valid_chrf(run: Run, state: state_lib.TrainState) -> float:
 
 
 def eval_model(run: Run, state: state_lib.TrainState) -> parameters.Params:
-  """The parameters that translate: low-rank products added in."""
-  return lora.fold(
-    state_lib.model_params(run.config.train, state.eval_params, state.frozen)
+  """The parameters that translate, low-rank factors beside their matrices."""
+  return state_lib.model_params(
+    run.config.train, state.eval_params, state.frozen
   )
 
 

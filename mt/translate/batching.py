@@ -35,7 +35,7 @@ _SMALLEST_WIDTH = 32
 _SMALLEST_SLOTS = 128
 _SLOTS_EACH = 1024  # Cache slots for each of batch_size.
 
-Batch = tuple[decode_lib.Cache, search_lib.State]  # Of M rows, of B sentences.
+Batch = tuple[decode_lib.Cache, search_lib.State]  # Of B sentences.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Settings:
   cfg: sizes.ModelConfig
   search: search_lib.Search
   stop_ids: tuple[int, ...]  # Tokens that end a hypothesis, at least one.
-  # Most sentences at once; fewer where sentences * search.width * slots would
-  # exceed 1024 * batch_size.
+  # Most sentences at once; fewer where sentences * slots would exceed
+  # 1024 * batch_size.
   batch_size: int
   dtype: str = 'float32'  # Of the activations and the cache.
   # Where the parameters are, if not on one device. The cache is split over it;
@@ -70,9 +70,9 @@ class Prompt:
   limit: int  # Most tokens to make, at least 1.
   number: int = 0  # Decides its draws, if it is sampled.
 
-  @property
-  def slots(self) -> int:  # Of the cache, that it may come to need.
-    return len(self.tokens) + self.limit
+  def slots(self, width: int) -> int:
+    """Of the cache, that so many hypotheses may come to need."""
+    return len(self.tokens) + self.limit * width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +112,10 @@ def _place(settings, batch):
 def init(settings: Settings, size: int, slots: int) -> Batch:
   """A batch of `size` free rows."""
   zeros, search = jnp.zeros(size, jnp.int32), settings.search
-  state = search_lib.start(search, zeros, zeros, zeros + 1, zeros, slots)
-  rows = size * search.width
-  cache = decode_lib.empty_cache(settings.cfg, rows, slots, settings.dtype)
+  width = slots // search.width
+  state = search_lib.start(search, zeros, zeros, zeros + 1, zeros, width)
+  cache = decode_lib.empty_cache(settings.cfg, size, slots, settings.dtype)
   return _place(settings, (cache, state))
-
-
-def _cache_rows(settings, rows):
-  """Rows of sentences -> rows of the cache, W for each."""
-  w = settings.search.width
-  return (rows[:, None] * w + jnp.arange(w)).reshape(-1)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -136,13 +130,11 @@ def insert(
   begun = search_lib.start(
     settings.search, group.numbers, last, group.lengths, group.limits, dims.T
   )
-  places = _cache_rows(settings, group.rows)
-
-  def put(old, new):
-    new = jnp.repeat(new, settings.search.width, 0)
-    return old.at[places, : dims.P].set(new, mode='drop')
-
-  cache = jax.tree.map(put, cache, new)
+  cache = jax.tree.map(
+    lambda old, new: old.at[group.rows, : dims.P].set(new, mode='drop'),
+    cache,
+    new,
+  )
   state = jax.tree.map(
     lambda old, new: old.at[group.rows].set(new, mode='drop'), state, begun
   )
@@ -159,12 +151,13 @@ def resize(
   """
   cache, state = batch
   chex.assert_shape(rows, (None,))
-  places = _cache_rows(settings, rows)
-  cache = jax.tree.map(lambda x: x[places, :slots], cache)
+  width = slots // settings.search.width
+  cache = jax.tree.map(lambda x: x[rows, :slots], cache)
   state = jax.tree.map(lambda x: x[rows], state)
   state = dataclasses.replace(
     state,
-    tokens=state.tokens[..., :slots],
+    tokens=state.tokens[..., :width],
+    ancestors=state.ancestors[..., :width],
     live=state.live & (jnp.arange(len(rows)) < taken)[:, None],
   )
   return _place(settings, (cache, state))
@@ -202,9 +195,10 @@ def bucket(length: int, smallest: int = _SMALLEST_WIDTH) -> int:
 def _fit(settings, prompts, schedule, batch):
   """The batch in the smallest shape that will do for what is left."""
   taken, waiting = schedule.taken, schedule.waiting
-  need = max(prompts[i].slots for i in [*taken.values(), *waiting[:1]])
+  width, present = settings.search.width, [*taken.values(), *waiting[:1]]
+  need = max(prompts[i].slots(width) for i in present)
   slots = bucket(need, _SMALLEST_SLOTS)
-  room = settings.batch_size * _SLOTS_EACH // (slots * settings.search.width)
+  room = settings.batch_size * _SLOTS_EACH // slots
   most = next((n for n in settings.batch_sizes if n <= room), 1)
   most = min(most, len(taken) + len(waiting))
   size = min(n for n in settings.batch_sizes if n >= most)
@@ -277,7 +271,8 @@ def decode_all(
   number of prompts that are done.
   """
   found: list[list[Hypothesis]] = [[] for _ in prompts]
-  order = sorted(range(len(prompts)), key=lambda i: -prompts[i].slots)
+  width = settings.search.width
+  order = sorted(range(len(prompts)), key=lambda i: -prompts[i].slots(width))
   schedule, batch = Schedule(waiting=order, taken={}), None
   while schedule.waiting or schedule.taken:
     batch = _fit(settings, prompts, schedule, batch)

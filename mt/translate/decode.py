@@ -1,9 +1,10 @@
 """Gemma with a key/value cache: all that a search needs of a model.
 
-The key and the value of the token at position p stand in slot p of its row.
-What a slot beyond a row's position holds is never seen: it is written before
-the row gets there. So prompts of any length share a batch, and a row can be
-given to another sentence at any time.
+The key and the value of a prompt's token at position p stand in slot p of its
+row; what its hypotheses go on with follows, see `step`. What other slots hold
+is never seen: they are written before the row gets there. So prompts of any
+length share a batch, a row can be given to another sentence at any time, and
+the hypotheses of a beam share their prompt and are never copied.
 """
 
 import functools
@@ -12,13 +13,16 @@ import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from mt.gemma import attention
+from mt.gemma import lora
 from mt.gemma import model
 from mt.gemma import parameters
 from mt.gemma import sizes
 
 Cache = dict[str, tuple[jax.Array, ...]]  # k, v per layer: [B, S, K, A].
+_HIDDEN = 2**30  # A position after all others.
 
 
 def unstack(
@@ -29,33 +33,43 @@ def unstack(
   A decoding step is bound by reading the weights: it would copy slices of
   stacked arrays, and convert matrices that are not of the activations' dtype.
   With `out` first the products of a few rows are 1.4 times as fast on a CPU
-  (BUILD_NOTES.md).
-
-  Raises:
-    ValueError: there are low-rank factors, see lora.fold.
+  (BUILD_NOTES.md). Low-rank products are added in. Beside its argument and its
+  result this takes the memory of less than a layer.
   """
-  if any('_lora_' in name for name in params['layers']):
-    raise ValueError('low-rank factors are folded in first: lora.fold')
-  embedding = params['embedding']
+  embedding, layers = params['embedding'], params['layers']
+  numbers = np.arange(len(layers['attn_norm']), dtype=np.int32)
   return params | {
     'embedding': embedding.astype(dtype or embedding.dtype),
-    'layers': _split(params['layers'], dtype),
+    'layers': tuple(_layer(layers, n, dtype) for n in numbers),
   }
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _split(layers, dtype):
-  def matrix(x):  # Norms are vectors, and computed in float32.
-    return x if x.ndim == 1 else x.T.astype(dtype or x.dtype)
+@functools.partial(jax.jit, static_argnums=2)
+def _layer(layers, n, dtype):
+  def matrix(name):
+    x, to = layers[name][n], dtype or layers[name].dtype
+    if x.ndim == 1:  # Norms are vectors, and computed in float32.
+      return x
+    if name + '_lora_a' in layers:
+      a, b = layers[name + '_lora_a'][n], layers[name + '_lora_b'][n]
+      x = lora.add_product(x, a, b, to)
+    return x.T.astype(to)
 
-  numbers = range(len(layers['attn_norm']))
-  return tuple({k: matrix(v[n]) for k, v in layers.items()} for n in numbers)
+  return {k: matrix(k) for k in layers if '_lora_' not in k}
 
 
 def _dense(layer, name, x):
-  """model.dense with the matrices of `unstack`."""
-  y = jnp.einsum('oi,bli->obl', layer[name].astype(x.dtype), x)
-  return jnp.moveaxis(y, 0, -1)
+  """model.dense with the matrices of `unstack`.
+
+  Outputs come last but on a CPU: on an H100 a step of 256 rows then has 62
+  kernels fewer, as sums over parts of a product merge with what follows.
+  """
+  return lax.platform_dependent(
+    layer[name].astype(x.dtype),
+    x,
+    cpu=lambda w, x: jnp.moveaxis(jnp.einsum('oi,bli->obl', w, x), 0, -1),
+    default=lambda w, x: jnp.einsum('oi,bli->blo', w, x),
+  )
 
 
 def empty_cache(
@@ -72,32 +86,42 @@ def extend(
   params: parameters.Params,
   cache: Cache,
   tokens: jax.Array,
-  start: jax.Array,
+  positions: jax.Array,
+  slot: jax.Array,
+  key_positions: jax.Array,
 ) -> tuple[jax.Array, Cache]:
   """Reads L more tokens of each row, in the dtype of the cache.
 
-  `params` are as `unstack` returns them, tokens [B, L] int32, `start` [B] int32
-  is the position of the first one; start + L is at most S. Returns hidden
-  states [B, L, D], after the final norm, and the cache.
+  Args:
+    cfg: the model's shape.
+    params: as `unstack` returns them.
+    cache: of B rows and S slots.
+    tokens, positions: [B, L] int32.
+    slot: [B] int32, of the first of them; the others follow. slot + L <= S.
+    key_positions: [B, L, S] int32, or 1 for B or L: of the token in each slot,
+      once these are written; one after the query's own hides the slot.
+
+  Returns:
+    Hidden states [B, L, D], after the final norm, and the cache.
   """
   dims = cfg.dims()
   dims['BL'], dims['_S__'] = tokens.shape, cache['k'][0].shape
-  chex.assert_shape(start, dims['B'])
+  chex.assert_shape(positions, dims['BL'])
+  chex.assert_shape(slot, dims['B'])
   chex.assert_shape(jax.tree.leaves(cache), dims['BSKA'])
-  at = start[:, None] + jnp.arange(dims.L, dtype=jnp.int32)
-  slot = jnp.broadcast_to(jnp.arange(dims.S, dtype=jnp.int32), dims['BS'])
+  distance = positions[:, :, None] - key_positions
+  chex.assert_shape(distance, dims['BLS'])
   windows, kinds = attention.layer_kinds(cfg)
-  sin, cos = attention.rope_tables(cfg, at)
+  sin, cos = attention.rope_tables(cfg, positions)
   keys, values = list(cache['k']), list(cache['v'])
   write = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=0))
   x = model.embed(params['embedding'], tokens, keys[0].dtype)
-  one_text = jnp.ones_like(at), jnp.ones_like(slot)
   for n, layer in enumerate(params['layers']):
 
     def attend(q, k, v, n=n):
-      keys[n] = write(keys[n], k, start)
-      values[n] = write(values[n], v, start)
-      mask = attention.make_mask(at, slot, *one_text, windows[n])
+      keys[n] = write(keys[n], k, slot)
+      values[n] = write(values[n], v, slot)
+      mask = (distance >= 0) & (distance < windows[n])
       return attention.attend(cfg, q, keys[n], values[n], mask), None
 
     kind = kinds[n]
@@ -127,8 +151,9 @@ def prefill(
 
   def read(i, cache):
     part = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, 1)
-    start = jnp.full(b, i * chunk, jnp.int32)
-    return extend(cfg, params, cache, part, start)[1]
+    slots = jnp.arange(p, dtype=jnp.int32)
+    at = jnp.broadcast_to(i * chunk + slots[:chunk], part.shape)
+    return extend(cfg, params, cache, part, at, at[:, 0], slots[None, None])[1]
 
   cache = empty_cache(cfg, b, p, dtype)
   if p == chunk:
@@ -141,19 +166,46 @@ def step(
   params: parameters.Params,
   cache: Cache,
   tokens: jax.Array,
-  positions: jax.Array,
+  start: jax.Array,
+  made: jax.Array,
+  ancestors: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-  """`extend` by one token, at its position: [B] int32 each.
+  """Reads a token of each of W hypotheses that go on from one prompt.
 
-  Returns logits [V, B] float32 of what may follow, and the cache.
+  The n-th token of hypothesis w stands in slot start + n * W + w of its row and
+  never moves: a hypothesis sees the prompt and what its ancestors have read.
+
+  Args:
+    cfg, params, cache: see `extend`.
+    tokens: [B, W] int32.
+    start: [B] int32, position of the token that was read first.
+    made: [B] int32, tokens read so far; these have position start + made.
+    ancestors: [B, W, T] int32, whose n-th token each hypothesis has as its own;
+      its own number where n = made.
+
+  Returns:
+    Logits [V, B * W] float32 of what may follow, and the cache.
   """
-  chex.assert_equal_shape([tokens, positions])
-  hidden, cache = extend(cfg, params, cache, tokens[:, None], positions)
+  dims = cfg.dims()
+  dims['BW'], dims['__T'] = tokens.shape, ancestors.shape
+  chex.assert_shape([start, made], dims['B'])
+  chex.assert_shape(ancestors, dims['BWT'])
+  slots = jnp.arange(cache['k'][0].shape[1], dtype=jnp.int32)[None]
+  n, owner = jnp.divmod(slots - start[:, None], dims.W)
+  own = jnp.clip(n, 0, dims.T - 1)[:, None]
+  own = jnp.take_along_axis(ancestors, own, 2) == owner[:, None]
+  key_positions = jnp.where(n < 0, slots, start[:, None] + n)[:, None]
+  key_positions = jnp.where(own | (n < 0)[:, None], key_positions, _HIDDEN)
+  positions = jnp.broadcast_to((start + made)[:, None], tokens.shape)
+  slot = start + made * dims.W
+  hidden, cache = extend(
+    cfg, params, cache, tokens, positions, slot, key_positions
+  )
   # With V first, the product is 1.7 times as fast on a CPU (BUILD_NOTES.md).
   logits = jnp.einsum(
     'vd,bd->vb',
     params['embedding'].astype(hidden.dtype),
-    hidden[:, 0],
+    hidden.reshape(dims['(BW)D']),
     preferred_element_type=jnp.float32,
   )
   return attention.softcap(logits, cfg.final_softcap), cache

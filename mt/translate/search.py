@@ -1,7 +1,7 @@
 """Greedy, sampled and beam search, as pure functions.
 
-Of the model they know one function, which reads a token of each row and gives
-logits and a cache; of the cache, that its arrays lead with the rows.
+Of the model they know one function, which reads a token of each hypothesis and
+gives logits and a cache; of the cache, nothing.
 
   B sentences, W hypotheses of each, M = B * W rows of the model, V vocabulary,
   T the most tokens that a hypothesis may have.
@@ -23,8 +23,11 @@ from jax import lax
 import jax.numpy as jnp
 
 Cache = Any
-# (cache, tokens [M], positions [M]) -> (logits [V, M] float32, cache).
-Step = Callable[[Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
+# (cache, and of a State: last, start, made, ancestors) ->
+# (logits [V, M] float32, cache).
+Step = Callable[
+  [Cache, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Cache]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,9 @@ class State:
   counts: jax.Array  # [B, W] int32, tokens, the one that ends it included.
   logp: jax.Array  # [B, W] float32, of those; -inf where there is none.
   live: jax.Array  # [B, W] bool, not ended yet.
+  # [B, W, T] int32, the place of the hypothesis which read the n-th of the
+  # tokens that this one goes on from; from `made` on, its own place.
+  ancestors: jax.Array
 
   def dims(self) -> chex.Dimensions:
     b, w, t = self.tokens.shape
@@ -94,7 +100,12 @@ def start(
     counts=jnp.zeros(dims['BW'], jnp.int32),
     logp=jnp.where(live, jnp.float32(0), -jnp.inf),
     live=live,
+    ancestors=_own_places(dims),
   )
+
+
+def _own_places(dims):
+  return jnp.broadcast_to(jnp.arange(dims.W)[:, None], dims['BWT'])
 
 
 def score(search: Search, logp: jax.Array, counts: jax.Array) -> jax.Array:
@@ -205,9 +216,11 @@ def _candidates(state, logits, stop_ids):
   dims, norm = state.dims(), jax.nn.logsumexp(logits, 0)
   dims.k = min(dims.W, len(logits))
   ends = logits[stop_ids]
+  is_end = jnp.zeros(len(logits), bool).at[stop_ids].set(True)
+  others = jnp.where(is_end[:, None], -jnp.inf, logits)
   end_token = stop_ids[jnp.argmax(ends, 0)].reshape(dims['BW'])
   end_gain = (jnp.max(ends, 0) - norm).reshape(dims['BW'])
-  gain, token = top(logits.at[stop_ids].set(-jnp.inf), dims.k)
+  gain, token = top(others, dims.k)
   gain = (gain - norm).T.reshape(dims['BWk'])
   ended = jnp.where(state.live, -jnp.inf, state.logp)
   alive = jnp.where(state.live, state.logp, -jnp.inf)
@@ -232,7 +245,7 @@ def _end_early(search, state):
 
 
 def _beam(search, state, logits, stop_ids):
-  """The best continuations of all hypotheses of a sentence, as `advance`."""
+  """`advance` with the best continuations of all hypotheses of a sentence."""
   dims = state.dims()
   parent, token, logp = _candidates(state, logits, stop_ids)
   # All that have ended stay; the best of the others take the other places.
@@ -241,25 +254,22 @@ def _beam(search, state, logits, stop_ids):
   parent = parent[chosen]
   token, logp = (jnp.take_along_axis(x, chosen, 1) for x in (token, logp))
   longer = (chosen >= dims.W) & (logp > -jnp.inf)
+  read = jnp.arange(dims.T) <= state.made[:, None, None]
+  ancestors = jnp.take_along_axis(state.ancestors, parent[..., None], 1)
   state = dataclasses.replace(
     state,
     tokens=jnp.take_along_axis(state.tokens, parent[..., None], 1),
     counts=jnp.take_along_axis(state.counts, parent, 1),
     logp=logp,
+    ancestors=jnp.where(read, ancestors, _own_places(dims)),
   )
-  state = _append(state, token, logp, longer, stop_ids)
-  rows = jnp.arange(dims.B)[:, None] * dims.W + parent
-  return _end_early(search, state), rows.reshape(dims['M'])
+  return _end_early(search, _append(state, token, logp, longer, stop_ids))
 
 
 def advance(
   search: Search, state: State, logits: jax.Array, stop_ids: jax.Array
-) -> tuple[State, jax.Array | None]:
-  """One step, with logits [V, M] float32.
-
-  Returns the state, and for each row the row [M] whose cache it goes on with,
-  or None where each goes on with its own.
-  """
+) -> State:
+  """One step, with logits [V, M] float32."""
   dims, stop_ids = state.dims(), jnp.asarray(stop_ids)
   chex.assert_shape(logits, dims['*M'])
   if search.temperature:
@@ -271,7 +281,7 @@ def advance(
   gain = jnp.take_along_axis(logits, tokens[None], 0)[0]
   gain = (gain - jax.nn.logsumexp(logits, 0)).reshape(dims['BW'])
   logp, tokens = state.logp + gain, tokens.reshape(dims['BW'])
-  return _append(state, tokens, logp, state.live, stop_ids), None
+  return _append(state, tokens, logp, state.live, stop_ids)
 
 
 def run(
@@ -284,22 +294,15 @@ def run(
 ) -> tuple[Cache, State]:
   """Takes steps until at most `floor` sentences are not done.
 
-  `step` is the model; the arrays of its cache lead with M rows. `stop_ids` end
-  a hypothesis: [n] int32, at least one.
+  `step` is the model. `stop_ids` end a hypothesis: [n] int32, at least one.
   """
-  dims = state.dims()
-  chex.assert_tree_shape_prefix(cache, dims['M'])
 
   def unfinished(carry):
     return jnp.sum(jnp.any(carry[1].live, 1)) > floor
 
   def body(carry):
-    cache, state = carry
-    positions = jnp.repeat(state.start + state.made, dims.W)
-    logits, cache = step(cache, state.last.reshape(dims['M']), positions)
-    state, parents = advance(search, state, logits, stop_ids)
-    if parents is not None:
-      cache = jax.tree.map(lambda x: x[parents], cache)
-    return cache, state
+    cache, s = carry
+    logits, cache = step(cache, s.last, s.start, s.made, s.ancestors)
+    return cache, advance(search, s, logits, stop_ids)
 
   return lax.while_loop(unfinished, body, (cache, state))

@@ -20,6 +20,7 @@ from mt.base import errors
 from mt.base import files
 from mt.base import run_folder
 from mt.export import __main__ as export
+from mt.gemma import lora
 from mt.train import checkpoint
 from mt.train import optimizer as optimizer_lib
 from mt.train import state as state_lib
@@ -82,7 +83,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope='module')
 def finetuned(run):
   _, source, params = checkpoint.load_finetuned(run)
-  return source, params
+  return source, lora.fold(params)
 
 
 def _open(path):

@@ -65,7 +65,7 @@ def _assert_same(one, other):
 def test_batched_is_alone_and_scored_as_in_training(name):
   settings, done = SETTINGS[name], []
   # A longer cache is for greedy search alone: each is compiled again.
-  prompts = [p for p in MIXED if name == 'greedy' or p.slots <= 128]
+  prompts = [p for p in MIXED if name == 'greedy' or p.slots(1) <= 128]
   out = _decode(settings, prompts, done.append)
   assert done == sorted(done) and done[-1] == len(prompts)
   assert all(len(found) == settings.search.n_best for found in out)
@@ -174,11 +174,11 @@ def test_long_prompts_and_beams_are_fewer_at_once(work, monkeypatch):
   assert [len(h[0].tokens) for h in out] == [90] * 4 + [30] * 2
   # Four of 128 slots; of 256 but one.
   assert work['steps'] == [1] * 60 + [4] * 90
-  # Four sentences of three hypotheses would need 12 * 128 slots.
-  work['batches'].clear()
-  monkeypatch.setattr(batching, '_SLOTS_EACH', 256)
-  _decode(SETTINGS['beam'], _prompts([(5, 4)] * 4))
-  assert set(work['batches']) == {(3, 128)}
+  # Three hypotheses of 50 tokens need 256 slots, of 4 tokens 128.
+  for limit, batches in ((4, {(4, 128)}), (50, {(1, 256)})):
+    work['batches'].clear()
+    _decode(SETTINGS['beam'], _prompts([(5, limit)] * 4))
+    assert set(work['batches']) == batches
 
 
 def _compiled():

@@ -2,12 +2,14 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mt.gemma import attention
+from mt.gemma import lora
 from mt.gemma import model
 from mt.translate import decode
 from mt.translate import search as search_lib
@@ -46,6 +48,21 @@ def _continue(cfg, params, tokens, lengths):
   state = search_lib.start(search, numbers, last, lengths, limits, NEW)
   step = functools.partial(decode.step, cfg, params)
   return search_lib.run(search, step, cache, state, NO_STOP)[1]
+
+
+def _extend(cfg, params, cache, tokens, start):
+  """Tokens [B, L] whose slots are their positions, from `start` [B] on."""
+  at = start[:, None] + jnp.arange(tokens.shape[1])
+  slots = jnp.arange(cache['k'][0].shape[1])[None, None]
+  return decode.extend(cfg, params, cache, tokens, at, start, slots)
+
+
+def _step(cfg, params, cache, tokens, positions):
+  """A token [B] of a single hypothesis of each row, at its position [B]."""
+  made = jnp.zeros_like(positions)
+  ancestors = jnp.zeros((len(tokens), 1, NEW), jnp.int32)
+  tokens = tokens[:, None]
+  return decode.step(cfg, params, cache, tokens, positions, made, ancestors)
 
 
 @functools.cache
@@ -136,22 +153,21 @@ def test_hidden_states_are_those_of_the_forward_pass(name):
   @jax.jit
   def run(params):
     """Reads each row's prompt, then a token at a time, then two."""
+    extend = functools.partial(_extend, cfg, params)
     cache = decode.empty_cache(cfg, 4, WIDTH + NEW, jnp.float32)
     zeros = jnp.zeros(4, jnp.int32)
-    prompt, cache = decode.extend(
-      cfg, params, cache, jnp.array(tokens)[:, :WIDTH], zeros
-    )
+    prompt, cache = extend(cache, jnp.array(tokens)[:, :WIDTH], zeros)
 
     def step(cache, t):
       at = LENGTHS + t
       token = jnp.array(tokens)[rows, at]
-      hidden, cache = decode.extend(cfg, params, cache, token[:, None], at)
+      hidden, cache = extend(cache, token[:, None], at)
       return cache, hidden[:, 0]
 
     cache, steps = jax.lax.scan(step, cache, jnp.arange(NEW - 2))
     at = LENGTHS + NEW - 2
     two = jnp.array(tokens)[rows[:, None], at[:, None] + jnp.arange(2)]
-    last, _ = decode.extend(cfg, params, cache, two, at)
+    last, _ = extend(cache, two, at)
     return prompt, steps, last
 
   prompt, steps, last = map(np.asarray, run(params))
@@ -186,14 +202,14 @@ def test_cache_and_activations_have_the_asked_dtype(dtype):
 
   def run(params):
     cache = decode.prefill(FAMILIES['gemma3'], params, _prompts(), dtype)
-    hidden, cache = decode.extend(
+    hidden, cache = _extend(
       FAMILIES['gemma3'],
       params,
       cache,
       _prompts()[:, :1],
       jnp.asarray(LENGTHS - 1),
     )
-    logits, _ = decode.step(
+    logits, _ = _step(
       FAMILIES['gemma3'],
       params,
       cache,
@@ -222,18 +238,28 @@ def test_logits_are_those_of_the_vocabulary():
   def run(params):
     cache = decode.prefill(cfg, params, _prompts(), jnp.float32)
     last = jnp.asarray(_prompts())[np.arange(4), LENGTHS - 1]
-    return decode.step(cfg, params, cache, last, jnp.asarray(LENGTHS - 1))[0]
+    return _step(cfg, params, cache, last, jnp.asarray(LENGTHS - 1))[0]
 
   got = run(tiny.params(name))
   np.testing.assert_allclose(got.T, want, rtol=1e-3, atol=1e-4)
 
 
-def test_factors_that_are_not_folded_in_are_refused():
-  """Decoding would go on without them."""
-  params = tiny.stacked()
-  layers = params['layers'] | {'q_lora_a': jnp.zeros((2, 3, 1))}
-  with pytest.raises(ValueError, match='fold'):
-    decode.unstack(params | {'layers': layers})
+@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
+def test_unstack_adds_the_low_rank_products(dtype):
+  """In float32, and before it converts to the dtype."""
+  cfg, key = FAMILIES['gemma3'], jax.random.key(0)
+  parts = lora.partition(cfg, tiny.stacked(), 'lora', rank=4, key=key)
+  factors = {
+    k: 0.3 * jax.random.normal(key, x.shape) for k, x in parts[0].items()
+  }
+  params = lora.merge(factors, parts[1], lora_scale=0.5)
+  got = decode.unstack(params, dtype)
+  want = decode.unstack(lora.fold(params), dtype)
+  assert got['layers'][0].keys() == tiny.stacked()['layers'].keys()
+  chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+  chex.assert_trees_all_close(got, want, rtol=1e-2 if dtype else 1e-5)
+  plain = decode.unstack(tiny.stacked(), dtype)
+  assert not np.allclose(got['layers'][1]['q'], plain['layers'][1]['q'], 0.1)
 
 
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])

@@ -1,7 +1,8 @@
 """Searches over a model that is a table, against brute force.
 
-The table's row is found by a hash of all tokens so far, which is the cache: a
-search that let a hypothesis go on with another's cache would be found out.
+The table's row is found by a hash of all tokens so far; the cache holds each
+where it was read. A search that let a hypothesis go on with what another has
+read would be found out.
 """
 
 import dataclasses
@@ -37,17 +38,28 @@ def _mix(h, token, position):
 
 
 def _step(table):
-  def step(cache, tokens, positions):
-    h = _mix(cache['h'], tokens, positions)
-    return jnp.asarray(table)[h].T, {'h': h}
+  def step(cache, tokens, start, made, ancestors):
+    b = jnp.arange(len(tokens))
+    read = cache['read'].at[b, :, made].set(tokens)
+    h = jnp.broadcast_to(cache['prompt'][:, None], tokens.shape)
+    for n in range(WIDTH):
+      token = jnp.take_along_axis(read[:, :, n], ancestors[:, :, n], 1)
+      mixed = _mix(h, token, (start + n)[:, None])
+      h = jnp.where((n <= made)[:, None], mixed, h)
+    return jnp.asarray(table)[h.ravel()].T, cache | {'read': read}
 
   return step
+
+
+def _cache(hashes, width):
+  read = jnp.zeros((len(hashes), width, WIDTH), jnp.int32)
+  return {'prompt': jnp.asarray(hashes), 'read': read}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _jitted(search, table, numbers, hashes, last, lengths, limits, floor):
   state = search_lib.start(search, numbers, last, lengths, limits, WIDTH)
-  cache = {'h': jnp.repeat(hashes, search.width)}
+  cache = _cache(hashes, search.width)
   return search_lib.run(search, _step(table), cache, state, STOPS, floor)[1]
 
 
@@ -165,12 +177,12 @@ def test_a_beam_of_one_is_greedy():
     for advance in (search_lib.advance, search_lib._beam):
       step = jax.jit(advance, static_argnums=0)
       state = search_lib.start(search, numbers, LAST, LENGTHS, limits, 6)
-      cache = {'h': HASHES}
+      cache = _cache(HASHES, 1)
       for _ in range(6):
-        positions = state.start + state.made
-        logits, cache = _step(_table(seed))(cache, state.last[:, 0], positions)
-        state, parents = step(search, state, logits, STOPS)
-        assert parents is None or parents.tolist() == [0, 1, 2, 3]
+        where = state.start, state.made, state.ancestors
+        logits, cache = _step(_table(seed))(cache, state.last, *where)
+        state = step(search, state, logits, STOPS)
+        assert not state.ancestors.any()
       states.append(state)
     one, other = states
     for name in ('tokens', 'counts', 'made', 'live'):
@@ -277,7 +289,7 @@ def test_each_step_draws_anew():
   state = search_lib.start(search, jnp.arange(n), ones, ones, 2 * ones, 2)
   step = jax.jit(search_lib.advance, static_argnums=0)
   for _ in range(2):
-    state, _ = step(search, state, logits, jnp.array([-1]))
+    state = step(search, state, logits, jnp.array([-1]))
   same = np.mean(state.tokens[:, 0, 0] == state.tokens[:, 0, 1])
   assert abs(same - 0.2) < 0.05
 
