@@ -51,17 +51,24 @@ def find(
   batches = [b for b in _batches(config, shards, training) if b]
   knobs = [[k] for k in _knobs(config, training)]
 
-  def enough(change):
-    return fits(changed(config, change))
+  @functools.cache
+  def enough(knobs):
+    return fits(changed(config, dict(knobs)))
 
+  def key(change):
+    return enough(tuple(change.items()))
+
+  if batches and not key(batches[0][-1]):
+    del batches[1:]  # The sum of the gradients of parts would come on top.
   found: list[Change] = []
   for changes in batches + knobs:  # Each from the mildest to the strongest.
-    at = bisect.bisect_left(changes, True, key=enough)
-    found += changes[at : at + 1]
+    if key(changes[-1]):
+      last = len(changes) - 1
+      found.append(changes[bisect.bisect_left(changes, True, 0, last, key=key)])
   if not found:
     strongest = [changes[-1] for changes in batches[:1] + knobs]
     together = functools.reduce(dict.__or__, strongest, {})
-    found = [together] if together and enough(together) else []
+    found = [together] if together and key(together) else []
   return found
 
 

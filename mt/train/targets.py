@@ -87,6 +87,7 @@ def prepare() -> None:
   os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
   os.environ['JAX_SKIP_CUDA_CONSTRAINTS_CHECK'] = '1'
   os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # What they say besides.
   # All else is as users run it. Autotuning would have to run kernels.
   flags = os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = f'{flags} --xla_gpu_autotune_level=0'
