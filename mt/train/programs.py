@@ -5,6 +5,7 @@
   decode_weights  folds low-rank products in, and makes the decoder's weights
   prefill         reads a group of prompts
   insert          puts it into the batch that is decoded
+  resize          moves that into one of half the cache slots
   decode_step     all that a token of each row takes, in a loop
 
 All have the widest shapes that the run may use.
@@ -39,7 +40,7 @@ from mt.translate import decode as decode_lib
 from mt.translate import search as search_lib
 
 TRAINING = ('train_step', 'eval_step')
-DECODING = ('decode_weights', 'prefill', 'insert', 'decode_step')
+DECODING = ('decode_weights', 'prefill', 'insert', 'resize', 'decode_step')
 
 # On a CPU, products want float32: weights kept in bfloat16 would be converted,
 # all layers at once, before the loop over the layers. No accelerator does that.
@@ -152,7 +153,7 @@ def decode_shapes(
 
   def slots(tokens):
     need = tokens + int(decode.max_ratio * tokens) + decode.max_extra
-    return batching.bucket(need, 128)
+    return batching.bucket(need, batching.SMALLEST_SLOTS)
 
   batches, groups = set(), set()
   for tokens in range(1, config.data.length + 1):
@@ -257,7 +258,12 @@ def _decoding(run) -> Iterator[Program]:
     return
   args = settings, batch, prompts, cache
   yield _compile(run, 'insert', batching.insert, args, kinds)[0]
-  args = settings, batch, weights, run.at_home(int32(()))
+  number = run.at_home(int32(()))
+  smaller = max(slots // 2, batching.SMALLEST_SLOTS)
+  places = run.at_home(int32((settings.most_rows(smaller),)))
+  args = settings, batch, places, number, smaller
+  yield _compile(run, 'resize', batching.resize, args, kinds)[0]
+  args = settings, batch, weights, number
   yield _compile(run, 'decode_step', batching.decode, args, kinds)[0]
 
 

@@ -32,7 +32,7 @@ from mt.translate import decode as decode_lib
 from mt.translate import search as search_lib
 
 _SMALLEST_WIDTH = 32
-_SMALLEST_SLOTS = 128
+SMALLEST_SLOTS = 128
 _SLOTS_EACH = 1024  # Cache slots for each of batch_size.
 
 Batch = tuple[decode_lib.Cache, search_lib.State]  # Of M rows, of B sentences.
@@ -208,7 +208,7 @@ def _fit(settings, prompts, schedule, batch):
   """The batch in the smallest shape that will do for what is left."""
   taken, waiting = schedule.taken, schedule.waiting
   need = max(prompts[i].slots for i in [*taken.values(), *waiting[:1]])
-  slots = bucket(need, _SMALLEST_SLOTS)
+  slots = bucket(need, SMALLEST_SLOTS)
   most = min(settings.most_rows(slots), len(taken) + len(waiting))
   size = min(n for n in settings.batch_sizes if n >= most)
   if (size, slots) == (schedule.size, schedule.slots):
