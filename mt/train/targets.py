@@ -87,6 +87,7 @@ def prepare() -> None:
   os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
   os.environ['JAX_SKIP_CUDA_CONSTRAINTS_CHECK'] = '1'
   os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+  os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # Of compilers there may be.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # What they say besides.
   # All else is as users run it. Autotuning would have to run kernels.
   flags = os.environ.get('XLA_FLAGS', '')
@@ -178,4 +179,6 @@ def _tpus(on):
   try:
     return topologies.get_topology_desc(on, platform='tpu', **bounds).devices
   except jax.errors.JaxRuntimeError as e:
+    if 'INVALID_ARGUMENT' not in str(e):
+      raise
     raise errors.UserError(f'--on={on}: no such slice of TPUs ({e}).') from e
