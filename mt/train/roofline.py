@@ -151,8 +151,8 @@ def _trips(program, loop):
 
 def _kernel(program, i, computation, sent, times):
   """The cost of one instruction."""
-  chip, flops = program.chip, dict(_products(program, i, computation))
-  opaque = i.op == 'custom-call' and not flops
+  chip, products = program.chip, list(_products(program, i, computation))
+  opaque = i.op == 'custom-call' and not products
   if i.op == 'fusion':
     moved = _fusion_bytes(program.computations[_called(i, 'calls')])
   elif i.op == 'dynamic-update-slice':
@@ -169,14 +169,13 @@ def _kernel(program, i, computation, sent, times):
     taken += 0 if i.op == 'fusion' else sent / chip.link
   elif chip:
     speed = {'f32': chip.flops / 2, 's8': chip.flops * 2}
-    products = sum(n / speed.get(t, chip.flops) for t, n in flops.items())
+    compute = sum(n / speed.get(dtype, chip.flops) for dtype, n in products)
     memory = 0 if sent else moved / (chip.bandwidth * _BANDWIDTH_SHARE)
-    taken = max(products / _PEAK_SHARE, memory, sent / chip.link) + _LAUNCH
+    taken = max(compute / _PEAK_SHARE, memory, sent / chip.link) + _LAUNCH
   else:
     taken = 0.0
-  return Kernel(
-    _name(i), times, taken, sum(flops.values()), moved, sent, opaque
-  )
+  flops = sum(n for _, n in products)
+  return Kernel(_name(i), times, taken, flops, moved, sent, opaque)
 
 
 def _name(i):
@@ -210,28 +209,19 @@ def _operand_bytes(i, computation):
 
 
 def _products(program, i, computation) -> Iterator[tuple[str, float]]:
-  """(dtype, FLOPs) of an instruction's matrix products, one for each dtype."""
-  total: dict[str, float] = {}
-
-  def add(i, computation):
-    if i.op == 'dot' or (i.op == 'custom-call' and '"__cublas' in i.attributes):
-      (dtype, left), (_, made) = (
-        _ARRAY.search(t).groups()
-        for t in (computation[i.operands[0]].type, i.type)
-      )
-      over = re.search(
-        r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)', i.attributes
-      )[1].replace('"', '')
-      depth = math.prod(_numbers(left)[n] for n in _numbers(over))
-      flops = 2.0 * depth * math.prod(_numbers(made))
-      total[dtype] = total.get(dtype, 0.0) + flops
-    elif i.op == 'fusion':
-      inner = program.computations[_called(i, 'calls')]
-      for x in inner.values():
-        add(x, inner)
-
-  add(i, computation)
-  yield from total.items()
+  """(dtype, FLOPs) of each matrix product in an instruction."""
+  if i.op == 'dot' or (i.op == 'custom-call' and '"__cublas' in i.attributes):
+    left, made = computation[i.operands[0]].type, i.type
+    (dtype, left), (_, made) = (_ARRAY.search(t).groups() for t in (left, made))
+    over = re.search(
+      r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)', i.attributes
+    )[1].replace('"', '')
+    depth = math.prod(_numbers(left)[n] for n in _numbers(over))
+    yield dtype, 2.0 * depth * math.prod(_numbers(made))
+  elif i.op == 'fusion':
+    inner = program.computations[_called(i, 'calls')]
+    for x in inner.values():
+      yield from _products(program, x, inner)
 
 
 def _fusion_bytes(inner):
