@@ -10,11 +10,16 @@ BIN = .venv/bin
 # few arenas, as what is freed in many of them is not found again: memory grows.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2
 
-.PHONY: train test test-real test-heavy test-transformers bench lint lock \
-  chaos soak
+.PHONY: train plan test test-real test-heavy test-transformers \
+  test-accelerators bench lint lock chaos soak
 
 train: .venv/installed
 	$(BIN)/python train.py --config=$(CONFIG) $(ARGS)
+
+# What a run would take on a machine that is not here, by its own compiler:
+# make plan ON=h100 CONFIG=configs/….py ARGS=--json
+plan: .venv-plan/installed
+	@.venv-plan/bin/python train.py --config=$(CONFIG) --plan --on=$(ON) $(ARGS)
 
 # A file's tests share models: they stay in one process.
 test: .venv/installed
@@ -25,6 +30,9 @@ test-real: .venv/installed
 
 test-heavy: .venv/installed
 	$(BIN)/python -m pytest -m heavy $(ARGS)
+
+test-accelerators: .venv-plan/installed
+	.venv-plan/bin/python -m pytest -m accelerators $(ARGS)
 
 # 50 kills, about ten minutes: ARGS="KILLS SEED".  Two hours: ARGS=SECONDS.
 chaos: ARGS = 50 0
@@ -46,13 +54,15 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# After a change of requirements.txt: the same versions with the hashes of all
+# After a change of requirements*.txt: the same versions with the hashes of all
 # their files, for every machine, so that nothing else is ever installed.
 lock: .venv/installed
 	$(BIN)/python -m pip install --quiet uv==0.13.9
-	$(BIN)/uv pip compile requirements.txt --no-deps --generate-hashes \
-	  --universal --python-version 3.11 --no-annotate --no-header --quiet \
-	  --output-file requirements.lock > /dev/null
+	for name in requirements requirements-plan; do \
+	  $(BIN)/uv pip compile $$name.txt --no-deps --generate-hashes \
+	    --universal --python-version 3.11 --no-annotate --no-header --quiet \
+	    --output-file $$name.lock > /dev/null || exit 1; \
+	done
 
 .venv/installed: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -60,6 +70,15 @@ lock: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
 	  -r requirements.lock
+	@touch $@
+
+# Compilers of GPUs and TPUs, for x86 and Linux; it sees the packages of .venv.
+.venv-plan/installed: requirements-plan.lock .venv/installed
+	$(PYTHON) -m venv .venv-plan
+	ls -d $(CURDIR)/.venv/lib/python*/site-packages > \
+	  $$(ls -d .venv-plan/lib/python*/site-packages)/project.pth
+	.venv-plan/bin/python -m pip install --quiet --no-deps --require-hashes \
+	  -r requirements-plan.lock
 	@touch $@
 
 # With dependencies: on some machines torch brings libraries of its own.

@@ -32,7 +32,7 @@ from mt.translate import decode as decode_lib
 from mt.translate import search as search_lib
 
 _SMALLEST_WIDTH = 32
-_SMALLEST_SLOTS = 128
+SMALLEST_SLOTS = 128
 _SLOTS_EACH = 1024  # Cache slots for each of batch_size.
 
 Batch = tuple[decode_lib.Cache, search_lib.State]  # Of B sentences.
@@ -60,6 +60,11 @@ class Settings:
     while out[-1] > 1:
       out.append(max(1, out[-1] // 4))
     return out
+
+  def most_rows(self, slots: int) -> int:
+    """Most sentences at once, of so many cache slots for each."""
+    room = self.batch_size * _SLOTS_EACH // slots
+    return next((n for n in self.batch_sizes if n <= room), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,10 +202,8 @@ def _fit(settings, prompts, schedule, batch):
   taken, waiting = schedule.taken, schedule.waiting
   width, present = settings.search.width, [*taken.values(), *waiting[:1]]
   need = max(prompts[i].slots(width) for i in present)
-  slots = bucket(need, _SMALLEST_SLOTS)
-  room = settings.batch_size * _SLOTS_EACH // slots
-  most = next((n for n in settings.batch_sizes if n <= room), 1)
-  most = min(most, len(taken) + len(waiting))
+  slots = bucket(need, SMALLEST_SLOTS)
+  most = min(settings.most_rows(slots), len(taken) + len(waiting))
   size = min(n for n in settings.batch_sizes if n >= most)
   if (size, slots) == (schedule.size, schedule.slots):
     return batch

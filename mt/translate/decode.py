@@ -40,12 +40,17 @@ def unstack(
   numbers = np.arange(len(layers['attn_norm']), dtype=np.int32)
   return params | {
     'embedding': embedding.astype(dtype or embedding.dtype),
-    'layers': tuple(_layer(layers, n, dtype) for n in numbers),
+    'layers': tuple(split_layer(layers, n, dtype) for n in numbers),
   }
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _layer(layers, n, dtype):
+def split_layer(
+  layers: dict[str, jax.Array], n: int, dtype: jnp.dtype | None
+) -> dict[str, jax.Array]:
+  """Layer n of `unstack`, out of the stacked ones: [N, …]."""
+  chex.assert_equal_shape_prefix(list(layers.values()), 1)
+
   def matrix(name):
     x, to = layers[name][n], dtype or layers[name].dtype
     if x.ndim == 1:  # Norms are vectors, and computed in float32.

@@ -99,9 +99,10 @@ def _pins(text):
   }
 
 
-def test_each_file_of_each_pinned_package_has_its_hash():
-  lock = (ROOT / 'requirements.lock').read_text('utf-8')
-  wanted = _pins((ROOT / 'requirements.txt').read_text('utf-8'))
+@pytest.mark.parametrize('name', ['requirements', 'requirements-plan'])
+def test_each_file_of_each_pinned_package_has_its_hash(name):
+  lock = (ROOT / f'{name}.lock').read_text('utf-8')
+  wanted = _pins((ROOT / f'{name}.txt').read_text('utf-8'))
   assert _pins(lock) == wanted, 'make lock'
   # Nothing but pins and hashes: no address that something might come from.
   for entry in re.split(r'\n(?=\S)', lock.strip()):
