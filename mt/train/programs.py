@@ -225,14 +225,14 @@ def compile_run(
 
 def _decoding(run) -> Iterator[Program]:
   """What translates, with the training state on the device beside it."""
-  config, cfg, state = run.config, run.cfg, run.state
+  config, cfg = run.config, run.cfg
   decode, dtype = config.decode, config.train.dtype
   search = search_lib.Search(decode.beam, decode.length_penalty)
   settings = batching.Settings(
     cfg, search, _STOP_IDS, decode.batch_size, dtype, run.mesh
   )
 
-  made, weights = _decode_weights(run)
+  made, weights, new = _decode_weights(run)
   yield made
   (rows, slots), (group, width) = decode_shapes(settings, config)
   int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
@@ -242,7 +242,7 @@ def _decoding(run) -> Iterator[Program]:
   if weights is None:
     return
   batch = _empty_batch(run, settings, rows, slots)
-  kinds = run.held | {'decoding': (weights, batch)}
+  kinds = run.held | {'decoding': (new, batch)}
   args = cfg, weights, prompts.tokens, dtype
   made, cache = _compile(run, 'prefill', decode_lib.prefill, args, kinds)
   yield made
@@ -260,38 +260,31 @@ def _decoding(run) -> Iterator[Program]:
 
 
 def _decode_weights(run):
-  """(Program, shapes): a layer is split at a time, so that is what it takes."""
+  """(Program, the weights, those that are new), the latter as shapes.
+
+  A layer is made at a time, so that is what it takes beside its results.
+  """
   dtype = jnp.dtype(run.config.train.dtype)
   params = parameters.unflatten(run.state.frozen | run.state.eval_params)
-  layers, number = (
-    params['layers'],
-    run.at_home(jax.ShapeDtypeStruct((), jnp.int32)),
-  )
+  number = run.at_home(jax.ShapeDtypeStruct((), jnp.int32))
+  args = params['layers'], number, dtype
   made, layer = _compile(
-    run,
-    'decode_weights',
-    decode_lib.split_layer,
-    (layers, number, dtype),
-    run.held,
+    run, 'decode_weights', decode_lib.split_layer, args, run.held
   )
   if layer is None:
-    return made, None
-  table = params['embedding']
-  out = params | {
-    'embedding': jax.ShapeDtypeStruct(
+    return made, None, None
+  times, table = run.cfg.num_layers, params['embedding']
+  new = {'layers': (layer,) * times}
+  if table.dtype != dtype:
+    new['embedding'] = jax.ShapeDtypeStruct(
       table.shape, dtype, sharding=table.sharding
-    ),
-    'layers': (layer,) * run.cfg.num_layers,
-  }
-  new = bytes_of(out['layers']) - bytes_of(layer)
-  new += bytes_of(out['embedding']) if table.dtype != dtype else 0
-  known = made.bytes | {'decoding': bytes_of(layer) + new}
+    )
+  known = made.bytes | {'decoding': bytes_of(new)}
   known['temporary'] -= bytes_of(layer)
-  known['total'] += new
-  kernels = [
-    k._replace(times=k.times * run.cfg.num_layers) for k in made.kernels
-  ]
-  return dataclasses.replace(made, bytes=known, kernels=kernels), out
+  known['total'] += bytes_of(new) - bytes_of(layer)
+  kernels = [k._replace(times=k.times * times) for k in made.kernels]
+  made = dataclasses.replace(made, bytes=known, kernels=kernels)
+  return made, params | new, new
 
 
 def _empty_batch(run, settings, rows, slots):
