@@ -1,10 +1,24 @@
 # make train: the real thing.  make test: everything that is quick.
-# Both set themselves up: .venv, the pinned packages, the weights.
+# Both set themselves up: .venv, the pinned packages, the weights, and where an
+# NVIDIA card or a TPU is, its plugin for JAX. ACCELERATOR=cpu|cuda|tpu chooses;
+# WHEELS=DIR takes all packages from a folder, for a machine without network.
 
 PYTHON ?= python3
 CONFIG ?= configs/gemma3_270m.py
 ARGS ?=
 BIN = .venv/bin
+
+ifeq ($(origin ACCELERATOR), undefined)
+ACCELERATOR := $(shell $(PYTHON) -m mt.base.accelerator)
+else ifeq ($(ACCELERATOR), cpu)
+export JAX_PLATFORMS = cpu
+endif
+INSTALLED = .venv/installed-$(ACCELERATOR)
+
+ifdef WHEELS
+export PIP_NO_INDEX = 1
+export PIP_FIND_LINKS = $(WHEELS)
+endif
 
 # Linux gives large arrays large pages: a tenth less processor time a step. In
 # few arenas, as what is freed in many of them is not found again: memory grows.
@@ -13,11 +27,11 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2
 .PHONY: train test test-real test-heavy test-transformers bench lint lock \
   chaos soak
 
-train: .venv/installed
+train: $(INSTALLED)
 	$(BIN)/python train.py --config=$(CONFIG) $(ARGS)
 
 # A file's tests share models: they stay in one process.
-test: .venv/installed
+test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-real: .venv/installed
@@ -46,13 +60,15 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# After a change of requirements.txt: the same versions with the hashes of all
+# After a change of requirements*.txt: the same versions with the hashes of all
 # their files, for every machine, so that nothing else is ever installed.
 lock: .venv/installed
 	$(BIN)/python -m pip install --quiet uv==0.13.9
-	$(BIN)/uv pip compile requirements.txt --no-deps --generate-hashes \
-	  --universal --python-version 3.11 --no-annotate --no-header --quiet \
-	  --output-file requirements.lock > /dev/null
+	for name in requirements requirements-cuda requirements-tpu; do \
+	  $(BIN)/uv pip compile $$name.txt --no-deps --generate-hashes \
+	    --universal --python-version 3.11 --no-annotate --no-header --quiet \
+	    --output-file $$name.lock > /dev/null || exit 1; \
+	done
 
 .venv/installed: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -60,6 +76,15 @@ lock: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
 	  -r requirements.lock
+	@touch $@
+
+.venv/installed-cpu: .venv/installed
+	@touch $@
+
+.venv/installed-cuda .venv/installed-tpu: .venv/installed-%: \
+  .venv/installed requirements-%.lock
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
+	  -r requirements-$*.lock
 	@touch $@
 
 # With dependencies: on some machines torch brings libraries of its own.
