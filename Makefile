@@ -1,7 +1,8 @@
 # make train: the real thing.  make test: everything that is quick.
 # Both set themselves up: .venv, the pinned packages, the weights, and where an
 # NVIDIA card or a TPU is, its plugin for JAX. ACCELERATOR=cpu|cuda|tpu chooses;
-# WHEELS=DIR takes all packages from a folder, for a machine without network.
+# WHEELS=DIR takes all packages from a folder, for a machine without network;
+# JAX=here adds to the JAX of that machine's Python what it lacks.
 
 PYTHON ?= python3
 CONFIG ?= configs/gemma3_270m.py
@@ -13,7 +14,12 @@ ACCELERATOR := $(shell $(PYTHON) -m mt.base.accelerator)
 else ifeq ($(ACCELERATOR), cpu)
 export JAX_PLATFORMS = cpu
 endif
+ifeq ($(JAX), here)
+BIN = .venv-here/bin
+INSTALLED = .venv-here/installed
+else
 INSTALLED = .venv/installed-$(ACCELERATOR)
+endif
 
 ifdef WHEELS
 export PIP_NO_INDEX = 1
@@ -25,7 +31,7 @@ endif
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2
 
 .PHONY: train test test-real test-heavy test-transformers bench lint lock \
-  chaos soak
+  chaos soak accelerator
 
 train: $(INSTALLED)
 	$(BIN)/python train.py --config=$(CONFIG) $(ARGS)
@@ -56,6 +62,10 @@ test-transformers: .venv/installed .venv-transformers/installed
 bench: .venv/installed .venv-bench/installed .venv-tunix/installed
 	$(BIN)/python -m tests.benchmarks.speed $(ARGS)
 
+# What a GPU or TPU does with this: a table and a JSON, in eight minutes.
+accelerator: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.accelerator $(ARGS)
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -85,6 +95,14 @@ lock: .venv/installed
   .venv/installed requirements-%.lock
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
 	  -r requirements-$*.lock
+	@touch $@
+
+# No hashes: another Python may have to take other files.
+.venv-here/installed: requirements.txt
+	$(PYTHON) -m venv --system-site-packages .venv-here
+	grep -v '^jax' requirements.txt > .venv-here/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps \
+	  -r .venv-here/requirements.txt
 	@touch $@
 
 # With dependencies: on some machines torch brings libraries of its own.

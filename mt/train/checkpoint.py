@@ -22,6 +22,7 @@ from mt.base import errors
 from mt.base import run_folder
 from mt.gemma import lora
 from mt.gemma import parameters
+from mt.train import machine
 from mt.train import manifest
 from mt.train import state as state_lib
 from mt.weights import pretrained
@@ -222,12 +223,12 @@ def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
 def open_source(
   workdir: pathlib.Path,
 ) -> tuple[ml_collections.ConfigDict, pretrained.Source]:
-  """The config of a run and the weights that it started from.
+  """The config of a run, to read it with, and the weights that it started from.
 
   Raises:
     errors.UserError: no run there, or its weights are gone.
   """
-  config = run_folder.read_config(workdir)
+  config = machine.to_read(run_folder.read_config(workdir))
   return config, pretrained.open_source(
     config.weights.source,
     config.weights.size,

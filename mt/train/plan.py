@@ -30,6 +30,7 @@ from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.train import hlo
+from mt.train import machine
 from mt.train import optimizer as optimizer_lib
 from mt.train import settings
 from mt.train import state as state_lib
@@ -70,7 +71,7 @@ def run(config: ml_collections.ConfigDict) -> Plan:
   """Prints what training with `config` would take."""
   settings.check(config)
   use_virtual_devices(config.mesh)
-  plan = make_plan(config)
+  plan = make_plan(machine.choose(config))
   journal.say(describe(plan))
   return plan
 

@@ -1,0 +1,90 @@
+"""The knobs that follow the machine: `auto`, or 0, in a config.
+
+A GPU or TPU multiplies bfloat16 many times as fast as float32, computes a layer
+again in less time than it reads back what was saved of it, and wants the whole
+vocabulary in one product. A CPU's cache wants everything small.
+"""
+
+import jax
+import ml_collections
+
+from mt.base import accelerator
+from mt.base import journal
+
+_CPU = {
+  'dtype': 'float32',
+  'frozen_dtype': 'float32',
+  'remat': 'none',
+  'attention': 'xla',
+  'loss_chunk': 576,
+  'loss_tile': 2048,
+}
+_ACCELERATOR = {
+  'dtype': 'bfloat16',
+  'frozen_dtype': 'bfloat16',
+  'remat': 'full',
+  'attention': 'xla',
+  'loss_tile': 262_144,  # The whole vocabulary.
+}
+_LOSS_CHUNK = {'gpu': 4096, 'tpu': 2048}
+# NVIDIA's cards before Ampere have no bfloat16 products; CUDA 13 knows these.
+_TURING = ('T4', 'RTX 20', 'GTX 16', 'TITAN RTX', 'Quadro RTX')
+
+
+def resolve(
+  config: ml_collections.ConfigDict, platform: str, kind: str, memory: int
+) -> ml_collections.ConfigDict:
+  """A copy of a config in which each knob of `train` has a value.
+
+  Args:
+    config: of a run.
+    platform: cpu, gpu or tpu, as JAX calls it.
+    kind: of the devices, as JAX calls it, such as `NVIDIA H100 80GB HBM3`.
+    memory: bytes that a device has for arrays; without effect for a CPU.
+  """
+  best = _CPU
+  if platform != 'cpu':
+    chunk = _loss_chunk(_LOSS_CHUNK[platform], memory)
+    best = _ACCELERATOR | {'loss_chunk': chunk}
+  if platform == 'gpu' and any(name in kind for name in _TURING):
+    best = best | {'dtype': 'float32'}
+  config = config.copy_and_resolve_references()
+  for knob, value in best.items():
+    if config.train[knob] in ('auto', 0):
+      config.train[knob] = value
+  return config
+
+
+def _loss_chunk(most, memory):
+  """Targets whose logits, in float32, take an eighth of the memory at most."""
+  while most > 256 and most * 262_144 * 4 > memory / 8:
+    most //= 2
+  return most
+
+
+def here(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """`resolve` for the devices of this process."""
+  device = jax.local_devices()[0]
+  memory = accelerator.memory()
+  return resolve(config, device.platform, device.device_kind, memory)
+
+
+def choose(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """`here`, and a line that says what was chosen, if anything was."""
+  made = here(config)
+  chosen = [f'{k}={v}' for k, v in made.train.items() if config.train[k] != v]
+  if chosen:
+    journal.say(f'auto: {" ".join(chosen)}')
+  return made
+
+
+def to_read(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The config of a run that is not trained here, only read.
+
+  A CPU computes in float32, whatever the run was trained in: bfloat16 takes it
+  longer, and differs only by rounding.
+  """
+  config = here(config)
+  if jax.local_devices()[0].platform == 'cpu':
+    config.train.dtype = 'float32'
+  return config
