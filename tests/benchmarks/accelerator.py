@@ -193,7 +193,7 @@ def rows_of(name: str, job: dict, own: dict, other: dict, peak: float):
     'MFU': f'{flops / own["seconds"] / peak:.1%}',
     'peak': f'{own["peak"] / 1e9:.2f}',
     'plan': f'{own["planned"] / 1e9:.2f}',
-    'first': f'{own["first_step"]:.0f} s',
+    'first': f'{own["first_step"]:.0f}',
   }
   if 'rate' in other:
     cells['x'] = f'{rate / other["rate"]:.2f}'
