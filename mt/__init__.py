@@ -82,8 +82,11 @@ train, the run
   manifest    damaged checkpoints found out and moved aside; their version
   checkpoint  Orbax: state and data position, and whose they are; the best
   warm_start  the trained weights of another run, and nothing else of it
-  hlo         work and traffic of a compiled program
-  plan        `--plan`: memory, work and traffic of a run before it starts
+  targets     accelerators that are not here, for their compilers
+  roofline    the time of a compiled program, kernel by kernel
+  programs    all that a run compiles, from shapes alone
+  alternatives  knobs with which a run that does not fit would
+  plan        `--plan`: memory and time of a run before it starts
   run         a run from config to scores, around the loop
 
 export, `python -m mt.export`: a run's model for other programs

@@ -32,7 +32,7 @@ _TURING = ('T4', 'RTX 20', 'GTX 16', 'TITAN RTX', 'Quadro RTX')
 
 
 def resolve(
-  config: ml_collections.ConfigDict, platform: str, kind: str, memory: int
+  config: ml_collections.ConfigDict, platform: str, kind: str, memory: float
 ) -> ml_collections.ConfigDict:
   """A copy of a config in which each knob of `train` has a value.
 
@@ -69,13 +69,13 @@ def here(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return resolve(config, device.platform, device.device_kind, memory)
 
 
-def choose(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """`here`, and a line that says what was chosen, if anything was."""
-  made = here(config)
-  chosen = [f'{k}={v}' for k, v in made.train.items() if config.train[k] != v]
+def say_chosen(
+  asked: ml_collections.ConfigDict, made: ml_collections.ConfigDict
+) -> None:
+  """A line with what `resolve` has made of what was asked for."""
+  chosen = [f'{k}={v}' for k, v in made.train.items() if asked.train[k] != v]
   if chosen:
     journal.say(f'auto: {" ".join(chosen)}')
-  return made
 
 
 def to_read(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

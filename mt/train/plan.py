@@ -1,49 +1,43 @@
-"""What a run would take: compiled for its mesh, on devices that do not exist.
+"""What a run would take, told before it starts, by the target's compiler.
 
-  python train.py --config=configs/….py --plan
+  python train.py --config=configs/….py --plan --on=h100
 
-The train step is compiled ahead of time for as many virtual devices as the mesh
-has, from shapes alone; nothing is read, downloaded or computed. XLA's compiler
-for CPUs stands in for those of accelerators: it partitions as they do, but has
-no bfloat16, so that activations and what is sent count up to twice.
+The programs of a run (mt/train/programs.py) are compiled from shapes alone;
+nothing is read, downloaded or computed. Without --on they are compiled for the
+devices here; a CPU's compiler stands in for as many devices as the mesh has,
+which is a guess: it partitions as the others do, but has no bfloat16, so that
+activations and what is sent count up to twice.
 
 Each run asks for less, by arithmetic on shapes: whether a step can fit at all,
 before anything is read or compiled (`check_memory`).
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
+import json
 import math
 import pathlib
-import re
-import time
+import sys
 
 import jax
 from jax.extend import backend
-import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
 import psutil
 
 from mt.base import errors
 from mt.base import journal
-from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
-from mt.train import hlo
+from mt.train import alternatives
 from mt.train import machine
-from mt.train import optimizer as optimizer_lib
+from mt.train import programs
+from mt.train import roofline
 from mt.train import settings
-from mt.train import state as state_lib
-from mt.train import step
+from mt.train import targets
 
-ACCELERATORS = (16, 24, 40, 80, 96, 141)  # GB of memory, 10^9 bytes each.
-# On a CPU, products want float32: weights kept in bfloat16 would be converted,
-# all layers at once, before the loop over the layers. No accelerator does that.
-_COMPILER = {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
-_USABLE = 0.92  # The rest is the runtime's, and lost between arrays.
-# Share of the tokens in a packed row that are targets: 21,405 of 40,372 in the
-# bundled sample. It decides how often the loop over the vocabulary runs.
-_TARGET_SHARE = 0.5
+_SHOWN = 10  # Kernels of each program.
 _CGROUPS = (  # (limit, in use), of version 2 and 1.
   ('memory.max', 'memory.current'),
   ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes'),
@@ -52,165 +46,172 @@ _CGROUPS = (  # (limit, in use), of version 2 and 1.
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Of one training step; bytes are of the device that has most."""
+  """The programs of a run, and what to change if one does not fit."""
 
-  devices: int
-  parameters: int  # Bytes, as the next ones.
-  gradients: int
-  optimizer: int  # With EMA.
-  activations: int  # All else that the compiled program holds at its peak.
-  total: int
-  flops: float  # Of all devices together.
-  targets: int  # Target tokens.
-  ideal: float  # 6 * active parameters: operations per target token.
-  sent: float  # Bytes that each device receives in collectives.
-  seconds: float  # Of compiling.
+  target: targets.Target
+  used: int  # Devices of the target, by the mesh.
+  programs: list[programs.Program]
+  alternatives: list[str]
+
+  @property
+  def fits(self) -> bool:
+    return not _too_large(self.programs, self.target)
 
 
-def run(config: ml_collections.ConfigDict) -> Plan:
-  """Prints what training with `config` would take."""
-  settings.check(config)
-  use_virtual_devices(config.mesh)
-  plan = make_plan(machine.choose(config))
-  journal.say(describe(plan))
-  return plan
+def run(
+  config: ml_collections.ConfigDict, on: str = '', as_json: bool = False
+) -> None:
+  """Prints what a run with `config` would take.
 
+  Args:
+    config: of the run.
+    on: see targets.compile_only; '' for the devices here.
+    as_json: print one JSON object on stdout, and all else on stderr.
 
-def use_virtual_devices(mesh: ml_collections.ConfigDict) -> None:
-  """As many CPU devices as the mesh has; before anything asks for devices.
-
-  With a -1 in it they are those of this machine.
+  Raises:
+    errors.UserError: no such target; the mesh or the batch does not fit it.
   """
-  shape = [mesh[axis] for axis in sharding.MESH_AXES]
-  number = math.prod(shape)
-  if -1 in shape:
-    number = len(jax.devices())
+  out = sys.stderr if as_json else sys.stdout
+  with contextlib.redirect_stdout(out):
+    settings.check(config)
+    target = targets.compile_only(on) if on else here(config.mesh)
+    plan = make_plan(config, target)
+  if as_json:
+    print(json.dumps(to_json(plan)))
+
+
+def here(mesh: ml_collections.ConfigDict) -> targets.Target:
+  """The devices of this machine; of CPUs as many as the mesh has."""
+  devices = jax.devices()
+  first, number = devices[0], math.prod(mesh[a] for a in sharding.MESH_AXES)
+  if first.platform == 'cpu' and number > len(devices):
     backend.clear_backends()
-  jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_num_cpu_devices', number)
+    jax.config.update('jax_num_cpu_devices', number)
+    devices = jax.devices()
+  # On an accelerator it is what JAX has set apart for the process.
+  usable = available() if first.platform != 'cpu' else 0.9 * available()
+  chip = targets.chip_of(first.device_kind)
+  return targets.Target(first.device_kind, devices, usable, chip)
 
 
-def model_size(weights: ml_collections.ConfigDict) -> sizes.ModelConfig:
-  """The model's shape without a look at its weights."""
-  source = weights.source.lower()
-  if source == 'random' or weights.size != 'debug':
-    return sizes.SIZES[weights.size]
-  # gemma3-270m, gemma-3-4b, gemma2-2b-it, gemma/flax/2b …
-  found = re.search(r'gemma-?(\d)?\D*?(\d+(?:m|b))(?![a-z0-9])', source)
-  name = f'gemma{found[1] or 1}_{found[2]}' if found else ''
-  if name not in sizes.SIZES:
-    raise errors.UserError(
-      f'--plan: weights.source={weights.source!r} does not tell the size of '
-      f'the model; set weights.size to one of {", ".join(sizes.SIZES)}.'
+def make_plan(
+  config: ml_collections.ConfigDict, target: targets.Target
+) -> Plan:
+  """Compiles a run's programs for a target, and says what each takes."""
+  kind, asked = target.devices[0].device_kind, config
+  config = machine.resolve(asked, target.platform, kind, target.usable)
+  machine.say_chosen(asked, config)
+  mesh = sharding.make_mesh(config.mesh, target.devices)
+  used, there = 1 if mesh is None else mesh.size, len(target.devices)
+  journal.say(
+    f'{target.name}: {used} of {there} devices, {_size(target.usable)} of each '
+    'usable'
+  )
+  if target.platform == 'cpu':
+    journal.say(
+      'a guess: compiled for CPUs; `make plan ON=h100` asks an accelerator'
     )
-  return sizes.SIZES[name]
+  made = []
+  for program in programs.compile_run(config, target):
+    made.append(program)
+    journal.say(describe(program, target))
+  tried = list(find_alternatives(config, target, made))
+  for sentence in tried:
+    journal.say(sentence)
+  return Plan(target, used, made, tried)
 
 
-def abstract_state(
-  cfg: sizes.ModelConfig, config: ml_collections.ConfigDict, mesh: Mesh | None
-) -> state_lib.TrainState:
-  """The state's shapes, dtypes and places; no array."""
-  optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
-
-  def init():
-    key = jax.random.key(0)
-    params = parameters.init(cfg, key)
-    return state_lib.init_state(cfg, params, config, optimizer, key)
-
-  state = jax.eval_shape(init)
-  if mesh is None:
-    return state
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    state,
-    sharding.of_tree(cfg, mesh, state),
-  )
-
-
-def abstract_batch(
-  config: ml_collections.ConfigDict, mesh: Mesh | None
-) -> step.Batch:
-  """A batch's shapes, dtypes and places."""
-  shape = config.train.batch_size, config.data.length
-  place = None if mesh is None else sharding.of_rows(mesh)
-  ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
-  mask = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=place)
-  names = ('tokens', 'positions', 'segment_ids')
-  return dict.fromkeys(names, ids) | {'target_mask': mask}
-
-
-def bytes_of(tree) -> int:
-  """Of a tree of shapes, on the fullest device: its shards are the first."""
-
-  def of(x):
-    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-    return math.prod(shape) * x.dtype.itemsize
-
-  return sum(map(of, jax.tree.leaves(tree)))
-
-
-def _row_shards(mesh):
-  """Groups of devices that have rows of their own."""
-  return 1 if mesh is None else mesh.shape['data'] * mesh.shape['fsdp']
-
-
-def make_plan(config: ml_collections.ConfigDict) -> Plan:
-  """Compiles the train step of `config` for its mesh."""
-  cfg = model_size(config.weights)
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check_rows(mesh, config.train.batch_size, config.train.micro_batches)
-  state = abstract_state(cfg, config, mesh)
-  optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
-  start = time.monotonic()
-  train_step = step.make_train_step(cfg, config, optimizer, mesh)
-  compiled = train_step.lower(state, abstract_batch(config, mesh)).compile(
-    _COMPILER
-  )
-  seconds = time.monotonic() - start
-  targets = int(config.train.batch_size * config.data.length * _TARGET_SHARE)
-  at_once = config.train.micro_batches * config.train.loss_chunk
-  chunks = -(-targets // (_row_shards(mesh) * at_once))
-  cost = hlo.cost(compiled.as_text(), unknown_trips=chunks)
-  memory = compiled.memory_analysis()
-  held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  held += memory.output_size_in_bytes - memory.alias_size_in_bytes
-  kept = bytes_of((state.trained, state.frozen))
-  gradients = bytes_of(state.trained)
-  rest = bytes_of((state.opt_state, state.ema))
-  devices = 1 if mesh is None else mesh.size
-  shapes = jax.eval_shape(lambda: parameters.init(cfg, jax.random.key(0)))
-  return Plan(
-    devices=devices,
-    parameters=kept,
-    gradients=gradients,
-    optimizer=rest,
-    activations=max(0, held - kept - gradients - rest),
-    total=max(held, kept + gradients + rest),
-    flops=cost.flops * devices,
-    targets=targets,
-    ideal=6.0 * sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)),
-    sent=cost.sent,
-    seconds=seconds,
-  )
-
-
-def describe(plan: Plan) -> str:
-  """The plan for a person: memory, work, traffic, and what it fits."""
-  lines = [f'for each of {plan.devices} devices:']
-  for name in ('parameters', 'gradients', 'optimizer', 'activations', 'total'):
-    lines.append(f'  {name:12} {getattr(plan, name) / 1e9:9.3f} GB')
-  per_target = plan.flops / plan.targets
-  lines += [
-    f'work: {per_target:.3g} FLOPs per target token (half of the tokens being '
-    f'targets), {per_target / plan.ideal:.2f} times the ideal of 6 x active '
-    f'parameters = {plan.ideal:.3g}',
-    f'collectives: {plan.sent / 1e9:.3f} GB per device and step',
+def describe(program: programs.Program, target: targets.Target) -> str:
+  """A program for a person: verdict, memory, traffic, and what takes time."""
+  kernels, total = program.kernels, program.bytes['total']
+  verdict = 'fits' if total <= target.usable else 'DOES NOT FIT'
+  timed = roofline.seconds(kernels)
+  estimate = f'about {timed * 1e3:.2f} ms' if timed else 'no estimate of time'
+  kinds = ', '.join(f'{k} {n / 1e9:.3f}' for k, n in program.bytes.items())
+  lines = [
+    f'{program.name}: {_size(total)}, {verdict}; {estimate}; compiled in '
+    f'{program.compile_seconds:.0f} s',
+    f'  GB: {kinds}',
   ]
-  for size in ACCELERATORS:
-    fits = plan.total <= size * _USABLE * 1e9
-    lines.append(f'  {size:4} GB: {"fits" if fits else "too small"}')
-  lines.append(f'compiled in {plan.seconds:.0f} s')
+  if sent := _sent(program):
+    lines.append(f'  collectives: {sent / 1e9:.3f} GB to each device')
+  if hidden := roofline.seconds([k for k in kernels if k.opaque]):
+    lines.append(
+      f'  {hidden * 1e3:.2f} ms are of custom kernels, by their bytes alone'
+    )
+  for k in sorted(kernels, key=lambda k: -k.seconds * k.times)[:_SHOWN]:
+    if k.seconds:
+      lines.append(
+        f'  {k.seconds * k.times * 1e3:9.3f} ms = {k.times:5} x '
+        f'{k.seconds * 1e6:8.1f} us  {k.name}'
+      )
   return '\n'.join(lines)
+
+
+def to_json(plan: Plan) -> dict:
+  """The plan for a program; bytes and seconds are of one device."""
+
+  def one(p):
+    return {
+      'name': p.name,
+      'seconds': roofline.seconds(p.kernels) or None,
+      'bytes': p.bytes['total'],
+      'bytes_by_kind': {k: v for k, v in p.bytes.items() if k != 'total'},
+      'bytes_received': _sent(p),
+      'compile_seconds': p.compile_seconds,
+      'fits': p.bytes['total'] <= plan.target.usable,
+    }
+
+  return {
+    'target': plan.target.name,
+    'fits': plan.fits,
+    'guess': plan.target.platform == 'cpu',
+    'devices': plan.used,
+    'usable_bytes': plan.target.usable,
+    'programs': [one(p) for p in plan.programs],
+    'alternatives': plan.alternatives,
+  }
+
+
+def _sent(program):
+  return sum(k.sent * k.times for k in program.kernels)
+
+
+def _too_large(made, target):
+  return [p for p in made if p.bytes['total'] > target.usable]
+
+
+def find_alternatives(
+  config: ml_collections.ConfigDict,
+  target: targets.Target,
+  made: list[programs.Program],
+) -> Iterator[str]:
+  """Knobs with which the programs that do not fit would, a sentence each."""
+  cfg = programs.model_size(config.weights)
+  mesh = sharding.make_mesh(config.mesh, target.devices)
+  too_large = [p.name for p in _too_large(made, target)]
+  for stage in (programs.TRAINING, programs.DECODING):
+    failed = tuple(name for name in stage if name in too_large)
+    if not failed:
+      continue
+    training, names = stage == programs.TRAINING, ', '.join(failed)
+
+    def fits(other, failed=failed, training=training):
+      if training and needed(cfg, other, mesh) > target.usable:
+        return False  # No need to compile it.
+      tried = programs.compile_run(other, target, failed)
+      return all(p.bytes['total'] <= target.usable for p in tried)
+
+    shards = programs.row_shards(mesh)
+    found = alternatives.find(config, shards, training, fits)
+    for change in found:
+      flags = ' '.join(f'--config.{k}={v}' for k, v in change.items())
+      yield f'{names}: fits with {flags} (tried)'
+    if not found:
+      yield (
+        f'{names}: nothing that was tried fits; a smaller weights.size or a '
+        'larger mesh.fsdp, on more devices, may'
+      )
 
 
 def available(root: pathlib.Path = pathlib.Path('/sys/fs/cgroup')) -> int:
@@ -242,11 +243,11 @@ def needed(
   pattern in `train.parts` that may be nothing.
   """
   train = config.train
-  state = abstract_state(cfg, config, mesh)
-  total = bytes_of(state) + bytes_of(state.trained)
+  state = programs.abstract_state(cfg, config, mesh)
+  total = programs.bytes_of(state) + programs.bytes_of(state.trained)
   if train.parts not in ('all', 'blocks', 'lora'):
     return total
-  rows = train.batch_size // train.micro_batches // _row_shards(mesh)
+  rows = train.batch_size // train.micro_batches // programs.row_shards(mesh)
   width = cfg.embed_dim
   if train.remat != 'full':
     width += cfg.embed_dim + cfg.num_heads * cfg.head_dim + cfg.hidden_dim
@@ -261,16 +262,15 @@ def check_memory(
   need, free = needed(cfg, config, mesh), available()
   if need <= free:
     return
-  saved = []
+  saved, rows = [], config.train.batch_size // programs.row_shards(mesh)
   for knob, value in (
-    ('train.micro_batches', config.train.batch_size // _row_shards(mesh)),
+    ('train.micro_batches', rows),
     ('train.remat', 'full'),
     ('train.parts', 'lora'),
     ('optim.name', 'adafactor'),
     ('train.frozen_dtype', 'bfloat16'),
   ):
-    other = config.copy_and_resolve_references()
-    other.update_from_flattened_dict({knob: value})
+    other = alternatives.changed(config, {knob: value})
     less = need - needed(cfg, other, mesh)
     if less > 0:
       saved.append((less, f'{knob}={value} (saves {_size(less)})'))

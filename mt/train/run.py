@@ -54,7 +54,8 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   started, workdir = time.monotonic(), pathlib.Path(folder)
   journal.say(accelerator.describe())
   settings.check(config)
-  config = machine.choose(config)
+  asked, config = config, machine.here(config)
+  machine.say_chosen(asked, config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_rows(mesh, config.train.batch_size, config.train.micro_batches)
   if mesh is not None:

@@ -61,6 +61,11 @@ class Settings:
       out.append(max(1, out[-1] // 4))
     return out
 
+  def most_rows(self, slots: int) -> int:
+    """Most sentences at once, of so many cache slots for each hypothesis."""
+    room = self.batch_size * _SLOTS_EACH // (slots * self.search.width)
+    return next((n for n in self.batch_sizes if n <= room), 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -204,9 +209,7 @@ def _fit(settings, prompts, schedule, batch):
   taken, waiting = schedule.taken, schedule.waiting
   need = max(prompts[i].slots for i in [*taken.values(), *waiting[:1]])
   slots = bucket(need, _SMALLEST_SLOTS)
-  room = settings.batch_size * _SLOTS_EACH // (slots * settings.search.width)
-  most = next((n for n in settings.batch_sizes if n <= room), 1)
-  most = min(most, len(taken) + len(waiting))
+  most = min(settings.most_rows(slots), len(taken) + len(waiting))
   size = min(n for n in settings.batch_sizes if n >= most)
   if (size, slots) == (schedule.size, schedule.slots):
     return batch

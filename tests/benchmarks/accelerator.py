@@ -12,6 +12,8 @@ tokens/s    training: all but padding; decoding: output, the end included
 MFU         useful FLOP/s (table.useful_flops: no attention, no recomputing)
             over the chip's peak for bfloat16; of an unknown chip, over its best
             product here
+ms          of a step: of training, or of a token for each row that is decoded
+est. ms     mt/train/roofline.py's estimate of the same program
 peak, plan  GB on the device: the most that was held, and the compiler's word
 first step  seconds from the start of the process until its first step is done;
             in `again` the programs compiled before are there
@@ -40,6 +42,7 @@ from mt.base import cli
 from mt.data import corpus
 from mt.gemma import sizes
 from mt.train import machine
+from mt.train import targets
 from mt.weights import hf
 from mt.weights import hf_config
 from mt.weights import pretrained
@@ -48,13 +51,6 @@ from tests.benchmarks import table
 from tests.benchmarks.sides import ours
 
 _ROOT = pathlib.Path(__file__).parents[2]
-# Dense bfloat16 FLOP/s by what JAX calls the chip, of the makers' data sheets.
-PEAKS = {
-  'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'H200': 989e12,
-  'A100': 312e12, 'RTX 4090': 165e12, 'L40S': 362e12, 'L4': 121e12,
-  'TPU v6 lite': 918e12, 'TPU v5 lite': 197e12, 'TPU v5': 459e12,
-  'TPU v4': 275e12,
-}  # fmt: skip
 _ALL, _LORA = {'train.parts': 'all'}, {'train.parts': 'lora'}
 # Name, task, size of the model, config, knobs; in the order of their weight.
 CASES = (
@@ -67,11 +63,6 @@ CASES = (
   ('1b lora', 'train', '1b', 'gemma3_270m_gpu', _LORA),
 )
 _DECODED = ((16, 1), (256, 1), (16, 4), (256, 4))  # Sentences, beam.
-
-
-def peak_of(kind: str, product: float) -> float:
-  """FLOP/s of a chip; its best product where it is none of PEAKS."""
-  return next((p for name, p in PEAKS.items() if name in kind), product)
 
 
 def make_jobs(folder: pathlib.Path, quick: bool) -> dict[str, dict]:
@@ -187,12 +178,8 @@ def rows_of(name: str, job: dict, own: dict, other: dict, peak: float):
   work = blocks * own['tokens']
   work += cfg.vocab_size * cfg.embed_dim * own['targets']
   flops = (4 if job['parts'] == 'lora' else 6) * work
-  cells = {
-    'ms': f'{own["seconds"] * 1e3:.1f}',
-    'tokens/s': f'{rate:,.0f}',
+  cells = _measured(own, own['seconds'], rate) | {
     'MFU': f'{flops / own["seconds"] / peak:.1%}',
-    'peak': f'{own["peak"] / 1e9:.2f}',
-    'plan': f'{own["planned"] / 1e9:.2f}',
     'first': f'{own["first_step"]:.0f}',
   }
   if 'rate' in other:
@@ -200,21 +187,33 @@ def rows_of(name: str, job: dict, own: dict, other: dict, peak: float):
   return [(f'{name}, {own["rows"]} rows', cells)]
 
 
+def _measured(own, seconds, rate):
+  """The cells that training and decoding have; seconds are of a step."""
+  return {
+    'ms': f'{seconds * 1e3:.2f}',
+    'est. ms': f'{own["estimate"] * 1e3:.2f}' if own['estimate'] else '',
+    'tokens/s': f'{rate:,.0f}',
+    'peak': f'{own["peak"] / 1e9:.2f}',
+    'plan': f'{own["planned"] / 1e9:.2f}',
+  }
+
+
 def _decoded_row(name, own, theirs):
   rate = own['units'] / own['seconds']
-  cells = {'tokens/s': f'{rate:,.0f}', 'peak': f'{own["peak"] / 1e9:.2f}'}
+  cells = _measured(own, own['rows'] / rate, rate)
   if theirs:
     cells['x'] = f'{rate * theirs["seconds"] / theirs["units"]:.2f}'
   return f'decoding, sentences x beam {name}', cells
 
 
-_COLUMNS = ('ms', 'tokens/s', 'MFU', 'peak', 'plan', 'first', 'x')
+_COLUMNS = ('ms', 'est. ms', 'tokens/s', 'MFU', 'peak', 'plan', 'first', 'x')
 
 
 def report(jobs: dict, answers: dict) -> str:
   """The table, of what there is."""
   roof = answers['roof']
-  peak = peak_of(roof['kind'], roof['product'])
+  chip = targets.chip_of(roof['kind'])
+  peak = chip.flops if chip else roof['product']
   out = [
     roof['device'],
     f'JAX {roof["jax"]}; best product {roof["product"] / 1e12:.1f} TFLOP/s, '

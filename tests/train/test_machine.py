@@ -58,7 +58,8 @@ def test_what_is_said_is_taken():
 def test_what_was_chosen_is_said(capsys):
   config = default.get_config()
   config.train.remat = 'full'
-  made = machine.choose(config)
+  made = machine.here(config)
+  machine.say_chosen(config, made)
   assert config.train.dtype == 'auto'  # Not changed under its owner's hands.
   assert (made.train.dtype, made.train.remat) == ('float32', 'full')
   (line,) = capsys.readouterr().out.splitlines()
@@ -70,7 +71,7 @@ def test_what_was_chosen_is_said(capsys):
     'loss_chunk=576',
     'loss_tile=2048',
   }
-  assert machine.choose(made) == made
+  machine.say_chosen(made, machine.here(made))
   assert not capsys.readouterr().out
 
 

@@ -9,6 +9,7 @@ Of the job (see side.py) it reads
 """
 
 import importlib
+import math
 import time
 
 import jax
@@ -22,8 +23,10 @@ from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.train import machine
 from mt.train import optimizer as optimizer_lib
+from mt.train import roofline
 from mt.train import state as state_lib
 from mt.train import step
+from mt.train import targets
 from mt.translate import batching
 from mt.translate import decode
 from mt.translate import search
@@ -54,6 +57,12 @@ def _planned(compiled):
   m = compiled.memory_analysis()
   held = m.argument_size_in_bytes + m.temp_size_in_bytes
   return held + m.output_size_in_bytes - m.alias_size_in_bytes
+
+
+def _estimate(compiled, trips):
+  """Seconds; 0 for a chip that nothing is known of."""
+  chip = targets.chip_of(jax.devices()[0].device_kind)
+  return roofline.seconds(roofline.kernels(compiled.as_text(), chip, trips))
 
 
 def _compiled(cfg, config, optimizer, state, batch):
@@ -90,15 +99,18 @@ def _train(job):
     seconds.append(time.perf_counter() - start)
     first = first or time.time() - job['started']
   used = [{k: v[:rows] for k, v in b.items()} for b in steps[1:]]
+  targets_of_step = float(np.mean([b['target_mask'].sum() for b in used]))
+  chunks = math.ceil(targets_of_step / config.train.loss_chunk)
   return {
     'rows': rows,
     'seconds': float(np.median(seconds[1:])),
     'tokens': float(np.mean([(b['segment_ids'] > 0).sum() for b in used])),
-    'targets': float(np.mean([b['target_mask'].sum() for b in used])),
+    'targets': targets_of_step,
     'first_step': first,
     'losses': losses,
     'peak': _peak(),
     'planned': _planned(compiled),
+    'estimate': _estimate(compiled, chunks),
     'chosen': {k: config.train[k] for k in ('dtype', 'remat', 'attention')},
   }
 
@@ -122,7 +134,17 @@ def _decode(job):
     seconds = time.perf_counter() - start
     made = [h.tokens + [h.end] * (h.end is not None) for h, *_ in found]
     answer = side.decoded(job | part, seconds, made)
-    answers[f'{size}x{beam}'] = answer | {'peak': _peak()}
+    slots = batching.bucket(max(p.slots for p in prompts), 128)
+    rows = settings.most_rows(slots)
+    batch = batching.init(settings, rows, slots)
+    args = settings, batch, params, jnp.int32(0)
+    compiled = batching.decode.lower(*args).compile()
+    answers[f'{size}x{beam}'] = answer | {
+      'rows': rows,
+      'peak': _peak(),
+      'planned': _planned(compiled),
+      'estimate': _estimate(compiled, 1),  # Of a step.
+    }
   return {'decoded': answers}
 
 
