@@ -223,12 +223,13 @@ def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
 def open_source(
   workdir: pathlib.Path,
 ) -> tuple[ml_collections.ConfigDict, pretrained.Source]:
-  """The config of a run, to read it with, and the weights that it started from.
+  """The config of a run and the weights that it started from.
 
   Raises:
     errors.UserError: no run there, or its weights are gone.
   """
-  config = machine.to_read(run_folder.read_config(workdir))
+  # A run of before a knob that follows the machine has no value for it.
+  config = machine.here(run_folder.read_config(workdir))
   return config, pretrained.open_source(
     config.weights.source,
     config.weights.size,

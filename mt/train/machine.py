@@ -76,15 +76,3 @@ def say_chosen(
   chosen = [f'{k}={v}' for k, v in made.train.items() if asked.train[k] != v]
   if chosen:
     journal.say(f'auto: {" ".join(chosen)}')
-
-
-def to_read(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """The config of a run that is not trained here, only read.
-
-  A CPU computes in float32, whatever the run was trained in: bfloat16 takes it
-  longer, and differs only by rounding.
-  """
-  config = here(config)
-  if jax.local_devices()[0].platform == 'cpu':
-    config.train.dtype = 'float32'
-  return config
