@@ -98,9 +98,10 @@ lock: .venv/installed
 	@touch $@
 
 # No hashes: another Python may have to take other files.
-.venv-here/installed: requirements.txt
+.venv-here/installed: requirements.txt requirements-cuda.txt
 	$(PYTHON) -m venv --system-site-packages .venv-here
-	grep -v '^jax' requirements.txt > .venv-here/requirements.txt
+	grep -hv '^jax\|^nvidia' requirements.txt requirements-cuda.txt \
+	  > .venv-here/requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps \
 	  -r .venv-here/requirements.txt
 	@touch $@

@@ -29,8 +29,8 @@ SIZES = (
   'gemma3_270m', 'gemma3_1b', 'gemma3_4b', 'gemma3_12b', 'gemma3_27b',
   'debug',
 )  # fmt: skip
-REMAT = ('none', 'dots', 'full')
-ATTENTION = ('xla',)
+REMAT = ('none', 'dots', 'narrow', 'full')
+ATTENTION = ('xla', 'tokamax', 'splash')
 OPTIMIZERS = ('adamw', 'adafactor', 'sgd')
 SCHEDULES = ('constant', 'linear', 'cosine')
 
@@ -184,12 +184,14 @@ KNOBS = (
     """),
   knob('train.remat', 'auto', one_of('auto', *REMAT), """
     What the backward pass recomputes: `none`; all but the products with
-    weights (`dots`), which takes little time; or each layer (`full`), which
-    takes a third more work and leaves [N, B, L, D] in memory. auto is none on a
-    CPU; full on a GPU or TPU, where reading what was saved takes longer.
+    weights (`dots`); each layer but the product that ends it (`narrow`), for
+    two [N, B, L, D] in memory; or each layer (`full`), for one. auto is none on
+    a CPU; full on a GPU or TPU, where reading what was saved takes longer.
     """, 'free'),
   knob('train.attention', 'auto', one_of('auto', *ATTENTION), """
-    How attention is computed: `xla`, by plain products; auto is that.
+    Its implementation: plain products (`xla`), or a fused kernel for NVIDIA
+    GPUs (`tokamax`) or TPUs (`splash`). auto is the kernel of the machine, in
+    bfloat16; else xla, as for a TPU where data.length is no multiple of 128.
     """, 'free'),
   knob('train.loss_chunk', 0, at_least(0), """
     Most target tokens that the loss takes at once: few for the cache of a CPU,
@@ -198,9 +200,10 @@ KNOBS = (
     memory. 0 is 576 on a CPU; 4096 on a GPU, 2048 on a TPU, and less where that
     would be more than an eighth of its memory.
     """, 'free'),
-  knob('train.loss_tile', 0, at_least(0), """
-    Most rows of the vocabulary in one product of the loss: few for the cache of
-    a CPU, many for a GPU or TPU. 0 is 2048 on a CPU, else all of them.
+  knob('train.loss_tile', 0, at_least(-1), """
+    Most rows of the vocabulary in one product of the loss: few, for the cache
+    of a CPU, or -1 for all at once, on a GPU or TPU; the logits are in
+    train.dtype then. 0 is 2048 on a CPU, else -1.
     """, 'free'),
   knob('train.label_smoothing', 0.0, fraction(), """
     Share of each label that is spread over the vocabulary, against a model that

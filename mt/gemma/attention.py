@@ -5,6 +5,7 @@ Dimension letters are those of mt/gemma/sizes.py.
 
 import chex
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from mt.gemma.sizes import ModelConfig
@@ -133,8 +134,30 @@ def attend(
   return out.reshape(dims['BKLGA']).swapaxes(1, 2).reshape(dims['BL(HA)'])
 
 
+def first_keys(cfg: ModelConfig, segment_ids: jax.Array) -> jax.Array:
+  """The first place that each place of a packed row may see.
+
+  It may see all from there to itself: a segment is one piece of its row, so
+  that this says what `make_mask` says of positions from 0 in each segment.
+
+  Args:
+    cfg: the model's shape.
+    segment_ids: [B, L] int32; 0, padding, is a segment like the others.
+
+  Returns:
+    [2, B, L] int32, for layers with a window and for those without.
+  """
+  chex.assert_rank(segment_ids, 2)
+  place = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+  change = segment_ids[:, 1:] != segment_ids[:, :-1]
+  begins = jnp.pad(change, ((0, 0), (1, 0)), constant_values=True)
+  segment = lax.cummax(jnp.where(begins, place, 0), axis=1)
+  window = jnp.maximum(segment, place - (cfg.window or _GLOBAL_WINDOW) + 1)
+  return jnp.stack([window, segment])
+
+
 def causal_attend(
-  cfg: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+  cfg: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array
 ) -> jax.Array:
   """`attend` for queries and keys of the same places, where none looks ahead.
 
@@ -144,7 +167,7 @@ def causal_attend(
   Args:
     q: [B, L, H, A], already scaled.
     k, v: [B, L, K, A].
-    mask: [B, L, L] bool, False for places after the query's.
+    first: [B, L] int32, see `first_keys`.
 
   Returns:
     [B, L, H * A] in the dtype of `v`.
@@ -153,13 +176,12 @@ def causal_attend(
   dims['BL'] = q.shape[:2]
   chex.assert_shape(q, dims['BLHA'])
   chex.assert_shape([k, v], dims['BLKA'])
-  chex.assert_shape(mask, dims['BLL'])
-  block = max(_BLOCK, -(-dims.L // _MOST_BLOCKS))
-  return jnp.concatenate(
-    [
-      attend(cfg, q[:, at:end], k[:, :end], v[:, :end], mask[:, at:end, :end])
-      for at in range(0, dims.L, block)
-      for end in [min(at + block, dims.L)]
-    ],
-    axis=1,
-  )
+  chex.assert_shape(first, dims['BL'])
+  block, place = max(_BLOCK, -(-dims.L // _MOST_BLOCKS)), jnp.arange(dims.L)
+  out = []
+  for at in range(0, dims.L, block):
+    end = min(at + block, dims.L)
+    mask = place[:end] >= first[:, at:end, None]
+    mask &= place[:end] <= place[at:end, None]
+    out.append(attend(cfg, q[:, at:end], k[:, :end], v[:, :end], mask))
+  return jnp.concatenate(out, axis=1)

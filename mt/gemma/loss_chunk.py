@@ -17,13 +17,15 @@ from jax.sharding import Mesh
 from mt.gemma import attention
 from mt.gemma import sharding
 
+_LARGEST = 75.0  # A float32 holds the sum of 2^18 numbers of e^75.
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
   cap: float | None
   smoothing: float
   chunk: int
-  tile: int
+  tile: int | None
   mesh: Mesh | None
   rows: int  # B, what a mesh may split of the M places.
   hidden_grad: bool = False
@@ -133,6 +135,50 @@ def _slope(logits, cap):
 
 def _product(equation, a, b):
   return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def at_once(options, axes, embedding, chunk):
+  """A chunk against all rows of the vocabulary that are here, in one piece.
+
+  Three large products, and as few passes over the logits between them as can
+  be: exponentials are of differences to the target's own logit, which is known
+  beforehand, so that no pass looks for the largest one. They end at e^_LARGEST:
+  an nll of more nats is finite, but too small. Where gradients are wanted,
+  logits and their gradients are kept in the dtype of the activations.
+
+  Returns:
+    nll [t] float32; the gradients of the own hidden states and of the embedding
+    (of sum(weights * nll), float32), each () where it is not wanted.
+  """
+  v, h, e = len(embedding), chunk.h, options.smoothing
+  table, y = embedding.astype(h.dtype), chunk.y - axes.first_row(v)
+  all_rows = v * axes.num_vocab_shards()
+  own = jnp.take(table, y, axis=0, mode='clip').astype(jnp.float32)
+  own = jnp.sum(h.astype(jnp.float32) * own, axis=1)
+  own = axes.sum(jnp.where((y >= 0) & (y < v), own, 0.0))
+  own = attention.softcap(own, options.cap)
+  kept = h.dtype if options.hidden_grad else jnp.float32
+  raw = jnp.einsum('td,vd->tv', h, table, preferred_element_type=kept)
+  logits = attention.softcap(raw.astype(jnp.float32), options.cap)
+  exps = jnp.exp(jnp.minimum(logits - own[:, None], _LARGEST))
+  norm = axes.sum(jnp.sum(exps, axis=1))
+  nll = jnp.log(norm)
+  lse = own + nll
+  if e:
+    nll += e * (own - axes.sum(jnp.sum(logits, axis=1)) / all_rows)
+  if not options.hidden_grad:
+    return nll, (), ()
+  p = jnp.exp(jnp.minimum(logits - lse[:, None], 0.0))
+  g = p - (1 - e) * (jnp.arange(v) == y[:, None])
+  if e:
+    g -= e / all_rows
+  if options.cap is not None:
+    g *= 1.0 - jnp.square(logits / options.cap)
+  g = (g * chunk.weights[:, None]).astype(h.dtype)
+  d_h = axes.scatter_sum(_product('tv,vd->td', g, table))
+  if not options.embedding_grad:
+    return nll, d_h, ()
+  return nll, d_h, _product('tv,td->vd', g, h)
 
 
 def first_pass(options, axes, embedding, chunk, logits_buffer) -> Seen:

@@ -13,23 +13,31 @@ from typing import Any
 import chex
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 
 from mt.gemma import attention
+from mt.gemma import fused
 from mt.gemma import sharding
 from mt.gemma.parameters import Params
 from mt.gemma.sizes import ModelConfig
 
 # What of a layer's forward pass is kept for the backward pass: everything; the
-# results of products with weights; what goes into the layer.
+# results of products with weights; what goes into the layer and the result of
+# `down`; only the former.
 REMAT = {
   'none': lambda layer: layer,
   'dots': functools.partial(
     jax.checkpoint,
     policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     prevent_cse=False,  # Not needed inside a scan.
+  ),
+  'narrow': functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names('narrow'),
+    prevent_cse=False,
   ),
   'full': functools.partial(jax.checkpoint, prevent_cse=False),
 }
@@ -55,7 +63,7 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
   return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-@_from_arguments
+@functools.partial(jax.checkpoint, prevent_cse=True)
 def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
   """gelu(gate) * up, the tanh form of GELU (arXiv 1606.08415, 2002.05202)."""
   chex.assert_equal_shape([gate, up])
@@ -147,7 +155,7 @@ def block(
   x = x + y
   y = rms_norm(x, layer['ffw_norm'])
   y = geglu(dense(layer, 'gate', y), dense(layer, 'up', y))
-  y = dense(layer, 'down', y)
+  y = checkpoint_name(dense(layer, 'down', y), 'narrow')
   if cfg.post_norms:
     y = rms_norm(y, layer['post_ffw_norm'])
   return x + y, extra
@@ -241,6 +249,7 @@ def forward(
   *,
   dtype: jnp.dtype = jnp.float32,
   remat: str = 'none',
+  implementation: str = 'xla',
   mesh: Mesh | None = None,
   embedded: jax.Array | None = None,
 ) -> jax.Array:
@@ -254,6 +263,7 @@ def forward(
     segment_ids: [B, L] int32, 0 for padding, 1, 2, … for packed examples.
     dtype: of the activations.
     remat: what the backward pass recomputes, a key of REMAT.
+    implementation: of attention, a name in mt/gemma/fused.py.
     mesh: of several devices, see mt/gemma/sharding.py.
     embedded: [B, L, D], `embed` of the tokens, if it is there already.
 
@@ -266,20 +276,13 @@ def forward(
   chex.assert_type([tokens, positions, segment_ids], int)
   chex.assert_shape(params['embedding'], dims['VD'])
   rope = attention.rope_tables(cfg, positions)
+  attend = fused.make_attend(cfg, implementation, segment_ids, mesh)
 
   def layer_fn(x, per_layer):
-    layer, window, kind = per_layer
-    mask = attention.make_mask(
-      positions, positions, segment_ids, segment_ids, window
-    )
+    layer, kind = per_layer
     sin, cos = (table[kind] for table in rope)
     x, _ = block(
-      cfg,
-      layer,
-      x,
-      sin,
-      cos,
-      lambda q, k, v: (attention.causal_attend(cfg, q, k, v, mask), None),
+      cfg, layer, x, sin, cos, lambda q, k, v: (attend(q, k, v, kind), None)
     )
     return sharding.constrain(x, mesh, _ACTIVATIONS), None
 
@@ -288,6 +291,6 @@ def forward(
     x = embed(params['embedding'], tokens, dtype, mesh)
   chex.assert_shape(x, dims['BLD'])
   x = sharding.constrain(x, mesh, _ACTIVATIONS)
-  per_layer = params['layers'], *attention.layer_kinds(cfg)
+  per_layer = params['layers'], attention.layer_kinds(cfg)[1]
   x, _ = lax.scan(REMAT[remat](layer_fn), x, per_layer)
   return rms_norm(x, params['final_norm'])

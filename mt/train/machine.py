@@ -5,6 +5,8 @@ again in less time than it reads back what was saved of it, and wants the whole
 vocabulary in one product. A CPU's cache wants everything small.
 """
 
+import importlib.util
+
 import jax
 import ml_collections
 
@@ -15,7 +17,6 @@ _CPU = {
   'dtype': 'float32',
   'frozen_dtype': 'float32',
   'remat': 'none',
-  'attention': 'xla',
   'loss_chunk': 576,
   'loss_tile': 2048,
 }
@@ -23,8 +24,7 @@ _ACCELERATOR = {
   'dtype': 'bfloat16',
   'frozen_dtype': 'bfloat16',
   'remat': 'full',
-  'attention': 'xla',
-  'loss_tile': 262_144,  # The whole vocabulary.
+  'loss_tile': -1,
 }
 _LOSS_CHUNK = {'gpu': 4096, 'tpu': 2048}
 # NVIDIA's cards before Ampere have no bfloat16 products; CUDA 13 knows these.
@@ -52,7 +52,19 @@ def resolve(
   for knob, value in best.items():
     if config.train[knob] in ('auto', 0):
       config.train[knob] = value
+  if config.train.attention == 'auto':
+    config.train.attention = _attention(config, platform)
   return config
+
+
+def _attention(config, platform):
+  """The fused kernel of the machine, where it takes these rows."""
+  if config.train.dtype == 'bfloat16':
+    if platform == 'tpu' and config.data.length % 128 == 0:
+      return 'splash'
+    if platform == 'gpu' and importlib.util.find_spec('tokamax'):
+      return 'tokamax'
+  return 'xla'
 
 
 def _loss_chunk(most, memory):

@@ -78,6 +78,7 @@ def batch_nll(
     batch['segment_ids'],
     dtype=jnp.dtype(train.dtype),
     remat=train.remat,
+    implementation=train.attention,
     mesh=mesh,
     embedded=embedded,
   )
@@ -89,7 +90,7 @@ def batch_nll(
     final_softcap=cfg.final_softcap,
     smoothing=smoothing,
     chunk=train.loss_chunk,
-    tile=train.loss_tile,
+    tile=None if train.loss_tile == -1 else train.loss_tile,
     mesh=mesh,
   )
 
@@ -202,19 +203,19 @@ def make_train_step(
     grad_norm = optax.tree.norm(grads)
     good = jnp.isfinite(nll) & jnp.isfinite(grad_norm)
 
-    def update(trained, opt_state, ema):
-      clipped = optimizer_lib.clip(grads, grad_norm, config.optim.clip_norm)
-      updates, opt_state = optimizer.update(clipped, opt_state, trained)
-      trained = optax.apply_updates(trained, updates)
-      ema = {k: decay * v + (1 - decay) * trained[k] for k, v in ema.items()}
-      return trained, opt_state, ema
-
-    def skip(trained, opt_state, ema):
-      return trained, opt_state, ema
-
-    # Not a `where` for each array: that would keep two of them in memory.
-    trained, opt_state, ema = lax.cond(
-      good, update, skip, state.trained, state.opt_state, state.ema
+    clipped = optimizer_lib.clip(grads, grad_norm, config.optim.clip_norm)
+    updates, opt_state = optimizer.update(
+      clipped, state.opt_state, state.trained
+    )
+    trained = optax.apply_updates(state.trained, updates)
+    ema = {
+      k: decay * v + (1 - decay) * trained[k] for k, v in state.ema.items()
+    }
+    # Not a `cond`: an accelerator would copy all that its branches may change.
+    trained, opt_state, ema = jax.tree.map(
+      lambda new, old: jnp.where(good, new, old),
+      (trained, opt_state, ema),
+      (state.trained, state.opt_state, state.ema),
     )
     new = dataclasses.replace(
       state,

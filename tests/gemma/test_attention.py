@@ -11,20 +11,22 @@ import numpy as np
 import pytest
 
 from mt.gemma import attention
+from mt.gemma import fused
 from mt.gemma import sizes
 from tests.fixtures import gemma_oracle
 
 _GEMMA3 = sizes.SIZES['gemma3_4b']
 
 
-def _case(kv_heads, length, seed=0):
-  """A model's config, q, k, v and the mask of packed rows with padding."""
+def _case(kv_heads, length, seed=0, head_dim=8):
+  """A model's config, q, k, v, the mask and the segments of packed rows."""
   cfg = dataclasses.replace(
     sizes.SIZES['debug'],
     num_heads=4,
     num_kv_heads=kv_heads,
-    head_dim=8,
+    head_dim=head_dim,
     attn_softcap=2.0,
+    window=50,
   )
   rng = np.random.default_rng(seed)
   q, k, v = (
@@ -40,7 +42,7 @@ def _case(kv_heads, length, seed=0):
     same = segments[:, at] == segments[:, at - 1]
     positions[:, at] = np.where(same, positions[:, at - 1] + 1, 0)
   mask = attention.make_mask(positions, positions, segments, segments, 50)
-  return cfg, (q, k, v), mask
+  return cfg, (q, k, v), mask, segments
 
 
 # One block, whole and short blocks, four blocks, more than 128 queries in one.
@@ -48,35 +50,81 @@ def _case(kv_heads, length, seed=0):
   ('length', 'kv_heads'), [(1, 2), (128, 1), (129, 4), (300, 1), (600, 2)]
 )
 def test_blocks_of_queries_are_all_queries(length, kv_heads):
-  cfg, args, mask = _case(kv_heads, length)
-
-  def run(attend):
-    def total(*args):
-      out = attend(cfg, *args, mask)
-      return jnp.sum(jnp.sin(out)), out
-
-    grad = jax.grad(total, argnums=(0, 1, 2), has_aux=True)
-    return gemma_oracle.jit(grad)(*args)
-
-  (grads, out), (want_grads, want) = map(
-    run, (attention.causal_attend, attention.attend)
+  cfg, args, mask, segments = _case(kv_heads, length)
+  first = attention.first_keys(cfg, segments)[0]
+  got = _with_gradients(
+    lambda *args: attention.causal_attend(cfg, *args, first), args
   )
-  assert out.shape == (2, length, cfg.num_heads * cfg.head_dim)
-  np.testing.assert_allclose(out, want, atol=1e-6)
-  for got, exact in zip(grads, want_grads, strict=True):
-    np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-5)
+  want = _with_gradients(lambda *args: attention.attend(cfg, *args, mask), args)
+  assert got[1].shape == (2, length, cfg.num_heads * cfg.head_dim)
+  _assert_same(got, want)
+
+
+def _with_gradients(attend, args):
+  def total(*args):
+    out = attend(*args)
+    return jnp.sum(jnp.sin(out)), out
+
+  grad = jax.grad(total, argnums=(0, 1, 2), has_aux=True)
+  return gemma_oracle.jit(grad)(*args)
+
+
+def _assert_same(got, want):
+  np.testing.assert_allclose(got[1], want[1], atol=1e-6)
+  for a, b in zip(got[0], want[0], strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('window', [None, 3, 500])
+def test_first_keys_say_what_the_mask_says(window):
+  cfg, _, _, segments = _case(1, 300)
+  cfg = dataclasses.replace(cfg, window=window)
+  place = np.arange(300)
+  begins = np.diff(segments, axis=1, prepend=-1) != 0
+  positions = place - np.maximum.accumulate(begins * place, axis=1)
+  for n, w in enumerate((window or 2**30, 2**30)):
+    want = attention.make_mask(positions, positions, segments, segments, w)
+    first = attention.first_keys(cfg, segments)[n]
+    got = (place >= first[..., None]) & (place <= place[:, None])
+    np.testing.assert_array_equal(got, want)
+
+
+# The kernel runs as a program for the CPU. Windows inside a row and beyond it.
+@pytest.mark.parametrize(('kv_heads', 'window'), [(1, 50), (2, 500)])
+def test_splash_is_xla(kv_heads, window, monkeypatch):
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
+  make = splash_attention.make_splash_mqa_single_device
+  monkeypatch.setattr(
+    splash_attention,
+    'make_splash_mqa_single_device',
+    functools.partial(make, interpret=True),
+  )
+  cfg, args, _, segments = _case(kv_heads, 256, head_dim=128)
+  cfg = dataclasses.replace(cfg, window=window)
+  for kind in (0, 1):
+    splash, xla = (
+      _with_gradients(functools.partial(attend, kind=kind), args)
+      for attend in (
+        fused.make_attend(cfg, name, segments) for name in ('splash', 'xla')
+      )
+    )
+    np.testing.assert_allclose(splash[1], xla[1], atol=2e-5)
+    for a, b in zip(splash[0], xla[0], strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(('length', 'share'), [(256, 3 / 4), (512, 5 / 8)])
 def test_keys_ahead_of_a_block_cost_nothing(length, share):
-  cfg, args, mask = _case(1, length)
+  cfg, args, mask, segments = _case(1, length)
+  first = attention.first_keys(cfg, segments)[0]
 
-  def flops(attend):
-    run = gemma_oracle.jit(lambda *args: attend(cfg, *args, mask))
+  def flops(attend, seen):
+    run = gemma_oracle.jit(lambda *args: attend(cfg, *args, seen))
     return run.lower(*args).compile().cost_analysis()['flops']
 
-  assert flops(attention.causal_attend) < (share + 0.05) * flops(
-    attention.attend
+  assert flops(attention.causal_attend, first) < (share + 0.05) * flops(
+    attention.attend, mask
   )
 
 
@@ -139,8 +187,9 @@ def test_rope_tables_by_hand():
 
 
 def test_wrong_shapes_are_named():
-  cfg, (q, k, v), mask = _case(1, 4)
+  cfg, (q, k, v), _, segments = _case(1, 4)
+  first = attention.first_keys(cfg, segments)[0]
   with pytest.raises(AssertionError, match='shape'):
-    attention.causal_attend(cfg, q, k[:, :3], v, mask)
+    attention.causal_attend(cfg, q, k[:, :3], v, first)
   with pytest.raises(AssertionError, match='shape'):
-    attention.causal_attend(cfg, q, k, v, mask[0])
+    attention.causal_attend(cfg, q, k, v, first[0])

@@ -244,6 +244,59 @@ def test_what_is_no_target_counts_for_nothing():
   jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
+@pytest.mark.parametrize(
+  ('cap', 'smoothing', 'chunk'),
+  [(None, 0.0, 7), (None, 0.1, 4), (2.0, 0.0, 64), (2.0, 0.9, 7)],
+)
+def test_a_vocabulary_in_one_piece(cap, smoothing, chunk):
+  args = _inputs()
+  for count in (0, 1, 14, 30):
+    weights = _weights(count, seed=count)
+    got = _ours(cap, smoothing, chunk, tile=None)(*args, weights)
+    _assert_total_near(got, _exact(*args, weights, cap, smoothing), 2e-6)
+  only_hidden = _ours(cap, smoothing, chunk, None, (0,))(*args, weights)
+  np.testing.assert_array_equal(only_hidden[1][0], got[1][0])
+  value, nll = _ours_value(cap, smoothing, chunk)(*args, weights)
+  _assert_near((value, nll), got[0], 2e-6)
+
+
+def _ours_value(cap, smoothing, chunk):
+  return jit(
+    functools.partial(
+      loss.target_nll,
+      final_softcap=cap,
+      smoothing=smoothing,
+      chunk=chunk,
+      tile=None,
+    )
+  )
+
+
+def test_a_vocabulary_in_one_piece_says_when_a_target_is_hopeless():
+  """An nll above 75 nats is finite and above 75, and so are its gradients."""
+  hidden, embedding, tokens = _inputs()
+  args = (1e3 * hidden, embedding, tokens, _weights(14))
+  (_, nll), grads = _ours(tile=None)(*args)
+  (_, want), _ = _exact(*args)
+  far = want > 75
+  assert far.any() and (nll[far] >= 74.9).all() and (nll[far] < 88).all()
+  np.testing.assert_allclose(nll[~far], want[~far], rtol=1e-3, atol=1e-3)
+  assert all(np.isfinite(x).all() for x in grads)
+
+
+def test_logits_in_bfloat16_are_as_good_as_bfloat16_states():
+  """Rounding logits moves the gradients less than rounding the states does."""
+  hidden, embedding, tokens = _inputs(l=200, d=64)
+  weights = _weights(300, l=200)
+  exact = _exact(hidden, embedding, tokens, weights)[1]
+  rounded = jnp.bfloat16(hidden)
+  got = _ours(chunk=64, tile=None)(rounded, embedding, tokens, weights)[1]
+  states = _exact(np.float32(rounded), embedding, tokens, weights)[1]
+  for g, s, e in list(zip(got, states, exact, strict=True))[:2]:
+    error = np.linalg.norm(np.float64(g) - s) / np.linalg.norm(e)
+    assert error < 2 * 2**-8, error
+
+
 @pytest.mark.parametrize('cap', [None, 30.0])
 def test_large_logits_stay_finite(cap):
   hidden, embedding, tokens = _inputs()

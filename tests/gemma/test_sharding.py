@@ -224,8 +224,11 @@ def _put(mesh, array, *axes):
 
 
 @pytest.mark.parametrize('shape', [(2, 2, 2), (1, 8, 1), (4, 1, 2)])
-@pytest.mark.parametrize('cap, smoothing', [(None, 0.0), (3.0, 0.1)])
-def test_the_loss_is_the_one_of_one_device(shape, cap, smoothing):
+@pytest.mark.parametrize(
+  'cap, smoothing, tile',
+  [(None, 0.0, 2048), (3.0, 0.1, 2048), (3.0, 0.1, None)],
+)
+def test_the_loss_is_the_one_of_one_device(shape, cap, smoothing, tile):
   """And each device multiplies with its rows of the embedding only."""
   mesh = _mesh(*shape)
   v, d = 1009 * 8, 16
@@ -247,6 +250,7 @@ def test_the_loss_is_the_one_of_one_device(shape, cap, smoothing):
         final_softcap=cap,
         smoothing=smoothing,
         chunk=4,
+        tile=tile,
         mesh=mesh,
       )
 

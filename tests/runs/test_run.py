@@ -52,7 +52,7 @@ def test_a_run_leaves_everything(finished):
   kept = run_folder.read_config(folder)
   # What was `auto` has its value.
   assert kept.to_dict() == machine.here(config).to_dict()
-  assert said.startswith('machine: CPU, ') and '\nauto: attention=xla ' in said
+  assert said.startswith('machine: CPU, ') and '\nauto: dtype=float32 ' in said
   environment = json.loads((folder / 'environment.json').read_text())
   assert environment['packages']['jax']
   page = (folder / 'report.html').read_text('utf-8')

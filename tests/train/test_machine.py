@@ -1,11 +1,18 @@
 """What is chosen for a machine, and what a run says of it."""
 
+import importlib.util
+
 import pytest
 
 from configs import default
 from mt.train import machine
 
 _KNOBS = ('dtype', 'frozen_dtype', 'remat', 'attention')
+
+
+@pytest.fixture(autouse=True)
+def with_tokamax(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
 
 
 def _chosen(*target, **given):
@@ -25,23 +32,23 @@ def _chosen(*target, **given):
     ),
     (
       ('gpu', 'NVIDIA H100 80GB HBM3', 78 * 10**9),
-      ('bfloat16', 'bfloat16', 'full', 'xla', 4096, 262_144),
+      ('bfloat16', 'bfloat16', 'full', 'tokamax', 4096, -1),
     ),
     (
       ('gpu', 'NVIDIA GeForce RTX 4090', 23 * 10**9),
-      ('bfloat16', 'bfloat16', 'full', 'xla', 2048, 262_144),
+      ('bfloat16', 'bfloat16', 'full', 'tokamax', 2048, -1),
     ),
     (
       ('gpu', 'Tesla T4', 14 * 10**9),
-      ('float32', 'bfloat16', 'full', 'xla', 1024, 262_144),
+      ('float32', 'bfloat16', 'full', 'xla', 1024, -1),
     ),
     (
       ('tpu', 'TPU v6 lite', 32 * 10**9),
-      ('bfloat16', 'bfloat16', 'full', 'xla', 2048, 262_144),
+      ('bfloat16', 'bfloat16', 'full', 'splash', 2048, -1),
     ),
     (
       ('tpu', 'TPU v5 lite', 16 * 10**9),
-      ('bfloat16', 'bfloat16', 'full', 'xla', 1024, 262_144),
+      ('bfloat16', 'bfloat16', 'full', 'splash', 1024, -1),
     ),
   ],
 )
@@ -52,7 +59,17 @@ def test_every_machine_has_its_own(target, expected):
 def test_what_is_said_is_taken():
   given = {'dtype': 'float32', 'remat': 'dots', 'loss_chunk': 8}
   chosen = _chosen('gpu', 'NVIDIA L4', 10**12, **given)
-  assert chosen == ('float32', 'bfloat16', 'dots', 'xla', 8, 262_144)
+  assert chosen == ('float32', 'bfloat16', 'dots', 'xla', 8, -1)
+
+
+def test_fused_attention_only_where_it_can_be(monkeypatch):
+  config = default.get_config()
+  config.data.length = 100  # No multiple of splash's blocks.
+  made = machine.resolve(config, 'tpu', 'TPU v5 lite', 10**10)
+  assert made.train.attention == 'xla'
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  made = machine.resolve(config, 'gpu', 'NVIDIA L4', 10**10)
+  assert made.train.attention == 'xla'
 
 
 def test_what_was_chosen_is_said(capsys):

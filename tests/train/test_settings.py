@@ -7,6 +7,7 @@ import pytest
 from configs import default
 from mt.base import errors
 from mt.data import corpus
+from mt.gemma import fused
 from mt.gemma import model
 from mt.gemma import sizes
 from mt.train import optimizer
@@ -71,7 +72,7 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('train.lora_alpha', 0.0),
     ('train.dtype', 'float16'),
     ('train.attention', 'flash'),
-    ('train.loss_tile', -1),
+    ('train.loss_tile', -2),
     ('optim.name', 'adam'),
     ('optim.learning_rate', 0.0),
     ('optim.learning_rate', math.nan),
@@ -168,6 +169,7 @@ def test_what_has_no_effect_is_a_note(values, note, capsys):
 def test_the_names_in_the_knobs_are_those_of_the_code():
   assert tuple(sizes.SIZES) == default.SIZES
   assert tuple(model.REMAT) == default.REMAT
+  assert fused.IMPLEMENTATIONS == default.ATTENTION
   assert default.OPTIMIZERS == optimizer.NAMES
   assert default.SCHEDULES == optimizer.SCHEDULES
 

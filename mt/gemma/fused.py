@@ -1,0 +1,144 @@
+"""Attention of packed rows by another's fused kernel, or by our own products.
+
+A fused kernel (FlashAttention, arXiv 2205.14135) never writes [B, H, L, L] to
+memory, forward or backward:
+
+  xla      mt/gemma/attention.py: plain products, what the others are tested by
+  tokamax  NVIDIA GPUs: OpenXLA's kernels, in Mosaic on Hopper and Blackwell, in
+           Triton on older ones. Each query is told its first key, which says
+           segments, window and causality at once: no mask exists.
+  splash   TPUs: JAX's own kernel, with segment ids and static windows
+
+cuDNN's attention is left out: through JAX it takes a mask as a dense bias, and
+without one it would see over the borders of segments.
+"""
+
+from collections.abc import Callable
+import functools
+
+import chex
+import jax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec
+
+from mt.gemma import attention
+from mt.gemma import sharding
+from mt.gemma.sizes import ModelConfig
+
+IMPLEMENTATIONS = ('xla', 'tokamax', 'splash')
+
+# (q [B, L, H, A], k, v [B, L, K, A], kind of layer) -> [B, L, H * A]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+_SPLASH_BLOCK = 512  # Most queries and keys in a block; 128 at least.
+
+
+def make_attend(
+  cfg: ModelConfig,
+  implementation: str,
+  segment_ids: jax.Array,
+  mesh: Mesh | None = None,
+) -> Attend:
+  """Attention within the segments of a batch, for all layers.
+
+  Args:
+    cfg: the model's shape.
+    implementation: one of IMPLEMENTATIONS.
+    segment_ids: [B, L] int32, each segment in one piece.
+    mesh: of several devices, see mt/gemma/sharding.py.
+  """
+  chex.assert_rank(segment_ids, 2)
+  if implementation == 'splash':
+    return lambda q, k, v, kind: _on_mesh(
+      cfg, mesh, functools.partial(_splash, cfg), q, k, v, segment_ids, kind
+    )
+  first = attention.first_keys(cfg, segment_ids)
+  if implementation == 'xla':
+    return lambda q, k, v, kind: attention.causal_attend(
+      cfg, q, k, v, first[kind]
+    )
+  return lambda q, k, v, kind: _on_mesh(
+    cfg, mesh, functools.partial(_tokamax, cfg), q, k, v, first[kind], kind
+  )
+
+
+def _on_mesh(cfg, mesh, run, q, k, v, seen, kind):
+  """A kernel cannot be partitioned: each device runs it on what it has."""
+  dims = cfg.dims()
+  dims['BL'] = q.shape[:2]
+  chex.assert_shape(q, dims['BLHA'])
+  chex.assert_shape([k, v], dims['BLKA'])
+  chex.assert_shape(seen, dims['BL'])
+  if mesh is None:
+    return run(q, k, v, seen, kind)
+  rows = sharding.split_over(mesh, 'rows', dims.B) or None
+  heads = sharding.split_over(mesh, 'heads', dims.H) or None
+  kv_heads = sharding.split_over(mesh, 'kv_heads', dims.K) or None
+  if dims.K > 1 and kv_heads is None:
+    heads = None  # A query head stays where its key head is.
+  spec = PartitionSpec
+  return jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=(
+      spec(rows, None, heads),
+      *(spec(rows, None, kv_heads),) * 2,
+      spec(rows),
+      spec(),
+    ),
+    out_specs=spec(rows, None, heads),
+    check_vma=False,  # The kernels do not say over what they vary.
+  )(q, k, v, seen, kind)
+
+
+def _tokamax(cfg, q, k, v, first, kind):
+  del kind  # `first` is this layer's.
+  from tokamax._src.ops.attention import api  # Only where it is wanted.
+  from tokamax._src.ops.attention import base
+
+  # The public function has no first keys: a dense mask would be needed.
+  mask = base.Mask(is_causal=True, k_start=first[:, None])
+  for name in ('mosaic_gpu', 'triton'):
+    try:
+      out = api.IMPLEMENTATIONS[name](
+        q, k, v, mask=mask, logits_scale=1.0, logits_soft_cap=cfg.attn_softcap
+      )
+      return out.reshape(*q.shape[:2], -1)
+    except NotImplementedError as e:
+      refused = e
+  raise refused
+
+
+def _splash(cfg, q, k, v, segments, kind):
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  b, length, h, a = q.shape
+  groups = h // k.shape[2]
+  # Keys' heads lead; the queries of one are an axis of its kernel.
+  q = q.reshape(b, length, -1, groups, a).transpose(0, 2, 3, 1, 4)
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  block = next(
+    n for n in range(min(_SPLASH_BLOCK, length), 0, -128) if length % n == 0
+  )
+  blocks = splash.BlockSizes(*[block] * 8)
+
+  def run(mask):
+    kernel = splash.make_splash_mqa_single_device(
+      splash.MultiHeadMask([mask] * groups),
+      block_sizes=blocks,
+      attn_logits_soft_cap=cfg.attn_softcap,
+    )
+    one_head = jax.vmap(kernel, (0, 0, 0, None))  # Of the keys.
+    return jax.vmap(one_head)(q, k, v, splash.SegmentIds(segments, segments))
+
+  shape = length, length
+  if cfg.window is None or cfg.window >= length:
+    out = run(splash.CausalMask(shape))
+  else:
+    out = lax.cond(
+      kind == 1,
+      lambda: run(splash.CausalMask(shape)),
+      lambda: run(splash.LocalMask(shape, (cfg.window - 1, 0), 0)),
+    )
+  return out.transpose(0, 3, 1, 2, 4).reshape(b, length, h * a)
