@@ -1,19 +1,39 @@
 # make train: the real thing.  make test: everything that is quick.
-# Both set themselves up: .venv, the pinned packages, the weights.
+# Both set themselves up: .venv, the pinned packages, the weights, and where an
+# NVIDIA card or a TPU is, its plugin for JAX. ACCELERATOR=cpu|cuda|tpu chooses;
+# WHEELS=DIR takes all packages from a folder, for a machine without network;
+# JAX=here adds to the JAX of that machine's Python what it lacks.
 
 PYTHON ?= python3
 CONFIG ?= configs/gemma3_270m.py
 ARGS ?=
 BIN = .venv/bin
 
+ifeq ($(origin ACCELERATOR), undefined)
+ACCELERATOR := $(shell $(PYTHON) -m mt.base.accelerator)
+else ifeq ($(ACCELERATOR), cpu)
+export JAX_PLATFORMS = cpu
+endif
+ifeq ($(JAX), here)
+BIN = .venv-here/bin
+INSTALLED = .venv-here/installed
+else
+INSTALLED = .venv/installed-$(ACCELERATOR)
+endif
+
+ifdef WHEELS
+export PIP_NO_INDEX = 1
+export PIP_FIND_LINKS = $(WHEELS)
+endif
+
 # Linux gives large arrays large pages: a tenth less processor time a step. In
 # few arenas, as what is freed in many of them is not found again: memory grows.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2
 
 .PHONY: train plan test test-real test-heavy test-transformers \
-  test-accelerators bench lint lock chaos soak
+  test-accelerators bench lint lock chaos soak accelerator
 
-train: .venv/installed
+train: $(INSTALLED)
 	$(BIN)/python train.py --config=$(CONFIG) $(ARGS)
 
 # What a run would take on a machine that is not here, by its own compiler:
@@ -22,7 +42,7 @@ plan: .venv-plan/installed
 	@.venv-plan/bin/python train.py --config=$(CONFIG) --plan --on=$(ON) $(ARGS)
 
 # A file's tests share models: they stay in one process.
-test: .venv/installed
+test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-real: .venv/installed
@@ -50,6 +70,10 @@ test-transformers: .venv/installed .venv-transformers/installed
 bench: .venv/installed .venv-bench/installed .venv-tunix/installed
 	$(BIN)/python -m tests.benchmarks.speed $(ARGS)
 
+# What a GPU or TPU does with this: a table and a JSON, in eight minutes.
+accelerator: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.accelerator $(ARGS)
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,7 +82,8 @@ lint: .venv/installed
 # their files, for every machine, so that nothing else is ever installed.
 lock: .venv/installed
 	$(BIN)/python -m pip install --quiet uv==0.13.9
-	for name in requirements requirements-plan; do \
+	for name in requirements requirements-plan requirements-cuda \
+	    requirements-tpu; do \
 	  $(BIN)/uv pip compile $$name.txt --no-deps --generate-hashes \
 	    --universal --python-version 3.11 --no-annotate --no-header --quiet \
 	    --output-file $$name.lock > /dev/null || exit 1; \
@@ -79,6 +104,24 @@ lock: .venv/installed
 	  $$(ls -d .venv-plan/lib/python*/site-packages)/project.pth
 	.venv-plan/bin/python -m pip install --quiet --no-deps --require-hashes \
 	  -r requirements-plan.lock
+	@touch $@
+
+.venv/installed-cpu: .venv/installed
+	@touch $@
+
+.venv/installed-cuda .venv/installed-tpu: .venv/installed-%: \
+  .venv/installed requirements-%.lock
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes \
+	  -r requirements-$*.lock
+	@touch $@
+
+# No hashes: another Python may have to take other files.
+.venv-here/installed: requirements.txt requirements-cuda.txt
+	$(PYTHON) -m venv --system-site-packages .venv-here
+	grep -hv '^jax\|^nvidia' requirements.txt requirements-cuda.txt \
+	  > .venv-here/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps \
+	  -r .venv-here/requirements.txt
 	@touch $@
 
 # With dependencies: on some machines torch brings libraries of its own.

@@ -14,7 +14,6 @@ from configs.knobs import LANGUAGES
 from configs.knobs import POSITIVE
 from configs.knobs import PROMPT
 from configs.knobs import TEXT
-from configs.knobs import Rule
 from configs.knobs import at_least
 from configs.knobs import between
 from configs.knobs import each
@@ -171,35 +170,40 @@ KNOBS = (
     Which matrices get factors: a regular expression for q, k, v, o, gate, up,
     down.
     """),
-  knob('train.dtype', 'float32', FORMAT, """
-    Of activations: float32, or bfloat16 (half the memory, for GPU and TPU).
-    Trained weights are float32 always, and so are logits.
+  # `auto` and 0 are chosen for the machine when a run starts, which says them
+  # and writes them into its config.json; see mt/train/machine.py.
+  knob('train.dtype', 'auto', FORMAT, """
+    Of activations: float32, or bfloat16 (half the memory); auto is float32 on a
+    CPU, bfloat16 on a GPU or TPU. Trained weights are float32 always, and so
+    are logits.
     """),
-  knob('train.frozen_dtype', 'float32', FORMAT, """
+  knob('train.frozen_dtype', 'auto', FORMAT, """
     Of frozen weights in memory: float32, or bfloat16 (half of it; a Gemma that
-    was published in bfloat16 loses nothing).
+    was published in bfloat16 loses nothing); auto is float32 on a CPU, bfloat16
+    on a GPU or TPU.
     """),
-  knob('train.remat', 'none', one_of(*REMAT), """
+  knob('train.remat', 'auto', one_of('auto', *REMAT), """
     What the backward pass recomputes: `none`; all but the products with
     weights (`dots`); each layer but the product that ends it (`narrow`), for
-    two [N, B, L, D] in memory; or each layer (`full`), for one.
+    two [N, B, L, D] in memory; or each layer (`full`), for one. auto is none on
+    a CPU; full on a GPU or TPU, where reading what was saved takes longer.
     """, 'free'),
-  knob('train.attention', 'xla', one_of(*ATTENTION), """
+  knob('train.attention', 'auto', one_of('auto', *ATTENTION), """
     Its implementation: plain products (`xla`), or a fused kernel for NVIDIA
-    GPUs (`tokamax`) or TPUs (`splash`).
+    GPUs (`tokamax`) or TPUs (`splash`). auto is the kernel of the machine, in
+    bfloat16; else xla, as for a TPU where data.length is no multiple of 128.
     """, 'free'),
-  knob('train.loss_chunk', 576, at_least(1), """
+  knob('train.loss_chunk', 0, at_least(0), """
     Most target tokens that the loss takes at once: few for the cache of a CPU,
     many for a GPU or TPU. Where a batch has more places than that, or than the
     model is wide, a trained embedding takes loss_chunk * vocabulary numbers of
-    memory.
+    memory. 0 is 576 on a CPU; 4096 on a GPU, 2048 on a TPU, and less where that
+    would be more than an eighth of its memory.
     """, 'free'),
-  knob('train.loss_tile', 2048, Rule(
-    lambda v: v == -1 or v >= 1, '1 or more, or -1 for the whole vocabulary'
-  ), """
+  knob('train.loss_tile', 0, at_least(-1), """
     Most rows of the vocabulary in one product of the loss: few, for the cache
     of a CPU, or -1 for all at once, on a GPU or TPU; the logits are in
-    train.dtype then.
+    train.dtype then. 0 is 2048 on a CPU, else -1.
     """, 'free'),
   knob('train.label_smoothing', 0.0, fraction(), """
     Share of each label that is spread over the vocabulary, against a model that

@@ -74,8 +74,8 @@ TEXT = Rule(bool, 'some text')
 POSITIVE = Rule(lambda v: 0 < v < math.inf, 'more than 0')
 AXIS = Rule(lambda v: v == -1 or v >= 1, '1 or more, or -1 for what is left')
 FORMAT = Rule(
-  lambda v: v in ('float32', 'bfloat16'),
-  "float32 or bfloat16 (float16 overflows in Gemma's activations)",
+  lambda v: v in ('auto', 'float32', 'bfloat16'),
+  "auto, float32 or bfloat16 (float16 overflows in Gemma's activations)",
 )
 LANGUAGES = Rule(
   re.compile('[A-Za-z]{2,}-[A-Za-z]{2,}').fullmatch,

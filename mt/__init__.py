@@ -28,6 +28,7 @@ The rest, by room:
 base, what every room stands on
   errors      one sentence for the person at the terminal
   cli         flags, --help with every knob, exit codes
+  accelerator which one is there, and whether JAX sees it
   cache       the folder of what is kept between runs
   files       files that are written whole or not at all
   compiling   compile once, keep what was compiled
@@ -76,6 +77,7 @@ evaluate, how good that is; `python -m mt.evaluate`
 
 train, the run
   settings    impossible values in a config, refused early
+  machine     what is `auto` in a config, chosen for the devices
   optimizer   learning rate, SGD, AdamW, Adafactor, clipping
   manifest    damaged checkpoints found out and moved aside; their version
   checkpoint  Orbax: state and data position, and whose they are; the best

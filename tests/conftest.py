@@ -40,6 +40,7 @@ def quick_compilation():
 @pytest.fixture
 def debug_config():
   """A run of seconds, see tests/runs/small.py."""
+  from mt.train import machine
   from tests.runs import small
 
-  return small.get_config()
+  return machine.here(small.get_config())

@@ -97,7 +97,7 @@ def _check_same(workdir, config):
     if resume[path] == 'same' or scored:
       raise errors.UserError(
         f'{workdir} holds a run with {path}={was!r}, this one has {now!r}; '
-        'use another --workdir, or the config of that run.'
+        f'use another --workdir, or --config.{path}={was}.'
       )
 
 

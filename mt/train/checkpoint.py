@@ -22,6 +22,7 @@ from mt.base import errors
 from mt.base import run_folder
 from mt.gemma import lora
 from mt.gemma import parameters
+from mt.train import machine
 from mt.train import manifest
 from mt.train import state as state_lib
 from mt.weights import pretrained
@@ -227,7 +228,8 @@ def open_source(
   Raises:
     errors.UserError: no run there, or its weights are gone.
   """
-  config = run_folder.read_config(workdir)
+  # A run of before a knob that follows the machine has no value for it.
+  config = machine.here(run_folder.read_config(workdir))
   return config, pretrained.open_source(
     config.weights.source,
     config.weights.size,

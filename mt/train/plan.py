@@ -31,6 +31,7 @@ from mt.base import journal
 from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.train import alternatives
+from mt.train import machine
 from mt.train import programs
 from mt.train import roofline
 from mt.train import settings
@@ -97,6 +98,9 @@ def make_plan(
   config: ml_collections.ConfigDict, target: targets.Target
 ) -> Plan:
   """Compiles a run's programs for a target, and says what each takes."""
+  kind, asked = target.devices[0].device_kind, config
+  config = machine.resolve(asked, target.platform, kind, target.usable)
+  machine.say_chosen(asked, config)
   mesh = sharding.make_mesh(config.mesh, target.devices)
   used, there = 1 if mesh is None else mesh.size, len(target.devices)
   journal.say(

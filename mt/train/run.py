@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 import ml_collections
 
+from mt.base import accelerator
 from mt.base import compiling
 from mt.base import events
 from mt.base import files
@@ -32,6 +33,7 @@ from mt.evaluate import scores as scores_lib
 from mt.gemma import sharding
 from mt.train import checkpoint
 from mt.train import loop
+from mt.train import machine
 from mt.train import manifest
 from mt.train import optimizer as optimizer_lib
 from mt.train import plan
@@ -50,7 +52,10 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
     errors.UserError: anything that the user can mend.
   """
   started, workdir = time.monotonic(), pathlib.Path(folder)
+  journal.say(accelerator.describe())
   settings.check(config)
+  asked, config = config, machine.here(config)
+  machine.say_chosen(asked, config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_rows(mesh, config.train.batch_size, config.train.micro_batches)
   if mesh is not None:

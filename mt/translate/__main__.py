@@ -26,6 +26,7 @@ from typing import BinaryIO
 from absl import flags
 import ml_collections
 
+from mt.base import accelerator
 from mt.base import cli
 from mt.base import compiling
 from mt.base import errors
@@ -95,6 +96,7 @@ def run(values: dict[str, Any]) -> None:
   asking = not asked and sys.stdin.isatty()
   with _open_input(asked) as stream, _open_output(values['output']) as out:
     compiling.keep_compiled_programs()
+    _say(accelerator.describe())
     _say(f'checkpoint: {about}')
     config, source, params = checkpoint.load_finetuned(workdir, at)
     params = decode.unstack(params, config.train.dtype)  # Once for all lines.

@@ -13,6 +13,7 @@ from configs import gemma3_270m
 from mt.data import batches
 from mt.data import corpus
 from mt.data import splits
+from mt.train import machine
 from mt.train import optimizer as optimizer_lib
 from mt.train import state as state_lib
 from mt.train import step
@@ -22,7 +23,7 @@ STEPS = 5
 
 
 def main():
-  config = gemma3_270m.get_config()
+  config = machine.here(gemma3_270m.get_config())
   source = pretrained.open_source(
     config.weights.source, '', '', seed=0, texts=()
   )

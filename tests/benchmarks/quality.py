@@ -29,6 +29,7 @@ from mt.base import errors
 from mt.data import corpus
 from mt.data import template as template_lib
 from mt.evaluate import scores
+from mt.train import machine
 from mt.translate import translator as translator_lib
 from mt.weights import pretrained
 from tests.benchmarks import speed
@@ -43,7 +44,7 @@ def make_config(f: flags.FlagValues):
   c.weights.source = f.weights or c.weights.source
   c.template.prompt = f.prompt or c.template.prompt
   c.template.target_prefix = f.target_prefix
-  return c
+  return machine.here(c)
 
 
 def score(f: flags.FlagValues) -> dict:

@@ -22,6 +22,7 @@ from mt.base import cli
 from mt.base import errors
 from mt.gemma import parameters
 from mt.gemma import sizes
+from mt.train import machine
 from mt.translate import decode
 from mt.translate import translator as translator_lib
 from mt.weights import pretrained
@@ -101,7 +102,8 @@ def main(argv):
   else:
     cfg, params = narrow_model(source)
   source = dataclasses.replace(source, config=cfg)
-  translator = translator_lib.from_config(gemma3_270m.get_config(), source)
+  config = machine.here(gemma3_270m.get_config())
+  translator = translator_lib.from_config(config, source)
   params = decode.unstack(params)
   n = f.sentences
   late = False

@@ -65,21 +65,24 @@ def make_job(source: pretrained.Source, rows: int, steps: int, sentences: int):
     'beam': _BEAM,
   }
   config, tok = ours.make_config('all', job), source.tokenizer
-  template = template_lib.from_config(config)
   (text,) = corpus.read_splits(config.data, ['valid'])['valid']
   texts = [p.source for p in text.read(range(sentences))]
-  d = config.decode
-  return job | {
-    'pairs': pairs_of(ours.rows_of(config, tok)),
-    'prompts': [
-      {
-        'tokens': template_lib.prompt_ids(text, tok, template),
-        'limit': int(d.max_ratio * len(tok.encode(text))) + d.max_extra,
-      }
-      for text in texts
-    ],
-    'stops': list(translator.stop_ids(tok, template)),
-  }
+  job['pairs'] = pairs_of(ours.rows_of(config, tok))
+  return job | prompts_of(config, tok, texts)
+
+
+def prompts_of(config, tok, texts: list[str]) -> dict:
+  """`prompts` and `stops` of a job, as a run of this config has them."""
+  template, d = template_lib.from_config(config), config.decode
+  prompts = [
+    {
+      'tokens': template_lib.prompt_ids(text, tok, template),
+      'limit': int(d.max_ratio * len(tok.encode(text))) + d.max_extra,
+    }
+    for text in texts
+  ]
+  stops = list(translator.stop_ids(tok, template))
+  return {'prompts': prompts, 'stops': stops}
 
 
 def pairs_of(steps: list[batches.Batch]) -> list[list[list[int]]]:

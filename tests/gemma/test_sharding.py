@@ -16,6 +16,7 @@ from mt.gemma import model
 from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
+from mt.train import machine
 from mt.train import optimizer as optimizer_lib
 from mt.train import run as run_lib
 from mt.train import state as state_lib
@@ -73,7 +74,7 @@ def _config(parts='all', **train):
   config.optim.update(learning_rate=1e-2, weight_decay=0.1, ema_decay=0.5)
   # Where a gradient is about this, its rounding decides Adam's sign.
   config.optim.epsilon = 1e-3
-  return config
+  return machine.here(config)
 
 
 def _train(config, mesh, steps=2):

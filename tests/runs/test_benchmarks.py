@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import time
 import types
 
 import jax
@@ -14,9 +15,11 @@ from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import pretrained
+from tests.benchmarks import accelerator
 from tests.benchmarks import quality
 from tests.benchmarks import speed
 from tests.benchmarks import table
+from tests.benchmarks.sides import chip
 from tests.benchmarks.sides import ours
 from tests.benchmarks.sides import side
 from tests.benchmarks.sides import tutorial
@@ -154,9 +157,9 @@ def test_what_cannot_run_says_why(tmp_path):
   assert answer['absent'] and '.venv-nowhere' in answer['failed']
   if not (speed._ROOT / '.venv').exists():
     pytest.skip('no .venv here')
-  # It has no torch, nor PEFT.
+  # It has no torch.
   answer = speed.ask(tmp_path, job, 'hf', 'full', '.venv')
-  assert "No module named 'peft'" in answer['failed']
+  assert "No module named 'torch'" in answer['failed']
   assert 'absent' not in answer
 
 
@@ -235,3 +238,36 @@ def test_ours_and_the_tutorial_train_on_the_same(monkeypatch, tiny_source):
   np.testing.assert_allclose(packed['loss'], alone['loss'], rtol=1e-5)
   lora = ours._train(job, 'lora')
   np.testing.assert_allclose(lora['loss'], alone['loss'], rtol=1e-5)
+
+
+def test_make_accelerator_in_small(tmp_path, monkeypatch):
+  """Its own side in full, and the table; the weights are few and by chance."""
+  monkeypatch.setattr(chip.compiling, 'keep_compiled_programs', lambda: None)
+  jobs = accelerator.make_jobs(tmp_path, quick=True)
+  assert jobs.keys() == {name for name, *_ in accelerator.CASES}
+  assert (tmp_path / 'hf-1b' / 'config.json').exists()
+  text = (_SIDES / 'hf_chip.py').read_text('utf-8')
+  asked = set(re.findall(r"job\['(\w+)'\]", text)) - {'started'}
+  assert asked <= jobs['decode'].keys()
+  lora = chip._train(jobs['270m lora'] | {'started': time.time()})
+  tokens = sum(len(p) + len(t) for p, t in jobs['270m lora']['pairs'])
+  assert lora['rows'] == 2 and lora['tokens'] == tokens / 2
+  decoded = chip._decode(jobs['decode'] | {'batches': ((2, 1),)})
+  assert len(decoded['decoded']['2x1']['made']) == 8
+  answers = {
+    'roof': {'device': 'D', 'kind': 'k', 'product': 1e12, 'jax': 'J'},
+    '270m lora': lora | {'seconds': 0.5, 'peak': 3e9, 'planned': 2e9},
+    '270m lora, transformers': {'rate': tokens / 4},
+    'decode': decoded,
+    'decode, transformers': decoded,
+    '1b all': {'failed': 'too large'},
+    '1b all, transformers': {'failed': 'no batch fits'},
+  }
+  lines = accelerator.report(jobs, answers).splitlines()
+  rows = {re.split(r'\s{2,}', line.strip())[0]: line for line in lines[3:]}
+  cells = rows['270m lora, 2 rows'].split()[-7:]
+  assert cells[0] == '500.00' and cells[3:5] == ['3.00', '2.00']
+  assert cells[-1] == '4.00'
+  assert rows['decoding, sentences x beam 2x1'].split()[-1] == '1.00'
+  assert rows['1b all'].split()[-2:] == ['too', 'large']
+  assert rows['transformers: no batch fits']

@@ -22,6 +22,7 @@ from mt.base import run_folder
 from mt.export import __main__ as export
 from mt.gemma import lora
 from mt.train import checkpoint
+from mt.train import machine
 from mt.train import optimizer as optimizer_lib
 from mt.train import state as state_lib
 from mt.weights import pretrained
@@ -38,7 +39,7 @@ def write_run(folder, source, tok_proto, rank=4, alpha=12.0):
   """
   from configs import debug
 
-  config = debug.get_config()
+  config = machine.here(debug.get_config())
   config.weights.source = str(source)
   config.train.parts = 'lora'
   config.train.lora_rank = rank

@@ -20,6 +20,7 @@ from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.train import checkpoint
 from mt.train import loop
+from mt.train import machine
 from mt.train import run as run_lib
 from mt.train import step
 from mt.translate import __main__ as terminal
@@ -48,7 +49,10 @@ def test_a_run_leaves_everything(finished):
       assert s['sentences'] == 3
       assert s.keys() >= {'bleu', 'bleu_intl', 'chrf', 'chrf_signature'}
       assert s['noise']['emoji'].keys() == {'sentences', 'chrf'}
-  assert run_folder.read_config(folder).to_dict() == config.to_dict()
+  kept = run_folder.read_config(folder)
+  # What was `auto` has its value.
+  assert kept.to_dict() == machine.here(config).to_dict()
+  assert said.startswith('machine: CPU, ') and '\nauto: dtype=float32 ' in said
   environment = json.loads((folder / 'environment.json').read_text())
   assert environment['packages']['jax']
   page = (folder / 'report.html').read_text('utf-8')
@@ -443,6 +447,18 @@ def test_what_a_resume_may_change(debug_config, tmp_path):
   run_folder.claim(tmp_path, debug_config)
   debug_config.data.length += 1
   refusal(lambda: run_folder.claim(tmp_path, debug_config), 'data.length')
+
+
+def test_a_run_of_a_gpu_goes_on_here_if_its_formats_are_asked_for(tmp_path):
+  config = small.get_config()
+  _started(tmp_path, machine.resolve(config, 'gpu', 'NVIDIA L4', 10**10))
+  refusal(
+    lambda: run_folder.claim(tmp_path, machine.here(config)),
+    "train.dtype='bfloat16'",
+    '--config.train.dtype=bfloat16',
+  )
+  config.train.update(dtype='bfloat16', frozen_dtype='bfloat16')
+  run_folder.claim(tmp_path, machine.here(config))  # Remat and tiles are free.
 
 
 def test_what_is_compared_by_chrf_stays_the_same(debug_config, tmp_path):

@@ -23,20 +23,27 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Config -> the machine that its docstring names.
 MACHINES = {
   'gemma3_270m': 'l4',  # Of a CPU: it fits any card.
+  'gemma3_270m_gpu': 'l4',
   'tutorial': 'a100',
-  'gemma3_1b_24gb': 'rtx4090',
-  'gemma3_4b_lora_24gb': 'rtx4090',
-  'gemma3_4b_80gb': 'h100',
-  'gemma3_12b_v5e8': 'v5e:2x4',
-  'gemma3_27b_v5e8': 'v5e:2x4',
-  'gemma3_12b_v5p': 'v5p:2x2x2',
-  'gemma3_27b_v5p': 'v5p:2x4x4',
+  'gemma3_1b_rtx4090': 'rtx4090',
+  'gemma3_4b_lora_rtx4090': 'rtx4090',
+  'gemma3_1b_h100': 'h100',
+  'gemma3_4b_h100': 'h100',
+  'gemma3_12b_lora_h100': 'h100',
+  'gemma3_12b_8xh100': 'h100:8',
+  'gemma3_27b_8xh100': 'h100:8',
+  'gemma3_12b_lora_v5e8': 'v5e:2x4',
+  'gemma3_27b_lora_v5e8': 'v5e:2x4',
+  'gemma3_4b_v6e8': 'v6e:2x4',
+  'gemma3_27b_lora_v6e8': 'v6e:2x4',
+  'gemma3_12b_v5p8': 'v5p:2x2x2',
+  'gemma3_27b_v5p32': 'v5p:2x4x4',
 }
 
 
 def test_each_config_has_a_machine():
   shipped = {p.stem for p in (ROOT / 'configs').glob('*.py')}
-  assert shipped - {'__init__', 'default', 'knobs', 'debug'} == set(MACHINES)
+  assert shipped - {'default', 'knobs', 'large', 'debug'} == set(MACHINES)
 
 
 @pytest.mark.parametrize('name', MACHINES)

@@ -18,6 +18,7 @@ from configs import gemma3_270m
 from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
+from mt.train import machine
 from mt.train import optimizer as optimizer_lib
 from mt.train import plan
 from mt.train import programs
@@ -34,7 +35,7 @@ NAMES = [*programs.TRAINING, *programs.DECODING]
 
 
 def _config(**mesh):
-  config = debug.get_config()
+  config = machine.here(debug.get_config())
   config.data.length, config.train.batch_size = 64, 8
   config.mesh.update(mesh)
   return config
@@ -98,7 +99,7 @@ def test_the_step_of_the_270m_wastes_no_work():
   2204.02311, appendix B), without the keys ahead of a block of half a row. The
   sources of waste are what fills up the chunk, and anything done twice.
   """
-  config = gemma3_270m.get_config()
+  config = machine.here(gemma3_270m.get_config())
   config.train.parts, config.optim.name = 'all', 'sgd'
   config.train.loss_chunk = 144
   cfg, length, targets = sizes.SIZES['gemma3_270m'], 256, 133

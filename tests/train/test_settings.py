@@ -7,6 +7,7 @@ import pytest
 from configs import default
 from mt.base import errors
 from mt.data import corpus
+from mt.gemma import fused
 from mt.gemma import model
 from mt.gemma import sizes
 from mt.train import optimizer
@@ -25,7 +26,7 @@ def _knobs(config, prefix=''):
 CONFIGS = [
   p.stem
   for p in (pathlib.Path(__file__).parents[2] / 'configs').glob('*.py')
-  if p.stem != 'knobs'
+  if p.stem not in ('knobs', 'large')
 ]
 
 
@@ -70,6 +71,8 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('train.lora_rank', 0),
     ('train.lora_alpha', 0.0),
     ('train.dtype', 'float16'),
+    ('train.attention', 'flash'),
+    ('train.loss_tile', -2),
     ('optim.name', 'adam'),
     ('optim.learning_rate', 0.0),
     ('optim.learning_rate', math.nan),
@@ -166,6 +169,7 @@ def test_what_has_no_effect_is_a_note(values, note, capsys):
 def test_the_names_in_the_knobs_are_those_of_the_code():
   assert tuple(sizes.SIZES) == default.SIZES
   assert tuple(model.REMAT) == default.REMAT
+  assert fused.IMPLEMENTATIONS == default.ATTENTION
   assert default.OPTIMIZERS == optimizer.NAMES
   assert default.SCHEDULES == optimizer.SCHEDULES
 
@@ -184,7 +188,7 @@ def test_float16_is_refused_with_its_reason():
   config = default.get_config()
   config.train.dtype = 'float16'
   refusal(lambda: settings.check(config), 'train.dtype', 'overflows')
-  for name in ('float32', 'bfloat16'):
+  for name in ('auto', 'float32', 'bfloat16'):
     config.train.dtype = name
     settings.check(config)
 

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from configs import gemma3_270m
+from mt.train import machine
 from mt.translate import decode
 from mt.translate import translator as translator_lib
 from tests.benchmarks import recompiles
@@ -28,7 +29,8 @@ def test_a_thousand_sentences_of_like_lengths_share_their_programs():
   source = ours.open_weights()
   cfg, params = recompiles.narrow_model(source)
   translator = translator_lib.from_config(
-    gemma3_270m.get_config(), dataclasses.replace(source, config=cfg)
+    machine.here(gemma3_270m.get_config()),
+    dataclasses.replace(source, config=cfg),
   )
   params = decode.unstack(params)
   first = recompiles.run(translator, params, texts, compilations)

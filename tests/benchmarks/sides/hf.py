@@ -5,7 +5,6 @@ Pairs in batches, each as wide as its longest, only targets labelled.
 
 import time
 
-import peft
 import torch
 import transformers
 
@@ -53,12 +52,14 @@ def _full(job):
   return _train(job, model, optimizer)
 
 
-def adapted(job):
+def adapted(job, model=None):
   """The model with low-rank factors, and their optimizer."""
+  import peft  # Not wherever torch is.
+
   config = peft.LoraConfig(
     r=16, lora_alpha=16, target_modules='all-linear', task_type='CAUSAL_LM'
   )
-  model = peft.get_peft_model(_model(job), config)
+  model = peft.get_peft_model(model or _model(job), config)
   trained = [p for p in model.parameters() if p.requires_grad]
   return model, torch.optim.AdamW(
     trained, lr=job['learning_rate'], weight_decay=0.0
@@ -69,9 +70,9 @@ def _lora(job):
   return _train(job, *adapted(job))
 
 
-def _decode(job, beam):
+def continued(job, beam, model=None):
   """In batches of prompts of like length, filled up on the left."""
-  model = _model(job).eval()
+  model = (model or _model(job)).eval()
   prompts = job['prompts']
   order = sorted(
     range(len(prompts)),
@@ -87,8 +88,8 @@ def _decode(job, beam):
       ids[row, width - len(tokens) :] = torch.tensor(tokens)
       mask[row, width - len(tokens) :] = 1
     made = model.generate(
-      input_ids=ids,
-      attention_mask=mask,
+      input_ids=ids.to(model.device),
+      attention_mask=mask.to(model.device),
       do_sample=False,
       num_beams=beam,
       length_penalty=1.0,
@@ -114,7 +115,7 @@ if __name__ == '__main__':
     {
       'full': _full,
       'lora': _lora,
-      'greedy': lambda job: _decode(job, 1),
-      'beam': lambda job: _decode(job, job['beam']),
+      'greedy': lambda job: continued(job, 1),
+      'beam': lambda job: continued(job, job['beam']),
     }
   )

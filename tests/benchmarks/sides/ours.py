@@ -12,6 +12,7 @@ from mt.data import batches
 from mt.data import corpus
 from mt.data import splits
 from mt.data import tokenizer
+from mt.train import machine
 from mt.train import optimizer as optimizer_lib
 from mt.train import state as state_lib
 from mt.train import step
@@ -33,7 +34,7 @@ def make_config(parts: str, job: side.Job) -> ml_collections.ConfigDict:
   c.optim.schedule = 'constant'
   c.optim.warmup_steps = 0
   c.optim.clip_norm = 0.0
-  return c
+  return machine.here(c)
 
 
 def rows_of(

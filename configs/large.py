@@ -1,0 +1,27 @@
+"""What the configs for GPUs and TPUs have in common; none by itself.
+
+What follows the machine (formats, remat, chunks and tiles) is `auto`. That all
+of a run fits, with a tenth of the memory to spare, a test asks the machine's
+own compiler; learning rates are customary.
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def make_config(size: str, parts: str) -> ml_collections.ConfigDict:
+  """Gemma 3 of a size (1b, 4b, 12b, 27b) on packed rows of 512 tokens."""
+  c = default.get_config()
+  c.weights.source = f'kaggle:google/gemma-3/flax/gemma3-{size}'
+  c.weights.size = f'gemma3_{size}'
+  c.data.length = 512
+  c.train.parts = parts
+  c.mesh.data = 1
+  c.optim.learning_rate = 2e-4 if parts == 'lora' else 1e-5
+  c.optim.schedule = 'cosine'
+  c.optim.warmup_steps = 50
+  c.eval.minitrain_pairs = 200
+  c.eval.translate_every = 250
+  c.eval.chrf_pairs = 200
+  return c

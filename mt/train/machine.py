@@ -1,0 +1,92 @@
+"""The knobs that follow the machine: `auto`, or 0, in a config.
+
+A GPU or TPU multiplies bfloat16 many times as fast as float32, computes a layer
+again in less time than it reads back most of what was saved of it, and wants the whole
+vocabulary in one product. A CPU's cache wants everything small.
+"""
+
+import importlib.util
+
+import jax
+import ml_collections
+
+from mt.base import accelerator
+from mt.base import journal
+
+_CPU = {
+  'dtype': 'float32',
+  'frozen_dtype': 'float32',
+  'remat': 'none',
+  'loss_chunk': 576,
+  'loss_tile': 2048,
+}
+_ACCELERATOR = {
+  'dtype': 'bfloat16',
+  'frozen_dtype': 'bfloat16',
+  'loss_tile': -1,
+}
+# A GPU reads back what it saved of a layer's last product sooner than it makes
+# it again (5 % of a step of the 1B); a TPU does not.
+_REMAT = {'gpu': 'narrow', 'tpu': 'full'}
+_LOSS_CHUNK = 2048
+# NVIDIA's cards before Ampere have no bfloat16 products; CUDA 13 knows these.
+_TURING = ('T4', 'RTX 20', 'GTX 16', 'TITAN RTX', 'Quadro RTX')
+
+
+def resolve(
+  config: ml_collections.ConfigDict, platform: str, kind: str, memory: float
+) -> ml_collections.ConfigDict:
+  """A copy of a config in which each knob of `train` has a value.
+
+  Args:
+    config: of a run.
+    platform: cpu, gpu or tpu, as JAX calls it.
+    kind: of the devices, as JAX calls it, such as `NVIDIA H100 80GB HBM3`.
+    memory: bytes that a device has for arrays; without effect for a CPU.
+  """
+  best = _CPU
+  if platform != 'cpu':
+    chunk = _loss_chunk(_LOSS_CHUNK, memory)
+    best = _ACCELERATOR | {'loss_chunk': chunk, 'remat': _REMAT[platform]}
+  if platform == 'gpu' and any(name in kind for name in _TURING):
+    best = best | {'dtype': 'float32'}
+  config = config.copy_and_resolve_references()
+  for knob, value in best.items():
+    if config.train[knob] in ('auto', 0):
+      config.train[knob] = value
+  if config.train.attention == 'auto':
+    config.train.attention = _attention(config, platform)
+  return config
+
+
+def _attention(config, platform):
+  """The fused kernel of the machine, where it takes these rows."""
+  if config.train.dtype == 'bfloat16':
+    if platform == 'tpu' and config.data.length % 128 == 0:
+      return 'splash'
+    if platform == 'gpu' and importlib.util.find_spec('tokamax'):
+      return 'tokamax'
+  return 'xla'
+
+
+def _loss_chunk(most, memory):
+  """Targets whose logits, in bfloat16, take an eighth of the memory at most."""
+  while most > 256 and most * 262_144 * 2 > memory / 8:
+    most //= 2
+  return most
+
+
+def here(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """`resolve` for the devices of this process."""
+  device = jax.local_devices()[0]
+  memory = accelerator.memory()
+  return resolve(config, device.platform, device.device_kind, memory)
+
+
+def say_chosen(
+  asked: ml_collections.ConfigDict, made: ml_collections.ConfigDict
+) -> None:
+  """A line with what `resolve` has made of what was asked for."""
+  chosen = [f'{k}={v}' for k, v in made.train.items() if asked.train[k] != v]
+  if chosen:
+    journal.say(f'auto: {" ".join(chosen)}')

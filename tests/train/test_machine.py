@@ -1,0 +1,97 @@
+"""What is chosen for a machine, and what a run says of it."""
+
+import importlib.util
+
+import pytest
+
+from configs import default
+from mt.train import machine
+
+_KNOBS = ('dtype', 'frozen_dtype', 'remat', 'attention')
+
+
+@pytest.fixture(autouse=True)
+def with_tokamax(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
+
+
+def _chosen(*target, **given):
+  config = default.get_config()
+  config.train.update(given)
+  train = machine.resolve(config, *target).train
+  texts = tuple(train[k] for k in _KNOBS)
+  return *texts, train.loss_chunk, train.loss_tile
+
+
+@pytest.mark.parametrize(
+  'target, expected',
+  [
+    (
+      ('cpu', 'cpu', 0),
+      ('float32', 'float32', 'none', 'xla', 576, 2048),
+    ),
+    (
+      ('gpu', 'NVIDIA H100 80GB HBM3', 78 * 10**9),
+      ('bfloat16', 'bfloat16', 'narrow', 'tokamax', 2048, -1),
+    ),
+    (
+      ('gpu', 'NVIDIA GeForce RTX 4090', 23 * 10**9),
+      ('bfloat16', 'bfloat16', 'narrow', 'tokamax', 2048, -1),
+    ),
+    (
+      ('gpu', 'Tesla T4', 14 * 10**9),
+      ('float32', 'bfloat16', 'narrow', 'xla', 2048, -1),
+    ),
+    (
+      ('tpu', 'TPU v6 lite', 32 * 10**9),
+      ('bfloat16', 'bfloat16', 'full', 'splash', 2048, -1),
+    ),
+    (
+      ('tpu', 'TPU v5 lite', 16 * 10**9),
+      ('bfloat16', 'bfloat16', 'full', 'splash', 2048, -1),
+    ),
+  ],
+)
+def test_every_machine_has_its_own(target, expected):
+  assert _chosen(*target) == expected
+
+
+def test_what_is_said_is_taken():
+  given = {'dtype': 'float32', 'remat': 'dots', 'loss_chunk': 8}
+  chosen = _chosen('gpu', 'NVIDIA L4', 10**12, **given)
+  assert chosen == ('float32', 'bfloat16', 'dots', 'xla', 8, -1)
+
+
+def test_fused_attention_only_where_it_can_be(monkeypatch):
+  config = default.get_config()
+  config.data.length = 100  # No multiple of splash's blocks.
+  made = machine.resolve(config, 'tpu', 'TPU v5 lite', 10**10)
+  assert made.train.attention == 'xla'
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  made = machine.resolve(config, 'gpu', 'NVIDIA L4', 10**10)
+  assert made.train.attention == 'xla'
+
+
+def test_what_was_chosen_is_said(capsys):
+  config = default.get_config()
+  config.train.remat = 'full'
+  made = machine.here(config)
+  machine.say_chosen(config, made)
+  assert config.train.dtype == 'auto'  # Not changed under its owner's hands.
+  assert (made.train.dtype, made.train.remat) == ('float32', 'full')
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith('auto: ')
+  assert set(line.split()[1:]) == {
+    'dtype=float32',
+    'frozen_dtype=float32',
+    'attention=xla',
+    'loss_chunk=576',
+    'loss_tile=2048',
+  }
+  machine.say_chosen(made, machine.here(made))
+  assert not capsys.readouterr().out
+
+
+def test_a_run_of_a_gpu_is_read_in_its_formats():
+  made = machine.resolve(default.get_config(), 'gpu', 'NVIDIA L4', 10**11)
+  assert machine.here(made) == made
