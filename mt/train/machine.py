@@ -1,8 +1,8 @@
 """The knobs that follow the machine: `auto`, or 0, in a config.
 
-A GPU or TPU multiplies bfloat16 many times as fast as float32, computes a layer
-again in less time than it reads back most of what was saved of it, and wants the whole
-vocabulary in one product. A CPU's cache wants everything small.
+A GPU or TPU multiplies bfloat16 many times as fast as float32, computes most of
+a layer again in less time than it reads back what was saved of it, and wants
+the whole vocabulary in one product. A CPU's cache wants everything small.
 """
 
 import importlib.util

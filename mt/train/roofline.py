@@ -31,6 +31,7 @@ _FREE = (
   'after-all', 'partition-id', 'replica-id', 'iota',
 )  # fmt: skip
 _SLICES = ('dynamic-slice', 'slice', 'gather')
+_IN_PLACE = ('dynamic-update-slice', 'scatter')
 _SAME_VALUES = ('bitcast', 'convert', 'reshape', 'copy', 'transpose')
 
 # Of the bytes of its operands, what a device receives in a group of n.
@@ -239,7 +240,7 @@ def _read(x, inner):
       total += _bytes(user.type)
     elif user.op in _SAME_VALUES and _bytes(user.type) >= _bytes(x.type) / 4:
       total += _read(user, inner)
-    elif not (user.op == 'dynamic-update-slice' and first):  # It is in place.
+    elif not (user.op in _IN_PLACE and first):
       return _bytes(x.type)
   return min(total, _bytes(x.type))
 
