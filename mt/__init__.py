@@ -13,6 +13,7 @@ needs a look ahead:
   gemma/parameters   the table: one row says all there is to know of a weight
   gemma/sharding     arrays over a mesh; without one, it does nothing
   gemma/attention    masks, RoPE, softmax over packed rows
+  gemma/fused        which kernel attention is: ours, or a fused one
   gemma/model        the forward pass
   gemma/loss_chunk   a chunk of targets against the vocabulary
   gemma/loss         cross-entropy: its definition, and the same in chunks
