@@ -14,6 +14,7 @@ without one it would see over the borders of segments.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 
 import chex
@@ -22,6 +23,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 
+from mt.base import journal
 from mt.gemma import attention
 from mt.gemma import sharding
 from mt.gemma.sizes import ModelConfig
@@ -96,18 +98,38 @@ def _tokamax(cfg, q, k, v, first, kind):
   del kind  # `first` is this layer's.
   from tokamax._src.ops.attention import api  # Only where it is wanted.
   from tokamax._src.ops.attention import base
+  from tokamax._src.ops.attention import pallas_triton as triton
+  from tokamax._src.ops.attention import pallas_triton_vjp as triton_vjp
 
   # The public function has no first keys: a dense mask would be needed.
   mask = base.Mask(is_causal=True, k_start=first[:, None])
-  for name in ('mosaic_gpu', 'triton'):
-    try:
-      out = api.IMPLEMENTATIONS[name](
-        q, k, v, mask=mask, logits_scale=1.0, logits_soft_cap=cfg.attn_softcap
+  options = {'mask': mask, 'logits_scale': 1.0}
+  try:
+    out = api.IMPLEMENTATIONS['mosaic_gpu'](
+      q, k, v, logits_soft_cap=cfg.attn_softcap, **options
+    )
+  except NotImplementedError:  # Not Hopper, nor Blackwell.
+    if cfg.attn_softcap is not None:
+      journal.say(
+        'note: attention is xla: tokamax has no gradient under a soft cap on '
+        'this card'
       )
-      return out.reshape(*q.shape[:2], -1)
-    except NotImplementedError as e:
-      refused = e
-  raise refused
+      heads = {'num_heads': q.shape[2], 'num_kv_heads': k.shape[2]}
+      here = dataclasses.replace(cfg, **heads)
+      return attention.causal_attend(here, q, k, v, first)
+    # Of its own larger blocks, heads of 256 do not fit into the shared memory
+    # of an Ada card.
+    config = triton_vjp.Config(
+      block_m1=32,
+      block_n1=32,
+      block_m2=32,
+      block_n2=32,
+      num_warps=4,
+      num_stages=2,
+    )
+    vjp = triton_vjp.PallasTritonFlashAttentionVjp(config=config)
+    out = triton.PallasTritonFlashAttention(vjp=vjp)(q, k, v, **options)
+  return out.reshape(*q.shape[:2], -1)
 
 
 def _splash(cfg, q, k, v, segments, kind):

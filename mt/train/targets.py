@@ -142,9 +142,9 @@ def _let_tokamax_compile(chip):
 
   for kind in below(op.Op):
     kind.supported_on = lambda self, device: True
-  for name, version in ('80', (8, 0)), ('90', (9, 0)), ('100', (10, 0)):
-    here = chip.gpu[1] == version
-    setattr(gpu_utils, f'is_sm{name}', lambda device=None, here=here: here)
+  for major in (8, 9, 10):
+    here = chip.gpu[1][0] == major
+    setattr(gpu_utils, f'is_sm{major}0', lambda device=None, here=here: here)
   flags.FLAGS['tokamax_cross_compile'].value = True
   logging.set_verbosity(
     logging.ERROR

@@ -68,3 +68,51 @@ def test_a_config_fits_its_machine_with_a_tenth_to_spare(name):
   assert found == [*programs.TRAINING, *programs.DECODING]
   assert all(p['seconds'] > 0 for p in plan['programs'])
   assert plan['fits'], done.stderr
+
+
+def _train_step(on, *knobs):
+  """Bytes and opaque kernels of the 270M's step on one row of 128 tokens."""
+  done = subprocess.run(
+    [
+      *(sys.executable, '-m', 'tests.fixtures.compile_step', on),
+      *('weights.size=gemma3_270m', 'train.parts=all', 'train.batch_size=1'),
+      *('data.length=128', 'train.loss_chunk=128', *knobs),
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize('on', ['h100', 'v5e:1x1'])
+def test_a_step_does_not_copy_its_state(on):
+  bytes_ = _train_step(on)['bytes']
+  # What else there is: the embedding and a chunk's logits in bfloat16.
+  vocabulary, width, chunk = 262_144, 640, 128
+  rest = 2 * vocabulary * (width + chunk)
+  assert (
+    bytes_['temporary']
+    < 1.1 * (bytes_['gradients'] + rest) - (bytes_['gradients'])
+  )
+
+
+@pytest.mark.parametrize(
+  'on, kernel',
+  [
+    ('h100', 'mosaic_gpu'),
+    ('rtx4090', 'triton'),
+    ('a100', 'triton'),
+    ('v6e:1x1', 'splash'),
+  ],
+)
+def test_attention_is_the_fused_kernel(on, kernel):
+  found = _train_step(on)['opaque']
+  assert sum(kernel in name for name in found) >= 3  # Forward, twice, backward.
+
+
+def test_a_soft_cap_takes_what_has_its_gradient():
+  knobs = 'weights.size=gemma2_2b', 'train.parts=lora'
+  assert _train_step('h100', *knobs)['opaque']
+  assert not _train_step('rtx4090', *knobs)['opaque']
