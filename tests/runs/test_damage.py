@@ -11,6 +11,7 @@ from mt.base import run_folder
 from mt.evaluate import __main__ as evaluate
 from mt.export import __main__ as export
 from mt.train import checkpoint
+from mt.train import machine
 from mt.train import manifest
 from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
@@ -116,7 +117,8 @@ def test_a_checkpoint_of_another_config_is_refused(plain_copy):
   """Whatever config.json says, which anyone can change."""
   config, workdir = plain_copy
   config.optim.learning_rate = 0.5
-  files.write_json(workdir / 'config.json', config.to_dict())
+  made = machine.here(config).to_dict()
+  files.write_json(workdir / 'config.json', made)
   refusal(
     lambda: run_lib.run(config, workdir),
     'step 6 belongs to another run',

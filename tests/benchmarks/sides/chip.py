@@ -134,7 +134,7 @@ def _decode(job):
     seconds = time.perf_counter() - start
     made = [h.tokens + [h.end] * (h.end is not None) for h, *_ in found]
     answer = side.decoded(job | part, seconds, made)
-    slots = batching.bucket(max(p.slots for p in prompts), 128)
+    slots = batching.bucket(max(p.slots(beam) for p in prompts), 128)
     rows = settings.most_rows(slots)
     batch = batching.init(settings, rows, slots)
     args = settings, batch, params, jnp.int32(0)
