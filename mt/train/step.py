@@ -179,6 +179,22 @@ def accumulated_gradients(
   return lax.scan(add, zeros, parts)[0]
 
 
+def _if_good(good, update, old):
+  """`update(*old)`, or `old` where the step is to be skipped.
+
+  An accelerator would copy all that the branches of a cond may change; a CPU
+  would keep two of each array for a where.
+  """
+
+  def select(*old):
+    return jax.tree.map(lambda n, o: jnp.where(good, n, o), update(*old), old)
+
+  def branch(*old):
+    return lax.cond(good, update, lambda *old: old, *old)
+
+  return lax.platform_dependent(*old, cpu=branch, default=select)
+
+
 def make_train_step(
   cfg: sizes.ModelConfig,
   config: ml_collections.ConfigDict,
@@ -210,19 +226,8 @@ def make_train_step(
       ema = {k: decay * v + (1 - decay) * trained[k] for k, v in ema.items()}
       return trained, opt_state, ema
 
-    def keep(trained, opt_state, ema):
-      return trained, opt_state, ema
-
-    def select(*old):
-      return jax.tree.map(lambda n, o: jnp.where(good, n, o), update(*old), old)
-
-    # An accelerator would copy all that a cond's branches may change; a CPU
-    # would keep two of each array for a where.
-    trained, opt_state, ema = lax.platform_dependent(
-      *(state.trained, state.opt_state, state.ema),
-      cpu=lambda *old: lax.cond(good, update, keep, *old),
-      default=select,
-    )
+    old = state.trained, state.opt_state, state.ema
+    trained, opt_state, ema = _if_good(good, update, old)
     new = dataclasses.replace(
       state,
       step=state.step + 1,
