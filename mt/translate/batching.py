@@ -173,7 +173,9 @@ def decode(
   settings: Settings, batch: Batch, params: parameters.Params, floor: int
 ) -> Batch:
   """Takes steps until at most `floor` sentences run; the batch is consumed."""
-  step = functools.partial(decode_lib.step, settings.cfg, params)
+  step = functools.partial(
+    decode_lib.step, settings.cfg, params, mesh=settings.mesh
+  )
   stops = jnp.array(settings.stop_ids, jnp.int32)
   batch = search_lib.run(settings.search, step, *batch, stops, floor)
   return _place(settings, batch)

@@ -13,12 +13,14 @@ import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from mt.gemma import attention
 from mt.gemma import lora
 from mt.gemma import model
 from mt.gemma import parameters
+from mt.gemma import sharding
 from mt.gemma import sizes
 
 Cache = dict[str, tuple[jax.Array, ...]]  # k, v per layer: [B, S, K, A].
@@ -94,6 +96,7 @@ def extend(
   positions: jax.Array,
   slot: jax.Array,
   key_positions: jax.Array,
+  mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Cache]:
   """Reads L more tokens of each row, in the dtype of the cache.
 
@@ -105,6 +108,7 @@ def extend(
     slot: [B] int32, of the first of them; the others follow. slot + L <= S.
     key_positions: [B, L, S] int32, or 1 for B or L: of the token in each slot,
       once these are written; one after the query's own hides the slot.
+    mesh: over which the cache and the weights are split.
 
   Returns:
     Hidden states [B, L, D], after the final norm, and the cache.
@@ -121,6 +125,13 @@ def extend(
   keys, values = list(cache['k']), list(cache['v'])
   write = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=0))
   x = model.embed(params['embedding'], tokens, keys[0].dtype)
+
+  def dense(layer, name, x):
+    # Split as the rows of the cache are, a few of them would have each device
+    # gather all weights.
+    whole = functools.partial(sharding.constrain, mesh=mesh, axes=('all',) * 3)
+    return whole(_dense(layer, name, whole(x)))
+
   for n, layer in enumerate(params['layers']):
 
     def attend(q, k, v, n=n):
@@ -130,7 +141,7 @@ def extend(
       return attention.attend(cfg, q, keys[n], values[n], mask), None
 
     kind = kinds[n]
-    x, _ = model.block(cfg, layer, x, sin[kind], cos[kind], attend, _dense)
+    x, _ = model.block(cfg, layer, x, sin[kind], cos[kind], attend, dense)
   cache = {'k': tuple(keys), 'v': tuple(values)}
   return model.rms_norm(x, params['final_norm']), cache
 
@@ -174,6 +185,8 @@ def step(
   start: jax.Array,
   made: jax.Array,
   ancestors: jax.Array,
+  *,
+  mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Cache]:
   """Reads a token of each of W hypotheses that go on from one prompt.
 
@@ -181,7 +194,7 @@ def step(
   never moves: a hypothesis sees the prompt and what its ancestors have read.
 
   Args:
-    cfg, params, cache: see `extend`.
+    cfg, params, cache, mesh: see `extend`.
     tokens: [B, W] int32.
     start: [B] int32, position of the token that was read first.
     made: [B] int32, tokens read so far; these have position start + made.
@@ -204,7 +217,7 @@ def step(
   positions = jnp.broadcast_to((start + made)[:, None], tokens.shape)
   slot = start + made * dims.W
   hidden, cache = extend(
-    cfg, params, cache, tokens, positions, slot, key_positions
+    cfg, params, cache, tokens, positions, slot, key_positions, mesh
   )
   # With V first, the product is 1.7 times as fast on a CPU (BUILD_NOTES.md).
   logits = jnp.einsum(
