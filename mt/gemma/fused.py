@@ -6,7 +6,8 @@ memory, forward or backward:
   xla      mt/gemma/attention.py: plain products, what the others are tested by
   tokamax  NVIDIA GPUs: OpenXLA's kernels, in Mosaic on Hopper and Blackwell, in
            Triton on older ones. Each query is told its first key, which says
-           segments, window and causality at once: no mask exists.
+           segments, window and causality at once: no mask exists, but for the
+           one of [B, L, L] booleans that Triton's backward pass makes.
   splash   TPUs: JAX's own kernel, with segment ids and static windows
 
 cuDNN's attention is left out: through JAX it takes a mask as a dense bias, and
