@@ -8,4 +8,5 @@ def get_config():
   c.train.batch_size = 16
   c.mesh.fsdp = 4
   c.mesh.tensor = 2
+  c.decode.batch_size = 8
   return c

@@ -6,7 +6,8 @@ memory, forward or backward:
   xla      mt/gemma/attention.py: plain products, what the others are tested by
   tokamax  NVIDIA GPUs: OpenXLA's kernels, in Mosaic on Hopper and Blackwell, in
            Triton on older ones. Each query is told its first key, which says
-           segments, window and causality at once: no mask exists.
+           segments, window and causality at once: no mask exists, but for the
+           one of [B, L, L] booleans that Triton's backward pass makes.
   splash   TPUs: JAX's own kernel, with segment ids and static windows
 
 cuDNN's attention is left out: through JAX it takes a mask as a dense bias, and
@@ -98,8 +99,6 @@ def _tokamax(cfg, q, k, v, first, kind):
   del kind  # `first` is this layer's.
   from tokamax._src.ops.attention import api  # Only where it is wanted.
   from tokamax._src.ops.attention import base
-  from tokamax._src.ops.attention import pallas_triton as triton
-  from tokamax._src.ops.attention import pallas_triton_vjp as triton_vjp
 
   # The public function has no first keys: a dense mask would be needed.
   mask = base.Mask(is_causal=True, k_start=first[:, None])
@@ -117,19 +116,27 @@ def _tokamax(cfg, q, k, v, first, kind):
       heads = {'num_heads': q.shape[2], 'num_kv_heads': k.shape[2]}
       here = dataclasses.replace(cfg, **heads)
       return attention.causal_attend(here, q, k, v, first)
-    # Of its own larger blocks, heads of 256 do not fit into the shared memory
-    # of an Ada card.
-    config = triton_vjp.Config(
-      block_m1=32,
-      block_n1=32,
-      block_m2=32,
-      block_n2=32,
-      num_warps=4,
-      num_stages=2,
-    )
-    vjp = triton_vjp.PallasTritonFlashAttentionVjp(config=config)
-    out = triton.PallasTritonFlashAttention(vjp=vjp)(q, k, v, **options)
+    out = _triton()(q, k, v, **options)
   return out.reshape(*q.shape[:2], -1)
+
+
+def _triton():
+  """Its kernels in blocks that fit into 99 KB of shared memory.
+
+  That is what a core of most cards has; with tokamax's own blocks, heads of 256
+  in bfloat16 take 104, forward and backward.
+  """
+  from tokamax._src.ops.attention import pallas_triton as forward
+  from tokamax._src.ops.attention import pallas_triton_vjp as backward
+
+  speed = {'num_stages': 2, 'num_warps': 4}
+  names = 'block_m1', 'block_n1', 'block_m2', 'block_n2'
+  return forward.PallasTritonFlashAttention(
+    config=forward.Config(block_q=64, block_k=32, **speed),
+    vjp=backward.PallasTritonFlashAttentionVjp(
+      config=backward.Config(**dict.fromkeys(names, 32), **speed)
+    ),
+  )
 
 
 def _splash(cfg, q, k, v, segments, kind):

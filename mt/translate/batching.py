@@ -107,8 +107,9 @@ def _place(settings, batch):
   if settings.mesh is None:
     return batch
   cache, state = batch
-  axes = ('rows', 'slots', 'kv_heads', 'head')
-  put = functools.partial(sharding.constrain, mesh=settings.mesh, axes=axes)
+  put = functools.partial(
+    sharding.constrain, mesh=settings.mesh, axes=decode_lib.CACHE_AXES
+  )
   whole = sharding.whole(settings.mesh)
   return jax.tree.map(put, cache), lax.with_sharding_constraint(state, whole)
 
@@ -130,13 +131,13 @@ def insert(
   """The batch, which is consumed, with a group that `prefill` has read."""
   (cache, state), dims = batch, settings.cfg.dims()
   dims['GP'], dims.T = group.tokens.shape, state.dims().T
-  chex.assert_shape(jax.tree.leaves(new), dims['GPKA'])
+  chex.assert_shape(jax.tree.leaves(new), dims['GKPA'])
   last = group.tokens[jnp.arange(dims.G), group.lengths - 1]
   begun = search_lib.start(
     settings.search, group.numbers, last, group.lengths, group.limits, dims.T
   )
   cache = jax.tree.map(
-    lambda old, new: old.at[group.rows, : dims.P].set(new, mode='drop'),
+    lambda old, new: old.at[group.rows, :, : dims.P].set(new, mode='drop'),
     cache,
     new,
   )
@@ -157,7 +158,7 @@ def resize(
   cache, state = batch
   chex.assert_shape(rows, (None,))
   width = slots // settings.search.width
-  cache = jax.tree.map(lambda x: x[rows, :slots], cache)
+  cache = jax.tree.map(lambda x: x[rows, :, :slots], cache)
   state = jax.tree.map(lambda x: x[rows], state)
   state = dataclasses.replace(
     state,
@@ -173,7 +174,9 @@ def decode(
   settings: Settings, batch: Batch, params: parameters.Params, floor: int
 ) -> Batch:
   """Takes steps until at most `floor` sentences run; the batch is consumed."""
-  step = functools.partial(decode_lib.step, settings.cfg, params)
+  step = functools.partial(
+    decode_lib.step, settings.cfg, params, mesh=settings.mesh
+  )
   stops = jnp.array(settings.stop_ids, jnp.int32)
   batch = search_lib.run(settings.search, step, *batch, stops, floor)
   return _place(settings, batch)

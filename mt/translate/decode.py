@@ -13,15 +13,18 @@ import chex
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from mt.gemma import attention
 from mt.gemma import lora
 from mt.gemma import model
 from mt.gemma import parameters
+from mt.gemma import sharding
 from mt.gemma import sizes
 
-Cache = dict[str, tuple[jax.Array, ...]]  # k, v per layer: [B, S, K, A].
+Cache = dict[str, tuple[jax.Array, ...]]  # k, v per layer: [B, K, S, A].
+CACHE_AXES = ('rows', 'kv_heads', 'slots', 'head')
 _HIDDEN = 2**30  # A position after all others.
 
 
@@ -77,13 +80,35 @@ def _dense(layer, name, x):
   )
 
 
+def _dense_on_mesh(cfg, mesh, layer, name, x):
+  """`_dense` of activations that are split as the matrix is.
+
+  Split by rows, as the cache is, a few of them would have each device gather
+  all weights: 12.6 GB for a token of a 12B on eight GPUs, instead of 0.1.
+  """
+  path = f'layers/{name}'
+  axes = next(p.axes for p in parameters.table(cfg) if p.path == path)
+  heads = {'heads': cfg.num_heads, 'kv_heads': cfg.num_kv_heads}
+
+  def split(x, axis):
+    units = 1, 1, heads.get(axis, x.shape[2])
+    place = sharding.place(mesh, ('all', 'all', axis), units)
+    return lax.with_sharding_constraint(x, place)
+
+  return split(_dense(layer, name, split(x, axes[1])), axes[2])
+
+
 def empty_cache(
   cfg: sizes.ModelConfig, rows: int, slots: int, dtype: jnp.dtype
 ) -> Cache:
-  """A cache of zeros, S slots for each of B rows."""
-  shape, layers = cfg.dims()['KA'], range(cfg.num_layers)
-  zeros = functools.partial(jnp.zeros, (rows, slots, *shape), dtype)
-  return {x: tuple(zeros() for _ in layers) for x in 'kv'}
+  """A cache of zeros, S slots for each of B rows.
+
+  Heads come first, as products want them: a GPU's compiler would have a copy of
+  another order beside it.
+  """
+  shape = rows, cfg.num_kv_heads, slots, cfg.head_dim
+  layers = range(cfg.num_layers)
+  return {x: tuple(jnp.zeros(shape, dtype) for _ in layers) for x in 'kv'}
 
 
 def extend(
@@ -94,6 +119,7 @@ def extend(
   positions: jax.Array,
   slot: jax.Array,
   key_positions: jax.Array,
+  mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Cache]:
   """Reads L more tokens of each row, in the dtype of the cache.
 
@@ -105,32 +131,37 @@ def extend(
     slot: [B] int32, of the first of them; the others follow. slot + L <= S.
     key_positions: [B, L, S] int32, or 1 for B or L: of the token in each slot,
       once these are written; one after the query's own hides the slot.
+    mesh: over which the cache and the weights are split.
 
   Returns:
     Hidden states [B, L, D], after the final norm, and the cache.
   """
   dims = cfg.dims()
-  dims['BL'], dims['_S__'] = tokens.shape, cache['k'][0].shape
+  dims['BL'], dims['__S_'] = tokens.shape, cache['k'][0].shape
   chex.assert_shape(positions, dims['BL'])
   chex.assert_shape(slot, dims['B'])
-  chex.assert_shape(jax.tree.leaves(cache), dims['BSKA'])
+  chex.assert_shape(jax.tree.leaves(cache), dims['BKSA'])
   distance = positions[:, :, None] - key_positions
   chex.assert_shape(distance, dims['BLS'])
   windows, kinds = attention.layer_kinds(cfg)
   sin, cos = attention.rope_tables(cfg, positions)
   keys, values = list(cache['k']), list(cache['v'])
-  write = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=0))
-  x = model.embed(params['embedding'], tokens, keys[0].dtype)
+  write = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=1))
+  x, dense = model.embed(params['embedding'], tokens, keys[0].dtype), _dense
+  if mesh is not None:
+    dense = functools.partial(_dense_on_mesh, cfg, mesh)
   for n, layer in enumerate(params['layers']):
 
     def attend(q, k, v, n=n):
-      keys[n] = write(keys[n], k, slot)
-      values[n] = write(values[n], v, slot)
+      for cache, new in (keys, k), (values, v):
+        new = sharding.constrain(new.swapaxes(1, 2), mesh, CACHE_AXES)
+        cache[n] = write(cache[n], new, slot)
       mask = (distance >= 0) & (distance < windows[n])
-      return attention.attend(cfg, q, keys[n], values[n], mask), None
+      k, v = keys[n].swapaxes(1, 2), values[n].swapaxes(1, 2)
+      return attention.attend(cfg, q, k, v, mask), None
 
     kind = kinds[n]
-    x, _ = model.block(cfg, layer, x, sin[kind], cos[kind], attend, _dense)
+    x, _ = model.block(cfg, layer, x, sin[kind], cos[kind], attend, dense)
   cache = {'k': tuple(keys), 'v': tuple(values)}
   return model.rms_norm(x, params['final_norm']), cache
 
@@ -174,6 +205,8 @@ def step(
   start: jax.Array,
   made: jax.Array,
   ancestors: jax.Array,
+  *,
+  mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Cache]:
   """Reads a token of each of W hypotheses that go on from one prompt.
 
@@ -181,7 +214,7 @@ def step(
   never moves: a hypothesis sees the prompt and what its ancestors have read.
 
   Args:
-    cfg, params, cache: see `extend`.
+    cfg, params, cache, mesh: see `extend`.
     tokens: [B, W] int32.
     start: [B] int32, position of the token that was read first.
     made: [B] int32, tokens read so far; these have position start + made.
@@ -195,7 +228,7 @@ def step(
   dims['BW'], dims['__T'] = tokens.shape, ancestors.shape
   chex.assert_shape([start, made], dims['B'])
   chex.assert_shape(ancestors, dims['BWT'])
-  slots = jnp.arange(cache['k'][0].shape[1], dtype=jnp.int32)[None]
+  slots = jnp.arange(cache['k'][0].shape[2], dtype=jnp.int32)[None]
   n, owner = jnp.divmod(slots - start[:, None], dims.W)
   own = jnp.clip(n, 0, dims.T - 1)[:, None]
   own = jnp.take_along_axis(ancestors, own, 2) == owner[:, None]
@@ -204,7 +237,7 @@ def step(
   positions = jnp.broadcast_to((start + made)[:, None], tokens.shape)
   slot = start + made * dims.W
   hidden, cache = extend(
-    cfg, params, cache, tokens, positions, slot, key_positions
+    cfg, params, cache, tokens, positions, slot, key_positions, mesh
   )
   # With V first, the product is 1.7 times as fast on a CPU (BUILD_NOTES.md).
   logits = jnp.einsum(

@@ -68,6 +68,10 @@ def test_a_config_fits_its_machine_with_a_tenth_to_spare(name):
   assert found == [*programs.TRAINING, *programs.DECODING]
   assert all(p['seconds'] > 0 for p in plan['programs'])
   assert plan['fits'], done.stderr
+  kinds = {p['name']: p['bytes_by_kind'] for p in plan['programs']}
+  step, weights = kinds['decode_step'], kinds['decode_weights']['decoding']
+  cache = step['decoding'] - weights
+  assert step['temporary'] < cache / 2, 'a second cache, of another order'
 
 
 def _train_step(on, *knobs):

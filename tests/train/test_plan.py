@@ -81,6 +81,10 @@ def test_a_plan_is_what_a_run_takes(parts, mesh):
   train, weights = by_name['train_step'], by_name['decode_weights']
   assert train.bytes['gradients'] == held(state.trained)
   assert (sum(k.sent for k in train.kernels) > 0) == bool(mesh)
+  sent = [k.name for k in by_name['decode_step'].kernels if k.sent]
+  products = [name.split()[0] for name in sent if 'oi,bli->obl' in name]
+  # Sums over parts of a product; no weight.
+  assert set(products) == ({'all-reduce'} if mesh else set())
   layers = parameters.init(cfg, jax.random.key(0))['layers']
   model = sum(x.size for x in layers.values())
   if not mesh:  # In float32 the embedding is not copied.

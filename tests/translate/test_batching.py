@@ -121,7 +121,7 @@ def work(monkeypatch):
 
   def counted(settings, batch, *args):
     before = np.array(batch[1].made)
-    seen['batches'].append(batch[0]['k'][0].shape[:2])
+    seen['batches'].append(batch[0]['k'][0].shape[::2])
     batch = real(settings, batch, *args)
     steps = np.max(np.array(batch[1].made) - before)
     seen['steps'] += [len(before)] * steps

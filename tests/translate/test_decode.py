@@ -40,7 +40,7 @@ def _continue(cfg, params, tokens, lengths):
   tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
   search, b = search_lib.Search(), len(lengths)
   cache = decode.prefill(cfg, params, tokens, jnp.float32)
-  more = ((0, 0), (0, NEW), (0, 0), (0, 0))
+  more = ((0, 0), (0, 0), (0, NEW), (0, 0))
   # What has not been written yet is not seen, whatever it is.
   cache = jax.tree.map(lambda x: jnp.pad(x, more, constant_values=99.0), cache)
   last = tokens[jnp.arange(b), lengths - 1]
@@ -53,7 +53,7 @@ def _continue(cfg, params, tokens, lengths):
 def _extend(cfg, params, cache, tokens, start):
   """Tokens [B, L] whose slots are their positions, from `start` [B] on."""
   at = start[:, None] + jnp.arange(tokens.shape[1])
-  slots = jnp.arange(cache['k'][0].shape[1])[None, None]
+  slots = jnp.arange(cache['k'][0].shape[2])[None, None]
   return decode.extend(cfg, params, cache, tokens, at, start, slots)
 
 
@@ -190,7 +190,7 @@ def test_a_long_prompt_is_read_in_parts():
   for a, b in zip(
     jax.tree.leaves(whole), jax.tree.leaves(caches(4)), strict=True
   ):
-    assert a.shape == (2, 12, 2, 8)
+    assert a.shape == (2, 2, 12, 8)
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
   with pytest.raises(AssertionError):
     caches(5)
@@ -223,7 +223,7 @@ def test_cache_and_activations_have_the_asked_dtype(dtype):
   assert logits.dtype == jnp.float32 and logits.shape == (tiny.VOCAB, 4)
   assert len(cache['k']) == len(cache['v']) == FAMILIES['gemma3'].num_layers
   for x in (*cache['k'], *cache['v']):
-    assert x.dtype == dtype and x.shape == (4, WIDTH, 2, 8)
+    assert x.dtype == dtype and x.shape == (4, 2, WIDTH, 8)
 
 
 def test_logits_are_those_of_the_vocabulary():
