@@ -71,4 +71,4 @@ def test_a_config_fits_its_machine_with_a_tenth_to_spare(name):
   kinds = {p['name']: p['bytes_by_kind'] for p in plan['programs']}
   step, weights = kinds['decode_step'], kinds['decode_weights']['decoding']
   cache = step['decoding'] - weights
-  assert step['temporary'] < cache / 2, 'a second cache, of another order'
+  assert step['temporary'] < cache, 'a second cache, of another order'
