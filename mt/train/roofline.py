@@ -145,7 +145,7 @@ def _trips(program, loop):
   bounds = {
     int(i.number)
     for i in condition
-    if i.op == 'constant' and i.type.startswith('s32[]')
+    if i.op == 'constant' and i.type.startswith(('s32[]', 'u32[]'))
   }
   return bounds.pop() if len(bounds) == 1 else program.unknown_trips
 

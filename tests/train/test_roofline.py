@@ -43,6 +43,27 @@ def test_loops_count_as_often_as_they_run():
   assert _flops(text, 5) == 12 * one
 
 
+@pytest.mark.parametrize('counter', ['s32', 'u32'])
+def test_a_loop_that_ends_at_a_constant(counter):
+  """A TPU's compiler counts the parts of what it sends with u32."""
+  more = f"""
+%body (p: {counter}[]) -> {counter}[] {{
+  %p = {counter}[] parameter(0)
+  %a = f32[8] constant(0)
+  ROOT %b = f32[8] negate(%a)
+}}
+
+%condition (q: {counter}[]) -> pred[] {{
+  %q = {counter}[] parameter(0)
+  %n = {counter}[] constant(16)
+  ROOT %c = pred[] compare(%q, %n), direction=LT
+}}
+"""
+  loop = '%w = f32[8] while(%x), condition=%condition, body=%body'
+  text = _program('%x = f32[8] parameter(0)', loop, more=more)
+  assert [k.times for k in roofline.kernels(text, None)] == [16]
+
+
 def test_of_a_conditional_the_slowest_branch_counts():
   def f(x, w):
     def wide(x):
