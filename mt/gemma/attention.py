@@ -28,35 +28,6 @@ def layer_kinds(cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
   )
 
 
-def make_mask(
-  q_positions: jax.Array,
-  k_positions: jax.Array,
-  q_segments: jax.Array,
-  k_segments: jax.Array,
-  window: jax.Array,
-) -> jax.Array:
-  """What each query may see: its own segment, not the future, in the window.
-
-  Segment 0 is padding; padded queries see padded keys, so that no row of the
-  softmax is empty, and nothing else sees them.
-
-  Args:
-    q_positions, q_segments: [B, L] int.
-    k_positions, k_segments: [B, S] int.
-    window: scalar int; a key counts if q_position - k_position < window.
-
-  Returns:
-    [B, L, S] bool.
-  """
-  dims = chex.Dimensions()
-  dims['BL'], dims['BS'] = q_positions.shape, k_positions.shape
-  chex.assert_shape([q_positions, q_segments], dims['BL'])
-  chex.assert_shape([k_positions, k_segments], dims['BS'])
-  distance = q_positions[:, :, None] - k_positions[:, None, :]
-  same = q_segments[:, :, None] == k_segments[:, None, :]
-  return same & (distance >= 0) & (distance < window)
-
-
 def rope_tables(
   cfg: ModelConfig, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -137,8 +108,8 @@ def attend(
 def first_keys(cfg: ModelConfig, segment_ids: jax.Array) -> jax.Array:
   """The first place that each place of a packed row may see.
 
-  It may see all from there to itself: a segment is one piece of its row, so
-  that this says what `make_mask` says of positions from 0 in each segment.
+  It may see all from there to itself: a segment is one piece of its row. So
+  padding sees padding, lest its softmax be empty, and nothing else sees it.
 
   Args:
     cfg: the model's shape.

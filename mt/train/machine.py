@@ -11,6 +11,7 @@ import jax
 import ml_collections
 
 from mt.base import accelerator
+from mt.base import errors
 from mt.base import journal
 
 _CPU = {
@@ -67,6 +68,34 @@ def _attention(config, platform):
     if platform == 'gpu' and importlib.util.find_spec('tokamax'):
       return 'tokamax'
   return 'xla'
+
+
+def check_attention(config: ml_collections.ConfigDict, platform: str) -> None:
+  """Refuses a fused kernel that is not for this machine, or not for these rows.
+
+  Args:
+    config: as `resolve` returns it.
+    platform: cpu, gpu or tpu.
+
+  Raises:
+    errors.UserError: naming the knob and what would do.
+  """
+  name, reason = config.train.attention, ''
+  wanted = {'tokamax': 'gpu', 'splash': 'tpu'}.get(name, platform)
+  if wanted != platform:
+    reason = f'is for a {wanted.upper()}, and this is a {platform.upper()}'
+  elif name == 'tokamax' and not importlib.util.find_spec('tokamax'):
+    reason = 'is not installed (`make train ACCELERATOR=cuda` does it)'
+  elif name == 'tokamax' and config.train.dtype != 'bfloat16':
+    reason = 'takes train.dtype=bfloat16'
+  elif name == 'splash' and config.data.length % 128:
+    reason = (
+      f'takes rows of a multiple of 128, data.length={config.data.length}'
+    )
+  if reason:
+    raise errors.UserError(
+      f'train.attention={name} {reason}; auto or xla expected.'
+    )
 
 
 def _loss_chunk(most, memory):

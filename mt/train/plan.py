@@ -101,6 +101,7 @@ def make_plan(
   kind, asked = target.devices[0].device_kind, config
   config = machine.resolve(asked, target.platform, kind, target.usable)
   machine.say_chosen(asked, config)
+  machine.check_attention(config, target.platform)
   mesh = sharding.make_mesh(config.mesh, target.devices)
   used, there = 1 if mesh is None else mesh.size, len(target.devices)
   journal.say(
@@ -239,8 +240,9 @@ def needed(
   """Bytes on one device: state, gradients, and what the backward pass reads.
 
   Of the latter only what no compiler can leave out: the input of each layer
-  and, without `train.remat`, what the products with weights read. With a
-  pattern in `train.parts` that may be nothing.
+  and, as `train.remat` says, the result of its last product, or what all its
+  products with weights read. With a pattern in `train.parts` that may be
+  nothing.
   """
   train = config.train
   state = programs.abstract_state(cfg, config, mesh)
@@ -249,7 +251,9 @@ def needed(
     return total
   rows = train.batch_size // train.micro_batches // programs.row_shards(mesh)
   width = cfg.embed_dim
-  if train.remat != 'full':
+  if train.remat == 'narrow':
+    width += cfg.embed_dim
+  elif train.remat != 'full':
     width += cfg.embed_dim + cfg.num_heads * cfg.head_dim + cfg.hidden_dim
   item = 2 if train.dtype == 'bfloat16' else 4
   return total + rows * config.data.length * cfg.num_layers * width * item

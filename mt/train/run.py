@@ -56,6 +56,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   settings.check(config)
   asked, config = config, machine.here(config)
   machine.say_chosen(asked, config)
+  machine.check_attention(config, jax.default_backend())
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_rows(mesh, config.train.batch_size, config.train.micro_batches)
   if mesh is not None:

@@ -18,6 +18,13 @@ from tests.fixtures import gemma_oracle
 _GEMMA3 = sizes.SIZES['gemma3_4b']
 
 
+def _mask(q_positions, k_positions, q_segments, k_segments, window):
+  """What each query may see: its own segment, not the future, in the window."""
+  distance = q_positions[:, :, None] - k_positions[:, None, :]
+  same = q_segments[:, :, None] == k_segments[:, None, :]
+  return same & (distance >= 0) & (distance < window)
+
+
 def _case(kv_heads, length, seed=0, head_dim=8):
   """A model's config, q, k, v, the mask and the segments of packed rows."""
   cfg = dataclasses.replace(
@@ -41,7 +48,7 @@ def _case(kv_heads, length, seed=0, head_dim=8):
   for at in range(1, length):
     same = segments[:, at] == segments[:, at - 1]
     positions[:, at] = np.where(same, positions[:, at - 1] + 1, 0)
-  mask = attention.make_mask(positions, positions, segments, segments, 50)
+  mask = _mask(positions, positions, segments, segments, 50)
   return cfg, (q, k, v), mask, segments
 
 
@@ -83,7 +90,7 @@ def test_first_keys_say_what_the_mask_says(window):
   begins = np.diff(segments, axis=1, prepend=-1) != 0
   positions = place - np.maximum.accumulate(begins * place, axis=1)
   for n, w in enumerate((window or 2**30, 2**30)):
-    want = attention.make_mask(positions, positions, segments, segments, w)
+    want = _mask(positions, positions, segments, segments, w)
     first = attention.first_keys(cfg, segments)[n]
     got = (place >= first[..., None]) & (place <= place[:, None])
     np.testing.assert_array_equal(got, want)
@@ -135,10 +142,11 @@ def test_layer_kinds_by_hand():
   assert list(kinds[:7]) == [0, 0, 0, 0, 0, 1, 0]
 
 
-def test_attention_mask_of_a_packed_row():
-  positions = np.array([[0, 1, 2, 0, 1, 0]])
+def test_first_keys_of_a_packed_row():
   segments = np.array([[1, 1, 1, 2, 2, 0]])
-  got = attention.make_mask(positions, positions, segments, segments, 2)
+  cfg = dataclasses.replace(_GEMMA3, window=2)
+  first, place = attention.first_keys(cfg, segments)[0], np.arange(6)
+  got = (place >= first[..., None]) & (place <= place[:, None])
   want = [
     [1, 0, 0, 0, 0, 0],
     [1, 1, 0, 0, 0, 0],

@@ -287,7 +287,6 @@ _ONE_KEY = np.zeros((2, 3, 1, 8), np.float32)
       ),
       'shape',
     ),
-    (lambda _: attention.make_mask(_INT, _INT, _INT, _INT[:1], 4), 'shape'),
   ],
 )
 def test_wrong_shapes_are_named(call, message):

@@ -15,6 +15,7 @@ from tests.fixtures.refusal import refusal
   'parts, remat, name',
   [
     ('all', 'none', 'adamw'),
+    ('all', 'narrow', 'sgd'),
     pytest.param('lora', 'full', 'sgd', marks=pytest.mark.heavy),
   ],
 )

@@ -6,6 +6,7 @@ import pytest
 
 from configs import default
 from mt.train import machine
+from tests.fixtures.refusal import refusal
 
 _KNOBS = ('dtype', 'frozen_dtype', 'remat', 'attention')
 
@@ -95,3 +96,30 @@ def test_what_was_chosen_is_said(capsys):
 def test_a_run_of_a_gpu_is_read_in_its_formats():
   made = machine.resolve(default.get_config(), 'gpu', 'NVIDIA L4', 10**11)
   assert machine.here(made) == made
+
+
+@pytest.mark.parametrize(
+  'platform, given, words',
+  [
+    ('cpu', {'attention': 'tokamax'}, ('is for a GPU', 'this is a CPU')),
+    ('gpu', {'attention': 'splash'}, ('is for a TPU', 'this is a GPU')),
+    ('gpu', {'attention': 'tokamax', 'dtype': 'float32'}, ('bfloat16',)),
+    ('tpu', {'attention': 'splash'}, ('multiple of 128', 'data.length=100')),
+  ],
+)
+def test_attention_that_cannot_be_is_refused(platform, given, words):
+  config = default.get_config()
+  config.data.length = 100
+  config.train.update({'dtype': 'bfloat16'} | given)
+  refusal(
+    lambda: machine.check_attention(config, platform),
+    *(f'train.attention={given["attention"]}', *words),
+  )
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
+def test_what_is_chosen_can_be(platform):
+  config = default.get_config()
+  for config.data.length in (100, 512):
+    made = machine.resolve(config, platform, 'some kind', 10**11)
+    machine.check_attention(made, platform)
