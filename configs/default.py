@@ -329,6 +329,24 @@ KNOBS = (
     Beam search ranks by log-probability / tokens^length_penalty: 0 favours
     short translations, 1 compares means, more favours long ones.
     """, 'same_if_scored'),
+  knob('decode.no_repeat_ngram', 0, at_least(0), """
+    No translation has the same so many tokens twice; 0 for any number.
+    """, 'same_if_scored'),
+  knob('decode.repetition_penalty', 1.0, POSITIVE, """
+    Above 1, tokens that a translation has already become less probable.
+    """, 'same_if_scored'),
+  knob('decode.retry_ngram', 4, at_least(0), """
+    A translation that goes round and round (mt/translate/loops.py) is made
+    again with this no_repeat_ngram; 0 leaves it.
+    """, 'same_if_scored'),
+  knob('decode.mbr', 0, at_least(0), """
+    So many samples of each sentence are drawn, and of them and what the search
+    finds that one is taken which has the highest mean chrF with all (minimum
+    Bayes risk); 0 for none. Takes about as much longer as a beam so wide.
+    """, 'same_if_scored'),
+  knob('decode.mbr_temperature', 0.7, POSITIVE, """
+    They are drawn from p^(1/temperature).
+    """, 'same_if_scored'),
   knob('decode.max_ratio', 2.0, POSITIVE, """
     A translation ends after max_ratio * source tokens + max_extra tokens.
     """, 'same_if_scored'),

@@ -3,6 +3,7 @@
   python -m mt.translate --workdir=W < in.txt > out.txt
   python -m mt.translate --workdir=W --input=in.txt --output=out.txt
   python -m mt.translate --workdir=W --beam=4 --n_best=4 --json < in.txt
+  python -m mt.translate --workdir=W --mbr=chrf --n=16 < in.txt
   python -m mt.translate --workdir=W                  (a prompt on a terminal)
 
 One line in, one line out, in order. An empty line stays empty. With --json, an
@@ -38,37 +39,49 @@ from mt.translate import search as search_lib
 from mt.translate import translator as translator_lib
 
 _CHUNK = 1024  # Lines, sorted by length among themselves.
+_DRAWS = ('temperature', 'top_k', 'top_p', 'seed')
+_SAMPLES = 16  # Of --mbr, where the run says nothing.
 
 
 def read_search(
   values: dict[str, Any], defaults: ml_collections.ConfigDict
-) -> search_lib.Search:
-  """The search that the flags ask for, and where they do not, the run.
+) -> tuple[search_lib.Search, search_lib.Search | None]:
+  """The searches that the flags ask for, and where they do not, the run.
 
   Args:
     values: of the flags by name; None for a flag that was not given.
     defaults: `config.decode` of the run.
 
+  Returns:
+    The search, and with --mbr what draws the other candidates.
+
   Raises:
     errors.UserError: two flags contradict each other.
   """
+  search, sampling = translator_lib.searches(defaults)
   names = [f.name for f in dataclasses.fields(search_lib.Search)]
-  given = {k: values[k] for k in names if values[k] is not None}
-  sampling = given['temperature'] > 0
-  if sampling and given.get('beam', 1) > 1:
-    raise errors.UserError(
-      f'--beam is {given["beam"]}, --temperature {given["temperature"]}, but '
-      'beam search draws nothing; one of the two expected.'
+  given = {k: values[k] for k in names if values.get(k) is not None}
+  draws = {k: given[k] for k in _DRAWS if given.get(k)}
+  mbr = values['mbr'] or (
+    'chrf' if sampling and 'temperature' not in draws else 'none'
+  )
+  if mbr == 'chrf':  # What is drawn are other candidates.
+    given = {k: v for k, v in given.items() if k not in _DRAWS}
+    sampling = sampling or search_lib.Search(
+      temperature=defaults.mbr_temperature, n_best=_SAMPLES
     )
-  for name in {'top_k', 'top_p', 'seed'} & given.keys():
-    if not sampling:
-      _say(f'--{name} has no effect without --temperature above 0')
-  of_run = {
-    'beam': 1 if sampling else defaults.beam,
-    'length_penalty': defaults.length_penalty,
-  }
-  search = search_lib.Search(**of_run | given)
-  if search.n_best > search.width:
+    n = values['n'] or sampling.n_best
+    sampling = dataclasses.replace(sampling, **draws | {'n_best': n})
+  else:
+    sampling = None
+    _check_draws(given, draws)
+    if 'temperature' in draws:  # In place of the run's beam.
+      given['beam'] = 1
+    if values['n']:
+      _say('--n has no effect without --mbr=chrf')
+  search = dataclasses.replace(search, **given)
+  most = search.width + (sampling.width if sampling else 0)
+  if search.n_best > most:
     raise errors.UserError(
       f'--n_best is {search.n_best}, but a beam of {search.beam} has no more '
       f'than that; --beam={search.n_best} or --temperature above 0 expected.'
@@ -78,7 +91,19 @@ def read_search(
       f'--n_best is {search.n_best}, but one line in is one line out; --json '
       'expected.'
     )
-  return search
+  return search, sampling
+
+
+def _check_draws(given, draws):
+  """Flags of drawing against the others."""
+  if 'temperature' not in draws:
+    for name in draws:
+      _say(f'--{name} has no effect without --temperature above 0')
+  elif given.get('beam', 1) > 1:
+    raise errors.UserError(
+      f'--beam is {given["beam"]}, --temperature {given["temperature"]}, but '
+      'beam search draws nothing; one of the two expected.'
+    )
 
 
 def run(values: dict[str, Any]) -> None:
@@ -91,7 +116,8 @@ def run(values: dict[str, Any]) -> None:
     errors.UserError: bad flags, text or files, no such run or checkpoint.
   """
   workdir, asked = pathlib.Path(values['workdir']), values['input']
-  search = read_search(values, run_folder.read_config(workdir).decode)
+  decode_config = run_folder.read_config(workdir).decode
+  search, sampling = read_search(values, decode_config)
   at, about = checkpoint.find_step(workdir, values['checkpoint'])
   asking = not asked and sys.stdin.isatty()
   with _open_input(asked) as stream, _open_output(values['output']) as out:
@@ -100,7 +126,9 @@ def run(values: dict[str, Any]) -> None:
     _say(f'checkpoint: {about}')
     config, source, params = checkpoint.load_finetuned(workdir, at)
     params = decode.unstack(params, config.train.dtype)  # Once for all lines.
-    translator = translator_lib.from_config(config, source, search=search)
+    translator = translator_lib.from_config(
+      config, source, search=search, sampling=sampling, say=_say
+    )
     lines = _ask() if asking else _read_lines(stream, asked)
     done = 0
     while chunk := list(itertools.islice(lines, 1 if asking else _CHUNK)):
@@ -193,5 +221,15 @@ if __name__ == '__main__':
   number('temperature', 0.0, 'Above 0: draw tokens from p^(1/temperature).', 0)
   whole('top_k', None, 'Draw from so many most probable tokens; 0 for all.', 0)
   number('top_p', None, 'From the fewest that have this probability.', 1e-6, 1)
+  flags.DEFINE_enum(
+    'mbr',
+    None,
+    ['chrf', 'none'],
+    'Of the translations found and --n drawn ones, the one that is most like '
+    "all of them; the run's decode.mbr.",
+  )
+  whole('n', None, 'Samples of --mbr; 16 if neither flag nor run says.', 2)
+  whole('no_repeat_ngram', None, "See the run's decode.no_repeat_ngram.", 0)
+  number('repetition_penalty', None, 'See decode.repetition_penalty.', 0.01)
   whole('seed', None, 'Of the draws; 0 if not given.', 0, 2**32 - 1)
   cli.run(main)

@@ -43,6 +43,8 @@ class Search:
   top_k: int = 0  # Drawn from so many most probable tokens only; 0 for all.
   top_p: float = 1.0  # From the fewest of these that have so much probability.
   seed: int = 0  # Of the draws.
+  no_repeat_ngram: int = 0  # See `discourage`.
+  repetition_penalty: float = 1.0
 
   @property
   def width(self) -> int:  # W.
@@ -163,6 +165,36 @@ def keep_probable(search: Search, logits: jax.Array) -> jax.Array:
   return jnp.where(probs >= least.view(jnp.float32), logits, -jnp.inf)
 
 
+def discourage(search: Search, state: State, logits: jax.Array) -> jax.Array:
+  """Logits [V, M] against repetitions, as CTranslate2 and transformers have it.
+
+  With no_repeat_ngram = n a hypothesis gets no token that would end an n-gram
+  which it has already. With repetition_penalty = p logits of tokens which it
+  has are divided by p where positive, else multiplied with it (CTRL, arXiv
+  1909.05858). Its own tokens count, not those of the prompt.
+  """
+  dims, n = state.dims(), search.no_repeat_ngram
+  chex.assert_shape(logits, dims['*M'])
+  vocab, column = len(logits), jnp.arange(dims.M)[:, None]
+  tokens = state.tokens.reshape(dims['MT'])
+  made = jnp.repeat(state.made, dims.W)[:, None]
+  place = jnp.arange(dims.T)
+  if search.repetition_penalty != 1.0:
+    at = jnp.where(place < made, tokens, vocab)
+    x = logits.at[at, column].get(mode='fill', fill_value=0)
+    x = x * search.repetition_penalty ** jnp.where(x > 0, -1.0, 1.0)
+    logits = logits.at[at, column].set(x, mode='drop')
+  if n:
+    # Token t repeats if the n - 1 before it are the last n - 1 that were made.
+    repeats = (place >= n - 1) & (place < made)
+    for i in range(1, n):
+      last = jnp.take_along_axis(tokens, jnp.maximum(made - i, 0), 1)
+      repeats &= jnp.roll(tokens, i, 1) == last
+    at = jnp.where(repeats, tokens, vocab)
+    logits = logits.at[at, column].set(-jnp.inf, mode='drop')
+  return logits
+
+
 def _draw(search, state, logits):
   """Tokens [M], drawn from logits [V, M].
 
@@ -272,6 +304,7 @@ def advance(
   """One step, with logits [V, M] float32."""
   dims, stop_ids = state.dims(), jnp.asarray(stop_ids)
   chex.assert_shape(logits, dims['*M'])
+  logits = discourage(search, state, logits)
   if search.temperature:
     tokens = _draw(search, state, logits)
   elif search.beam == 1:

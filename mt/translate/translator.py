@@ -7,11 +7,14 @@ import dataclasses
 from jax.sharding import Mesh
 import ml_collections
 
+from mt.base import journal
 from mt.data import template as template_lib
 from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.translate import batching
 from mt.translate import decode
+from mt.translate import loops
+from mt.translate import mbr
 from mt.translate import search as search_lib
 from mt.weights import pretrained
 
@@ -23,7 +26,9 @@ class Translation:
   """A text and how sure the model is of it."""
 
   text: str  # One line.
-  score: float  # What the search ranks by, see Search.length_penalty.
+  # What ranks it: see Search.length_penalty; its expected chrF under
+  # decode.mbr.
+  score: float
   log_probability: float  # Natural, of all tokens and the one that ends it.
 
 
@@ -48,6 +53,12 @@ class Translator:
   template: template_lib.Template  # The one that the model was trained with.
   max_ratio: float  # A translation ends at max_ratio * source tokens +
   max_extra: int  # max_extra tokens.
+  # Draws candidates that are ranked with those of the search, see mbr.rank.
+  sampling: search_lib.Search | None = None
+  # Has what goes round (see loops.py) made again without n-grams so long that
+  # occur twice; 0 for not.
+  retry_ngram: int = 0
+  say: Callable[[str], None] = journal.say
 
   def __call__(
     self,
@@ -78,18 +89,63 @@ class Translator:
     if not isinstance(params['layers'], tuple):
       params = decode.unstack(params, self.settings.dtype)
     full = [i for i, text in enumerate(texts) if text.strip()]
-    found = batching.decode_all(
-      self.settings,
-      params,
-      [self._prompt(texts[i], first + i) for i in full],
-      lambda done: on_progress(len(texts) - len(full) + done),
-    )
+    prompts = [self._prompt(texts[i], first + i) for i in full]
+    search, empty = self.settings.search, len(texts) - len(full)
+    searches = [search]
+    if self.sampling:  # All of the beam are candidates.
+      searches = [dataclasses.replace(search, n_best=search.width)]
+      searches.append(self.sampling)
+    found = [[] for _ in full]
+    for i, chosen in enumerate(searches):
+
+      def progress(done, i=i):
+        on_progress(empty + (i * len(full) + done) // len(searches))
+
+      for best, more in zip(
+        found, self._decode(params, prompts, chosen, progress), strict=True
+      ):
+        best += more
+    if self.sampling:
+      found = [_by_expected_chrf(best)[: search.n_best] for best in found]
+    self._retry(params, prompts, [texts[i] for i in full], found)
     out = [[Translation('', 0.0, 0.0)] for _ in texts]
     for i, best in zip(full, found, strict=True):
-      out[i] = [
-        Translation(self._text(h.tokens), h.score, h.logp) for h in best
-      ]
+      out[i] = best
     return out
+
+  def _decode(self, params, prompts, search, on_progress=lambda done: None):
+    """The search's n best Translations of each prompt."""
+    settings = dataclasses.replace(self.settings, search=search)
+    found = batching.decode_all(settings, params, prompts, on_progress)
+    return [
+      [Translation(self._text(h.tokens), h.score, h.logp) for h in best]
+      for best in found
+    ]
+
+  def _retry(self, params, prompts, sources, found):
+    """Makes those again whose best translation goes round, and says it."""
+    again = [
+      i
+      for i, (source, best) in enumerate(zip(sources, found, strict=True))
+      if self.retry_ngram and loops.goes_round(source, best[0].text)
+    ]
+    if not again:
+      return
+    search = self.settings.search
+    search = dataclasses.replace(
+      search,
+      no_repeat_ngram=self.retry_ngram,
+      n_best=min(search.n_best, search.width),
+    )
+    made = self._decode(params, [prompts[i] for i in again], search)
+    left = 0
+    for i, best in zip(again, made, strict=True):
+      left += loops.goes_round(sources[i], best[0].text)
+      found[i] = best
+    self.say(
+      f'{len(again)} of {len(found)} translations went round and round; made '
+      f'again with no_repeat_ngram={self.retry_ngram}, {left} still do'
+    )
 
   def _prompt(self, text, number):
     limit = int(self.max_ratio * len(self.tok.encode(text)))
@@ -102,26 +158,58 @@ class Translator:
     return ' '.join(text.splitlines()).strip()
 
 
+def _by_expected_chrf(candidates):
+  """Different translations of a text, ranked by minimum Bayes risk."""
+  ranked = mbr.rank([c.text for c in candidates])
+  return [dataclasses.replace(candidates[i], score=s) for i, s in ranked]
+
+
+def searches(
+  d: ml_collections.ConfigDict,
+) -> tuple[search_lib.Search, search_lib.Search | None]:
+  """The search of `config.decode`, and what draws candidates if it does."""
+  search = search_lib.Search(
+    d.beam,
+    d.length_penalty,
+    no_repeat_ngram=d.no_repeat_ngram,
+    repetition_penalty=d.repetition_penalty,
+  )
+  if not d.mbr:
+    return search, None
+  return search, search_lib.Search(temperature=d.mbr_temperature, n_best=d.mbr)
+
+
 def from_config(
   config: ml_collections.ConfigDict,
   source: pretrained.Source,
   mesh: Mesh | None = None,
   search: search_lib.Search | None = None,
+  sampling: search_lib.Search | None = None,
+  say: Callable[[str], None] = journal.say,
 ) -> Translator:
   """The translator of a run, whose model started from `source`.
 
-  `mesh` is where the parameters are, if not on one device; the search is that
-  of `config.decode` where none is given.
+  `mesh` is where the parameters are, if not on one device; the searches are
+  those of `config.decode` where no search is given.
   """
   d, template = config.decode, template_lib.from_config(config)
+  if search is None:
+    search, sampling = searches(d)
   settings = batching.Settings(
     source.config,
-    search or search_lib.Search(d.beam, d.length_penalty),
+    search,
     stop_ids(source.tokenizer, template),
     d.batch_size,
     config.train.dtype,
     mesh,
   )
   return Translator(
-    settings, source.tokenizer, template, d.max_ratio, d.max_extra
+    settings,
+    source.tokenizer,
+    template,
+    d.max_ratio,
+    d.max_extra,
+    sampling,
+    d.retry_ngram,
+    say,
   )

@@ -330,3 +330,51 @@ def test_top_is_the_one_of_xla(v, k):
   want_values, want_tokens = jax.lax.top_k(logits.T, k)
   np.testing.assert_array_equal(values, want_values.T)
   np.testing.assert_array_equal(tokens, want_tokens.T)
+
+
+def _discouraged(search, made, history, logits):
+  """In plain Python: what may follow `history`."""
+  out, n = list(logits), search.no_repeat_ngram
+  seen = history[:made]
+  for t in set(seen):
+    p = search.repetition_penalty
+    out[t] = out[t] / p if out[t] > 0 else out[t] * p
+  for i in range(len(seen) - n + 1 if n else 0):
+    if seen[i : i + n - 1] == (seen[-(n - 1) :] if n > 1 else []):
+      out[seen[i + n - 1]] = -np.inf
+  return out
+
+
+@pytest.mark.parametrize(
+  'ngram, penalty', [(0, 1.7), (1, 1.0), (2, 1.0), (3, 1.3)]
+)
+def test_repetitions_are_discouraged(ngram, penalty):
+  search = Search(no_repeat_ngram=ngram, repetition_penalty=penalty, beam=2)
+  rng = np.random.default_rng(0)
+  b, w, t, v = 5, 2, 9, 6
+  made = np.array([0, 1, 4, 8, 9], np.int32)
+  tokens = rng.integers(0, 3, (b, w, t), dtype=np.int32)
+  zeros = np.zeros(b, np.int32)
+  state = search_lib.start(search, zeros, zeros, zeros + 1, zeros + t, t)
+  state = dataclasses.replace(state, made=made, tokens=tokens)
+  logits = rng.normal(size=(v, b * w)).astype(np.float32)
+  found = search_lib.discourage(search, state, jnp.asarray(logits))
+  for m in range(b * w):
+    row, place = divmod(m, w)
+    history = tokens[row, place].tolist()
+    want = _discouraged(search, made[row], history, logits[:, m])
+    np.testing.assert_allclose(found[:, m], want, rtol=1e-6)
+
+
+def test_no_token_comes_twice():
+  """As without it, where the best has none twice."""
+  limits = [WIDTH] * B
+  free, state = _run(Search(), limits), _run(Search(no_repeat_ngram=1), limits)
+  twice = 0
+  for row in range(B):
+    kept = state.tokens[row, 0, : state.counts[row, 0]].tolist()
+    assert len(set(kept)) == len(kept)
+    was = free.tokens[row, 0, : free.counts[row, 0]].tolist()
+    twice += len(set(was)) < len(was)
+    assert kept == was or len(set(was)) < len(was)
+  assert twice

@@ -3,6 +3,7 @@
 With a run of its own: tests/runs/test_run.py and test_best.py.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -35,6 +36,10 @@ VALUES = {
   'top_k': None,
   'top_p': None,
   'seed': None,
+  'mbr': None,
+  'n': None,
+  'no_repeat_ngram': None,
+  'repetition_penalty': None,
 }
 LINES = [
   'a\u2028b\x85c\x0c',
@@ -71,7 +76,7 @@ def shouting(monkeypatch):
     (terminal.checkpoint, 'find_step', lambda folder, which: (7, 'step 7')),
     (terminal.checkpoint, 'load_finetuned', lambda *_: (config, None, {})),
     (terminal.decode, 'unstack', lambda params, dtype: params),
-    (translator, 'from_config', lambda *_, search: _Shouting(calls)),
+    (translator, 'from_config', lambda *_, **__: _Shouting(calls)),
     (terminal.compiling, 'keep_compiled_programs', lambda: None),
   ):
     monkeypatch.setattr(module, name, stand_in)
@@ -160,10 +165,17 @@ def test_files_that_cannot_be_used(command, tmp_path):
 # The search.
 
 
-def _search(of_run=1, /, **values):
+def _searches(of_run=1, mbr_of_run=0, /, **values):
   config = default.get_config()
   config.decode.beam, config.decode.length_penalty = of_run, 0.5
+  config.decode.mbr = mbr_of_run
   return terminal.read_search(VALUES | values, config.decode)
+
+
+def _search(*of_run, **values):
+  search, sampling = _searches(*of_run, **values)
+  assert sampling is None
+  return search
 
 
 def test_flags_come_before_the_config():
@@ -189,6 +201,25 @@ def test_flags_come_before_the_config():
 )
 def test_flags_that_cannot_be(values, words):
   refusal(lambda: _search(**values), *words)
+
+
+def test_what_is_drawn_beside_the_search():
+  search, plain = search_lib.Search, search_lib.Search(length_penalty=0.5)
+  drawn = search(temperature=0.7, n_best=16)
+  assert _searches(mbr='chrf') == (plain, drawn)
+  assert _searches(1, 5) == (plain, dataclasses.replace(drawn, n_best=5))
+  assert _searches(1, 5, mbr='none') == (plain, None)
+  given = {'temperature': 1.0, 'top_p': 0.9, 'n': 8}
+  wide = dataclasses.replace(plain, beam=4)
+  assert _searches(mbr='chrf', beam=4, **given) == (
+    wide,
+    search(temperature=1.0, top_p=0.9, n_best=8),
+  )
+  # Drawing takes the place of the run's search.
+  of_run = search(length_penalty=0.5, temperature=1.0)
+  assert _searches(4, 5, temperature=1.0) == (of_run, None)
+  assert _searches(mbr='chrf', n_best=17, json=True)[0].n_best == 17
+  refusal(lambda: _searches(mbr='chrf', n_best=18, json=True), '--n_best is 18')
 
 
 def test_what_has_no_effect_is_said(capsys):

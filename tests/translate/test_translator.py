@@ -21,6 +21,8 @@ from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.translate import batching
 from mt.translate import decode
+from mt.translate import loops
+from mt.translate import mbr
 from mt.translate import search as search_lib
 from mt.translate import translator as translator_lib
 from tests.translate import tiny
@@ -242,6 +244,41 @@ def test_neighbours_and_order_change_nothing():
   assert _translate(TEXTS[:half]) + _translate(TEXTS[half:]) == _alone()
 
 
+def test_the_one_most_like_all_is_taken():
+  texts = TEXTS[:4]
+  drawn = search_lib.Search(temperature=0.7, n_best=3)
+  translator = dataclasses.replace(_random(), sampling=drawn)
+  sampler = _translator(_CFG, _tokenizer(), BARE, 0.25, 8, search=drawn).n_best(
+    _random_params(), texts
+  )
+  seen = []
+  found = translator.n_best(_random_params(), texts, seen.append)
+  for best, samples, greedy in zip(found, sampler, _alone(), strict=False):
+    candidates = [greedy, *(s.text for s in samples if samples[0].text)]
+    (chosen, score), *_ = mbr.rank(candidates)
+    assert len(best) == 1 and best[0].text == candidates[chosen]
+    assert best[0].score == (score if candidates != [''] else 0.0)
+  assert [t.text for best in found for t in best] != _alone()[:4]
+  assert seen == sorted(seen) and seen[-1] == len(texts)
+
+
+def test_what_goes_round_is_made_again():
+  """The script's last token follows itself for ever."""
+  tok, said = _with_newlines(), []
+  last = template_lib.prompt_ids('x', tok, BARE)[-1]
+  params, piece = _script(last, _piece('e')), _piece('e')
+  scripted = dataclasses.replace(_scripted(BARE, 1.5, 40), say=said.append)
+  texts = ['x', '', 'x' + 'e' * 60]
+  plain = scripted(params, texts)
+  assert plain[0] == 'e' * 41 and not said
+  found = dataclasses.replace(scripted, retry_ngram=2)(params, texts)
+  assert found[1:] == plain[1:]  # The last one's source goes round as well.
+  tokens = tok.encode(found[0])
+  assert not loops.goes_round('x', found[0]) and piece in tokens
+  assert len(said) == 1 and said[0].startswith('1 of 2 translations went round')
+  assert said[0].endswith(', 0 still do')
+
+
 def test_nothing_to_translate(monkeypatch):
   # Nothing may be compiled for it.
   monkeypatch.setattr(batching, 'init', None)
@@ -304,14 +341,27 @@ def test_the_translator_of_a_config():
     'max_extra': 7,
     'beam': 3,
     'length_penalty': 0.5,
+    'no_repeat_ngram': 6,
+    'repetition_penalty': 1.5,
+    'retry_ngram': 4,
+    'mbr': 0,
+    'mbr_temperature': 0.5,
   }
   source = types.SimpleNamespace(config=_CFG, tokenizer=tok)
   template = template_lib.from_config(config)
-  search = search_lib.Search(beam=3, length_penalty=0.5)
+  search = search_lib.Search(
+    beam=3, length_penalty=0.5, no_repeat_ngram=6, repetition_penalty=1.5
+  )
   stops = translator_lib.stop_ids(tok, template)
   settings = batching.Settings(_CFG, search, stops, 5, 'bfloat16', 'the mesh')
   found = translator_lib.from_config(config, source, 'the mesh')
-  assert found == translator_lib.Translator(settings, tok, template, 1.25, 7)
+  limits = template, 1.25, 7
+  wanted = translator_lib.Translator(settings, tok, *limits, retry_ngram=4)
+  assert found == wanted
+  config.decode.mbr = 9
+  found = translator_lib.from_config(config, source, 'the mesh')
+  drawn = search_lib.Search(temperature=0.5, n_best=9)
+  assert found == dataclasses.replace(wanted, sampling=drawn)
   search = search_lib.Search(temperature=1.0)
   found = translator_lib.from_config(config, source, search=search)
   assert found.settings.search == search
