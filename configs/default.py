@@ -91,8 +91,9 @@ KNOBS = (
     What is tested on; '' takes that split of the first source.
     """),
   knob('data.pair', 'en-fr', LANGUAGES, """
-    Source and target language. MTNT has en-fr, fr-en, en-ja and ja-en. Where
-    only the other direction's file is there, it is read turned round.
+    Source and target language, such as en-fr, or en-pt_BR with a region. MTNT
+    has en-fr, fr-en, en-ja and ja-en. Where only the other direction's file is
+    there, it is read turned round.
     """),
   knob('data.columns', (), COLUMNS, """
     Where source and target stand in a .tsv: numbers from 1, such as (1, 2), or
@@ -122,7 +123,9 @@ KNOBS = (
   knob('template.prompt', '{source_language}: {source}\n{target_language}:',
        PROMPT, """
     What the model reads before the target; {source} stands in it once.
-    {source_language} and {target_language} become the names of the languages.
+    {source_language} and {target_language} become the names of the languages,
+    {source_code} and {target_code} their codes. Or `translategemma`: the prompt
+    that this model was published with, for template.chat.
     """),
   knob('template.source_language', '', ANY, """
     The source language's name; '' takes it from data.pair (en is English).

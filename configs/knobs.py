@@ -78,8 +78,8 @@ FORMAT = Rule(
   "auto, float32 or bfloat16 (float16 overflows in Gemma's activations)",
 )
 LANGUAGES = Rule(
-  re.compile('[A-Za-z]{2,}-[A-Za-z]{2,}').fullmatch,
-  'two languages such as en-fr',
+  re.compile('[A-Za-z]{2,}(_[A-Za-z]+)*-[A-Za-z]{2,}(_[A-Za-z]+)*').fullmatch,
+  'two languages such as en-fr or en-pt_BR',
 )
 COLUMNS = Rule(
   lambda v: (
@@ -88,5 +88,6 @@ COLUMNS = Rule(
   'two numbers from 1 up, two names, or ()',
 )
 PROMPT = Rule(
-  lambda v: v.count('{source}') == 1, 'a text with {source} in it once'
+  lambda v: v.count('{source}') == 1 or v == 'translategemma',
+  'a text with {source} in it once, or translategemma',
 )

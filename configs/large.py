@@ -25,3 +25,17 @@ def make_config(size: str, parts: str) -> ml_collections.ConfigDict:
   c.eval.translate_every = 250
   c.eval.chrf_pairs = 200
   return c
+
+
+def make_translategemma(size: str) -> ml_collections.ConfigDict:
+  """LoRA of TranslateGemma (4b, 12b, 27b; arXiv 2601.09012).
+
+  It is Gemma 3, trained to translate, with a prompt of its own. Some languages
+  have codes of their own in it: zh_Hans, not zh_CN.
+  """
+  c = make_config(size, 'lora')
+  c.weights.source = f'hf:google/translategemma-{size}-it'
+  c.template.prompt = 'translategemma'
+  c.template.chat = True
+  c.template.target_prefix = ''
+  return c

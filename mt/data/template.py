@@ -35,8 +35,23 @@ from mt.data import tokenizer
 
 START_OF_TURN, END_OF_TURN = '<start_of_turn>', '<end_of_turn>'
 
-# Codes of ISO 639-1 and their English names.
+# Codes of ISO 639 and their English names, as TranslateGemma has them.
 _LANGUAGES = pathlib.Path(__file__).parent / 'languages.tsv'
+
+# Prompts that a model was trained with, by name.
+PROMPTS = {
+  # Of TranslateGemma, in a chat (arXiv 2601.09012; ollama.com/library/
+  # translategemma). Two blank lines are before the text.
+  'translategemma': (
+    'You are a professional {source_language} ({source_code}) to '
+    '{target_language} ({target_code}) translator. Your goal is to accurately '
+    'convey the meaning and nuances of the original {source_language} text '
+    'while adhering to {target_language} grammar, vocabulary, and cultural '
+    'sensitivities.\nProduce only the {target_language} translation, without '
+    'any additional explanations or commentary. Please translate the following '
+    '{source_language} text into {target_language}:\n\n\n{source}'
+  ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,25 +66,36 @@ class Template:
   chat: bool = False  # Prompt and target are turns of a user and the model.
 
 
+def base_language(code: str) -> str:
+  """Of a code such as pt_BR, zh-Hans or fr: pt, zh, fr."""
+  return code.replace('_', '-').partition('-')[0].lower()
+
+
 def from_config(config: ml_collections.ConfigDict) -> Template:
   """The template of `config.template`, with the languages' names filled in.
 
   Raises:
     errors.UserError: the prompt asks for the name of an unknown language.
   """
-  t, prompt = config.template, config.template.prompt
+  t, pair = config.template, config.data.pair
+  prompt = PROMPTS.get(t.prompt, t.prompt)
   rows = _LANGUAGES.read_text('utf-8').splitlines()
   names = dict(row.split('\t') for row in rows)
-  codes = config.data.pair.lower().split('-')
-  for side, code in zip(('source', 'target'), codes, strict=True):
+  for side, code in zip(('source', 'target'), pair.split('-'), strict=True):
     knob = f'{side}_language'
-    name = t[knob] or names.get(code)
+    name = t[knob] or names.get(base_language(code))
     if f'{{{knob}}}' in prompt and not name:
       raise errors.UserError(
         f'template.prompt has {{{knob}}} in it, but the name of {code!r} (of '
-        f'data.pair={config.data.pair!r}) is not known; set template.{knob}.'
+        f'data.pair={pair!r}) is not known; set template.{knob}.'
+      )
+    if t.prompt == 'translategemma' and code.lower() == 'zh_cn':
+      raise errors.UserError(
+        f'data.pair is {pair!r}, but TranslateGemma has no {code}; zh_Hans '
+        'expected.'
       )
     prompt = prompt.replace(f'{{{knob}}}', name or '')
+    prompt = prompt.replace(f'{{{side}_code}}', code.replace('_', '-'))
   return Template(prompt, t.target_prefix, t.target_bos, t.chat)
 
 

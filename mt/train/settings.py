@@ -22,6 +22,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         f'{knob.path} is {value!r}; {knob.rule.expected} expected.'
       )
   _check_data(config.data)
+  if config.template.prompt == 'translategemma' and not config.template.chat:
+    raise errors.UserError(
+      'template.prompt is translategemma, a turn of a chat, but template.chat '
+      "is False; template.chat=True and template.target_prefix='' expected."
+    )
   if config.template.chat and config.template.target_prefix:
     raise errors.UserError(
       f'template.target_prefix is {config.template.target_prefix!r}, but with '

@@ -157,6 +157,27 @@ def test_every_knob_of_the_template_counts():
   )
 
 
+def test_the_prompt_of_translategemma():
+  """Golden: as ollama.com/library/translategemma shows it."""
+  config = _config(prompt='translategemma', chat=True, target_prefix='')
+  config.data.pair = 'en-pt_BR'
+  text = template_lib.prompt_text('Hello', template_lib.from_config(config))
+  assert text == (
+    '<start_of_turn>user\nYou are a professional English (en) to Portuguese '
+    '(pt-BR) translator. Your goal is to accurately convey the meaning and '
+    'nuances of the original English text while adhering to Portuguese '
+    'grammar, vocabulary, and cultural sensitivities.\nProduce only the '
+    'Portuguese translation, without any additional explanations or '
+    'commentary. Please translate the following English text into '
+    'Portuguese:\n\n\nHello<end_of_turn>\n<start_of_turn>model\n'
+  )
+  config.data.pair = 'zh_Hans-fil'
+  prompt = template_lib.from_config(config).prompt
+  assert 'professional Chinese (zh-Hans) to Filipino (fil) tr' in prompt
+  config.data.pair = 'en-zh_CN'
+  refusal(lambda: template_lib.from_config(config), 'en-zh_CN', 'zh_Hans')
+
+
 # Chat.
 
 

@@ -30,6 +30,8 @@ MACHINES = {
   'gemma3_1b_h100': 'h100',
   'gemma3_4b_h100': 'h100',
   'gemma3_12b_lora_h100': 'h100',
+  'translategemma_4b_lora_rtx4090': 'rtx4090',
+  'translategemma_12b_lora_h100': 'h100',
   'gemma3_12b_8xh100': 'h100:8',
   'gemma3_27b_8xh100': 'h100:8',
   'gemma3_12b_lora_v5e8': 'v5e:2x4',

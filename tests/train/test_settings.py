@@ -129,6 +129,10 @@ def test_impossible_values_name_the_knob(knob, value):
       {'data.source': 'x.{split}.{lang}', 'data.columns': (1, 2)},
       ('data.columns', 'aligned'),
     ),
+    (
+      {'template.prompt': 'translategemma'},
+      ('template.prompt', 'template.chat'),
+    ),
     ({'template.chat': True}, ('template.chat', 'template.target_prefix')),
   ],
 )
