@@ -36,7 +36,7 @@ from mt.translate import translator as translator_lib
 class Evaluated:
   """A split, translated with the checkpoint of a step."""
 
-  language: str  # Of the sources.
+  languages: tuple[str, str]  # Source and target.
   step: int
   sources: list[str]
   references: list[str]
@@ -77,8 +77,8 @@ def translate_split(
   for name, lines in (('source', sources), ('reference', references)):
     files.write_lines(own.with_name(f'{split}.{name}.txt'), lines)
   cached.write(own, made, texts)
-  language = config.data.pair.split('-')[0].lower()
-  return Evaluated(language, step, sources, references, texts)
+  languages = tuple(config.data.pair.lower().split('-'))
+  return Evaluated(languages, step, sources, references, texts)
 
 
 def _translate(workdir, step, split, sources):
@@ -113,9 +113,9 @@ def evaluate(
   own = translate_split(workdir, split, pairs, which)
   out = {
     'step': own.step,
-    'scores': scores.score(own.hypotheses, own.references),
+    'scores': scores.score(own.hypotheses, own.references, own.languages[1]),
     'noise': scores.by_noise(
-      own.sources, own.hypotheses, own.references, own.language
+      own.sources, own.hypotheses, own.references, own.languages[0]
     ),
   }
   if against:
@@ -130,7 +130,7 @@ def evaluate(
       'workdir': str(against),
       'step': other.step,
       'scores': scores.compare(
-        other.hypotheses, own.hypotheses, own.references
+        other.hypotheses, own.hypotheses, own.references, own.languages[1]
       ),
     }
   files.write_json(workdir / 'evaluation' / f'{split}.json', out)
@@ -140,8 +140,9 @@ def evaluate(
 def describe(result: dict[str, Any]) -> str:
   """What `evaluate` returns, as lines to read."""
   found = result['scores']
-  out = [f'step {result["step"]}, {found["sentences"]:,} sentences']
-  for name in scores.NAMES:
+  size = f'{found["sentences"]:,} sentences, compared in NFC'
+  out = [f'step {result["step"]}, {size}']
+  for name in scores.names(found):
     out.append(f'{name:10} {found[name]:6.2f}  {found[name + "_signature"]}')
   out.append('chrF by noise (a sentence may be in several classes)')
   for name in (*noise.CLASSES, scores.NO_CLASS):

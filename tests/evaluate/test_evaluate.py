@@ -151,6 +151,7 @@ def test_two_runs_are_compared(run, translations, tmp_path):
       ['une', 'deux', 'trois'],
       _lines(run, 'translations/valid.after'),
       _lines(run, 'translations/valid.reference'),
+      'fr',
     ),
   }
   assert 'against' not in evaluate.evaluate(run, 'valid')
@@ -207,23 +208,23 @@ def test_the_lines_of_the_command():
   texts = ['lol', 'an ordinary little sentence'], ['mdr', 'x'], ['mdr', 'y']
   result = {
     'step': 1200,
-    'scores': scores.score(*texts[1:]),
+    'scores': scores.score(*texts[1:], 'fr'),
     'noise': scores.by_noise(*texts, 'ja'),
     'against': {
       'workdir': 'runs/b',
       'step': 7,
-      'scores': scores.compare(texts[2], *texts[1:]),
+      'scores': scores.compare(texts[2], *texts[1:], 'fr'),
     },
   }
   shown = evaluate.describe(result).splitlines()
-  assert shown[0] == 'step 1200, 2 sentences'
+  assert shown[0] == 'step 1200, 2 sentences, compared in NFC'
   assert shown[3].startswith('chrf        91.67  nrefs:1|case:mixed|eff:yes')
   assert '  emoji              0  no sentence' in shown
   assert '  typos              -  no rule for the source language' in shown
   assert '  very short         1  100.00' in shown
   assert 'against runs/b, step 7' in shown
-  assert shown[-1].startswith('chrf       100.00 ±0.00 ->  91.67 ±')
-  assert '(-8.33, p = ' in shown[-1] and 'seed:12345' in shown[-1]
+  assert shown[-2].startswith('chrf       100.00 ±0.00 ->  91.67 ±')
+  assert '(-8.33, p = ' in shown[-2] and 'seed:12345' in shown[-2]
 
 
 def test_a_bad_flag_ends_in_one_line():
