@@ -174,8 +174,8 @@ def main(_):
   result = evaluate(
     workdir, given.split, against, given.pairs, given.checkpoint
   )
-  print(describe(result))
   report.write(workdir)
+  print(describe(result))
 
 
 if __name__ == '__main__':

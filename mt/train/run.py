@@ -302,8 +302,8 @@ def write_scores(run: loop.Run, at: int) -> None:
     if split == 'valid':
       text = samples.samples(sources, references, **texts)
       files.write(run.workdir / 'samples.txt', text)
-      journal.say('\n' + text)
   files.write_json(run.workdir / 'scores.json', scores)
+  journal.say('\n' + text)
   for split, both in scores.items():
     for name in scores_lib.names(both['after']):
       before, after = both['before'][name], both['after'][name]
