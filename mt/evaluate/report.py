@@ -231,7 +231,8 @@ def _evaluation(split, result) -> str:
   ]
   if 'against' in result:
     parts.append(_against(result['against']))
-  title = f'Evaluation: {_text(split)}, step {result["step"]:,}'
+  text = _text(result.get('text', split))
+  title = f'Evaluation: {text}, step {result["step"]:,}'
   return f'<h2>{title}</h2>{_grid(parts)}'
 
 
