@@ -88,7 +88,9 @@ KNOBS = (
     What is validated on; '' takes that split of the first source.
     """),
   knob('data.test', '', ANY, """
-    What is tested on; '' takes that split of the first source.
+    What is tested on; '' takes that split of the first source. sacrebleu:NAME
+    is a test set of sacreBLEU's, such as sacrebleu:mtnt2019 or sacrebleu:wmt24,
+    fetched once.
     """),
   knob('data.pair', 'en-fr', LANGUAGES, """
     Source and target language, such as en-fr, or en-pt_BR with a region. MTNT

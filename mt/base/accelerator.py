@@ -19,7 +19,7 @@ def find(root: pathlib.Path = pathlib.Path('/')) -> str:
     return 'cuda'
   devices = [*root.glob('dev/accel*'), *root.glob('dev/vfio/[0-9]*')]
   vendors = root.glob('sys/bus/pci/devices/*/vendor')
-  if devices and any(v.read_text().strip() == _GOOGLE for v in vendors):
+  if devices and any(v.read_text('utf-8').strip() == _GOOGLE for v in vendors):
     return 'tpu'
   return 'cpu'
 

@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from configs import default
 from mt.base import errors
+from mt.base import screen
 
 # Flags that are defined here belong to the command that calls.
 flags.disclaim_key_flags()
@@ -29,6 +30,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   Exit codes: 0 done, 1 unknown flag, 2 bad input, 130 interrupted (SIGINT), 143
   terminated (SIGTERM); all but the first with one line on stderr.
   """
+  screen.protect()
   # JAX reserves so much of a GPU's memory when it starts, and uses no more; by
   # default it is 0.75. What is left is for CUDA and its libraries.
   if 'XLA_CLIENT_MEM_FRACTION' not in os.environ:
@@ -75,6 +77,7 @@ def _leave(e, code, message=''):
 
 def define_config() -> None:
   """Defines --config."""
+  screen.protect()
   try:
     _check_knobs(sys.argv)  # ml_collections reads them while it defines.
   except errors.UserError as e:

@@ -4,12 +4,10 @@ from collections.abc import Iterator
 import contextlib
 import os
 import signal
-import sys
 
 import jax
 
 from mt.base import errors
-from mt.base import journal
 from mt.base import processes
 
 
@@ -23,13 +21,15 @@ class Listener:
   def hear(self, number: int, _frame) -> None:
     """Notes a signal; a second SIGINT ends the process on the spot."""
     if self._signal and number == signal.SIGINT:
-      os.write(sys.stderr.fileno(), b'error: interrupted again; not saved\n')
+      _tell(2, 'error: interrupted again; not saved')
       os._exit(128 + number)
     self._signal = self._signal or number
-    journal.say(
-      f'{signal.Signals(number).name}: the run saves after this step and '
-      'leaves; Ctrl-C again leaves at once'
-    )
+    if processes.is_first():
+      _tell(
+        1,
+        f'{signal.Signals(number).name}: the run saves after this step and '
+        'leaves; Ctrl-C again leaves at once',
+      )
 
   def asked(self) -> int:
     """The signal that any of the processes got, or 0; the same in all.
@@ -41,6 +41,12 @@ class Listener:
       return self._signal
     before, self._of_all = self._of_all, processes.largest(self._signal)
     return int(before)
+
+
+def _tell(stream, text):
+  """Not a print: the signal may have come in the middle of one."""
+  with contextlib.suppress(OSError):
+    os.write(stream, f'{text}\n'.encode())
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import numpy as np
 from mt.base import cli
 from mt.base import errors
 from mt.base import journal
+from mt.base import screen
 from mt.data import bitext
 from mt.data import corpus
 from mt.data import splits
@@ -183,6 +184,7 @@ def main(_: Sequence[str]) -> None:
   config, _ = cli.read_config()
   color = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
   print(show(config, color, flags.FLAGS.plot))
+  screen.check()
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ A source is one of
   path/to/file  a file of pairs, see mt/data/bitext.py; `{split}` in the path
                 becomes train, valid or test, and `{lang}` makes it two aligned
                 files, one for each language of data.pair
+  sacrebleu:NAME  a test set, see mt/data/sacrebleu_sets.py
 
 `python -m mt.data --config=…` shows what training will see.
 """
@@ -22,6 +23,7 @@ import ml_collections
 from mt.base import errors
 from mt.data import bitext
 from mt.data import mtnt
+from mt.data import sacrebleu_sets
 from mt.data import tfds
 
 SAMPLE = pathlib.Path(__file__).parent / 'sample'
@@ -96,6 +98,9 @@ def _find(source, split, pair) -> tuple[list[pathlib.Path], bool]:
   """The files of a split, and whether they hold the pair the other way."""
   if _is_text(source):
     path = source.replace('{split}', split)
+    if path.startswith(sacrebleu_sets.PREFIX):
+      name = path.removeprefix(sacrebleu_sets.PREFIX)
+      return sacrebleu_sets.find(name, pair), False
     languages = pair.split('-') if '{lang}' in path else ['']
     return [pathlib.Path(path.replace('{lang}', x)) for x in languages], False
   folder = _open_folder(source) / split
@@ -117,6 +122,8 @@ def _find(source, split, pair) -> tuple[list[pathlib.Path], bool]:
 def _is_text(source) -> bool:
   """Whether it names files of pairs, not a folder or an archive of them."""
   if '{split}' in source or '{lang}' in source:
+    return True
+  if source.startswith(sacrebleu_sets.PREFIX):
     return True
   return os.path.isfile(source) and not source.endswith(('.tar.gz', '.tgz'))
 

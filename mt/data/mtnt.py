@@ -108,7 +108,7 @@ def _alone() -> Iterator[None]:
   with contextlib.ExitStack() as stack:
     try:
       _root().mkdir(parents=True, exist_ok=True)
-      lock = stack.enter_context(open(_root() / 'lock', 'w'))
+      lock = stack.enter_context(open(_root() / 'lock', 'ab'))
       fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as e:
       raise errors.UserError(

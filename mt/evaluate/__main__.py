@@ -9,14 +9,20 @@ is not translated again. W/evaluation/ has then
   SPLIT.json          scores, chrF by class of noise (see
                       mt/evaluate/noise.py), and the comparison, if any
   SPLIT.*.txt         source, reference and hypothesis, one a line
+
+With --data=TEXT any text that data.source takes is scored instead, such as a
+file or sacrebleu:wmt24; SPLIT is then SPLIT-TEXT in these names.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 from absl import flags
 
+from configs import knobs
 from mt.base import cli
 from mt.base import compiling
 from mt.base import errors
@@ -36,7 +42,8 @@ from mt.translate import translator as translator_lib
 class Evaluated:
   """A split, translated with the checkpoint of a step."""
 
-  language: str  # Of the sources.
+  name: str  # Of its files.
+  languages: tuple[str, str]  # Source and target.
   step: int
   sources: list[str]
   references: list[str]
@@ -48,6 +55,7 @@ def translate_split(
   split: str,
   pairs: int | None = None,
   which: str = '',
+  data: Mapping[str, Any] | None = None,
 ) -> Evaluated:
   """Translates a split with a run's checkpoint, if that is not done.
 
@@ -55,30 +63,41 @@ def translate_split(
     workdir: of the run.
     split: valid or test.
     pairs: the first ones of the split, 0 for all; None for as many as the run
-      itself translates.
+      itself translates (of another text, all).
     which: of its checkpoints, see checkpoint.find_step.
+    data: knobs of `config.data` to take in place of the run's: under the
+      split's name another text, and its `columns`.
   """
-  config = run_folder.read_config(workdir)
+  config, name = run_folder.read_config(workdir), split
+  data = data or {}
   step, _ = checkpoint.find_step(workdir, which)
   if pairs is None:
-    pairs = config.eval.translate_pairs
+    pairs = 0 if data else config.eval.translate_pairs
+  config.data.update(data)
+  if corpus.split_source(config.data, split) is None:
+    raise errors.UserError(
+      f'{workdir}: the run has no {split} split (data.{split} is empty); name '
+      'a text with --data.'
+    )
+  if split in data:
+    name += '-' + re.sub(r'\W+', '_', data[split])[-100:]
   chosen = corpus.read_splits(config.data, [split])[split][0].read()
   chosen = chosen[: pairs or None]
   sources = [p.source for p in chosen]
   references = [p.target for p in chosen]
   made = cached.provenance(step, config.decode, sources)
   of_run = workdir / 'translations' / f'{split}.after.txt'
-  own = workdir / 'evaluation' / f'{split}.hypothesis.txt'
+  own = workdir / 'evaluation' / f'{name}.hypothesis.txt'
   texts = cached.read_if_current(of_run, made)
   if texts is None:
     texts = cached.read_if_current(own, made)
   if texts is None:
     texts = _translate(workdir, step, split, sources)
-  for name, lines in (('source', sources), ('reference', references)):
-    files.write_lines(own.with_name(f'{split}.{name}.txt'), lines)
+  for side, lines in (('source', sources), ('reference', references)):
+    files.write_lines(own.with_name(f'{name}.{side}.txt'), lines)
   cached.write(own, made, texts)
-  language = config.data.pair.split('-')[0].lower()
-  return Evaluated(language, step, sources, references, texts)
+  languages = tuple(config.data.pair.lower().split('-'))
+  return Evaluated(name, languages, step, sources, references, texts)
 
 
 def _translate(workdir, step, split, sources):
@@ -96,11 +115,12 @@ def evaluate(
   against: pathlib.Path | None = None,
   pairs: int | None = None,
   which: str = '',
+  data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Scores one of a run's checkpoints, and leaves W/evaluation/SPLIT.json.
 
   Args:
-    workdir, split, pairs, which: see translate_split.
+    workdir, split, pairs, which, data: see translate_split.
     against: the folder of another run, to compare with: with its best
       checkpoint, or its last where there is no best one.
 
@@ -110,16 +130,17 @@ def evaluate(
   Raises:
     errors.UserError: the runs have other sentences.
   """
-  own = translate_split(workdir, split, pairs, which)
+  own = translate_split(workdir, split, pairs, which, data)
   out = {
+    'text': (data or {}).get(split, split),
     'step': own.step,
-    'scores': scores.score(own.hypotheses, own.references),
+    'scores': scores.score(own.hypotheses, own.references, own.languages[1]),
     'noise': scores.by_noise(
-      own.sources, own.hypotheses, own.references, own.language
+      own.sources, own.hypotheses, own.references, own.languages[0]
     ),
   }
   if against:
-    other = translate_split(against, split, pairs)
+    other = translate_split(against, split, pairs, data=data)
     if (other.sources, other.references) != (own.sources, own.references):
       raise errors.UserError(
         f'{against}: its {split} split has other sentences '
@@ -130,18 +151,19 @@ def evaluate(
       'workdir': str(against),
       'step': other.step,
       'scores': scores.compare(
-        other.hypotheses, own.hypotheses, own.references
+        other.hypotheses, own.hypotheses, own.references, own.languages[1]
       ),
     }
-  files.write_json(workdir / 'evaluation' / f'{split}.json', out)
+  files.write_json(workdir / 'evaluation' / f'{own.name}.json', out)
   return out
 
 
 def describe(result: dict[str, Any]) -> str:
   """What `evaluate` returns, as lines to read."""
   found = result['scores']
-  out = [f'step {result["step"]}, {found["sentences"]:,} sentences']
-  for name in scores.NAMES:
+  size = f'{found["sentences"]:,} sentences, compared in NFC'
+  out = [f'{result["text"]}, step {result["step"]}, {size}']
+  for name in scores.names(found):
     out.append(f'{name:10} {found[name]:6.2f}  {found[name + "_signature"]}')
   out.append('chrF by noise (a sentence may be in several classes)')
   for name in (*noise.CLASSES, scores.NO_CLASS):
@@ -170,17 +192,30 @@ def main(_):
   compiling.keep_compiled_programs()
   workdir = pathlib.Path(given.workdir)
   against = pathlib.Path(given.against) if given.against else None
+  data = {given.split: given.data} if given.data else {}
+  if columns := given.columns:
+    numbers = all(name.isdecimal() for name in columns)
+    data['columns'] = tuple(map(int, columns) if numbers else columns)
+    if not knobs.COLUMNS.test(data['columns']) or not given.data:
+      raise errors.UserError(
+        f'--columns={",".join(columns)}: {knobs.COLUMNS.expected} expected, of '
+        'the text that --data names.'
+      )
   result = evaluate(
-    workdir, given.split, against, given.pairs, given.checkpoint
+    workdir, given.split, against, given.pairs, given.checkpoint, data
   )
-  print(describe(result))
   report.write(workdir)
+  print(describe(result))
 
 
 if __name__ == '__main__':
   flags.DEFINE_string('workdir', None, 'Folder of a run of train.py.')
   flags.DEFINE_string('checkpoint', '', checkpoint.WHICH)
   flags.DEFINE_enum('split', 'valid', ['valid', 'test'], 'What is scored.')
+  flags.DEFINE_string(
+    'data', '', 'A text to score instead, in any form that data.source takes.'
+  )
+  flags.DEFINE_list('columns', [], "Of --data; without it the run's.")
   flags.DEFINE_string(
     'against', '', 'Folder of another run, compared by paired bootstrap.'
   )

@@ -20,7 +20,6 @@ from mt.evaluate import noise
 from mt.evaluate import scores as scores_lib
 from mt.evaluate import sentences
 
-_METRICS = {'bleu': 'BLEU', 'bleu_intl': 'BLEU intl', 'chrf': 'chrF'}
 _CURVES = 'loss', 'valid_loss', 'minitrain_loss', 'valid_chrf', 'targets_per_s'
 _ABOUT_NOISE = (
   '<p class="dim">A sentence may be in several classes; the rules are '
@@ -128,7 +127,7 @@ def _table(head, rows, numbers: Sequence[int] = ()) -> str:
 
 def _scores(both) -> str:
   rows = []
-  for key, name in _METRICS.items():
+  for key, name in scores_lib.names(both['after']).items():
     before, after = both['before'][key], both['after'][key]
     cells = f'{before:.2f}', f'{after:.2f}', sentences.change(before, after)
     rows.append((f'<b>{name}</b>', *cells))
@@ -140,9 +139,9 @@ def _scores(both) -> str:
 
 def _signatures(scores) -> str:
   return ''.join(
-    f'<p class="dim"><small>{name}: <code>'
+    f'<p class="dim"><small>{name} (of texts in NFC): <code>'
     f'{_text(scores[key + "_signature"])}</code></small></p>'
-    for key, name in _METRICS.items()
+    for key, name in scores_lib.names(scores).items()
   )
 
 
@@ -223,7 +222,8 @@ def _noise(before, after) -> str:
 def _evaluation(split, result) -> str:
   """What mt.evaluate left."""
   found = result['scores']
-  rows = [(f'<b>{n}</b>', f'{found[k]:.2f}') for k, n in _METRICS.items()]
+  names = scores_lib.names(found).items()
+  rows = [(f'<b>{n}</b>', f'{found[k]:.2f}') for k, n in names]
   head = f'{found["sentences"]:,} sentences', 'score'
   parts = [
     ('scores', _table(head, rows, (1,)) + _signatures(found)),
@@ -231,13 +231,14 @@ def _evaluation(split, result) -> str:
   ]
   if 'against' in result:
     parts.append(_against(result['against']))
-  title = f'Evaluation: {_text(split)}, step {result["step"]:,}'
+  text = _text(result.get('text', split))
+  title = f'Evaluation: {text}, step {result["step"]:,}'
   return f'<h2>{title}</h2>{_grid(parts)}'
 
 
 def _against(other) -> tuple[str, str]:
   rows = []
-  for key, name in _METRICS.items():
+  for key, name in scores_lib.names(other['scores']).items():
     row = other['scores'][key]
     there = f'{row["baseline"]:.2f} ±{row["baseline_interval"]:.2f}'
     here = f'{row["score"]:.2f} ±{row["interval"]:.2f}'

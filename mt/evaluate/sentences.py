@@ -7,9 +7,9 @@ import html
 import chex
 import numpy as np
 import regex
-import sacrebleu
 
 from mt.evaluate import noise
+from mt.evaluate import scores
 
 COLUMNS = ('source', 'reference', 'before', 'after')
 
@@ -38,9 +38,8 @@ def tables(
     [len(sources)] * 3, [len(references), len(before), len(after)]
   )
   texts = list(zip(sources, references, before, after, strict=True))
-  metric = sacrebleu.CHRF()
   ends = [
-    [metric.sentence_score(text, [reference]).score for text in made]
+    [scores.sentence_chrf(text, reference) for text in made]
     for _, reference, *made in texts
   ]
   languages, total = (source_language, target_language), len(ends)

@@ -295,7 +295,7 @@ def valid_chrf(run: Run, state: state_lib.TrainState) -> float:
   score = 0.0
   if processes.is_first():
     references = [p.target for p in pairs]
-    score = scores.score(texts[: len(pairs)], references)['chrf']
+    score = scores.chrf(texts[: len(pairs)], references)
   return processes.broadcast_from_first(score)
 
 

@@ -28,6 +28,7 @@ import psutil
 
 from mt.base import errors
 from mt.base import journal
+from mt.base import screen
 from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.train import alternatives
@@ -78,6 +79,7 @@ def run(
     plan = make_plan(config, target)
   if as_json:
     print(json.dumps(to_json(plan)))
+    screen.check()
 
 
 def here(mesh: ml_collections.ConfigDict) -> targets.Target:
@@ -227,7 +229,7 @@ def available(root: pathlib.Path = pathlib.Path('/sys/fs/cgroup')) -> int:
   free = psutil.virtual_memory().available
   for names in _CGROUPS:
     try:
-      limit, used = (int((root / name).read_text()) for name in names)
+      limit, used = (int((root / name).read_text('utf-8')) for name in names)
     except (OSError, ValueError):  # There is none, or it is 'max'.
       continue
     free = min(free, limit - used)

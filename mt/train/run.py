@@ -285,7 +285,7 @@ def write_scores(run: loop.Run, at: int) -> None:
   Those after training are of step `at`.
   """
   scores: dict[str, Any] = {}
-  language = run.config.data.pair.split('-')[0].lower()
+  source, target = run.config.data.pair.lower().split('-')
   for split, pairs in run.data.scored.items():
     sources = [p.source for p in pairs]
     references = [p.target for p in pairs]
@@ -295,17 +295,17 @@ def write_scores(run: loop.Run, at: int) -> None:
     }
     scores[split] = {
       when: {'step': at if when == 'after' else 0}
-      | scores_lib.score(lines, references)
-      | {'noise': scores_lib.by_noise(sources, lines, references, language)}
+      | scores_lib.score(lines, references, target)
+      | {'noise': scores_lib.by_noise(sources, lines, references, source)}
       for when, lines in texts.items()
     }
     if split == 'valid':
       text = samples.samples(sources, references, **texts)
       files.write(run.workdir / 'samples.txt', text)
-      journal.say('\n' + text)
   files.write_json(run.workdir / 'scores.json', scores)
+  journal.say('\n' + text)
   for split, both in scores.items():
-    for name in scores_lib.NAMES:
+    for name in scores_lib.names(both['after']):
       before, after = both['before'][name], both['after'][name]
       journal.say(
         f'{split} {name:9} {before:6.2f} -> {after:6.2f} '

@@ -33,6 +33,7 @@ from mt.base import compiling
 from mt.base import errors
 from mt.base import files
 from mt.base import run_folder
+from mt.base import screen
 from mt.train import checkpoint
 from mt.translate import decode
 from mt.translate import search as search_lib
@@ -140,6 +141,8 @@ def run(values: dict[str, Any]) -> None:
           text = _as_json(line, translations)
         out.write(f'{text}\n'.encode())
       out.flush()
+      if not values['output']:
+        screen.check()
 
 
 def _say(text):
@@ -200,10 +203,7 @@ def _ask() -> Iterator[str]:
 
 
 def main(_):
-  try:
-    run(flags.FLAGS.flag_values_dict())
-  except BrokenPipeError:  # The reader has what it wanted.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  run(flags.FLAGS.flag_values_dict())
 
 
 if __name__ == '__main__':

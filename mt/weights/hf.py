@@ -260,7 +260,7 @@ def write(
   if len(shards) > 1:
     size = sum(x.size for x in flat.values()) * np.dtype(dtype).itemsize
     index = {'metadata': {'total_size': size}, 'weight_map': weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + '\n')
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + '\n', 'utf-8')
   ids = {
     'pad_token_id': tok.pad_id,
     'bos_token_id': tok.bos_id,
@@ -268,7 +268,7 @@ def write(
   }
   hf_config.write(folder / 'config.json', cfg, dtype, ids)
   (folder / 'generation_config.json').write_text(
-    json.dumps(ids | {'do_sample': False}, indent=2) + '\n'
+    json.dumps(ids | {'do_sample': False}, indent=2) + '\n', 'utf-8'
   )
   hf_tokenizer.write(folder, tok)
 

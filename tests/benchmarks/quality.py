@@ -58,7 +58,8 @@ def score(f: flags.FlagValues) -> dict:
   start = time.monotonic()
   translator = translator_lib.from_config(config, source)
   texts = translator(source.read(), [p.source for p in pairs])
-  found = scores.score(texts, [p.target for p in pairs])
+  target = config.data.pair.split('-')[1]
+  found = scores.score(texts, [p.target for p in pairs], target)
   if f.out:
     pathlib.Path(f.out).write_text('\n'.join(texts) + '\n', encoding='utf-8')
   seconds = round(time.monotonic() - start)

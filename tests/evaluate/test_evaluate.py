@@ -12,6 +12,7 @@ from configs import debug
 from mt.base import files
 from mt.data import corpus
 from mt.evaluate import __main__ as evaluate
+from mt.evaluate import report
 from mt.evaluate import scores
 from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
@@ -151,6 +152,7 @@ def test_two_runs_are_compared(run, translations, tmp_path):
       ['une', 'deux', 'trois'],
       _lines(run, 'translations/valid.after'),
       _lines(run, 'translations/valid.reference'),
+      'fr',
     ),
   }
   assert 'against' not in evaluate.evaluate(run, 'valid')
@@ -184,6 +186,39 @@ def test_what_is_no_run(run, tmp_path):
   refusal(lambda: evaluate.evaluate(run, 'valid'), run, 'no checkpoint')
 
 
+def test_any_text_is_scored(run, translations, tmp_path):
+  text = tmp_path / 'web text.tsv'
+  text.write_text('fr\ten\nUn\tOne\nDeux\tTwo\n', encoding='utf-8')
+  data = {'valid': str(text), 'columns': ('en', 'fr')}
+  of_run = evaluate.evaluate(run, 'valid')
+  got = evaluate.evaluate(run, 'valid', run, data=data)
+  assert translations == [run]  # The comparison takes what is there.
+  assert got['text'] == str(text) and got['scores']['sentences'] == 2
+  (path,) = (run / 'evaluation').glob('valid-*web_text_tsv.json')
+  assert files.read_json(path) == got
+  assert _lines(run, f'evaluation/{path.stem}.source') == ['One', 'Two']
+  assert files.read_json(run / 'evaluation' / 'valid.json') == of_run
+  assert f'Evaluation: {text}' in report.page(run)
+  gone = {'test': f'{text}.gone'}
+  refusal(lambda: evaluate.evaluate(run, 'test', data=gone), text)
+
+
+def test_a_split_that_there_is_not(run):
+  def change(config):
+    config['data']['source'] = __file__
+
+  _change(run / 'config.json', change)
+  refusal(lambda: evaluate.evaluate(run, 'test'), run, 'data.test', '--data')
+
+
+@pytest.mark.parametrize('flag', ['--columns=1,2,3', '--columns=en,fr'])
+def test_columns_are_two_of_a_text(flag, tmp_path):
+  data = [f'--data={tmp_path}'] if '3' in flag else []
+  done = _command(f'--workdir={tmp_path}', flag, *data)
+  assert done.returncode == 2 and done.stderr.count('\n') == 1
+  assert flag in done.stderr and '--data' in done.stderr
+
+
 def _command(*flags):
   return subprocess.run(
     [sys.executable, '-m', 'mt.evaluate', *map(str, flags)],
@@ -206,24 +241,25 @@ def test_the_command(run):
 def test_the_lines_of_the_command():
   texts = ['lol', 'an ordinary little sentence'], ['mdr', 'x'], ['mdr', 'y']
   result = {
+    'text': 'valid',
     'step': 1200,
-    'scores': scores.score(*texts[1:]),
+    'scores': scores.score(*texts[1:], 'fr'),
     'noise': scores.by_noise(*texts, 'ja'),
     'against': {
       'workdir': 'runs/b',
       'step': 7,
-      'scores': scores.compare(texts[2], *texts[1:]),
+      'scores': scores.compare(texts[2], *texts[1:], 'fr'),
     },
   }
   shown = evaluate.describe(result).splitlines()
-  assert shown[0] == 'step 1200, 2 sentences'
+  assert shown[0] == 'valid, step 1200, 2 sentences, compared in NFC'
   assert shown[3].startswith('chrf        91.67  nrefs:1|case:mixed|eff:yes')
   assert '  emoji              0  no sentence' in shown
   assert '  typos              -  no rule for the source language' in shown
   assert '  very short         1  100.00' in shown
   assert 'against runs/b, step 7' in shown
-  assert shown[-1].startswith('chrf       100.00 ±0.00 ->  91.67 ±')
-  assert '(-8.33, p = ' in shown[-1] and 'seed:12345' in shown[-1]
+  assert shown[-2].startswith('chrf       100.00 ±0.00 ->  91.67 ±')
+  assert '(-8.33, p = ' in shown[-2] and 'seed:12345' in shown[-2]
 
 
 def test_a_bad_flag_ends_in_one_line():

@@ -75,7 +75,7 @@ def _finish(folder):
     path = folder / 'translations' / f'valid.{name}.txt'
     files.write_lines(path, lines)
   found = {
-    when: scores.score(texts, REFERENCES)
+    when: scores.score(texts, REFERENCES, 'fr')
     | {'noise': scores.by_noise(SOURCES, texts, REFERENCES, 'en')}
     for when, texts in (('before', BEFORE), ('after', AFTER))
   }
@@ -229,7 +229,7 @@ def test_what_mt_evaluate_found(folder):
     'against': {
       'workdir': 'runs/<other>',
       'step': 7,
-      'scores': scores.compare(BEFORE, AFTER, REFERENCES),
+      'scores': scores.compare(BEFORE, AFTER, REFERENCES, 'fr'),
     },
   }
   files.write_json(folder / 'evaluation' / 'test.json', result)

@@ -14,10 +14,10 @@ import sys
 import termios
 import types
 
-from absl import flags
 import pytest
 
 from configs import default
+from mt.base import screen
 from mt.translate import __main__ as terminal
 from mt.translate import search as search_lib
 from mt.translate import translator
@@ -91,7 +91,7 @@ def command(shouting, monkeypatch):
     stdin = types.SimpleNamespace(
       buffer=io.BytesIO(given), isatty=lambda: False
     )
-    stdout = types.SimpleNamespace(buffer=io.BytesIO())
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding='utf-8')
     shouting.clear()
     with monkeypatch.context() as m:
       m.setattr(sys, 'stdin', stdin)
@@ -233,13 +233,16 @@ def test_a_reader_that_leaves(shouting, monkeypatch, tmp_path, capfd):
   given = tmp_path / 'in'
   given.write_text('a\nb\n')
   values = VALUES | {'input': str(given)}
-  own = types.SimpleNamespace(flag_values_dict=lambda: values)
   read, write = os.pipe()
   os.close(read)
-  with open(write, 'w') as out, monkeypatch.context() as m:
-    m.setattr(flags, 'FLAGS', own)
+  with open(write, 'w', encoding='ascii') as out, monkeypatch.context() as m:
     m.setattr(sys, 'stdout', out)
-    terminal.main([])
+    m.setattr(sys, '__stdout__', out)
+    m.setattr(screen, '_STREAMS', {write: 'stdout'})
+    screen.protect()
+    with pytest.raises(SystemExit) as left:
+      terminal.run(values)
+    assert left.value.code == 0
   out, err = capfd.readouterr()
   assert not out
   assert re.fullmatch(r'machine: .*\ncheckpoint: step 7\n', err)
