@@ -51,6 +51,11 @@ def _tuples(value):
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
+def is_run(folder: pathlib.Path) -> bool:
+  """Whether a run has left something in a folder."""
+  return all((folder / n).exists() for n in ('config.json', 'environment.json'))
+
+
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
   """A folder for one run at a time; whoever dies gives it free."""
