@@ -137,7 +137,7 @@ def _open_files(path):
     )
   tensors = {}
   for file in files:
-    opened = _open_file(file)
+    opened = open_file(file)
     for name in opened.keys():  # noqa: SIM118  It is no dict.
       if name in tensors:
         raise errors.UserError(
@@ -171,10 +171,31 @@ def _files_of_index(index):
   return sorted(files)
 
 
-def _open_file(path):
+def open_file(path: pathlib.Path) -> Any:
+  """A safetensors file, of which no tensor is read yet.
+
+  Raises:
+    errors.UserError: missing, or damaged.
+  """
   try:
     # pread: pages of a mapped file would count as this process's memory.
     return safetensors.safe_open(path, framework='np', backend='pread')
+  except (OSError, safetensors.SafetensorError) as e:
+    raise _unreadable(path, e) from e
+
+
+def read_tensor(
+  opened: Any, path: pathlib.Path, name: str, *rows: int
+) -> np.ndarray:
+  """A tensor of an opened file, or its rows from the first to before the last.
+
+  Raises:
+    errors.UserError: the file cannot be read.
+  """
+  try:
+    if rows:
+      return opened.get_slice(name)[slice(*rows)]
+    return opened.get_tensor(name)
   except (OSError, safetensors.SafetensorError) as e:
     raise _unreadable(path, e) from e
 
@@ -221,13 +242,7 @@ def read_params(folder: Folder, key: chex.PRNGKey) -> parameters.Params:
   """
 
   def part(name, *rows):
-    opened, path = folder.tensors[name]
-    try:
-      if rows:
-        return opened.get_slice(name)[slice(*rows)]
-      return opened.get_tensor(name)
-    except (OSError, safetensors.SafetensorError) as e:
-      raise _unreadable(path, e) from e
+    return read_tensor(*folder.tensors[name], name, *rows)
 
   def get(place):
     x = part(place.name)

