@@ -91,7 +91,9 @@ def _refused(model, revision, e):
   from huggingface_hub import get_token
 
   local = isinstance(e, hub_errors.LocalEntryNotFoundError)
-  e = e.__cause__ or e if local else e  # It has not found it elsewhere either.
+  if not isinstance(e, hub_errors.HfHubHTTPError):
+    # What kept it from the hub, where it looked into its cache after that.
+    e = e.__cause__ or e
   status = getattr(getattr(e, 'response', None), 'status_code', 0)
   unknown = get_token() is None
   token = (
@@ -102,7 +104,9 @@ def _refused(model, revision, e):
     who = f', and {token}' if unknown else ' with the account of your token'
     what = f'its licence is not accepted, for all the hub knows ({status})'
     return what, f'accept it at {_page(model)}{who}'
-  if isinstance(e, hub_errors.RepositoryNotFoundError):
+  if isinstance(e, hub_errors.RepositoryNotFoundError) or (
+    status == 401 and unknown
+  ):
     who = 'for all' if unknown else 'for the account of your token'
     what = f'the hub has no such model {who} ({status})'
     return what, f'check its name, or {token}'
