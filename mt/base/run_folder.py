@@ -33,6 +33,8 @@ from mt.base import errors
 from mt.base import files
 from mt.base import processes
 
+_PATHS = 'source', 'tokenizer', 'adapter', 'warm_start'  # Of `weights`.
+
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """The config that a run was started with, in the knobs of today."""
@@ -49,6 +51,11 @@ def _tuples(value):
   if isinstance(value, dict):
     return {k: _tuples(v) for k, v in value.items()}
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def is_run(folder: pathlib.Path) -> bool:
+  """Whether a run has left something in a folder."""
+  return all((folder / n).exists() for n in ('config.json', 'environment.json'))
 
 
 @contextlib.contextmanager
@@ -77,7 +84,7 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 
   A folder without a checkpoint is anybody's: that start came to nothing.
   """
-  path = workdir / 'config.json'
+  path, config = workdir / 'config.json', _absolute(config)
   saved = (workdir / 'checkpoints').glob('*step_*')  # Damaged ones too.
   if all('tmp' in path.name for path in saved):
     for name in ('config.json', 'tokenizer.model'):
@@ -90,7 +97,7 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 
 def _check_same(workdir, config):
   """Refuses a config with which the run there cannot go on."""
-  old = read_config(workdir).to_dict()
+  old = _absolute(read_config(workdir)).to_dict()
   resume = {k.path: k.resume for k in default.KNOBS}
   for path, was, now in differences(old, config.to_dict()):
     scored = old['eval']['translate_every'] and resume[path] == 'same_if_scored'
@@ -101,10 +108,24 @@ def _check_same(workdir, config):
       )
 
 
+def _absolute(config):
+  """A config whose weights are found from any folder."""
+  config = config.copy_and_resolve_references()
+  for name in _PATHS:
+    path = config.weights[name]
+    if path != 'random' and os.path.exists(path):
+      config.weights[name] = os.path.abspath(path)
+  return config
+
+
 def step_knobs(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The knobs that decide what a step computes, as JSON gives them back."""
+  """The knobs that decide what a step computes, as JSON gives them back.
+
+  Not the paths of weights: a checkpoint knows those by what is in them.
+  """
   flat = json.loads(json.dumps(dict(_flat(config.to_dict()))))
   same = {k.path for k in default.KNOBS if k.resume == 'same'}
+  same -= {f'weights.{name}' for name in _PATHS}
   return {k: v for k, v in flat.items() if k in same}
 
 

@@ -13,8 +13,15 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt.base import errors
+from mt.base import foreign
 
-_BYTE = 6  # SentencePiece's type of a piece that is one byte.
+# SentencePiece's types of pieces.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# What a template writes, and a model ends its turn with.
+TURNS = ('<start_of_turn>', '<end_of_turn>')
+# No text has them, whatever their role is.
+CONTROLS = ('<pad>', '<eos>', '<bos>')
+_ENDS = ('<eos>', '<end_of_turn>')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +46,46 @@ class Tokenizer:
   def decode(self, ids: list[int]) -> str:
     return self.spm.decode(ids)
 
+  @property
+  def end_ids(self) -> set[int]:
+    """What may end a text: EOS, and the end of a turn, whichever is EOS."""
+    ids = (self.spm.piece_to_id(piece) for piece in _ENDS)
+    return {self.eos_id} | {i for i in ids if i != self.spm.unk_id()}
+
 
 def from_proto(proto: bytes, where: str) -> Tokenizer:
   """A tokenizer from the bytes of a `tokenizer.model`; `where` they stand.
 
+  Turns are made user-defined symbols, which are found in texts, whatever type
+  they have there. A piece may have several roles.
+
   Raises:
     errors.UserError: not a SentencePiece model, or one without BOS or EOS.
   """
+  spm = _load(proto, where)
+  ids = {turn: spm.piece_to_id(turn) for turn in TURNS}
+  ids = {turn: i for turn, i in ids.items() if not spm.is_unknown(i)}
+  if any(i not in spm.encode(turn) for turn, i in ids.items()):
+    model = sp_pb2.ModelProto.FromString(proto)
+    for i in ids.values():
+      model.pieces[i].type = USER_DEFINED
+    proto = model.SerializeToString()
+    spm = _load(proto, where)
+  pad, bos, eos = spm.pad_id(), spm.bos_id(), spm.eos_id()
+  if min(pad, bos, eos) < 0:
+    # SentencePiece finds control pieces by name (<s>, </s> unless told
+    # otherwise); a model put together by other tools may give numbers alone.
+    model = sp_pb2.ModelProto.FromString(proto)
+    pad, bos, eos = (_role_id(model, role) for role in ('pad', 'bos', 'eos'))
+  if min(pad, bos, eos) < 0:
+    raise errors.UserError(
+      f'{where}: pad, BOS, EOS ids are {pad}, {bos}, {eos}; Gemma needs all '
+      'three: use a Gemma tokenizer.'
+    )
+  return Tokenizer(spm, proto, spm.vocab_size(), pad, bos, eos)
+
+
+def _load(proto, where):
   spm = sentencepiece.SentencePieceProcessor()
   try:
     spm.LoadFromSerializedProto(proto)
@@ -53,21 +93,17 @@ def from_proto(proto: bytes, where: str) -> Tokenizer:
     raise errors.UserError(
       f'{where}: not a SentencePiece model ({str(e).splitlines()[0]}).'
     ) from e
-  pad, bos, eos = spm.pad_id(), spm.bos_id(), spm.eos_id()
-  if min(pad, bos, eos) < 0:
-    # SentencePiece finds them by name (<s>, </s> unless told otherwise); a
-    # model put together by other tools may give their numbers alone.
-    spec = sp_pb2.ModelProto.FromString(proto).trainer_spec
-    pad, bos, eos = (
-      i if 0 <= i < spm.vocab_size() and spm.is_control(i) else -1
-      for i in (spec.pad_id, spec.bos_id, spec.eos_id)
-    )
-  if min(pad, bos, eos) < 0:
-    raise errors.UserError(
-      f'{where}: pad, BOS, EOS ids are {pad}, {bos}, {eos}; Gemma needs all '
-      'three: use a Gemma tokenizer.'
-    )
-  return Tokenizer(spm, proto, spm.vocab_size(), pad, bos, eos)
+  return spm
+
+
+def _role_id(model, role):
+  """The number of pad, bos or eos; -1 where there is none."""
+  i = getattr(model.trainer_spec, f'{role}_id')
+  if not 0 <= i < len(model.pieces):
+    return -1
+  piece, name = model.pieces[i], getattr(model.trainer_spec, f'{role}_piece')
+  named = piece.piece == name and piece.type in (UNKNOWN, USER_DEFINED)
+  return i if piece.type == CONTROL or named else -1
 
 
 def from_file(path: str | pathlib.Path) -> Tokenizer:
@@ -78,7 +114,11 @@ def from_file(path: str | pathlib.Path) -> Tokenizer:
     raise errors.UserError(
       f'{path}: cannot read the tokenizer ({e.strerror}).'
     ) from e
-  return from_proto(proto, str(path))
+  try:
+    return from_proto(proto, str(path))
+  except errors.UserError:
+    foreign.refuse(path, foreign.JSON)
+    raise
 
 
 def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -122,13 +162,19 @@ def set_gemma_spec(proto: sp_pb2.ModelProto, ids: Sequence[int]) -> None:
   t = proto.trainer_spec
   t.model_type = sp_pb2.TrainerSpec.BPE
   t.vocab_size = len(proto.pieces)
-  t.byte_fallback = any(p.type == _BYTE for p in proto.pieces)
-  t.pad_id, t.eos_id, t.bos_id, t.unk_id = ids
-  t.pad_piece, t.eos_piece, t.bos_piece, t.unk_piece = (
-    proto.pieces[i].piece for i in ids
-  )
+  t.byte_fallback = any(p.type == BYTE for p in proto.pieces)
+  set_roles(proto, ids)
   n = proto.normalizer_spec
   n.name = 'identity'
   n.add_dummy_prefix = False
   n.remove_extra_whitespaces = False
   n.escape_whitespaces = True
+
+
+def set_roles(proto: sp_pb2.ModelProto, ids: Sequence[int]) -> None:
+  """Makes these the numbers of pad, EOS, BOS and the unknown piece."""
+  t = proto.trainer_spec
+  t.pad_id, t.eos_id, t.bos_id, t.unk_id = ids
+  t.pad_piece, t.eos_piece, t.bos_piece, t.unk_piece = (
+    proto.pieces[i].piece for i in ids
+  )

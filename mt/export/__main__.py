@@ -7,6 +7,9 @@
 --to=gemma the same in Google's own Flax layout, for the gemma package
 --to=peft  the low-rank factors alone, an adapter folder that PEFT loads; its
            base is what --to=hf --base writes
+
+--source=NAME --adapter=DIR in the place of --workdir adds an adapter of PEFT's
+into the model that it was made for.
 """
 
 import pathlib
@@ -21,10 +24,12 @@ from mt.base import files
 from mt.base import journal
 from mt.base import run_folder
 from mt.gemma import lora
+from mt.gemma import parameters
 from mt.train import checkpoint
 from mt.weights import flax_out
 from mt.weights import hf
 from mt.weights import peft
+from mt.weights import pretrained
 
 _DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
 
@@ -63,7 +68,11 @@ def to_hf(
   """
   source, params = _load(workdir, base, which)
   with files.new_folder(out) as part:
-    hf.write(part, source.config, params, source.tokenizer, _DTYPES[dtype])
+    _write_hf(part, source, params, dtype)
+
+
+def _write_hf(part, source, params, dtype):
+  hf.write(part, source.config, params, source.tokenizer, _DTYPES[dtype])
 
 
 def to_gemma(
@@ -76,7 +85,38 @@ def to_gemma(
   """Writes Google's own Flax layout; the arguments are those of to_hf."""
   source, params = _load(workdir, base, which)
   with files.new_folder(out) as part:
-    flax_out.write(part, source.config, params, source.tokenizer, dtype)
+    _write_gemma(part, source, params, dtype)
+
+
+def _write_gemma(part, source, params, dtype):
+  flax_out.write(part, source.config, params, source.tokenizer, dtype)
+
+
+def merge(
+  name: str, adapter: str, to: str, out: pathlib.Path, dtype: str
+) -> None:
+  """Writes a model with an adapter of PEFT's added in, without a run.
+
+  Args:
+    name: of the model, see `weights.source`.
+    adapter: its folder, see `weights.adapter`; '' for the model as it is.
+    to: hf or gemma.
+    out, dtype: see to_hf.
+  """
+  write = {'hf': _write_hf, 'gemma': _write_gemma}.get(to)
+  if write is None:
+    raise errors.UserError(
+      f'--to={to} is of a run (--workdir); with --source hf or gemma expected.'
+    )
+  source = pretrained.open_source(name, '', '', seed=0, texts=())
+  params = source.read()
+  if adapter:
+    read = peft.read(pretrained.find_adapter(adapter), source.config)
+    journal.say(f'adapter: {adapter}, made for {read.base}')
+    flat, scale = parameters.flatten(params), read.alpha / read.rank
+    params = lora.fold(lora.merge(read.factors, flat, lora_scale=scale))
+  with files.new_folder(out) as part:
+    write(part, source, params, dtype)
 
 
 def to_peft(
@@ -119,7 +159,15 @@ def main(_):
   f = flags.FLAGS
   out = pathlib.Path(f.out)
   files.check_new(out)  # Before minutes go into it.
-  _WRITERS[f.to](pathlib.Path(f.workdir), out, f.dtype, f.base, f.checkpoint)
+  if bool(f.workdir) == bool(f.source) or (f.adapter and not f.source):
+    raise errors.UserError(
+      '--workdir of a run expected, or --source of a model, with --adapter if '
+      'you like.'
+    )
+  if f.source:
+    merge(f.source, f.adapter, f.to, out, f.dtype)
+  else:
+    _WRITERS[f.to](pathlib.Path(f.workdir), out, f.dtype, f.base, f.checkpoint)
   journal.say(f'written: {out}')
 
 
@@ -134,5 +182,9 @@ if __name__ == '__main__':
   flags.DEFINE_bool(
     'base', False, 'Export the weights that the run started from.'
   )
-  flags.mark_flags_as_required(['workdir', 'out'])
+  flags.DEFINE_string(
+    'source', '', 'A model instead of a run, see weights.source.'
+  )
+  flags.DEFINE_string('adapter', '', 'Merged into it, see weights.adapter.')
+  flags.mark_flags_as_required(['out'])
   cli.run(main)

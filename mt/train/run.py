@@ -94,7 +94,7 @@ def begin(
   """Reads all inputs; the run, and its state before the first step.
 
   Such a state translates as the pretrained model does, or as the one of
-  weights.warm_start.
+  weights.warm_start or weights.adapter.
   """
   compiling.keep_compiled_programs()
 
@@ -133,7 +133,7 @@ def begin(
     f'training: {config.train.parts}, {_millions(state.trained)} parameters, '
     f'{config.train.max_steps} steps'
   )
-  if config.weights.warm_start:
+  if config.weights.warm_start or config.weights.adapter:
     run, state = warm_start.begin(run, state)
   return run, state
 

@@ -21,6 +21,11 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
         f'{knob.path} is {value!r}; {knob.rule.expected} expected.'
       )
+  if config.weights.warm_start and config.weights.adapter:
+    raise errors.UserError(
+      'weights.warm_start and weights.adapter both name weights to begin with; '
+      "'' expected for one of them."
+    )
   _check_data(config.data)
   if config.template.prompt == 'translategemma' and not config.template.chat:
     raise errors.UserError(

@@ -1,4 +1,4 @@
-"""A run that begins with the trained weights of another one.
+"""A run that begins with the trained weights of another one, or of an adapter.
 
 Its optimizer, its position in the data and its steps are new; what was frozen
 there must be the same here, and be frozen too.
@@ -7,18 +7,24 @@ there must be the same here, and be frozen too.
 import dataclasses
 import pathlib
 import re
+from typing import Any
 import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mt.base import errors
 from mt.base import journal
 from mt.base import run_folder
+from mt.gemma import lora
+from mt.gemma import sharding
 from mt.train import checkpoint
 from mt.train import loop
 from mt.train import manifest
 from mt.train import state as state_lib
+from mt.weights import peft
+from mt.weights import pretrained
 
 # What decides which arrays are trained, and what they mean.
 _KNOBS = ('parts', 'lora_rank', 'lora_alpha', 'lora_targets')
@@ -27,16 +33,50 @@ _KNOBS = ('parts', 'lora_rank', 'lora_alpha', 'lora_targets')
 def begin(
   run: loop.Run, state: state_lib.TrainState
 ) -> tuple[loop.Run, state_lib.TrainState]:
-  """Puts the weights that `weights.warm_start` names into a fresh state.
+  """Puts what `weights.warm_start` or `weights.adapter` names into a new state.
 
   Args:
     run: of the new run; its identity gets what the weights are known by.
     state: before the first step.
 
   Raises:
-    errors.UserError: no such run or checkpoint, a damaged one, one of another
-      model, or one that trained other parts.
+    errors.UserError: no such run, checkpoint or adapter, a damaged one, one of
+      another model, or one that trained other parts.
   """
+  read = _of_adapter if run.config.weights.adapter else _of_run
+  trained, known = read(run, state)
+  ema = jax.tree.map(jnp.copy, trained) if state.ema else {}
+  return (
+    dataclasses.replace(run, identity=run.identity | known),
+    dataclasses.replace(state, trained=trained, ema=ema),
+  )
+
+
+def _of_adapter(run, state) -> tuple[lora.Flat, dict[str, Any]]:
+  """The factors of an adapter, where and as the state keeps its own."""
+  where, train = run.config.weights.adapter, run.config.train
+  folder = pretrained.find_adapter(where)
+  adapter = peft.read(folder, run.translator.settings.cfg)
+  same = (adapter.rank, adapter.alpha) == (train.lora_rank, train.lora_alpha)
+  if not same or adapter.factors.keys() != state.trained.keys():
+    raise errors.UserError(
+      f'weights.adapter: {folder} is LoRA on {", ".join(adapter.targets)}, of '
+      'rank and alpha other than here, or on other matrices; set '
+      f'--config.train.parts=lora --config.train.lora_rank={adapter.rank} '
+      f'--config.train.lora_alpha={adapter.alpha} '
+      f"--config.train.lora_targets='{'|'.join(adapter.targets)}', or merge it "
+      'into its base with python -m mt.export --source --adapter.'
+    )
+  journal.say(f'adapter: {folder}, made for {adapter.base}')
+  crc, trained = 0, {}
+  for name, mine in sorted(state.trained.items()):
+    crc = zlib.crc32(np.ascontiguousarray(adapter.factors[name]), crc)
+    trained[name] = sharding.put(adapter.factors[name], mine.sharding)
+  return trained, {'adapter': crc}
+
+
+def _of_run(run, state) -> tuple[lora.Flat, dict[str, Any]]:
+  """What another run has trained."""
   where = run.config.weights.warm_start
   name, which = re.fullmatch(r'(.+?)(?:@(best|last|\d+))?', where).groups()
   workdir = pathlib.Path(name)
@@ -56,11 +96,6 @@ def begin(
     like = state.trained if other.optim.ema_decay else {}
     like = dataclasses.replace(state, ema=like)
     trained = checkpoint.restore_model(manager, like, at).eval_params
-  ema = jax.tree.map(jnp.copy, trained) if state.ema else {}
   journal.say(f'warm start: {workdir}, {about}')
   written = manifest.folder_of(workdir / 'checkpoints', at) / manifest.NAME
-  known = {'warm_start': zlib.crc32(written.read_bytes())}
-  return (
-    dataclasses.replace(run, identity=run.identity | known),
-    dataclasses.replace(state, trained=trained, ema=ema),
-  )
+  return trained, {'warm_start': zlib.crc32(written.read_bytes())}

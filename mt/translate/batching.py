@@ -52,6 +52,7 @@ class Settings:
   # Where the parameters are, if not on one device. The cache is split over it;
   # every process has all of what is decoded.
   mesh: Mesh | None = None
+  pieces: int | None = None  # Of the tokenizer, see decode.step.
 
   @property
   def batch_sizes(self) -> list[int]:
@@ -175,7 +176,11 @@ def decode(
 ) -> Batch:
   """Takes steps until at most `floor` sentences run; the batch is consumed."""
   step = functools.partial(
-    decode_lib.step, settings.cfg, params, mesh=settings.mesh
+    decode_lib.step,
+    settings.cfg,
+    params,
+    mesh=settings.mesh,
+    pieces=settings.pieces,
   )
   stops = jnp.array(settings.stop_ids, jnp.int32)
   batch = search_lib.run(settings.search, step, *batch, stops, floor)

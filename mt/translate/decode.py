@@ -207,6 +207,7 @@ def step(
   ancestors: jax.Array,
   *,
   mesh: Mesh | None = None,
+  pieces: int | None = None,
 ) -> tuple[jax.Array, Cache]:
   """Reads a token of each of W hypotheses that go on from one prompt.
 
@@ -220,9 +221,12 @@ def step(
     made: [B] int32, tokens read so far; these have position start + made.
     ancestors: [B, W, T] int32, whose n-th token each hypothesis has as its own;
       its own number where n = made.
+    pieces: of the tokenizer; the rows of the embedding after them stand for
+      nothing. All rows are pieces if None.
 
   Returns:
-    Logits [V, B * W] float32 of what may follow, and the cache.
+    Logits [V, B * W] float32 of what may follow, -inf where there is no piece,
+    and the cache.
   """
   dims = cfg.dims()
   dims['BW'], dims['__T'] = tokens.shape, ancestors.shape
@@ -246,4 +250,8 @@ def step(
     hidden.reshape(dims['(BW)D']),
     preferred_element_type=jnp.float32,
   )
-  return attention.softcap(logits, cfg.final_softcap), cache
+  logits = attention.softcap(logits, cfg.final_softcap)
+  if pieces is not None and pieces < len(logits):
+    none = jnp.arange(len(logits)) >= pieces
+    logits = jnp.where(none[:, None], -jnp.inf, logits)
+  return logits, cache

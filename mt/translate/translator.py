@@ -35,12 +35,12 @@ class Translation:
 def stop_ids(
   tok: tokenizer.Tokenizer, template: template_lib.Template
 ) -> tuple[int, ...]:
-  """EOS, the template's own end and, as a text is a line, every newline."""
+  """All ends of a text, the template's and, as it is a line, every newline."""
   pieces = (tok.spm.id_to_piece(i) for i in range(tok.vocab_size))
   newlines = [
     i for i, p in enumerate(pieces) if p == '<0x0A>' or not p.strip('\n')
   ]
-  ends = {tok.eos_id, template_lib.end_id(tok, template)}
+  ends = tok.end_ids | {template_lib.end_id(tok, template)}
   return (*sorted(ends), *newlines)
 
 
@@ -202,6 +202,7 @@ def from_config(
     d.batch_size,
     config.train.dtype,
     mesh,
+    source.tokenizer.vocab_size,
   )
   return Translator(
     settings,

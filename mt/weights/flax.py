@@ -31,6 +31,8 @@ from mt.weights import flax_store
 from mt.weights import load
 
 _PREFIXES = ('', 'transformer.', 'params.', 'params.transformer.')
+# Vision.
+_OTHER_PARTS = ('embedder.mm_', 'vision_encoder.', 'SigLiPFromPatches_0.')
 EMBEDDING = 'embedder.input_embedding'
 # Our name of a weight in a layer -> the array that it is, or is a part of.
 _ARRAYS = {
@@ -147,12 +149,14 @@ def open_checkpoint(folder: str | pathlib.Path) -> Checkpoint:
   names = {}
   for full in store.names:
     name = full.removeprefix(prefixes[0])
+    # Beside `params` a training state has its optimizer and its steps.
+    state = prefixes[0].startswith('params.') and not full.startswith('params.')
+    if state or name.startswith(_OTHER_PARTS):
+      continue
     short = name.removesuffix('.w').removesuffix('.scale')
-    wanted = short in (EMBEDDING, 'final_norm') or name.startswith('layer_')
-    if full.startswith(prefixes[0]) and wanted:
-      if short in names:
-        raise store.damaged(f'array {short} is there twice')
-      names[short] = full
+    if short in names:
+      raise store.damaged(f'array {short} is there twice')
+    names[short] = full
   return Checkpoint(store, names)
 
 

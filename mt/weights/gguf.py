@@ -5,6 +5,9 @@ mt/weights/gguf_file.py for the container. Matrices are stored as [out, in], and
 Gemma's norm weights with 1 added.
 """
 
+import functools
+import re
+
 import chex
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
@@ -18,8 +21,12 @@ from mt.weights import load
 
 _PATTERNS = {'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG'}
 _MAX_LAYERS = 1024  # Far above any real model.
-# Token types of llama.cpp, which are SentencePiece's piece types.
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+# Tensors of other parts: of vision, as Ollama has it in the same file, and
+# RoPE's factors, which no graph of these architectures reads.
+_OTHER_PARTS = ('v.', 'mm.', 'rope_freqs.')
+_EMBEDDING, _HEAD = 'token_embd.weight', 'output.weight'
+_CAP, _FINAL_CAP = 'attn_logit_softcapping', 'final_logit_softcapping'
+_NO_PIECE = re.compile(rb'\[PAD\d+\]')  # Of llama.cpp's converter.
 _SPACE = '\u2581'  # SentencePiece's visible stand-in for a space.
 _AT_ONCE = 2**23  # Weights of the embedding that are read in one go.
 
@@ -27,8 +34,13 @@ _AT_ONCE = 2**23  # Weights of the embedding that are read in one go.
 def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
   """The model's shape out of a GGUF header.
 
+  Files of Gemma 3 as Ollama writes them lack the factor of RoPE, and have a
+  soft cap that the model was not trained with: for the published shapes both
+  are those of mt/gemma/sizes.py.
+
   Raises:
-    errors.UserError: another architecture, or a header without a needed key.
+    errors.UserError: another architecture, a header without a needed key, or
+      one that asks for what mt/gemma/model.py does not compute.
   """
   arch = file.fields.get('general.architecture')
   # str(): a damaged header may hold an array, which cannot be looked up.
@@ -37,33 +49,29 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
       f'{file.path}: architecture {arch!r} found, one of '
       f'{", ".join(_PATTERNS)} expected; this project trains Gemma only.'
     )
-
-  def get(key, default=None, kind=int, high=2**31):
-    value = file.fields.get(f'{arch}.{key}', default)
-    # NaN fails the comparison too.
-    if not isinstance(value, int | float) or not 1 <= value < high:
-      raise errors.UserError(
-        f'{file.path}: {arch}.{key} is {str(value)[:40]}, a number from 1 to '
-        f'{high:,} expected; the GGUF header is damaged or incomplete: convert '
-        'the model again.'
-      )
-    return kind(value)
-
-  if 'token_embd.weight' not in file.tensors:
+  if _EMBEDDING not in file.tensors:
     raise errors.UserError(
-      f'{file.path}: no tensor token_embd.weight; the file is not a complete '
-      'Gemma.'
+      f'{file.path}: no tensor {_EMBEDDING}; the file is not a complete Gemma.'
     )
+  get = functools.partial(_number, file, arch)
   second, third = arch == 'gemma2', arch == 'gemma3'
   layers, width = get('block_count', high=_MAX_LAYERS), get('embedding_length')
   heads = get('attention.head_count')
   head_dim = query_dim = get('attention.key_length', 256)
   if (arch, layers) in (('gemma2', 46), ('gemma3', 62)):  # The two 27B.
     query_dim = width / heads
-  base = get('rope.freq_base', 1e6 if third else 1e4, float)
-  cap, final_cap = 'attn_logit_softcapping', 'final_logit_softcapping'
+  _check_meaning(file, arch, layers, head_dim)
+  base = get('rope.global.freq_base', 1e6 if third else 1e4, float)
+  base = get('rope.freq_base', base, float)
+  local = get('rope.local.freq_base', 1e4, float)
+  known = _published_gemma3(layers, width) if third else None
+  factor = known.rope_scale_global if known else 1.0
+  factor = get('rope.scaling.factor', factor, float)
+  if file.fields.get(f'{arch}.rope.scaling.type') == 'none':
+    factor = 1.0
+  final_cap = f'{arch}.final_logit_softcapping' in file.fields and not known
   return sizes.ModelConfig(
-    vocab_size=file.tensors['token_embd.weight'].shape[0],
+    vocab_size=file.tensors[_EMBEDDING].shape[0],
     num_layers=layers,
     embed_dim=width,
     hidden_dim=get('feed_forward_length'),
@@ -73,14 +81,67 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
     query_scale=query_dim**-0.5,
     attention=_PATTERNS[arch],
     window=get('attention.sliding_window') if second or third else None,
-    rope_base_local=get('rope.freq_base_swa', 1e4, float) if third else base,
+    rope_base_local=get('rope.freq_base_swa', local, float) if third else base,
     rope_base_global=base,
-    rope_scale_global=get('rope.scaling.factor', 1.0, float),
-    attn_softcap=get(cap, 50.0, float) if second else None,
-    final_softcap=get(final_cap, 30.0, float) if second else None,
+    rope_scale_global=factor,
+    attn_softcap=get(_CAP, 50.0, float) if second else None,
+    final_softcap=(
+      get(_FINAL_CAP, 30.0, float) if second or final_cap else None
+    ),
     qk_norm=third,
     post_norms=second or third,
   )
+
+
+def _number(file, arch, key, default=None, kind=int, high=2**31):
+  value = file.fields.get(f'{arch}.{key}', default)
+  # NaN fails the comparison too.
+  if not isinstance(value, int | float) or not 1 <= value < high:
+    raise errors.UserError(
+      f'{file.path}: {arch}.{key} is {str(value)[:40]}, a number from 1 to '
+      f'{high:,} expected; the GGUF header is damaged or incomplete: convert '
+      'the model again.'
+    )
+  return kind(value)
+
+
+def _published_gemma3(layers, width):
+  return next(
+    (
+      size
+      for size in sizes.SIZES.values()
+      if (size.num_layers, size.embed_dim, size.qk_norm)
+      == (layers, width, True)
+    ),
+    None,
+  )
+
+
+def _check_meaning(file, arch, layers, head_dim):
+  """Refuses keys that stand for another function than mt/gemma/model.py's."""
+  pattern = _PATTERNS[arch]
+  local = [pattern[i % len(pattern)] == 'L' for i in range(layers)]
+  third = arch == 'gemma3'
+  allowed = {
+    'rope.scaling.type': ('linear', 'none'),
+    'rope.dimension_count': (head_dim,),
+    'attention.value_length': (head_dim,),
+    'attention.layer_norm_rms_epsilon': (1e-6, float(np.float32(1e-6))),
+    'attention.sliding_window_pattern': (len(pattern), local),
+    _CAP: (0.0,) if arch != 'gemma2' else None,
+    _FINAL_CAP: (0.0,) if arch == 'gemma' else None,
+    # Of all layers, where the model has but one kind of RoPE.
+    'rope.scaling.factor': None if third else (1.0,),
+    'rope.scale_linear': (1.0,),
+  }
+  for key, values in allowed.items():
+    found = file.fields.get(f'{arch}.{key}')
+    found = found.tolist() if isinstance(found, np.ndarray) else found
+    if found is not None and values and found not in values:
+      raise errors.UserError(
+        f'{file.path}: {arch}.{key} is {str(found)[:60]}, {values[0]} '
+        'expected; mt/gemma/model.py computes nothing else.'
+      )
 
 
 def read_params(
@@ -116,8 +177,12 @@ def read_params(
   found = {
     n: t.shape
     for n, t in file.tensors.items()
-    if n.startswith(('blk.', 'token_embd', 'output'))
+    if not n.startswith(_OTHER_PARTS)
   }
+  if _HEAD in found:
+    read = functools.partial(gguf_file.read_tensor, file)
+    load.check_head(file.path, found, _HEAD, _EMBEDDING, read)
+    del found[_HEAD]
   return load.read(cfg, file.path, load.places(cfg, name), found, get, key)
 
 
@@ -147,27 +212,29 @@ def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:
       'each piece with a score and a type) expected; set weights.tokenizer to '
       'a tokenizer.model.'
     )
-  pad, eos, bos, unk = ids = [
+  n = len(pieces)
+  while (
+    n
+    and types[n - 1] == tokenizer.UNUSED
+    and _NO_PIECE.fullmatch(pieces[n - 1])
+  ):
+    n -= 1  # A row without a piece.
+  ids = [
     file.fields.get(f'tokenizer.ggml.{name}_token_id', default)
     for default, name in enumerate(('padding', 'eos', 'bos', 'unknown'))
   ]
-  if not all(isinstance(i, int) and 0 <= i < len(pieces) for i in ids):
+  if not all(isinstance(i, int) and 0 <= i < n for i in ids):
     raise errors.UserError(
       f'{file.path}: pad, EOS, BOS, unknown ids are {str(ids)[:80]}, numbers '
-      f'below {len(pieces):,} expected; the file is damaged.'
+      f'below {n:,} expected; the file is damaged.'
     )
-  special = {pad: _CONTROL, eos: _CONTROL, bos: _CONTROL, unk: _UNKNOWN}
   proto = sp_pb2.ModelProto()
-  rows = zip(pieces, scores.tolist(), types.tolist(), strict=True)
+  rows = zip(pieces[:n], scores[:n].tolist(), types[:n].tolist(), strict=True)
   for i, (piece, score, type_) in enumerate(rows):
-    # llama.cpp calls <unused…> and <start_of_turn> control tokens; Gemma's own
-    # model has them as user-defined symbols. Runs of spaces, user-defined as
-    # well, are written as plain spaces here and with U+2581 there.
-    type_ = _USER_DEFINED if type_ in (_CONTROL, _UNKNOWN) else type_
-    type_ = special.get(i, type_)
     try:
       text = piece.decode()
-      if type_ == _USER_DEFINED:
+      type_ = _piece_type(text, type_, i, ids)
+      if type_ == tokenizer.USER_DEFINED:
         text = text.replace(' ', _SPACE)
       proto.pieces.add(piece=text, score=score, type=type_)
     except ValueError as e:  # UnicodeDecodeError is one.
@@ -177,3 +244,19 @@ def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:
       ) from e
   tokenizer.set_gemma_spec(proto, ids)
   return tokenizer.from_proto(proto.SerializeToString(), str(file.path))
+
+
+def _piece_type(text, type_, i, ids):
+  """SentencePiece's type of piece i, whose type is `type_` in llama.cpp.
+
+  llama.cpp calls <unused…> and <start_of_turn> control tokens; Gemma's own
+  model has them as user-defined symbols. Runs of spaces, user-defined as well,
+  are written as plain spaces here and with U+2581 there.
+  """
+  *controls, unknown = ids
+  if i == unknown:
+    return tokenizer.UNKNOWN
+  if i in controls or text in tokenizer.CONTROLS:
+    return tokenizer.CONTROL
+  special = type_ in (tokenizer.CONTROL, tokenizer.UNKNOWN)
+  return tokenizer.USER_DEFINED if special else type_

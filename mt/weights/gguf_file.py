@@ -19,6 +19,7 @@ import gguf
 import numpy as np
 
 from mt.base import errors
+from mt.base import foreign
 
 _SCALARS = {
   0: '<u1',
@@ -135,6 +136,7 @@ def open_gguf(path: str | pathlib.Path) -> GGUFFile:
       f'{path}: cannot read the GGUF file ({e}); check weights.source.'
     ) from e
   if data[:4] != b'GGUF':
+    foreign.refuse(path)
     raise errors.UserError(
       f'{path}: starts with {data[:4]!r}, a GGUF file with b"GGUF"; '
       'check weights.source.'
@@ -164,6 +166,11 @@ def open_gguf(path: str | pathlib.Path) -> GGUFFile:
     name: _tensor(h, name, shape, kind, start + offset)
     for name, shape, kind, offset in infos
   }
+  if fields.get('split.count', 1) != 1:
+    raise errors.UserError(
+      f'{path}: one of {fields["split.count"]} files that make up the model; '
+      'join them with llama.cpp: `llama-gguf-split --merge FIRST OUT.gguf`.'
+    )
   return GGUFFile(path, fields, tensors, data)
 
 

@@ -14,6 +14,7 @@ import errno
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 import chex
@@ -23,6 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from mt.base import errors
+from mt.base import foreign
 from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
@@ -31,6 +33,12 @@ from mt.weights import hf_tokenizer
 from mt.weights import load
 
 _EMBEDDING = 'embed_tokens.weight'
+# Tensors of other parts, and the RoPE rates of old files, which follow from
+# config.json.
+_OTHER_PARTS = re.compile(
+  r'(model\.)?(vision_tower|multi_modal_projector)\..*|.*rotary_emb\.inv_freq'
+)
+_HEADS = ('lm_head.weight', 'language_model.lm_head.weight')
 _DTYPES = ('F32', 'BF16', 'F16')
 _INDEX = 'model.safetensors.index.json'
 _SHARD_BYTES = 5 * 10**9  # A file's size at most, as on the Hub.
@@ -95,6 +103,13 @@ def open_folder(path: pathlib.Path) -> Folder:
       f'{path}: {len(prefixes)} tensors end with {_EMBEDDING}, one expected; '
       'the folder is not a complete Gemma.'
     )
+  if not hf_config.is_tied(path / 'config.json') and not (
+    tensors.keys() & set(_HEADS)
+  ):
+    raise errors.UserError(
+      f'{path / "config.json"}: tie_word_embeddings is false, and no '
+      f'{_HEADS[0]} is in the weights; fetch the whole folder.'
+    )
   folder = Folder(path, config, prefixes[0], tensors)
   load.check(path, _places(config, folder.prefix), _shapes(folder))
   return folder
@@ -122,7 +137,7 @@ def _open_files(path):
     )
   tensors = {}
   for file in files:
-    opened = _open_file(file)
+    opened = open_file(file)
     for name in opened.keys():  # noqa: SIM118  It is no dict.
       if name in tensors:
         raise errors.UserError(
@@ -140,10 +155,9 @@ def _files_of_index(index):
     raise errors.UserError(
       f'{index}: no weight_map; the index is damaged: fetch it again.'
     )
-  vision = ('vision_tower.', 'multi_modal_projector.')
   files = set()
   for name, file in weight_map.items():
-    if name.removeprefix('model.').startswith(vision):
+    if _OTHER_PARTS.fullmatch(name):
       continue
     # A Windows path knows both kinds of slashes, and drives.
     plain = isinstance(file, str) and pathlib.PureWindowsPath(file).name == file
@@ -157,7 +171,12 @@ def _files_of_index(index):
   return sorted(files)
 
 
-def _open_file(path):
+def open_file(path: pathlib.Path) -> Any:
+  """A safetensors file, of which no tensor is read yet.
+
+  Raises:
+    errors.UserError: missing, or damaged.
+  """
   try:
     # pread: pages of a mapped file would count as this process's memory.
     return safetensors.safe_open(path, framework='np', backend='pread')
@@ -165,7 +184,25 @@ def _open_file(path):
     raise _unreadable(path, e) from e
 
 
+def read_tensor(
+  opened: Any, path: pathlib.Path, name: str, *rows: int
+) -> np.ndarray:
+  """A tensor of an opened file, or its rows from the first to before the last.
+
+  Raises:
+    errors.UserError: the file cannot be read.
+  """
+  try:
+    if rows:
+      return opened.get_slice(name)[slice(*rows)]
+    return opened.get_tensor(name)
+  except (OSError, safetensors.SafetensorError) as e:
+    raise _unreadable(path, e) from e
+
+
 def _unreadable(path, e):
+  if path.is_file():
+    foreign.refuse(path, foreign.SAFETENSORS)
   return errors.UserError(
     f'{path}: not a whole safetensors file ({" ".join(str(e).split())[:160]}); '
     'fetch it again.'
@@ -173,18 +210,10 @@ def _unreadable(path, e):
 
 
 def _shapes(folder):
-  """Name -> shape of the tensors of the text model, none of them quantised."""
+  """Name -> shape of the text model's tensors, none of them quantised."""
   out = {}
   for name, (opened, path) in folder.tensors.items():
-    rest = name.removeprefix(folder.prefix)
-    ours = rest.startswith(('layers.', 'embed_tokens.', 'norm.'))
-    # Old files have the RoPE rates, which follow from config.json. A head is
-    # not read either: config.json says that it is the embedding.
-    if (
-      not name.startswith(folder.prefix)
-      or not ours
-      or name.endswith('rotary_emb.inv_freq')
-    ):
+    if _OTHER_PARTS.fullmatch(name) or name in _HEADS:
       continue
     header = opened.get_slice(name)
     if header.get_dtype() not in _DTYPES:
@@ -212,16 +241,24 @@ def read_params(folder: Folder, key: chex.PRNGKey) -> parameters.Params:
     errors.UserError: a file cannot be read.
   """
 
+  def part(name, *rows):
+    return read_tensor(*folder.tensors[name], name, *rows)
+
   def get(place):
-    opened, path = folder.tensors[place.name]
-    try:
-      x = opened.get_tensor(place.name)
-    except (OSError, safetensors.SafetensorError) as e:
-      raise _unreadable(path, e) from e
+    x = part(place.name)
     return x.T if place.row.transposed else x
 
-  cfg, wanted = folder.config, _places(folder.config, folder.prefix)
-  return load.read(cfg, folder.path, wanted, _shapes(folder), get, key)
+  cfg, wanted, found = (
+    folder.config,
+    _places(folder.config, folder.prefix),
+    _shapes(folder),
+  )
+  for head in folder.tensors.keys() & set(_HEADS):
+    shape = tuple(folder.tensors[head][0].get_slice(head).get_shape())
+    embedding = folder.prefix + _EMBEDDING
+    shapes = found | {head: shape}
+    load.check_head(folder.path, shapes, head, embedding, part)
+  return load.read(cfg, folder.path, wanted, found, get, key)
 
 
 def write(

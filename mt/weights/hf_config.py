@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from mt.base import errors
+from mt.base import foreign
 from mt.gemma import sizes
 
 # What transformers fills in; the published files of the multimodal Gemma 3
@@ -41,6 +42,7 @@ _DEFAULTS = {
   },
 }
 _KINDS = {'sliding_attention': 'L', 'full_attention': 'G'}
+_OLD = 'rope_scaling'
 _MAX_LAYERS = 1024  # Far above any real model.
 # What mt/gemma/model.py computes; None where the file does not say.
 _ONLY = {
@@ -48,7 +50,6 @@ _ONLY = {
   'hidden_act': (None, 'gelu', 'gelu_pytorch_tanh'),  # All mean the latter.
   'rms_norm_eps': (None, 1e-6),
   'attention_bias': (None, False),
-  'tie_word_embeddings': (None, True),
   'use_bidirectional_attention': (None, False),
 }
 
@@ -66,6 +67,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       f'{path}: cannot read it ({e.strerror}); fetch the folder again.'
     ) from e
   except (ValueError, RecursionError) as e:
+    foreign.refuse(path, foreign.JSON)
     raise errors.UserError(
       f'{path}: damaged JSON ({str(e)[:100]}); fetch it again.'
     ) from e
@@ -133,8 +135,14 @@ def _text_fields(path):
       f'{path}: model_type {str(kind)[:40]!r} found, one of '
       f'{", ".join(_DEFAULTS)} expected; this project trains Gemma only.'
     )
-  tied = {'tie_word_embeddings': whole.get('tie_word_embeddings')}
-  return kind, _DEFAULTS[kind] | tied | fields
+  return kind, _DEFAULTS[kind] | fields
+
+
+def is_tied(path: pathlib.Path) -> bool:
+  """Whether a config.json says that the head is the embedding."""
+  whole = read_json(path)
+  both = (whole, _text_fields(path)[1])
+  return all(d.get('tie_word_embeddings') in (None, True) for d in both)
 
 
 def _bad(path, fields, key, expected):
@@ -155,31 +163,37 @@ def _number(path, fields, key, default=None, kind=int, high=2**31):
 
 def _rope(path, kind, fields):
   """(base of local layers, base of global layers, factor of global layers)."""
-  new, third = fields.get('rope_parameters'), kind == 'gemma3_text'
-  key = 'rope_scaling' if new is None else 'rope_parameters'
+  old, new = fields.get('rope_scaling'), fields.get('rope_parameters')
+  third, key = kind == 'gemma3_text', 'rope_parameters' if new else _OLD
+  if old and new and old != new:
+    raise _bad(path, fields, key, f'the same as {_OLD}, or one of them')
   base = _number(path, fields, 'rope_theta', 10_000.0, float)
 
   def read(value, base):
     value = {} if value is None else value
     if not isinstance(value, dict):
       raise _bad(path, fields, key, 'an object')
-    scaling = value.get('rope_type', value.get('type', 'default'))
-    if scaling not in ('default', 'linear'):
+    types = {value.get(k) for k in ('rope_type', 'type')} - {None}
+    if types - {'default', 'linear'} or len(types) > 1:
       raise _bad(path, fields, key, 'a rope_type of default or linear')
     base = _number(path, value, 'rope_theta', base, float)
     factor = _number(path, value, 'factor', 1.0, float)
-    return base, factor if scaling == 'linear' else 1.0
+    if factor != 1.0 and types != {'linear'}:
+      raise _bad(path, fields, key, 'a rope_type of linear with a factor')
+    if value.get('partial_rotary_factor', 1.0) != 1.0:
+      raise _bad(path, fields, key, 'no partial_rotary_factor')
+    return base, factor
 
-  if third and new is not None:
-    if not isinstance(new, dict):
-      raise _bad(path, fields, key, 'an object')
+  if third and new:
+    if not isinstance(new, dict) or new.keys() - _KINDS:
+      raise _bad(path, fields, key, f'an object of {", ".join(_KINDS)}')
     local = read(new.get('sliding_attention'), 10_000.0)
     global_ = read(new.get('full_attention'), base)
   elif third:
     base_local = _number(path, fields, 'rope_local_base_freq', 10_000.0, float)
-    local, global_ = (base_local, 1.0), read(fields.get(key), base)
+    local, global_ = (base_local, 1.0), read(old, base)
   else:
-    local = global_ = read(fields.get(key), base)
+    local = global_ = read(new or old, base)
   if local[1] != 1.0:
     raise _bad(path, fields, key, 'no scaling of sliding_attention')
   return local[0], *global_

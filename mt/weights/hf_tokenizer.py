@@ -16,16 +16,13 @@ from mt.base import errors
 from mt.data import tokenizer
 from mt.weights import hf_config
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPACE = '\u2581'
 _BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
-# What transformers calls special besides the control tokens.
-_TURNS = ('<start_of_turn>', '<end_of_turn>')
 _ROLES = ('pad', 'eos', 'bos', 'unk')
 
 
 def read_folder(folder: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
-  """tokenizer.model or, where it lacks tokens of the model, tokenizer.json.
+  """tokenizer.model or, where they differ, tokenizer.json, as transformers.
 
   Who adds tokens, or gives an <unused0> a name, leaves tokenizer.model as it
   was, and texts would be split otherwise than in training.
@@ -43,21 +40,50 @@ def read_folder(folder: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
       f'{folder}: neither tokenizer.model nor tokenizer.json in it; fetch the '
       'whole folder, or set weights.tokenizer.'
     )
-  if not model.exists():
-    return read(fast, rows)
-  tok = tokenizer.from_file(model)
-  added = _added_beside(folder, tok, rows)
-  if added and not fast.exists():
+  tok = None
+  if model.exists():
+    tok = _with_roles(tokenizer.from_file(model), folder)
+  if fast.exists() and (tok is None or not _agree(tok, fast, rows)):
+    tok = read(fast, rows)
+  if added := _added_beside(folder, tok, rows):
     raise errors.UserError(
-      f'{model}: it lacks the tokens {", ".join(added)[:80]} that were added '
-      'beside it, and there is no tokenizer.json; fetch the whole folder, or '
-      'set weights.tokenizer.'
+      f'{folder}: the tokenizer lacks the tokens {", ".join(added)[:80]} that '
+      'added_tokens.json or tokenizer_config.json lists; fetch the whole '
+      'folder, with its tokenizer.json, or set weights.tokenizer.'
     )
-  return read(fast, rows) if added else tok
+  return tok
+
+
+def _with_roles(tok, folder):
+  """A tokenizer.model, whose roles are those of tokenizer_config.json."""
+  spm = tok.spm
+  own = [tok.pad_id, tok.eos_id, tok.bos_id, spm.unk_id()]
+  names = _role_pieces(folder, spm.id_to_piece(spm.unk_id()))
+  ids = [spm.piece_to_id(names[role]) for role in _ROLES]
+  ids = [
+    mine if spm.is_unknown(i) else i for i, mine in zip(ids, own, strict=True)
+  ]
+  if ids == own:
+    return tok
+  proto = sp_pb2.ModelProto.FromString(tok.proto)
+  tokenizer.set_roles(proto, ids)
+  where = str(folder / 'tokenizer_config.json')
+  return tokenizer.from_proto(proto.SerializeToString(), where)
+
+
+def _agree(tok, path, rows):
+  """Whether a tokenizer.json has the pieces of a tokenizer.model."""
+  _, pieces, symbols, _ = _parse(path, rows, functools.partial(_bad, path))
+  proto = sp_pb2.ModelProto.FromString(tok.proto)
+  return len(pieces) == tok.vocab_size and all(
+    p.piece == (piece.replace(' ', _SPACE) if i in symbols else piece)
+    and (i not in symbols or p.type != tokenizer.NORMAL)
+    for i, (p, piece) in enumerate(zip(proto.pieces, pieces, strict=True))
+  )
 
 
 def _added_beside(folder, tok, rows):
-  """Tokens that have a row and that tokenizer.model does not know."""
+  """Tokens that have a row and that the tokenizer does not know."""
   added = {}
   if (folder / 'added_tokens.json').exists():
     added = hf_config.read_json(folder / 'added_tokens.json')
@@ -93,27 +119,36 @@ def read(path: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
   """
   bad = functools.partial(_bad, path)
   model, pieces, symbols, ranks = _parse(path, rows, bad)
-  special = _special_pieces(path, model.get('unk_token'))
+  roles = _role_pieces(path.parent, model.get('unk_token'))
   proto = sp_pb2.ModelProto()
   for i, piece in enumerate(pieces):
     score, rank = 0.0, ranks.get(piece)
-    if piece in special:
-      kind = _UNKNOWN if special[piece] == 'unk' else _CONTROL
+    if piece == roles.get('unk'):
+      kind = tokenizer.UNKNOWN
+    elif piece in roles.values() or piece in tokenizer.CONTROLS:
+      kind = tokenizer.CONTROL
     elif i in symbols:
-      kind = _USER_DEFINED
+      kind = tokenizer.USER_DEFINED
     elif _BYTE_PIECE.fullmatch(piece):
-      kind = _BYTE
+      kind = tokenizer.BYTE
     elif rank is None and len(piece) > 1:
-      kind = _USER_DEFINED  # No merge makes it, so it must be taken whole.
+      kind = (
+        tokenizer.USER_DEFINED
+      )  # No merge makes it, so it must be taken whole.
     else:
       # Single characters come last: no merge makes them.
-      kind, score = _NORMAL, -float(len(ranks) + i if rank is None else rank)
-    text = piece.replace(' ', _SPACE) if kind == _USER_DEFINED else piece
+      kind, score = (
+        tokenizer.NORMAL,
+        -float(len(ranks) + i if rank is None else rank),
+      )
+    text = (
+      piece.replace(' ', _SPACE) if kind == tokenizer.USER_DEFINED else piece
+    )
     try:
       proto.pieces.add(piece=text, score=score, type=kind)
     except ValueError as e:  # A lone surrogate: UnicodeEncodeError.
       raise bad(f'piece {i} is {piece[:40]!r}, no UTF-8') from e
-  ids = {role: pieces.index(p) for p, role in special.items() if p in pieces}
+  ids = {role: pieces.index(p) for role, p in roles.items() if p in pieces}
   if len(ids) != len(_ROLES):
     raise bad(f'of pad, EOS, BOS, unknown only {sorted(ids)} found')
   tokenizer.set_gemma_spec(proto, [ids[role] for role in _ROLES])
@@ -163,10 +198,10 @@ def _parse(path, rows, bad):
   return model, pieces, symbols, ranks
 
 
-def _special_pieces(path, unknown):
-  """Piece -> 'pad', 'eos', 'bos' or 'unk'."""
+def _role_pieces(folder, unknown):
+  """pad, eos, bos and unk -> its piece."""
   out = {}
-  config = path.with_name('tokenizer_config.json')
+  config = folder / 'tokenizer_config.json'
   fields = hf_config.read_json(config) if config.exists() else {}
   for role in _ROLES:
     value = fields.get(f'{role}_token')
@@ -174,7 +209,7 @@ def _special_pieces(path, unknown):
       value = value.get('content')
     if role == 'unk' and value is None:
       value = unknown
-    out[value if isinstance(value, str) else f'<{role}>'] = role
+    out[role] = value if isinstance(value, str) else f'<{role}>'
   return out
 
 
@@ -227,7 +262,7 @@ def _fast(proto, tok, special):
   added = [
     _added_token(i, p)
     for i, p in enumerate(proto.pieces)
-    if p.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    if p.type in (tokenizer.UNKNOWN, tokenizer.CONTROL, tokenizer.USER_DEFINED)
   ]
   to_visible = {'pattern': {'String': ' '}, 'content': _SPACE}
   to_space = {'pattern': {'String': _SPACE}, 'content': ' '}
@@ -278,7 +313,7 @@ def _fast(proto, tok, special):
 
 
 def _added_token(i, piece):
-  symbol = piece.type == _USER_DEFINED
+  symbol = piece.type == tokenizer.USER_DEFINED
   return {
     'id': i,
     'content': piece.piece,
@@ -287,7 +322,7 @@ def _added_token(i, piece):
     'rstrip': False,
     # Runs of spaces are looked for where spaces are U+2581 already.
     'normalized': symbol,
-    'special': not symbol or piece.piece in _TURNS,
+    'special': not symbol or piece.piece in tokenizer.TURNS,
   }
 
 
@@ -295,10 +330,10 @@ def _merges(proto, vocab):
   """All pairs of pieces that make a piece, by its score, as transformers."""
   out = []
   for p in proto.pieces:
-    if p.type not in (_NORMAL, _USER_DEFINED):
+    if p.type not in (tokenizer.NORMAL, tokenizer.USER_DEFINED):
       continue
     piece = p.piece
-    score = 0.0 if p.type == _USER_DEFINED else p.score
+    score = 0.0 if p.type == tokenizer.USER_DEFINED else p.score
     for at in range(1, len(piece)):
       left, right = piece[:at], piece[at:]
       if left in vocab and right in vocab:

@@ -75,8 +75,8 @@ def check(
     path: of the file, for the message.
     wanted: the tensors of the model.
     found: name -> shape of the file's tensors, but for those of other parts
-      (vision), which nobody reads. A bias or a scale that we do not read would
-      be another function.
+      (vision), which nobody reads, and a head, see `check_head`. A bias or a
+      scale that we do not read would be another function.
 
   Raises:
     errors.UserError: a tensor is missing, too much, or has another shape.
@@ -96,8 +96,41 @@ def check(
   if extra := sorted(found.keys() - {p.name for p in wanted}):
     raise errors.UserError(
       f'{path}: {extra[0]} (and {len(extra) - 1} more) is no part of this '
-      'Gemma; merge an adapter first, take weights that are not quantised and '
-      'have no head of their own, or add it to mt/gemma/parameters.py.'
+      'Gemma; merge an adapter first, take weights that are not quantised, or '
+      'add it to mt/gemma/parameters.py.'
+    )
+
+
+def check_head(
+  path: pathlib.Path,
+  found: Mapping[str, Shape],
+  head: str,
+  embedding: str,
+  rows: Callable[[str, int, int], np.ndarray],
+) -> None:
+  """Refuses a head that is not the embedding, with which ours is tied.
+
+  Args:
+    path: of the file, for the message.
+    found: name -> shape.
+    head, embedding: names.
+    rows: (name, first, last + 1) -> those rows of it.
+
+  Raises:
+    errors.UserError: they differ.
+  """
+  shape = found[head]
+  same = shape == found.get(embedding) and len(shape) == 2
+  step = max(1, _AT_ONCE // max(1, shape[-1]))
+  for at in range(0, shape[0], step) if same else ():
+    stop = min(at + step, shape[0])
+    parts = [rows(name, at, stop) for name in (head, embedding)]
+    same = same and np.array_equal(*(x.astype(np.float32) for x in parts))
+  if not same:
+    raise errors.UserError(
+      f'{path}: the head {head} is another matrix than {embedding}, and here '
+      'they are one; take weights whose head is the embedding, as in every '
+      'published Gemma.'
     )
 
 

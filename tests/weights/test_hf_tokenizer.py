@@ -308,9 +308,9 @@ def test_tokens_added_beside_a_tokenizer_model_are_read(
   folder = _beside(tmp_path / 'a', original, {'<|tool|>': 400}, kind)
   refusal(
     lambda: hf_tokenizer.read_folder(folder, 464),
-    folder / 'tokenizer.model',
+    folder,
     '<|tool|>',
-    'no tokenizer.json',
+    'tokenizer.json',
   )
   content = _content(written)
   content['added_tokens'].append({'id': 400, 'content': '<|tool|>'})
