@@ -10,6 +10,7 @@ from configs.knobs import ANY
 from configs.knobs import AXIS
 from configs.knobs import COLUMNS
 from configs.knobs import FORMAT
+from configs.knobs import FROZEN
 from configs.knobs import LANGUAGES
 from configs.knobs import POSITIVE
 from configs.knobs import PROMPT
@@ -189,10 +190,12 @@ KNOBS = (
     CPU, bfloat16 on a GPU or TPU. Trained weights are float32 always, and so
     are logits.
     """),
-  knob('train.frozen_dtype', 'auto', FORMAT, """
-    Of frozen weights in memory: float32, or bfloat16 (half of it; a Gemma that
-    was published in bfloat16 loses nothing); auto is float32 on a CPU, bfloat16
-    on a GPU or TPU.
+  knob('train.frozen_dtype', 'auto', FROZEN, """
+    Of frozen weights in memory: float32; bfloat16 (half of it; a Gemma that was
+    published in bfloat16 loses nothing); int8 or int4 (a quarter and an eighth,
+    for the matrices of the layers; bfloat16 for all else), rounded in blocks of
+    64; with lora that is QLoRA. auto is float32 on a CPU, bfloat16 on a GPU or
+    TPU.
     """),
   knob('train.remat', 'auto', one_of('auto', *REMAT), """
     What the backward pass recomputes: `none`; all but the products with

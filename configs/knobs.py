@@ -77,6 +77,7 @@ FORMAT = Rule(
   lambda v: v in ('auto', 'float32', 'bfloat16'),
   "auto, float32 or bfloat16 (float16 overflows in Gemma's activations)",
 )
+FROZEN = one_of('auto', 'float32', 'bfloat16', 'int8', 'int4')
 LANGUAGES = Rule(
   re.compile('[A-Za-z]{2,}(_[A-Za-z]+)*-[A-Za-z]{2,}(_[A-Za-z]+)*').fullmatch,
   'two languages such as en-fr or en-pt_BR',

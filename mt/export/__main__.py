@@ -46,7 +46,9 @@ def _load(workdir, base, which):
   if base:
     _, source = checkpoint.open_source(workdir)
     return source, source.read()
-  _, source, params = checkpoint.load_finetuned(workdir, _step(workdir, which))
+  _, source, params = checkpoint.load_finetuned(
+    workdir, _step(workdir, which), exact=True
+  )
   return source, lora.fold(params)
 
 

@@ -17,7 +17,7 @@ from mt.base import errors
 from mt.gemma import parameters
 from mt.gemma import sizes
 
-Flat = dict[str, jax.Array]
+Flat = dict[str, jax.Array]  # Frozen matrices may be quantize.Quantized.
 
 # Names for what is asked for most; anything else is a pattern of paths.
 _PATTERNS = {'all': '.*', 'blocks': '(?!embedding).*'}

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from mt.gemma import attention
 from mt.gemma import fused
+from mt.gemma import quantize
 from mt.gemma import sharding
 from mt.gemma.parameters import Params
 from mt.gemma.sizes import ModelConfig
@@ -102,11 +103,15 @@ def dense(layer: Params, name: str, x: jax.Array) -> jax.Array:
 
   Args:
     layer: the parameters of a layer.
-    name: of the matrix [in, out].
+    name: of the matrix [in, out], which may be quantised.
     x: [B, L, in].
   """
-  chex.assert_rank([x, layer[name]], [3, 2])
-  y = matmul(x, layer[name].astype(x.dtype))
+  w = layer[name]
+  if isinstance(w, quantize.Quantized):
+    y = quantize.matmul(x, w)
+  else:
+    chex.assert_rank([x, w], [3, 2])
+    y = matmul(x, w.astype(x.dtype))
   if name + '_lora_a' in layer:
     a, b = layer[name + '_lora_a'], layer[name + '_lora_b']
     low = matmul(x, a.astype(x.dtype))

@@ -12,6 +12,7 @@ Without a mesh (None: a single device) nothing here does anything.
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import math
 from typing import Any
 
 import chex
@@ -152,7 +153,8 @@ def of_parameter(
 ) -> NamedSharding:
   """Of what has the path and the shape of a parameter or a low-rank factor.
 
-  So of the optimizer's averages and of EMA as well. Norms, and whatever has
+  So of the optimizer's averages, of EMA, and of a quantised matrix's numbers
+  and scales as well. Norms, and whatever has
   another shape (Adafactor's averages, say), are whole on every device.
 
   Args:
@@ -173,7 +175,9 @@ def of_parameter(
   if len(shape) != len(axes):
     return whole(mesh)
   heads = {'heads': cfg.num_heads, 'kv_heads': cfg.num_kv_heads}
-  units = [heads.get(a, n) for a, n in zip(axes, shape, strict=True)]
+  units = [
+    math.gcd(heads.get(a, n), n) for a, n in zip(axes, shape, strict=True)
+  ]
   return place(mesh, axes, tuple(units))
 
 

@@ -7,6 +7,7 @@ the folder tells which one is the best.
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 import zlib
@@ -22,6 +23,7 @@ from mt.base import errors
 from mt.base import run_folder
 from mt.gemma import lora
 from mt.gemma import parameters
+from mt.gemma import sharding
 from mt.train import machine
 from mt.train import manifest
 from mt.train import state as state_lib
@@ -240,9 +242,12 @@ def open_source(
 
 
 def load_trained(
-  workdir: pathlib.Path, at: int | None = None
+  workdir: pathlib.Path, at: int | None = None, exact: bool = False
 ) -> tuple[ml_collections.ConfigDict, pretrained.Source, lora.Flat, lora.Flat]:
   """The checkpoint of step `at` of a run; see find_step where none is given.
+
+  With `exact` the frozen parameters are float32, as they were pretrained, and
+  not as train.frozen_dtype rounds them; nothing is moved to an accelerator.
 
   Returns:
     The run's config, where its weights came from, and the trained (EMA if there
@@ -256,22 +261,26 @@ def load_trained(
   manager = open_manager(workdir)
   manifest.check(pathlib.Path(manager.directory), at)
   config, source = open_source(workdir)
-  params = source.read()
+  params = sharding.on_host(source.read)
   check_identity(manager, at, identity(source, params))
-  trained, frozen = state_lib.split_params(
-    source.config, params, config.train, jax.random.key(0)
+  train = config.train.copy_and_resolve_references()
+  train.frozen_dtype = 'float32' if exact else train.frozen_dtype
+  split = functools.partial(
+    state_lib.split_params, source.config, params, train, jax.random.key(0)
   )
-  del params
+  parts = sharding.on_host(split)
+  del params, split
+  trained, frozen = parts if exact else sharding.to_device(parts)
   name = 'ema' if config.optim.ema_decay else 'trained'
   trained = _read(manager, at, {name: trained})[name]
   return config, source, trained, frozen
 
 
 def load_finetuned(
-  workdir: pathlib.Path, at: int | None = None
+  workdir: pathlib.Path, at: int | None = None, exact: bool = False
 ) -> tuple[ml_collections.ConfigDict, pretrained.Source, parameters.Params]:
   """`load_trained` as one tree of parameters, see lora.merge."""
-  config, source, trained, frozen = load_trained(workdir, at)
+  config, source, trained, frozen = load_trained(workdir, at, exact)
   params = state_lib.model_params(config.train, trained, frozen)
   return config, source, params
 

@@ -125,8 +125,10 @@ def begin(
     mesh=mesh,
     started=started,
   )
-  state = state_lib.init_state(
-    cfg, params, config, optimizer, jax.random.key(config.seed), mesh
+  state = sharding.on_host(
+    lambda: state_lib.init_state(
+      cfg, params, config, optimizer, jax.random.key(config.seed), mesh
+    )
   )
   state = state if mesh else sharding.to_device(state)
   journal.say(
@@ -268,8 +270,9 @@ def _cached(
   """The pretrained model's translations, of which other runs have need too."""
   # With the languages' names, which come from data.pair.
   template = dataclasses.asdict(template_lib.from_config(run.config))
-  decode, dtype = run.config.decode.to_dict(), run.config.train.dtype
-  return cached.cached([run.identity, template, decode, dtype, sources], work)
+  decode, train = run.config.decode.to_dict(), run.config.train
+  dtypes = train.dtype, train.frozen_dtype
+  return cached.cached([run.identity, template, decode, dtypes, sources], work)
 
 
 def drop_stale(run: loop.Run, when: str) -> None:

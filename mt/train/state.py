@@ -16,8 +16,10 @@ from jax.sharding import Mesh
 import ml_collections
 import optax
 
+from mt.base import errors
 from mt.gemma import lora
 from mt.gemma import parameters
+from mt.gemma import quantize
 from mt.gemma import sharding
 from mt.gemma import sizes
 
@@ -94,7 +96,13 @@ def split_params(
   key: chex.PRNGKey,
   mesh: Mesh | None = None,
 ) -> tuple[lora.Flat, lora.Flat]:
-  """The parameters as (trained, frozen), each where and as it is kept."""
+  """The parameters as (trained, frozen), each where and as it is kept.
+
+  Of int8 and int4 are the frozen matrices of the layers, bfloat16 the rest.
+
+  Raises:
+    errors.UserError: there is no such matrix, or see lora.partition.
+  """
   parts = lora.partition(
     cfg,
     params,
@@ -104,11 +112,24 @@ def split_params(
     key=key,
   )
 
+  matrices = {f'layers/{name}' for name in lora.targets(cfg)}
+  if train.frozen_dtype in quantize.BITS and not matrices & parts[1].keys():
+    raise errors.UserError(
+      f'train.frozen_dtype is {train.frozen_dtype!r}, but '
+      f'train.parts={train.parts!r} leaves no matrix of a layer frozen; '
+      'bfloat16 or train.parts=lora expected.'
+    )
+
   def kept(path, x, dtype):
-    x = x.astype(dtype)
+    if dtype not in quantize.BITS:
+      x = x.astype(dtype)
+    elif path in matrices:
+      x = quantize.quantize(x, quantize.BITS[dtype])
+    else:
+      x = x.astype(jnp.bfloat16)
     if mesh is None:
       return x
-    return sharding.put(x, sharding.of_parameter(cfg, mesh, path, x.shape))
+    return sharding.put(x, sharding.of_tree(cfg, mesh, {path: x})[path])
 
   return tuple(
     {k: kept(k, v, dtype) for k, v in flat.items()}

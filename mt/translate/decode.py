@@ -20,6 +20,7 @@ from mt.gemma import attention
 from mt.gemma import lora
 from mt.gemma import model
 from mt.gemma import parameters
+from mt.gemma import quantize
 from mt.gemma import sharding
 from mt.gemma import sizes
 
@@ -38,6 +39,8 @@ def unstack(
   With `out` first the products of a few rows are 1.4 times as fast on a CPU
   (BUILD_NOTES.md). Low-rank products are added in. Beside its argument and its
   result this takes the memory of less than a layer.
+
+  Quantised matrices stay what they are, [in, out], with their factors.
   """
   embedding, layers = params['embedding'], params['layers']
   numbers = np.arange(len(layers['attn_norm']), dtype=np.int32)
@@ -52,9 +55,14 @@ def split_layer(
   layers: dict[str, jax.Array], n: int, dtype: jnp.dtype | None
 ) -> dict[str, jax.Array]:
   """Layer n of `unstack`, out of the stacked ones: [N, …]."""
-  chex.assert_equal_shape_prefix(list(layers.values()), 1)
+  chex.assert_equal_shape_prefix(jax.tree.leaves(layers), 1)
+  quantized = {
+    k for k, v in layers.items() if isinstance(v, quantize.Quantized)
+  }
 
   def matrix(name):
+    if name.partition('_lora_')[0] in quantized:
+      return jax.tree.map(lambda x: x[n], layers[name])
     x, to = layers[name][n], dtype or layers[name].dtype
     if x.ndim == 1:  # Norms are vectors, and computed in float32.
       return x
@@ -63,7 +71,8 @@ def split_layer(
       x = lora.add_product(x, a, b, to)
     return x.T.astype(to)
 
-  return {k: matrix(k) for k in layers if '_lora_' not in k}
+  made = [k for k in layers if k.partition('_lora_')[0] in {k} | quantized]
+  return {k: matrix(k) for k in made}
 
 
 def _dense(layer, name, x):
@@ -72,6 +81,8 @@ def _dense(layer, name, x):
   Outputs come last but on a CPU: on an H100 a step of 256 rows then has 62
   kernels fewer, as sums over parts of a product merge with what follows.
   """
+  if isinstance(layer[name], quantize.Quantized):
+    return model.dense(layer, name, x)
   return lax.platform_dependent(
     layer[name].astype(x.dtype),
     x,
