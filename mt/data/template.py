@@ -51,15 +51,19 @@ class Template:
   chat: bool = False  # Prompt and target are turns of a user and the model.
 
 
+def language_names() -> dict[str, str]:
+  """English names of languages by their codes, such as `fr`: `French`."""
+  rows = _LANGUAGES.read_text('utf-8').splitlines()
+  return dict(row.split('\t') for row in rows)
+
+
 def from_config(config: ml_collections.ConfigDict) -> Template:
   """The template of `config.template`, with the languages' names filled in.
 
   Raises:
     errors.UserError: the prompt asks for the name of an unknown language.
   """
-  t, prompt = config.template, config.template.prompt
-  rows = _LANGUAGES.read_text('utf-8').splitlines()
-  names = dict(row.split('\t') for row in rows)
+  t, prompt, names = config.template, config.template.prompt, language_names()
   codes = config.data.pair.lower().split('-')
   for side, code in zip(('source', 'target'), codes, strict=True):
     knob = f'{side}_language'

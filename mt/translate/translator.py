@@ -22,26 +22,37 @@ Progress = Callable[[int], None]  # Is told how many texts are done.
 class Translation:
   """A text and how sure the model is of it."""
 
-  text: str  # One line.
+  text: str  # Of as many lines as its source, or fewer.
   score: float  # What the search ranks by, see Search.length_penalty.
   log_probability: float  # Natural, of all tokens and the one that ends it.
+
+
+def end_ids(
+  tok: tokenizer.Tokenizer, template: template_lib.Template
+) -> tuple[int, ...]:
+  """EOS and the template's own end."""
+  return tuple(sorted({tok.eos_id, template_lib.end_id(tok, template)}))
 
 
 def stop_ids(
   tok: tokenizer.Tokenizer, template: template_lib.Template
 ) -> tuple[int, ...]:
-  """EOS, the template's own end and, as a text is a line, every newline."""
+  """The same and, where a text is a line, every newline."""
   pieces = (tok.spm.id_to_piece(i) for i in range(tok.vocab_size))
   newlines = [
     i for i, p in enumerate(pieces) if p == '<0x0A>' or not p.strip('\n')
   ]
-  ends = {tok.eos_id, template_lib.end_id(tok, template)}
-  return (*sorted(ends), *newlines)
+  return (*end_ids(tok, template), *newlines)
 
 
 @dataclasses.dataclass(frozen=True)
 class Translator:
-  """A function from texts to texts, of any parameters of a model."""
+  """A function from texts to texts, of any parameters of a model.
+
+  A translation has at most as many lines as its source. So a newline ends that
+  of a single line, after which a model that is not trained yet goes on with an
+  example of its own; of a text with line breaks, what goes on is cut off.
+  """
 
   settings: batching.Settings  # With the stop_ids of tokenizer and template.
   tok: tokenizer.Tokenizer
@@ -71,24 +82,34 @@ class Translator:
 
     Args:
       params: of the model, as a run has them or as decode.unstack returns them.
-      texts: one line each.
+      texts: of one line or several.
       on_progress: see Progress.
       first: the number of the first text, on which its samples depend.
     """
     if not isinstance(params['layers'], tuple):
       params = decode.unstack(params, self.settings.dtype)
     full = [i for i, text in enumerate(texts) if text.strip()]
-    found = batching.decode_all(
-      self.settings,
-      params,
-      [self._prompt(texts[i], first + i) for i in full],
-      lambda done: on_progress(len(texts) - len(full) + done),
-    )
+    several = [i for i in full if _num_lines(texts[i]) > 1]
+    single = sorted({*full} - {*several})
+    ends = end_ids(self.tok, self.template)
+    whole = dataclasses.replace(self.settings, stop_ids=ends)
     out = [[Translation('', 0.0, 0.0)] for _ in texts]
-    for i, best in zip(full, found, strict=True):
-      out[i] = [
-        Translation(self._text(h.tokens), h.score, h.logp) for h in best
-      ]
+    done = len(texts) - len(full)
+    for settings, chosen in ((self.settings, single), (whole, several)):
+      if not chosen:
+        continue
+      found = batching.decode_all(
+        settings,
+        params,
+        [self._prompt(texts[i], first + i) for i in chosen],
+        lambda more, before=done: on_progress(before + more),
+      )
+      done += len(chosen)
+      for i, best in zip(chosen, found, strict=True):
+        out[i] = [
+          Translation(self._text(h.tokens, texts[i]), h.score, h.logp)
+          for h in best
+        ]
     return out
 
   def _prompt(self, text, number):
@@ -96,10 +117,15 @@ class Translator:
     tokens = template_lib.prompt_ids(text, self.tok, self.template)
     return batching.Prompt(tokens, limit + self.max_extra, number)
 
-  def _text(self, tokens):
+  def _text(self, tokens, source):
     text = self.tok.decode(tokens)
-    text = text.removeprefix(self.template.target_prefix)
-    return ' '.join(text.splitlines()).strip()
+    text = text.removeprefix(self.template.target_prefix).strip()
+    lines = text.split('\n')[: _num_lines(source)]
+    return '\n'.join(' '.join(line.splitlines()) for line in lines).strip()
+
+
+def _num_lines(text):
+  return text.strip().count('\n') + 1
 
 
 def from_config(
