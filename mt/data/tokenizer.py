@@ -3,30 +3,57 @@
 import collections
 from collections.abc import Sequence
 import dataclasses
+import functools
 import io
 import itertools
 import os
 import pathlib
 import re
 
+from google.protobuf import message
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt.base import errors
 
-_BYTE = 6  # SentencePiece's type of a piece that is one byte.
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # Types of SentencePiece's pieces.
+
+# What stands for something else than its characters: in brackets, but no HTML.
+_is_control = re.compile(
+  r'(?!</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong'
+  r'|em|b|i|u|s|sub|sup|code|a|html|body|img|span|bbox|ul|li|div|iframe|footer'
+  r')>)(?:<.+>|\[.+\])'
+).fullmatch
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A SentencePiece model and the ids that the project needs by name."""
+  """A SentencePiece model and the ids that the project needs by name.
+
+  A text that spells <end_of_turn> must not end a turn. SentencePiece finds
+  pieces of the type `user-defined` in any text, those of the type `control` in
+  none: so `spm` has the former as the latter, but for white space and HTML, and
+  `controls` has their ids for who wants a real one.
+  """
 
   spm: sentencepiece.SentencePieceProcessor
-  proto: bytes  # The serialised model: what stands in `tokenizer.model`.
+  proto: bytes  # The model as it was: what stands in `tokenizer.model`.
   vocab_size: int
   pad_id: int
   bos_id: int
   eos_id: int
+  controls: dict[str, int]  # <start_of_turn>, <unused0>, …
+
+  def split(self, text: str) -> list[str]:
+    """A text of our own, cut before and after each piece of `controls`."""
+    return (
+      [x for x in self._controls.split(text) if x] if self.controls else [text]
+    )
+
+  @functools.cached_property
+  def _controls(self) -> re.Pattern:
+    longest_first = sorted(self.controls, key=len, reverse=True)
+    return re.compile(f'({"|".join(map(re.escape, longest_first))})')
 
   def encode(self, text: str) -> list[int]:
     """Ids of the text alone: no BOS, no EOS."""
@@ -48,8 +75,16 @@ def from_proto(proto: bytes, where: str) -> Tokenizer:
   """
   spm = sentencepiece.SentencePieceProcessor()
   try:
-    spm.LoadFromSerializedProto(proto)
-  except (RuntimeError, TypeError) as e:
+    model = sp_pb2.ModelProto.FromString(proto)
+    controls = {
+      p.piece: i
+      for i, p in enumerate(model.pieces)
+      if p.type == _USER_DEFINED and _is_control(p.piece)
+    }
+    for i in controls.values():
+      model.pieces[i].type = _CONTROL
+    spm.LoadFromSerializedProto(model.SerializeToString())
+  except (RuntimeError, TypeError, message.DecodeError) as e:
     raise errors.UserError(
       f'{where}: not a SentencePiece model ({str(e).splitlines()[0]}).'
     ) from e
@@ -57,7 +92,7 @@ def from_proto(proto: bytes, where: str) -> Tokenizer:
   if min(pad, bos, eos) < 0:
     # SentencePiece finds them by name (<s>, </s> unless told otherwise); a
     # model put together by other tools may give their numbers alone.
-    spec = sp_pb2.ModelProto.FromString(proto).trainer_spec
+    spec = model.trainer_spec
     pad, bos, eos = (
       i if 0 <= i < spm.vocab_size() and spm.is_control(i) else -1
       for i in (spec.pad_id, spec.bos_id, spec.eos_id)
@@ -67,7 +102,7 @@ def from_proto(proto: bytes, where: str) -> Tokenizer:
       f'{where}: pad, BOS, EOS ids are {pad}, {bos}, {eos}; Gemma needs all '
       'three: use a Gemma tokenizer.'
     )
-  return Tokenizer(spm, proto, spm.vocab_size(), pad, bos, eos)
+  return Tokenizer(spm, proto, spm.vocab_size(), pad, bos, eos, controls)
 
 
 def from_file(path: str | pathlib.Path) -> Tokenizer:
