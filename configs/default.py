@@ -83,7 +83,8 @@ KNOBS = (
     release (37 MB); a folder or .tar.gz in MTNT's layout,
     {train,valid,test}/SPLIT.PAIR.tsv; or files: a .tsv, a .jsonl, or two
     aligned ones with {lang} in their name; {split} in a name becomes train,
-    valid or test. Several with commas between them are mixed.
+    valid or test. Also .csv, .ndjson and .parquet, and each packed as .gz or
+    .xz. Several with commas between them are mixed.
     """),
   knob('data.weights', (), each(
     lambda v: isinstance(v, int | float) and POSITIVE.test(v),
@@ -106,10 +107,16 @@ KNOBS = (
     there, it is read turned round.
     """),
   knob('data.columns', (), COLUMNS, """
-    Where source and target stand in a .tsv: numbers from 1, such as (1, 2), or
-    names out of its first line, such as ('english', 'french'). Or their keys in
-    a .jsonl, such as ('translation.en', 'translation.fr'). () for the usual:
-    id, source, target, or source, target; in a .jsonl the languages as keys.
+    Where source and target stand in a .tsv or .csv: numbers from 1, such as
+    (1, 2), or names out of its first line, such as ('english', 'french'). Or
+    their keys in a .jsonl or .parquet, such as ('translation.en',
+    'translation.fr'). () for the usual: id, source, target, or source, target,
+    which is checked; in a .jsonl or .parquet the languages as keys.
+    """),
+  knob('data.quotes', '', one_of('', 'csv', 'text'), """
+    What a quote is in columns: `csv`, around a cell, doubled inside it, and the
+    cell may have line breaks; or `text`, a character. '' is csv in a .csv, else
+    text, and a .tsv that looks quoted is refused.
     """),
   knob('data.tfds_quoting', False, ANY, """
     Read as TFDS does, where a quote swallows tabs and lines up to the next one:

@@ -40,7 +40,10 @@ base, what every room stands on
   signals     SIGINT and SIGTERM: save and leave
 
 data, from parallel text to rows of tokens; `python -m mt.data` shows them
-  lines       a line of a file -> a pair, or why it is none
+  formats     files as they lie on disk -> plain lines
+  line_index  where the lines of a file begin
+  lines       a line -> a pair, or why it is none
+  columns     what the columns of a text mean, checked on its lines
   bitext      parallel text on disk: bad lines counted, pairs read by number
   tfds        MTNT as TFDS reads it
   mtnt        MTNT 1.1 fetched; archives unpacked

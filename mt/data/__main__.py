@@ -146,6 +146,9 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
       text = source.store.bitext
       found = measured[f'{split}: {text.where}'] = lengths(source.store)
       out.append(f'{split}: {bitext.describe(text)}')
+      numbers = range(len(source.store))
+      if len(numbers) > 1 and (bad := source.store.unusable(numbers)):
+        out.append(f'  not used of all lines: {bitext.reasons(bad)}')
       out.append(table(*found, config.data.length))
       if split == 'train':
         out.append(_epoch(source, share / sum(mixture), config.train))

@@ -102,8 +102,7 @@ class Rows:
     """Of the pairs in a row, as the text has them."""
     number, at = self._find(index)
     items = self.block_of_epoch(number)[1][at]
-    pairs = self.store.members(self._stored(number))[items]
-    return [pair.id for pair in self.store.bitext.read(pairs)]
+    return [p.id for p in self.store.pairs(self._stored(number), items)]
 
   def _find(self, index):
     """The number of the block that a row is in, and its place there."""

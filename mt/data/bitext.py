@@ -1,82 +1,132 @@
-"""Parallel text on disk: every line is looked at once, then read by number.
+"""Parallel text on disk: where its lines are, and pairs read by number.
 
-A line that cannot be used is counted under its reason. What is kept in memory
-of a usable one is where it stands. Formats: see mt/data/lines.py.
+What a line holds is looked at when it is read. A line that cannot be used is
+counted under its reason; a text of up to 65,536 lines is looked at whole when
+it is opened, of a larger one a sample, and the rest when it is tokenised.
+Formats: see mt/data/formats.py and mt/data/columns.py.
 """
 
-import array
 from collections.abc import Sequence
-import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 
 from mt.base import errors
-from mt.base import journal
+from mt.data import columns as columns_lib
+from mt.data import formats
+from mt.data import line_index
 from mt.data import lines
 
-_BOM = b'\xef\xbb\xbf'
+_LOOK_AT_ALL = 1 << 16  # Lines; of more, as many as _SAMPLE, evenly spread.
+_SAMPLE = 1 << 13
+_FIRST = 1000  # Lines that tell what the columns mean.
+
+Unusable = dict[str, tuple[int, int]]  # Reason -> (how many, the first one).
+
+
+class Looked(NamedTuple):
+  """What became of some lines."""
+
+  number: int  # Of lines.
+  pairs: list[lines.Pair]
+  usable: np.ndarray  # [pairs] int64, which of these lines they are.
+  unusable: Unusable
 
 
 @dataclasses.dataclass(frozen=True)
 class Bitext:
-  """The usable pairs of one split, on disk."""
+  """The lines of one split, on disk; line 0 is the first after a header."""
 
-  paths: tuple[str, ...]  # One file, or two aligned ones.
+  files: tuple[formats.Plain, ...]  # One, or two aligned ones.
   stats: tuple[tuple[int, ...], ...]  # Of each; a file that changes is refused.
   parse: lines.Parser
-  starts: np.ndarray  # [n, files] int64, bytes before each line.
-  sizes: np.ndarray  # [n, files] int32, bytes of each line.
-  numbers: np.ndarray  # [n] int32, line numbers from 1.
-  num_lines: int  # How many were looked at.
-  unusable: dict[str, tuple[int, int]]  # Reason -> (how many, the first one).
+  starts: tuple[np.ndarray, ...]  # Of each [lines + 1], see line_index.Index.
+  header: int  # Lines before line 0.
+  max_bad_fraction: float  # Of unusable lines that are put up with.
   notes: tuple[str, ...]  # What else a reader should know.
   digest: str  # Changes with the content and with how it is read.
-  # Instead of all that, the pairs themselves, see mt/data/tfds.py.
+  # Instead of lines, the pairs themselves, see mt/data/tfds.py.
   pairs: tuple[lines.Pair, ...] = ()
 
   def __len__(self) -> int:
-    return len(self.pairs) or len(self.numbers)
+    """Lines, usable or not."""
+    return len(self.pairs) or len(self.starts[0]) - 1
 
   @property
   def where(self) -> str:
-    return ' + '.join(self.paths)
+    return ' + '.join(file.name for file in self.files)
+
+  @functools.cached_property
+  def sample(self) -> Looked:
+    """What became of all lines, or of some, see _LOOK_AT_ALL."""
+    number = len(self) if len(self) <= _LOOK_AT_ALL else _SAMPLE
+    return self.look(np.linspace(0, len(self) - 1, number).astype(np.int64))
 
   def read(self, which: Sequence[int] | None = None) -> list[lines.Pair]:
-    """The pairs of these numbers (0 is the first usable one), or all.
+    """The pairs of these lines, or of all, without the unusable ones.
 
     Raises:
       errors.UserError: a file is gone, or not what it was.
     """
-    which = range(len(self)) if which is None else which
-    if self.pairs:
-      return [self.pairs[i] for i in which]
-    texts = [self._read_lines(file, which) for file in range(len(self.paths))]
-    numbers = self.numbers[which].tolist()
-    return list(map(self.parse, numbers, *texts))
+    return self.look(range(len(self)) if which is None else which).pairs
 
-  def _read_lines(self, file, which):
-    path = self.paths[file]
-    starts, sizes = self.starts[which, file], self.sizes[which, file]
-    try:
-      with open(path, 'rb', buffering=0) as f:
-        if _stat(f) != self.stats[file]:
-          raise OSError(0, 'another size or time')
-        fd = f.fileno()
-        return [
-          os.pread(fd, size, start).decode()
-          for size, start in zip(sizes.tolist(), starts.tolist(), strict=True)
-        ]
-    except (OSError, UnicodeDecodeError) as e:
+  def look(self, which: Sequence[int]) -> Looked:
+    """The pairs of these lines, and why others are none; see `read`."""
+    which = np.asarray(which, np.int64)
+    if self.pairs:
+      pairs = [self.pairs[i] for i in which]
+      return Looked(len(which), pairs, np.arange(len(which)), {})
+    raws = [
+      _read_lines(*file, which)
+      for file in zip(self.files, self.stats, self.starts, strict=True)
+    ]
+    pairs, usable, unusable = [], [], {}
+    for at, (i, *raw) in enumerate(zip(which.tolist(), *raws, strict=True)):
+      number = i + self.header + 1
+      pair = lines.parse_line(self.parse, number, raw)
+      if isinstance(pair, str):
+        count, first = unusable.get(pair, (0, number))
+        unusable[pair] = count + 1, min(first, number)
+      else:
+        pairs.append(pair)
+        usable.append(at)
+    return Looked(len(which), pairs, np.array(usable, np.int64), unusable)
+
+  def check(self, unusable: Unusable, number: int) -> None:
+    """Refuses too many unusable ones among `number` lines."""
+    bad = sum(count for count, _ in unusable.values())
+    # Divided, for 0.29 * 100 is less than 29.
+    if bad and bad / number > self.max_bad_fraction:
+      of = 'its' if number == len(self) else 'some'
       raise errors.UserError(
-        f'{path}: changed or gone since the run began '
-        f'({getattr(e, "strerror", e)}); put the file back as it was and start '
-        'again.'
-      ) from e
+        f'{self.where}: {bad:,} of {of} {number:,} lines cannot be used '
+        f'({reasons(unusable)}), more than data.max_bad_fraction='
+        f'{self.max_bad_fraction:g}; mend them, or raise it.'
+      )
+    if bad == number:
+      raise no_pair(self.where)
+
+
+def _read_lines(file, stat, starts, which) -> list[bytes]:
+  begin, sizes = starts[which], starts[which + 1] - starts[which]
+  try:
+    with open(file.path, 'rb', buffering=0) as f:
+      if _stat(f) != stat:
+        raise OSError(0, 'another size or time')
+      fd = f.fileno()
+      places = zip(sizes.tolist(), begin.tolist(), strict=True)
+      return [os.pread(fd, size, at) for size, at in places]
+  except OSError as e:
+    raise errors.UserError(
+      f'{file.name}: changed or gone since the run began '
+      f'({e.strerror}); put the file back as it was and start again.'
+    ) from e
 
 
 def _stat(f) -> tuple[int, ...]:
@@ -89,140 +139,100 @@ def open_bitext(
   pair: str,
   columns: Sequence[int | str] = (),
   *,
+  quotes: str = '',
   reversed_pair: bool = False,
   max_bad_fraction: float = 0.0,
 ) -> Bitext:
-  """Looks at every line of a file, or of two aligned ones.
+  """Opens a file, or two aligned ones.
 
   Args:
     paths: one file or two.
     pair: of languages, such as en-fr.
     columns: of source and target: numbers from 1, or names out of a header
-      line; keys in JSON lines. () takes columns `id source target` or
-      `source target`, and in JSON lines the languages as keys.
+      line; keys in JSON lines and parquet. () takes columns `id source target`
+      or `source target`, and the languages as keys.
+    quotes: `csv` or `text`, see data.quotes.
     reversed_pair: the usual columns hold target and source.
     max_bad_fraction: of unusable lines that are put up with.
 
   Raises:
     errors.UserError: unreadable, in another format, without a pair, aligned
-      files of different length, or too many unusable lines.
+      files of different length, too many unusable lines, or columns that hold
+      something else.
   """
-  paths = tuple(map(str, paths))
-  with contextlib.ExitStack() as stack:
+  keys = columns_lib.keys(pair, columns)
+  files, stats, indices = [], [], []
+  for path in map(str, paths):
     try:
-      files = [stack.enter_context(open(p, 'rb')) for p in paths]
-      stats = tuple(_stat(f) for f in files)
-      notes = [
-        f'{path}: a byte-order mark in front, left out'
-        for path, f in zip(paths, files, strict=True)
-        if _skip_bom(path, f)
-      ]
-      first, header = _first_line(paths, files, columns)
-      parse = lines.make_parser(
-        paths, first, pair, columns, reversed_pair=reversed_pair
-      )
-      found = _look_at_lines(files, parse, header)
-      content = [_sha256(f) for f in files]
+      file = formats.open_plain(path, quotes, keys, aligned=len(paths) == 2)
+      with open(file.path, 'rb') as f:
+        stats.append(_stat(f))
+      indices.append(line_index.index(file.path, file.name))
     except OSError as e:
-      raise unreadable(e.filename or ' + '.join(paths), e) from e
-  identity = json.dumps([content, repr(parse), header])
-  text = Bitext(
-    paths=paths,
-    stats=stats,
-    parse=parse,
-    notes=tuple(notes),
-    digest=hashlib.sha256(identity.encode()).hexdigest(),
-    **found,
+      raise unreadable(path, e) from e
+    files.append(file)
+  _check_alignment(files, indices)
+  named = columns_lib.has_header(columns)
+  first = _first_cells(files[0], stats[0], indices[0].starts, named)
+  parse, notes = columns_lib.choose(
+    files, first, pair, columns, quotes=quotes, reversed_pair=reversed_pair
   )
-  bad = text.num_lines - len(text)
-  # Divided, for 0.29 * 100 is less than 29.
-  if bad and bad / text.num_lines > max_bad_fraction:
-    raise errors.UserError(
-      f'{text.where}: {bad:,} of its {text.num_lines:,} lines cannot be used '
-      f'({_reasons(text.unusable)}), more than data.max_bad_fraction='
-      f'{max_bad_fraction:g}; mend them, or raise it.'
-    )
+  header = named and isinstance(parse, lines.Columns)
+  identity = json.dumps([[x.digest for x in indices], repr(parse), header])
+  notes += tuple(
+    f'{file.name}: a byte-order mark in front, left out'
+    for file, found in zip(files, indices, strict=True)
+    if found.starts[0]
+  )
+  text = Bitext(
+    files=tuple(files),
+    stats=tuple(stats),
+    parse=parse,
+    starts=tuple(x.starts[int(header) :] for x in indices),
+    header=int(header),
+    max_bad_fraction=max_bad_fraction,
+    notes=notes,
+    digest=hashlib.sha256(identity.encode()).hexdigest(),
+  )
   if not len(text):
-    raise lines.no_pair(text.where)
+    raise no_pair(text.where)
+  text.check(text.sample.unusable, text.sample.number)
   return text
 
 
-def _sha256(f) -> str:
-  f.seek(0)
-  return hashlib.file_digest(f, 'sha256').hexdigest()
-
-
-def _skip_bom(path, f) -> bool:
-  start = f.read(3)
-  if start[:2] in (b'\xff\xfe', b'\xfe\xff'):
+def _check_alignment(files, indices):
+  counts = [len(x.starts) - 1 for x in indices]
+  if len({*counts}) > 1:
+    more, less = (0, 1) if counts[0] > counts[1] else (1, 0)
     raise errors.UserError(
-      f'{path}: UTF-16 found, UTF-8 expected; convert it, for example with '
-      '`iconv -f utf-16 -t utf-8`.'
-    )
-  f.seek(3 if start == _BOM else 0)
-  return start == _BOM
-
-
-def _first_line(paths, files, columns) -> tuple[str, bool]:
-  """The line that tells the columns, and whether it is a header.
-
-  A header is read, any other line is left to be read again.
-  """
-  if len(paths) == 2 or paths[0].endswith('.jsonl'):
-    return '', False
-  header, start = lines.has_header(columns), files[0].tell()
-  for raw in iter(files[0].readline, b''):
-    first = raw.decode(errors='replace')
-    if header or first.strip():
-      break
-  else:
-    raise lines.no_pair(paths[0])
-  if not header:
-    files[0].seek(start)
-  return first.rstrip('\r\n'), header
-
-
-def _look_at_lines(files, parse, header):
-  """One pass over every line: the fields of Bitext that it gives."""
-  starts, sizes, numbers = array.array('q'), array.array('i'), array.array('i')
-  num_lines, unusable = 0, {}
-  total = sum(os.fstat(f.fileno()).st_size for f in files)
-  progress = journal.Progress(f'{files[0].name}, MB', total // 10**6, every=100)
-  at = [f.tell() for f in files]
-  while all(raws := [f.readline() for f in files]):
-    num_lines += 1
-    number = num_lines + header
-    bodies = [lines.strip_end(raw) for raw in raws]
-    pair = lines.parse_line(parse, number, bodies)
-    if isinstance(pair, str):
-      count, first = unusable.get(pair, (0, number))
-      unusable[pair] = count + 1, first
-    else:
-      starts.extend(at)
-      sizes.extend(map(len, bodies))
-      numbers.append(number)
-    at = [start + len(raw) for start, raw in zip(at, raws, strict=True)]
-    if not num_lines & 0xFFFF:
-      progress.update(sum(at) // 10**6)
-  progress.close()
-  if any(raws):
-    more, less = (0, 1) if raws[0] else (1, 0)
-    count = num_lines + 1 + sum(1 for _ in files[more])
-    raise errors.UserError(
-      f'{files[more].name} has {count:,} lines and {files[less].name} '
-      f'{num_lines:,}; aligned files have a line for each other: find where '
+      f'{files[more].name} has {counts[more]:,} lines and {files[less].name} '
+      f'{counts[less]:,}; aligned files have a line for each other: find where '
       'they part.'
     )
-  return {
-    'starts': np.frombuffer(starts, np.int64).reshape(-1, len(files)),
-    'sizes': np.frombuffer(sizes, np.int32).reshape(-1, len(files)),
-    'numbers': np.frombuffer(numbers, np.int32),
-    'num_lines': num_lines,
-    'unusable': unusable,
-  }
 
 
-def _reasons(unusable) -> str:
+def _first_cells(file, stat, starts, named) -> list[list[str]]:
+  """The columns of some first lines with something in them.
+
+  Where columns are `named`, the very first is one of them.
+  """
+  raws = _read_lines(
+    file, stat, starts, np.arange(min(len(starts) - 1, _FIRST))
+  )
+  texts = [lines.strip_end(raw).decode(errors='replace') for raw in raws]
+  if file.kind == 'cells':
+    rows = list(map(json.loads, texts))
+  else:
+    rows = [text.split('\t') for text in texts]
+  out = rows[:1] if named else []
+  out += [row for row in rows[len(out) :] if any(map(str.strip, row))]
+  if not out:
+    raise no_pair(file.name)
+  return out
+
+
+def reasons(unusable: Unusable) -> str:
+  """Why lines were not used, the most frequent reason first."""
   by_count = sorted(unusable.items(), key=lambda item: -item[1][0])
   return ', '.join(
     f'{count:,} {reason} (the first in line {first:,})'
@@ -238,9 +248,20 @@ def unreadable(path: str, e: OSError) -> errors.UserError:
   )
 
 
+def no_pair(where: str) -> errors.UserError:
+  """The error for a text without a usable line."""
+  return errors.UserError(
+    f'{where}: no pair in it; one a line is expected: name another file.'
+  )
+
+
 def describe(text: Bitext) -> str:
   """What became of the lines, in a sentence or a few."""
-  out = f'{text.where}: {text.num_lines:,} lines, {len(text):,} pairs'
-  if text.unusable:
-    out += f'; not used: {_reasons(text.unusable)}'
+  looked_at, pairs, _, unusable = text.sample
+  out = f'{text.where}: {len(text):,} lines, '
+  if looked_at < len(text):
+    out += f'{looked_at:,} of them looked at: '
+  out += f'{len(pairs):,} pairs'
+  if unusable:
+    out += f'; not used: {reasons(unusable)}'
   return '; '.join([out, *text.notes])

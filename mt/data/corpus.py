@@ -6,7 +6,7 @@ A source is one of
   path/to/DIR   a folder in MTNT's layout: {train,valid,test}/SPLIT.PAIR.tsv
                 (Michel and Neubig 2018, arXiv 1809.00388), or with MTNT/ inside
   path.tar.gz   an archive of such a folder
-  path/to/file  a file of pairs, see mt/data/bitext.py; `{split}` in the path
+  path/to/file  a file of pairs, see mt/data/formats.py; `{split}` in the path
                 becomes train, valid or test, and `{lang}` makes it two aligned
                 files, one for each language of data.pair
   sacrebleu:NAME  a test set, see mt/data/sacrebleu_sets.py
@@ -89,6 +89,7 @@ def _open(paths, data, reversed_pair) -> bitext.Bitext:
     paths,
     data.pair,
     data.columns,
+    quotes=data.quotes,
     reversed_pair=reversed_pair,
     max_bad_fraction=data.max_bad_fraction,
   )

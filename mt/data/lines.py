@@ -1,12 +1,8 @@
 """One line of parallel text -> a pair, or the reason why it cannot be used.
 
-The file's name tells the format:
-  *.jsonl        one JSON object a line, the texts under two keys
-  two files      line n of one belongs to line n of the other
-  anything else  tab-separated columns; a quote is just a character
-
-Lines end with LF or CRLF and with nothing else: U+2028 and form feeds are text.
-White space around a text is kept.
+What kinds of lines there are, see mt/data/formats.py. Lines end with LF or CRLF
+and with nothing else: U+2028 and form feeds are text. White space around a text
+is kept, and so is a line break inside one, where the format can hold it.
 """
 
 from collections.abc import Callable
@@ -14,8 +10,6 @@ from collections.abc import Sequence
 import dataclasses
 import json
 from typing import NamedTuple
-
-from mt.base import errors
 
 
 class Pair(NamedTuple):
@@ -32,20 +26,26 @@ Parser = Callable[..., Pair | str]
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """Texts in tab-separated columns; indices from 0."""
+  """Texts in columns, tab-separated or cells of a JSON array; from 0."""
 
   number: int  # Of columns in every line.
   source: int
   target: int
   id: int | None = None
+  json: bool = dataclasses.field(default=False, repr=False)
 
   def __call__(self, number: int, line: str) -> Pair | str:
-    cells = line.split('\t')
+    cells = json.loads(line) if self.json else line.split('\t')
+    if not any(map(str.strip, cells)):
+      return 'an empty line'
     if len(cells) != self.number:
       less = len(cells) < self.number
       return f'{"fewer" if less else "more"} than {self.number} columns'
     name = str(number) if self.id is None else cells[self.id]
-    return Pair(name, cells[self.source], cells[self.target])
+    texts = cells[self.source], cells[self.target]
+    if self.json and (fault := any_fault(texts)):
+      return fault
+    return Pair(name, *texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,23 +56,8 @@ class Keys:
   target: str
 
   def __call__(self, number: int, line: str) -> Pair | str:
-    try:
-      value = json.loads(line)
-    except (ValueError, RecursionError):
-      return 'not JSON'
-    texts = []
-    for key in (self.source, self.target):
-      text = _look_up(value, key)
-      if not isinstance(text, str):
-        return f'no text under {key!r}'
-      if '\0' in text:
-        return 'a NUL character'
-      if '\n' in text:
-        return 'a line break in a text'
-      if any('\ud800' <= c <= '\udfff' for c in text):
-        return 'half a surrogate pair'
-      texts.append(text)
-    return Pair(str(number), *texts)
+    texts = json_texts(line, (self.source, self.target))
+    return texts if isinstance(texts, str) else Pair(str(number), *texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +66,28 @@ class Aligned:
 
   def __call__(self, number: int, source: str, target: str) -> Pair | str:
     return Pair(str(number), source, target)
+
+
+def json_texts(line: str, keys: Sequence[str]) -> list[str] | str:
+  """The texts under keys of a line's JSON object, or why there are none."""
+  try:
+    value = json.loads(line)
+  except (ValueError, RecursionError):
+    return 'not JSON'
+  texts = [_look_up(value, key) for key in keys]
+  for key, text in zip(keys, texts, strict=True):
+    if not isinstance(text, str):
+      return f'no text under {key!r}'
+  return any_fault(texts) or texts
+
+
+def any_fault(texts: Sequence[str]) -> str:
+  """Why texts that JSON can hold cannot be used, or nothing."""
+  if any('\0' in text for text in texts):
+    return 'a NUL character'
+  if any('\ud800' <= c <= '\udfff' for text in texts for c in text):
+    return 'half a surrogate pair'
+  return ''
 
 
 def _look_up(value, key):
@@ -92,14 +99,26 @@ def _look_up(value, key):
   return None
 
 
-def parse_line(parse: Parser, number: int, raws: Sequence[bytes]) -> Pair | str:
-  """A pair, or the reason why there is none; `raws`: of each file, ends off."""
-  if any(b'\0' in raw for raw in raws):
-    return 'a NUL character'
+def strip_end(raw: bytes) -> bytes:
+  """A line without its LF or CRLF."""
+  return raw.removesuffix(b'\n').removesuffix(b'\r')
+
+
+def decode(raw: bytes) -> tuple[str, str]:
+  """The text of a line, and what is wrong with it, if anything is."""
+  if b'\0' in raw:
+    return '', 'a NUL character'
   try:
-    texts = [raw.decode() for raw in raws]
+    return strip_end(raw).decode(), ''
   except UnicodeDecodeError:
-    return 'not UTF-8'
+    return '', 'not UTF-8'
+
+
+def parse_line(parse: Parser, number: int, raws: Sequence[bytes]) -> Pair | str:
+  """A pair, or the reason why there is none; `raws`: a line of each file."""
+  texts, faults = zip(*map(decode, raws), strict=True)
+  if any(faults):
+    return min(filter(None, faults))  # A NUL first.
   if not any(map(str.strip, texts)):
     return 'an empty line'
   pair = parse(number, *texts)
@@ -108,65 +127,3 @@ def parse_line(parse: Parser, number: int, raws: Sequence[bytes]) -> Pair | str:
   if not pair.source.strip():
     return 'an empty source'
   return pair if pair.target.strip() else 'an empty target'
-
-
-def strip_end(raw: bytes) -> bytes:
-  """A line without its LF or CRLF."""
-  return raw.removesuffix(b'\n').removesuffix(b'\r')
-
-
-def make_parser(
-  paths: Sequence[str],
-  first: str,
-  pair: str,
-  columns: Sequence[int | str],
-  *,
-  reversed_pair: bool,
-) -> Parser:
-  """How lines become pairs; the arguments are those of bitext.open_bitext.
-
-  Args:
-    first: the header line, where `columns` has names; else the first line with
-      something in it.
-
-  Raises:
-    errors.UserError: the first line has not the columns that are asked for.
-  """
-  if len(paths) == 2:
-    return Aligned()
-  if paths[0].endswith('.jsonl'):
-    return Keys(*(columns if has_header(columns) else pair.split('-')))
-  cells = first.split('\t')
-  if has_header(columns):
-    for name in columns:
-      if name not in cells:
-        raise errors.UserError(
-          f'{paths[0]}: no column {name!r} in its first line, which has '
-          f'{" ".join(cells)[:200]!r}; mend data.columns, or give the numbers '
-          'of the columns if there is no header.'
-        )
-    return Columns(len(cells), *map(cells.index, columns))
-  source, target = (n - 1 for n in columns or (len(cells) - 1, len(cells)))
-  if max(source, target) >= len(cells) or not (columns or len(cells) in (2, 3)):
-    raise errors.UserError(
-      f'{paths[0]}: tab-separated columns in its first line: {len(cells)}, '
-      f'expected {columns or "id, source, target or source, target"}; set '
-      'data.columns to the two that hold source and target.'
-    )
-  if columns:
-    return Columns(len(cells), source, target)
-  if reversed_pair:
-    source, target = target, source
-  return Columns(len(cells), source, target, 0 if len(cells) == 3 else None)
-
-
-def has_header(columns: Sequence[int | str]) -> bool:
-  """Whether `columns` are names, not numbers."""
-  return bool(columns) and isinstance(columns[0], str)
-
-
-def no_pair(where: str) -> errors.UserError:
-  """The error for a text without a usable line."""
-  return errors.UserError(
-    f'{where}: no pair in it; one a line is expected: name another file.'
-  )

@@ -2,15 +2,16 @@
 
 A store belongs to one parallel text, one tokenizer and one template; its folder
 in the cache is named after all three. It consists of blocks of up to 65,536
-pairs, drawn once at random out of the whole text, so that a block is as good a
+lines, drawn once at random out of the whole text, so that a block is as good a
 sample as any. A block is tokenised when it is first asked for: training on
 millions of pairs starts with the first of them. `python -m mt.data` asks for
 all.
 
 A block's file is int32 numbers in the machine's order, and nothing else:
-  n, n sizes, n target starts, the tokens
+  n, which n of its lines are pairs, n sizes, n target starts, the tokens
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
@@ -21,14 +22,17 @@ import numpy as np
 
 from mt.base import cache
 from mt.base import files
+from mt.base import journal
 from mt.data import bitext as bitext_lib
+from mt.data import lines
 from mt.data import template as template_lib
 from mt.data import tokenizer
 
-# To be raised when the tokens of a pair, or the file, become others.
+# To be raised when the tokens of a pair become others.
 _VERSION = 1
-_BLOCK = 1 << 16  # Pairs; some 10 MB of tokens.
-_CHUNK = 1 << 10  # Pairs tokenised in one call, which holds Python's lock.
+_LAYOUT = 2  # To be raised when the file does.
+_BLOCK = 1 << 16  # Lines; some 10 MB of tokens.
+_CHUNK = 1 << 10  # Lines tokenised in one call, which holds Python's lock.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +53,19 @@ class Store:
 
   @functools.cached_property
   def _order(self) -> np.ndarray:
-    numbers = np.arange(len(self.bitext), dtype=np.uint32)  # 4 bytes a pair.
-    return np.random.default_rng(0).permutation(numbers)
+    """All lines at random: [lines] uint32, mapped where they fill blocks."""
+    number, path = len(self.bitext), self.folder / 'order.uint32'
+    if number > _BLOCK and path.exists():
+      return np.memmap(path, np.uint32, 'r')
+    numbers = np.arange(number, dtype=np.uint32)
+    order = np.random.default_rng(0).permutation(numbers)
+    if number > _BLOCK:
+      with files.new_file(path) as f:
+        f.write(order)
+    return order
 
   def members(self, number: int) -> np.ndarray:
-    """Which pairs of the text are in a block, in its order."""
+    """Which lines of the text are in a block, in its order."""
     chex.assert_scalar_in(number, 0, len(self) - 1)
     return np.array_split(self._order, len(self))[number]
 
@@ -61,40 +73,68 @@ class Store:
     """The examples of a block; made and written if they are not there.
 
     Raises:
-      errors.UserError: see Bitext.read and template.encode; a full disk.
+      errors.UserError: see Bitext.look, Bitext.check and template.encode; a
+        full disk.
     """
-    path = self.folder / f'{number:05d}.int32'
-    chosen = self.members(number)
-    examples = _load(path, len(chosen))
-    if examples is None:
-      self._write(path, chosen)
-      examples = _load(path, len(chosen))
+    usable, examples = self._read(number)
+    if len(usable) < len(self.members(number)):
+      self.bitext.check(self.unusable([number]), len(self.members(number)))
     return examples
 
-  def _write(self, path, chosen):
-    parts = []
-    for at in range(0, len(chosen), _CHUNK):
-      pairs = self.bitext.read(chosen[at : at + _CHUNK])
-      parts.append(template_lib.encode(pairs, self.tok, self.template))
+  def pairs(self, number: int, items: Sequence[int]) -> list[lines.Pair]:
+    """The texts of these examples of a block."""
+    return self.bitext.read(self.members(number)[self._read(number)[0][items]])
+
+  def unusable(self, numbers: Sequence[int]) -> bitext_lib.Unusable:
+    """Why lines of these blocks are no pairs."""
+    rest = [np.delete(self.members(n), self._read(n)[0]) for n in numbers]
+    return self.bitext.look(np.sort(np.concatenate(rest))).unusable
+
+  def _read(self, number):
+    """Which of its lines are pairs, and their examples."""
+    path = self.folder / f'{number:05d}.{_LAYOUT}.int32'
+    size = len(self.members(number))
+    found = _load(path, size)
+    if found is None:
+      self._write(path, self.members(number))
+      found = _load(path, size)
+      if len(self) > 1 and len(found[0]) < size:
+        journal.say(
+          f'{self.bitext.where}: {size:,} lines more were looked at; not used: '
+          f'{bitext_lib.reasons(self.unusable([number]))}'
+        )
+    return found
+
+  def _write(self, path, members):
+    usable, parts = [], []
+    for at in range(0, len(members), _CHUNK):
+      looked = self.bitext.look(members[at : at + _CHUNK])
+      usable.append((looked.usable + at).astype(np.int32))
+      parts.append(template_lib.encode(looked.pairs, self.tok, self.template))
     with files.new_file(path) as f:
-      f.write(np.int32(len(chosen)))
+      f.write(np.int32(sum(map(len, usable))))
+      for part in usable:
+        f.write(part)
       for name in ('sizes', 'target_starts', 'tokens'):
         for part in parts:
           f.write(getattr(part, name))
 
 
-def _load(path, n) -> template_lib.Examples | None:
-  """A block's examples, or None where it is missing or not whole."""
+def _load(path, most) -> tuple[np.ndarray, template_lib.Examples] | None:
+  """Usable lines and examples of a block, or None where it is not whole."""
   try:
     data = np.memmap(path, np.int32, 'r')
   except (OSError, ValueError):  # ValueError: empty, or no whole numbers.
     return None
-  sizes, starts, tokens = np.split(data[1:], [n, 2 * n])
-  if data[0] != n or len(starts) != n or sizes.sum() != len(tokens):
+  n = int(data[0])
+  if not 0 <= n <= most:
     return None
-  if not ((starts > 0) & (starts < sizes)).all():
+  usable, sizes, starts, tokens = np.split(data[1:], [n, 2 * n, 3 * n])
+  if len(starts) != n or sizes.sum() != len(tokens):
     return None
-  return template_lib.Examples(tokens, sizes, starts)
+  if not ((starts > 0) & (starts < sizes)).all() or (usable >= most).any():
+    return None
+  return usable, template_lib.Examples(tokens, sizes, starts)
 
 
 def open_store(

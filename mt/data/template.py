@@ -35,6 +35,8 @@ from mt.data import tokenizer
 
 START_OF_TURN, END_OF_TURN = '<start_of_turn>', '<end_of_turn>'
 
+_TARGET = '\0'  # Stands for the target after its prefix; no text has it.
+
 # Codes of ISO 639 and their English names, as TranslateGemma has them.
 _LANGUAGES = pathlib.Path(__file__).parent / 'languages.tsv'
 
@@ -71,16 +73,20 @@ def base_language(code: str) -> str:
   return code.replace('_', '-').partition('-')[0].lower()
 
 
+def language_names() -> dict[str, str]:
+  """English names of languages by their codes, such as `fr`: `French`."""
+  rows = _LANGUAGES.read_text('utf-8').splitlines()
+  return dict(row.split('\t') for row in rows)
+
+
 def from_config(config: ml_collections.ConfigDict) -> Template:
   """The template of `config.template`, with the languages' names filled in.
 
   Raises:
     errors.UserError: the prompt asks for the name of an unknown language.
   """
-  t, pair = config.template, config.data.pair
+  t, pair, names = config.template, config.data.pair, language_names()
   prompt = PROMPTS.get(t.prompt, t.prompt)
-  rows = _LANGUAGES.read_text('utf-8').splitlines()
-  names = dict(row.split('\t') for row in rows)
   for side, code in zip(('source', 'target'), pair.split('-'), strict=True):
     knob = f'{side}_language'
     name = t[knob] or names.get(base_language(code))
@@ -99,19 +105,38 @@ def from_config(config: ml_collections.ConfigDict) -> Template:
   return Template(prompt, t.target_prefix, t.target_bos, t.chat)
 
 
-def prompt_text(source: str, template: Template) -> str:
-  """All text that precedes the target."""
-  text = template.prompt.replace('{source}', source)
+def prompt_text(template: Template) -> str:
+  """All text that precedes the target, with {source} in it."""
   if not template.chat:
-    return text
-  return f'{START_OF_TURN}user\n{text}{END_OF_TURN}\n{START_OF_TURN}model\n'
+    return template.prompt
+  turn = f'{START_OF_TURN}user\n{template.prompt}{END_OF_TURN}\n'
+  return f'{turn}{START_OF_TURN}model\n'
 
 
 def prompt_ids(
   source: str, tok: tokenizer.Tokenizer, template: Template
 ) -> list[int]:
   """What precedes the target, in training and in translation alike."""
-  return [tok.bos_id] + tok.encode(prompt_text(source, template))
+  (ids,) = _fill_in(prompt_text(template), '{source}', [source], tok)
+  return [tok.bos_id, *ids]
+
+
+def _fill_in(pattern, field, texts, tok) -> list[list[int]]:
+  """Tokens of the pattern with each text in place of the field.
+
+  Turns and other control pieces are those of the pattern alone.
+  """
+  columns = []
+  for part in tok.split(pattern):
+    if part in tok.controls:
+      columns.append([[tok.controls[part]]] * len(texts))
+    elif field in part:
+      filled = [part.replace(field, text) for text in texts]
+      columns.append(tok.encode_all(filled))
+    else:
+      columns.append([tok.encode(part)] * len(texts))
+  rows = zip(*columns, strict=True)
+  return [list(itertools.chain.from_iterable(row)) for row in rows]
 
 
 def end_id(tok: tokenizer.Tokenizer, template: Template) -> int:
@@ -122,14 +147,12 @@ def end_id(tok: tokenizer.Tokenizer, template: Template) -> int:
   """
   if not template.chat:
     return tok.eos_id
-  # Encoded: a control piece has an id, too, but is never found in a text.
-  turns = [tok.encode(piece) for piece in (START_OF_TURN, END_OF_TURN)]
-  if any(len(ids) != 1 for ids in turns):
+  if not {START_OF_TURN, END_OF_TURN} <= tok.controls.keys():
     raise errors.UserError(
       f'template.chat needs a tokenizer with the pieces {START_OF_TURN} and '
       f"{END_OF_TURN}; take Gemma's own, or set template.chat=False."
     )
-  return turns[1][0]
+  return tok.controls[END_OF_TURN]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +187,10 @@ def encode(
   Raises:
     errors.UserError: see end_id.
   """
-  prompts = tok.encode_all([prompt_text(p.source, template) for p in pairs])
-  targets = tok.encode_all([template.target_prefix + p.target for p in pairs])
+  sources = [p.source for p in pairs]
+  prompts = _fill_in(prompt_text(template), '{source}', sources, tok)
+  pattern = template.target_prefix + _TARGET
+  targets = _fill_in(pattern, _TARGET, [p.target for p in pairs], tok)
   start = [tok.bos_id] if template.target_bos else []
   end = [end_id(tok, template)]
   examples = [

@@ -5,13 +5,10 @@ import hashlib
 import json
 import pathlib
 
-import numpy as np
-
 from mt.base import errors
 from mt.data import bitext
+from mt.data import formats
 from mt.data import lines
-
-_SHORT = 'fewer than 3 columns'
 
 
 def read_as_tfds(
@@ -28,15 +25,13 @@ def read_as_tfds(
       than 131,072 characters.
   """
   path = str(path)
-  pairs, unusable, num_rows = [], {}, 0
+  pairs, short = [], []
   try:
     with open(path, encoding='utf-8') as f:
       reader = csv.reader(f, delimiter='\t')
       for row in reader:
-        num_rows += 1
         if len(row) < 3:
-          count, first = unusable.get(_SHORT, (0, reader.line_num))
-          unusable[_SHORT] = count + 1, first
+          short.append(reader.line_num)
           continue
         name, source, target = row[:3]
         if reversed_pair:
@@ -54,18 +49,20 @@ def read_as_tfds(
       'TFDS; mend the line, or take data.tfds_quoting=False.'
     ) from e
   if not pairs:
-    raise lines.no_pair(path)
-  none = np.zeros((0, 1), np.int64)
+    raise bitext.no_pair(path)
+  note = 'rows as TFDS counts them'
+  if short:
+    note += (
+      f', {len(short):,} of fewer than 3 columns (the first in line {short[0]})'
+    )
   return bitext.Bitext(
-    paths=(path,),
+    files=(formats.Plain(path, path, 'text'),),
     stats=(),
     parse=lines.Columns(3, 1, 2, 0),
-    starts=none,
-    sizes=none,
-    numbers=none[:, 0],
-    num_lines=num_rows,
-    unusable=unusable,
-    notes=('rows as TFDS counts them',),
+    starts=(),
+    header=0,
+    max_bad_fraction=1.0,
+    notes=(note,),
     digest=hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
     pairs=tuple(pairs),
   )

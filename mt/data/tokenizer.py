@@ -3,12 +3,14 @@
 import collections
 from collections.abc import Sequence
 import dataclasses
+import functools
 import io
 import itertools
 import os
 import pathlib
 import re
 
+from google.protobuf import message
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
@@ -23,17 +25,42 @@ TURNS = ('<start_of_turn>', '<end_of_turn>')
 CONTROLS = ('<pad>', '<eos>', '<bos>')
 _ENDS = ('<eos>', '<end_of_turn>')
 
+# What stands for something else than its characters: in brackets, but no HTML.
+_is_control = re.compile(
+  r'(?!</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong'
+  r'|em|b|i|u|s|sub|sup|code|a|html|body|img|span|bbox|ul|li|div|iframe|footer'
+  r')>)(?:<.+>|\[.+\])'
+).fullmatch
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A SentencePiece model and the ids that the project needs by name."""
+  """A SentencePiece model and the ids that the project needs by name.
+
+  A text that spells <end_of_turn> must not end a turn. SentencePiece finds
+  pieces of the type `user-defined` in any text, those of the type `control` in
+  none: so `spm` has the former as the latter, but for white space and HTML, and
+  `controls` has their ids for who wants a real one.
+  """
 
   spm: sentencepiece.SentencePieceProcessor
-  proto: bytes  # The serialised model: what stands in `tokenizer.model`.
+  proto: bytes  # The model as it was: what stands in `tokenizer.model`.
   vocab_size: int
   pad_id: int
   bos_id: int
   eos_id: int
+  controls: dict[str, int]  # <start_of_turn>, <unused0>, …
+
+  def split(self, text: str) -> list[str]:
+    """A text of our own, cut before and after each piece of `controls`."""
+    return (
+      [x for x in self._controls.split(text) if x] if self.controls else [text]
+    )
+
+  @functools.cached_property
+  def _controls(self) -> re.Pattern:
+    longest_first = sorted(self.controls, key=len, reverse=True)
+    return re.compile(f'({"|".join(map(re.escape, longest_first))})')
 
   def encode(self, text: str) -> list[int]:
     """Ids of the text alone: no BOS, no EOS."""
@@ -56,44 +83,38 @@ class Tokenizer:
 def from_proto(proto: bytes, where: str) -> Tokenizer:
   """A tokenizer from the bytes of a `tokenizer.model`; `where` they stand.
 
-  Turns are made user-defined symbols, which are found in texts, whatever type
-  they have there. A piece may have several roles.
+  Turns are control pieces, whatever type they have there. A piece may have
+  several roles.
 
   Raises:
     errors.UserError: not a SentencePiece model, or one without BOS or EOS.
   """
-  spm = _load(proto, where)
-  ids = {turn: spm.piece_to_id(turn) for turn in TURNS}
-  ids = {turn: i for turn, i in ids.items() if not spm.is_unknown(i)}
-  if any(i not in spm.encode(turn) for turn, i in ids.items()):
+  spm = sentencepiece.SentencePieceProcessor()
+  try:
     model = sp_pb2.ModelProto.FromString(proto)
-    for i in ids.values():
-      model.pieces[i].type = USER_DEFINED
-    proto = model.SerializeToString()
-    spm = _load(proto, where)
+    controls = {
+      p.piece: i
+      for i, p in enumerate(model.pieces)
+      if (p.type == USER_DEFINED and _is_control(p.piece)) or p.piece in TURNS
+    }
+    for i in controls.values():
+      model.pieces[i].type = CONTROL
+    spm.LoadFromSerializedProto(model.SerializeToString())
+  except (RuntimeError, TypeError, message.DecodeError) as e:
+    raise errors.UserError(
+      f'{where}: not a SentencePiece model ({str(e).splitlines()[0]}).'
+    ) from e
   pad, bos, eos = spm.pad_id(), spm.bos_id(), spm.eos_id()
   if min(pad, bos, eos) < 0:
     # SentencePiece finds control pieces by name (<s>, </s> unless told
     # otherwise); a model put together by other tools may give numbers alone.
-    model = sp_pb2.ModelProto.FromString(proto)
     pad, bos, eos = (_role_id(model, role) for role in ('pad', 'bos', 'eos'))
   if min(pad, bos, eos) < 0:
     raise errors.UserError(
       f'{where}: pad, BOS, EOS ids are {pad}, {bos}, {eos}; Gemma needs all '
       'three: use a Gemma tokenizer.'
     )
-  return Tokenizer(spm, proto, spm.vocab_size(), pad, bos, eos)
-
-
-def _load(proto, where):
-  spm = sentencepiece.SentencePieceProcessor()
-  try:
-    spm.LoadFromSerializedProto(proto)
-  except (RuntimeError, TypeError) as e:
-    raise errors.UserError(
-      f'{where}: not a SentencePiece model ({str(e).splitlines()[0]}).'
-    ) from e
-  return spm
+  return Tokenizer(spm, proto, spm.vocab_size(), pad, bos, eos, controls)
 
 
 def _role_id(model, role):

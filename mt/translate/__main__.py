@@ -6,11 +6,14 @@
   python -m mt.translate --workdir=W --mbr=chrf --n=16 < in.txt
   python -m mt.translate --workdir=W                  (a prompt on a terminal)
 
-One line in, one line out, in order. An empty line stays empty. With --json, an
-object a line:
+One line in, one line out, in order. An empty line stays empty. Input may be
+packed as .gz or .xz. With --json, an object a line:
 
   {"source": "Hi!", "translations": [{"text": "Salut !", "score": -0.21,
   "log_probability": -0.84}, …]}
+
+With --json --key=en the input is JSON lines (or a parquet file), whose texts
+stand under that key; a text may have line breaks, as its translation then has.
 """
 
 from collections.abc import Iterator
@@ -34,6 +37,8 @@ from mt.base import errors
 from mt.base import files
 from mt.base import run_folder
 from mt.base import screen
+from mt.data import formats
+from mt.data import lines
 from mt.train import checkpoint
 from mt.translate import decode
 from mt.translate import search as search_lib
@@ -117,11 +122,17 @@ def run(values: dict[str, Any]) -> None:
     errors.UserError: bad flags, text or files, no such run or checkpoint.
   """
   workdir, asked = pathlib.Path(values['workdir']), values['input']
+  key = values['key']
+  if key and not values['json']:
+    raise errors.UserError(
+      f'--key is {key!r}, but a text under it may have several lines; --json '
+      'expected.'
+    )
   decode_config = run_folder.read_config(workdir).decode
   search, sampling = read_search(values, decode_config)
   at, about = checkpoint.find_step(workdir, values['checkpoint'])
   asking = not asked and sys.stdin.isatty()
-  with _open_input(asked) as stream, _open_output(values['output']) as out:
+  with _open_input(asked, key) as stream, _open_output(values['output']) as out:
     compiling.keep_compiled_programs()
     _say(accelerator.describe())
     _say(f'checkpoint: {about}')
@@ -130,15 +141,15 @@ def run(values: dict[str, Any]) -> None:
     translator = translator_lib.from_config(
       config, source, search=search, sampling=sampling, say=_say
     )
-    lines = _ask() if asking else _read_lines(stream, asked)
+    texts = _ask() if asking else _read_texts(stream, asked, key)
     done = 0
-    while chunk := list(itertools.islice(lines, 1 if asking else _CHUNK)):
+    while chunk := list(itertools.islice(texts, 1 if asking else _CHUNK)):
       found = translator.n_best(params, chunk, first=done)
       done += len(chunk)
-      for line, translations in zip(chunk, found, strict=True):
+      for source, translations in zip(chunk, found, strict=True):
         text = translations[0].text
         if values['json']:
-          text = _as_json(line, translations)
+          text = _as_json(source, translations)
         out.write(f'{text}\n'.encode())
       out.flush()
       if not values['output']:
@@ -154,11 +165,12 @@ def _as_json(source, translations):
   return json.dumps({'source': source, 'translations': out}, ensure_ascii=False)
 
 
-def _open_input(name) -> contextlib.AbstractContextManager[BinaryIO]:
+def _open_input(name, key) -> contextlib.AbstractContextManager[BinaryIO]:
   if not name:
     return contextlib.nullcontext(sys.stdin.buffer)
   try:
-    return open(name, 'rb')
+    keys = [key] if key else []
+    return open(formats.open_plain(name, keys=keys, aligned=not key).path, 'rb')
   except OSError as e:
     raise errors.UserError(
       f'{name}: cannot read it ({e.strerror}); --input must name a text file.'
@@ -173,16 +185,24 @@ def _open_output(name) -> contextlib.AbstractContextManager[BinaryIO]:
   return files.new_file(pathlib.Path(name))
 
 
-def _read_lines(stream: BinaryIO, name: str) -> Iterator[str]:
-  """Lines of UTF-8, ended by LF or CRLF and nothing else."""
-  for number, line in enumerate(stream, 1):
-    try:
-      yield line.decode().removesuffix('\n').removesuffix('\r')
-    except UnicodeDecodeError as e:
+def _read_texts(stream: BinaryIO, name: str, key: str) -> Iterator[str]:
+  """The texts of lines; what training would not use is refused."""
+  name = name or 'standard input'
+  for number, raw in enumerate(stream, 1):
+    if number == 1:
+      formats.refuse_binary(raw, name)
+      raw = raw.removeprefix(formats.BOM)
+    text, fault = lines.decode(raw)
+    if key and not fault:
+      found = lines.json_texts(text, [key])
+      text, fault = ('', found) if isinstance(found, str) else (found[0], '')
+    if fault:
+      expected = f'a JSON object with {key!r}' if key else 'UTF-8'
       raise errors.UserError(
-        f'{name or "standard input"}, line {number}: not UTF-8 ({e.reason} at '
-        f'byte {e.start}); convert it to UTF-8.'
-      ) from e
+        f'{name}, line {number}: {fault}; {expected} is expected: mend the '
+        'line.'
+      )
+    yield text
 
 
 def _ask() -> Iterator[str]:
@@ -215,6 +235,7 @@ if __name__ == '__main__':
   text('input', '', 'File to translate, instead of standard input.')
   text('output', '', 'File for the translations, whole or not at all.')
   flags.DEFINE_bool('json', False, 'Write JSON lines, with scores.')
+  text('key', '', 'Read JSON lines or parquet: where the text of each stands.')
   whole('beam', None, "Hypotheses of beam search; the run's decode.beam.", 1)
   number('length_penalty', None, "See the run's decode.length_penalty.", 0.0)
   whole('n_best', 1, 'Translations of each line; above 1 with --json.', 1)

@@ -25,28 +25,39 @@ Progress = Callable[[int], None]  # Is told how many texts are done.
 class Translation:
   """A text and how sure the model is of it."""
 
-  text: str  # One line.
+  text: str  # Of as many lines as its source, or fewer.
   # What ranks it: see Search.length_penalty; its expected chrF under
   # decode.mbr.
   score: float
   log_probability: float  # Natural, of all tokens and the one that ends it.
 
 
+def end_ids(
+  tok: tokenizer.Tokenizer, template: template_lib.Template
+) -> tuple[int, ...]:
+  """All ends of a text that the tokenizer has, and the template's own."""
+  return tuple(sorted(tok.end_ids | {template_lib.end_id(tok, template)}))
+
+
 def stop_ids(
   tok: tokenizer.Tokenizer, template: template_lib.Template
 ) -> tuple[int, ...]:
-  """All ends of a text, the template's and, as it is a line, every newline."""
+  """The same and, where a text is a line, every newline."""
   pieces = (tok.spm.id_to_piece(i) for i in range(tok.vocab_size))
   newlines = [
     i for i, p in enumerate(pieces) if p == '<0x0A>' or not p.strip('\n')
   ]
-  ends = tok.end_ids | {template_lib.end_id(tok, template)}
-  return (*sorted(ends), *newlines)
+  return (*end_ids(tok, template), *newlines)
 
 
 @dataclasses.dataclass(frozen=True)
 class Translator:
-  """A function from texts to texts, of any parameters of a model."""
+  """A function from texts to texts, of any parameters of a model.
+
+  A translation has at most as many lines as its source. So a newline ends that
+  of a single line, after which a model that is not trained yet goes on with an
+  example of its own; of a text with line breaks, what goes on is cut off.
+  """
 
   settings: batching.Settings  # With the stop_ids of tokenizer and template.
   tok: tokenizer.Tokenizer
@@ -82,65 +93,85 @@ class Translator:
 
     Args:
       params: of the model, as a run has them or as decode.unstack returns them.
-      texts: one line each.
+      texts: of one line or several.
       on_progress: see Progress.
       first: the number of the first text, on which its samples depend.
     """
     if not isinstance(params['layers'], tuple):
       params = decode.unstack(params, self.settings.dtype)
     full = [i for i, text in enumerate(texts) if text.strip()]
-    prompts = [self._prompt(texts[i], first + i) for i in full]
-    search, empty = self.settings.search, len(texts) - len(full)
-    searches = [search]
+    prompts = [self._prompt(text, first + i) for i, text in enumerate(texts)]
+    several = [i for i in full if _num_lines(texts[i]) > 1]
+    single = sorted({*full} - {*several})
+    ends = end_ids(self.tok, self.template)
+    whole = dataclasses.replace(self.settings, stop_ids=ends)
+    out = [[Translation('', 0.0, 0.0)] for _ in texts]
+    done = len(texts) - len(full)
+    for settings, chosen in ((self.settings, single), (whole, several)):
+      found = self._ranked(
+        settings,
+        params,
+        [(texts[i], prompts[i]) for i in chosen],
+        lambda more, before=done: on_progress(before + more),
+      )
+      done += len(chosen)
+      for i, best in zip(chosen, found, strict=True):
+        out[i] = best
+    return out
+
+  def _ranked(self, settings, params, work, on_progress):
+    """The n best translations of (text, prompt) each, of all candidates."""
+    if not work:
+      return []
+    search = settings.search
+    searches, found = [search], [[] for _ in work]
     if self.sampling:  # All of the beam are candidates.
-      searches = [dataclasses.replace(search, n_best=search.width)]
-      searches.append(self.sampling)
-    found = [[] for _ in full]
+      searches = [
+        dataclasses.replace(search, n_best=search.width),
+        self.sampling,
+      ]
     for i, chosen in enumerate(searches):
 
       def progress(done, i=i):
-        on_progress(empty + (i * len(full) + done) // len(searches))
+        on_progress((i * len(work) + done) // len(searches))
 
-      for best, more in zip(
-        found, self._decode(params, prompts, chosen, progress), strict=True
-      ):
+      of_search = dataclasses.replace(settings, search=chosen)
+      made = self._decode(of_search, params, work, progress)
+      for best, more in zip(found, made, strict=True):
         best += more
     if self.sampling:
       found = [_by_expected_chrf(best)[: search.n_best] for best in found]
-    self._retry(params, prompts, [texts[i] for i in full], found)
-    out = [[Translation('', 0.0, 0.0)] for _ in texts]
-    for i, best in zip(full, found, strict=True):
-      out[i] = best
-    return out
+    self._retry(settings, params, work, found)
+    return found
 
-  def _decode(self, params, prompts, search, on_progress=lambda done: None):
-    """The search's n best Translations of each prompt."""
-    settings = dataclasses.replace(self.settings, search=search)
+  def _decode(self, settings, params, work, on_progress=lambda done: None):
+    """The search's n best translations of (text, prompt) each."""
+    prompts = [prompt for _, prompt in work]
     found = batching.decode_all(settings, params, prompts, on_progress)
     return [
-      [Translation(self._text(h.tokens), h.score, h.logp) for h in best]
-      for best in found
+      [Translation(self._text(h.tokens, text), h.score, h.logp) for h in best]
+      for (text, _), best in zip(work, found, strict=True)
     ]
 
-  def _retry(self, params, prompts, sources, found):
+  def _retry(self, settings, params, work, found):
     """Makes those again whose best translation goes round, and says it."""
     again = [
       i
-      for i, (source, best) in enumerate(zip(sources, found, strict=True))
-      if self.retry_ngram and loops.goes_round(source, best[0].text)
+      for i, ((text, _), best) in enumerate(zip(work, found, strict=True))
+      if self.retry_ngram and loops.goes_round(text, best[0].text)
     ]
     if not again:
       return
-    search = self.settings.search
     search = dataclasses.replace(
-      search,
+      settings.search,
       no_repeat_ngram=self.retry_ngram,
-      n_best=min(search.n_best, search.width),
+      n_best=min(settings.search.n_best, settings.search.width),
     )
-    made = self._decode(params, [prompts[i] for i in again], search)
+    settings = dataclasses.replace(settings, search=search)
+    made = self._decode(settings, params, [work[i] for i in again])
     left = 0
     for i, best in zip(again, made, strict=True):
-      left += loops.goes_round(sources[i], best[0].text)
+      left += loops.goes_round(work[i][0], best[0].text)
       found[i] = best
     self.say(
       f'{len(again)} of {len(found)} translations went round and round; made '
@@ -152,10 +183,15 @@ class Translator:
     tokens = template_lib.prompt_ids(text, self.tok, self.template)
     return batching.Prompt(tokens, limit + self.max_extra, number)
 
-  def _text(self, tokens):
+  def _text(self, tokens, source):
     text = self.tok.decode(tokens)
-    text = text.removeprefix(self.template.target_prefix)
-    return ' '.join(text.splitlines()).strip()
+    text = text.removeprefix(self.template.target_prefix).strip()
+    lines = text.split('\n')[: _num_lines(source)]
+    return '\n'.join(' '.join(line.splitlines()) for line in lines).strip()
+
+
+def _num_lines(text):
+  return text.strip().count('\n') + 1
 
 
 def _by_expected_chrf(candidates):

@@ -96,6 +96,9 @@ def test_counts_are_those_of_numpy(config, tmp_path, monkeypatch):
       'line 5)'
     )
     prompt, target = _sizes(config, path)
+    if split == 'train':  # It has several blocks.
+      at += 1
+      assert shown[at].startswith('  not used of all lines: 1 fewer than 2')
     for offset, values in ((2, prompt), (3, target), (4, prompt + target)):
       want = [*_quantiles(values), int(values.sum())]
       assert _numbers(shown[at + offset]) == want

@@ -110,9 +110,12 @@ def test_a_name_that_no_file_can_have(tmp_path):
 
 @pytest.mark.parametrize('name', ['x.tsv', 'x', 'x.tar.gz.tsv'])
 def test_columns(tmp_path, name):
-  path = _write(tmp_path / name, 'de\ten\tfr\nx\ta\tb\n')
-  assert _read(path) == {'train': [[('en', 'fr'), ('a', 'b')]]}
-  assert _read(path, columns=(3, 1)) == {'train': [[('fr', 'de'), ('b', 'x')]]}
+  path = _write(tmp_path / name, 'de1\ten\tfr1\nx1\ta\tb\n')
+  assert _read(path) == {'train': [[('en', 'fr1'), ('a', 'b')]]}
+  assert _read(path, columns=(3, 1)) == {
+    'train': [[('fr1', 'de1'), ('b', 'x1')]]
+  }
+  _write(path, 'de\ten\tfr\nx\ta\tb\n')
   assert _read(path, columns=('fr', 'de')) == {'train': [[('b', 'x')]]}
 
 
@@ -214,7 +217,7 @@ def test_bad_lines_are_looked_at_for_each_file(tmp_path):
   (text,) = corpus.read_splits(_data(good, max_bad_fraction=0.02), ['train'])[
     'train'
   ]
-  assert text.unusable == {'an empty line': (2, 99)}
+  assert text.sample.unusable == {'an empty line': (2, 99)}
   refusal(
     lambda: _read(f'{good},{bad}', max_bad_fraction=0.02),
     bad,

@@ -5,18 +5,10 @@ import json
 import pytest
 
 from mt.data import lines
-from tests.fixtures.refusal import refusal
 
 # What str.splitlines() takes for the end of a line, besides LF and CR; text
 # copied from the web, such as MTNT's, does contain them.
 OTHER_BREAKS = '\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029'
-
-
-def _make(first, columns=(), name='x.tsv', pair='en-fr', reversed_pair=False):
-  """The parser that a file's first line calls for."""
-  return lines.make_parser(
-    [name], first, pair, columns, reversed_pair=reversed_pair
-  )
 
 
 THREE = lines.Columns(3, 1, 2, id=0)
@@ -24,44 +16,6 @@ KEYS = lines.Keys('en', 'fr')
 ALIGNED = lines.Aligned()
 
 # Columns.
-
-
-@pytest.mark.parametrize(
-  ('first', 'columns', 'expected'),
-  [
-    ('1\ta\tb', (), lines.Columns(3, 1, 2, id=0)),
-    ('a\tb', (), lines.Columns(2, 0, 1)),
-    # An empty last cell is one.
-    ('a\tb\t', (), lines.Columns(3, 1, 2, id=0)),
-    ('a\tb\tc\td', (4, 2), lines.Columns(4, 3, 1)),
-    ('a\tb\tc', (1, 2), lines.Columns(3, 0, 1)),
-    ('n\tfrançais\tEn g', ('En g', 'français'), lines.Columns(3, 2, 1)),
-  ],
-)
-def test_columns(first, columns, expected):
-  assert _make(first, columns) == expected
-  # Columns that are named stay where they are said to be.
-  other = _make(first, columns, reversed_pair=True)
-  if columns:
-    assert other == expected
-  else:
-    assert (other.target, other.source) == (expected.source, expected.target)
-
-
-@pytest.mark.parametrize(
-  ('first', 'columns', 'words'),
-  [
-    ('just text', (), ['first line: 1,', 'source, target;']),
-    ('a\tb\tc\td', (), ['first line: 4,', 'data.columns']),
-    ('1\ta\tb', (3, 4), ['first line: 3,', 'expected (3, 4)']),
-    ('en\tde', ('en', 'fr'), ["no column 'fr'", "'en de'", 'data.columns']),
-    ('en\tfr ', ('en', 'fr'), ["no column 'fr'"]),
-    ('', ('en', 'fr'), ["no column 'en' in its first line"]),
-    ('EN\tFR\u2028x', ('EN', 'FR'), ["no column 'FR'", '\\u2028']),
-  ],
-)
-def test_columns_that_are_not_there(first, columns, words):
-  refusal(lambda: _make(first, columns, 'my/x.tsv'), 'my/x.tsv: ', *words)
 
 
 @pytest.mark.parametrize(
@@ -94,16 +48,6 @@ def test_a_line_without_an_id_has_its_number():
 # JSON.
 
 
-def test_keys_and_aligned_files():
-  assert _make('', name='x.jsonl') == KEYS
-  assert _make('', name='x.jsonl', pair='de-ja') == lines.Keys('de', 'ja')
-  columns = ('translation.en', 'translation.fr')
-  assert _make('{}', columns, 'x.jsonl') == lines.Keys(*columns)
-  paths = ['x.en', 'x.fr']
-  made = lines.make_parser(paths, '', 'en-fr', (), reversed_pair=False)
-  assert made == ALIGNED
-
-
 HUGE = '9' * 5000  # More digits than Python makes an int of.
 
 
@@ -126,8 +70,8 @@ HUGE = '9' * 5000  # More digits than Python makes an int of.
     ('{"en": "a"}', "no text under 'fr'"),
     ('{"en": 3, "fr": "b"}', "no text under 'en'"),
     ('{"en": null, "fr": "b"}', "no text under 'en'"),
-    ('{"en": "a\\nb", "fr": "c"}', 'a line break in a text'),
-    ('{"en": "a", "fr": "b\\r\\nc"}', 'a line break in a text'),
+    ('{"en": "a\\nb", "fr": "c"}', ('5', 'a\nb', 'c')),
+    ('{"en": "a", "fr": "b\\r\\nc"}', ('5', 'a', 'b\r\nc')),
     ('{"en": "a", "fr": "b\\u0000"}', 'a NUL character'),
     ('{"en": "\\ud83d", "fr": "b"}', 'half a surrogate pair'),
     ('{"en": "a", "fr": "\\ude00\\ud83d"}', 'half a surrogate pair'),

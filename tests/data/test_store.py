@@ -63,8 +63,8 @@ def _count(monkeypatch):
 
 
 def _files(made):
-  """Names in the folder, without their ends."""
-  return sorted(p.name for p in made.folder.glob('*'))
+  """Names of blocks in the folder."""
+  return sorted(p.name for p in made.folder.glob('*.int32'))
 
 
 # Blocks.
@@ -118,9 +118,9 @@ def test_a_block_is_tokenised_once_and_when_it_is_asked_for(
   want = _lists(opened.block(2))
   assert sum(counts) == len(opened.members(2))
   assert max(counts) == 2  # A few at a time.
-  assert _files(opened) == ['00002.int32']
+  assert _files(opened) == ['00002.2.int32']
   monkeypatch.setattr(template_lib, 'encode', None)  # Nobody tokenises.
-  os.unlink(text.paths[0])
+  os.unlink(text.where)
   assert _lists(_open(text).block(2)) == want
 
 
@@ -141,8 +141,8 @@ def test_the_key_is_that_of_text_tokenizer_template_and_version(
   changed = [
     _open(_text(tmp_path, name='b.tsv', word='mot')),
     _open(_text(tmp_path, 22, name='b.tsv')),
-    _open(bitext.open_bitext(text.paths, 'en-fr', reversed_pair=True)),
-    _open(bitext.open_bitext(text.paths, 'en-fr', (1, 3))),
+    _open(bitext.open_bitext([text.where], 'en-fr', reversed_pair=True)),
+    _open(bitext.open_bitext([text.where], 'en-fr', (1, 3))),
     _open(text, tok=other),
     *(
       _open(text, dataclasses.replace(PLAIN, **change))
@@ -183,7 +183,7 @@ DAMAGE = {
   'empty': lambda raw: b'',
   'zeros': lambda raw: bytes(len(raw)),
   'text': lambda raw: b'not an array....' * 20,
-  'sizes': lambda raw: raw[:4] + raw[8:12] + raw[8:],
+  'sizes': lambda raw: raw[:40] + raw[44:48] + raw[44:],
 }
 
 
@@ -191,7 +191,7 @@ DAMAGE = {
 def test_a_block_that_is_not_whole_is_made_again(tmp_path, monkeypatch, name):
   opened = _open(_text(tmp_path))
   want = _lists(opened.block(0))
-  path = opened.folder / '00000.int32'
+  path = opened.folder / '00000.2.int32'
   path.write_bytes(DAMAGE[name](path.read_bytes()))
   counts = _count(monkeypatch)
   for _ in range(2):  # And not again and again.
@@ -222,5 +222,5 @@ def test_a_text_that_changed_in_the_meantime(tmp_path, change):
   change(tmp_path / 'a.tsv')
   with pytest.raises(errors.UserError, match='changed or gone since'):
     opened.block(1)
-  assert _files(opened) == ['00000.int32']
+  assert _files(opened) == ['00000.2.int32']
   assert _lists(opened.block(0)) == kept  # It was made from what there was.

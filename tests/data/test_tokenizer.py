@@ -32,8 +32,16 @@ def test_from_file_reads_a_model(tmp_path):
   assert (tok.pad_id, tok.eos_id, tok.bos_id) == (0, 1, 2)
   assert tok.proto == gguf_fixture.train_proto()
   original = _processor(gguf_fixture.train_proto())
+  controls = {original.id_to_piece(i) for i in tok.controls.values()}
+  assert controls == {*tok.controls} >= {'<start_of_turn>', '<unused0>'}
+  assert not controls & {'<b>', '\n', '<0x0A>'}
   for text in nasty.TEXTS:
-    assert tok.encode(text) == original.encode(text)
+    ids = tok.encode(text)
+    if any(piece in text for piece in controls):
+      assert not {*ids} & {*tok.controls.values()}
+      assert tok.decode(ids) == text
+    else:
+      assert ids == original.encode(text)
 
 
 def test_a_missing_file_is_refused(tmp_path):

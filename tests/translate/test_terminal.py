@@ -4,6 +4,7 @@ With a run of its own: tests/runs/test_run.py and test_best.py.
 """
 
 import dataclasses
+import gzip
 import io
 import json
 import os
@@ -29,6 +30,7 @@ VALUES = {
   'input': '',
   'output': '',
   'json': False,
+  'key': '',
   'beam': None,
   'length_penalty': None,
   'n_best': 1,
@@ -160,6 +162,44 @@ def test_files_that_cannot_be_used(command, tmp_path):
   bad = tmp_path / 'latin.txt'
   bad.write_bytes(b'a\nb\n\xff\n')
   refusal(lambda: command(input=str(bad)), bad, 'line 3', 'not UTF-8')
+
+
+TEXTS = ['a', 'b\nc\n\nd', '']
+
+
+@pytest.mark.parametrize('pack', [bytes, gzip.compress])
+def test_json_in_and_out(command, tmp_path, pack):
+  given = '\ufeff'.encode() + b''.join(
+    json.dumps({'x': {'en': text}}).encode() + b'\r\n' for text in TEXTS
+  )
+  path = tmp_path / 'in'
+  path.write_bytes(pack(given))
+  values = {'json': True, 'key': 'x.en'}
+  for out, _ in (command(given, **values), command(input=str(path), **values)):
+    made = [json.loads(line) for line in out.splitlines()]
+    assert [m['source'] for m in made] == TEXTS
+    found = [m['translations'][0]['text'] for m in made]
+    assert found == [text.upper() for text in TEXTS]
+  refusal(lambda: command(given, key='x.en'), '--key', '--json expected')
+
+
+@pytest.mark.parametrize(
+  ('given', 'key', 'words'),
+  [
+    (b'a\nb\0c\n', '', ('line 2: a NUL character', 'UTF-8 is expected')),
+    ('a\n'.encode('utf-16'), '', ('UTF-16 found', 'iconv')),
+    (b'{"en": 3}\n', 'en', ("line 1: no text under 'en'", 'JSON object')),
+    (b'a\n', 'en', ('line 1: not JSON',)),
+    (b'{"en": "\\ud800"}\n', 'en', ('line 1: half a surrogate pair',)),
+  ],
+)
+def test_what_training_would_not_use_is_refused(command, given, key, words):
+  call = lambda: command(given, key=key, json=True)  # noqa: E731
+  refusal(call, 'standard input', *words)
+
+
+def test_a_byte_order_mark_is_no_text(command):
+  assert command('\ufeffa\n\ufeffb\n'.encode())[0] == 'A\n\ufeffB\n'
 
 
 # The search.

@@ -120,6 +120,17 @@ def test_a_new_line_ends_a_translation(stop):
   assert _answer(PLAIN, *_bonjour(), _piece(stop), _piece('x')) == ['Bonj']
 
 
+@pytest.mark.parametrize(
+  ('source', 'expected'),
+  [('Hi!', 'Bonj'), ('Hi!\n', 'Bonj'), ('a\nb', 'Bonj\nx'), ('a\n\nb', None)],
+)
+def test_a_translation_has_as_many_lines_as_its_source(source, expected):
+  tok = _with_newlines()
+  said = [*_bonjour(), _piece('\n'), _piece('x'), _piece('\n\n'), _piece('e')]
+  answers = _answer(PLAIN, *said, tok.eos_id, texts=[source, '', 'Hi!'])
+  assert answers == [expected or 'Bonj\nx', '', 'Bonj']
+
+
 def test_a_model_that_stops_at_once():
   assert _answer(PLAIN, _with_newlines().eos_id, _piece('x')) == ['']
 

@@ -1,0 +1,148 @@
+"""What the columns of a text mean: told by data.columns, or checked on lines.
+
+Nothing is guessed from the number of columns alone. Of three, the first must
+hold ids; a header, codes of languages, numbers where text is expected, and
+quotes of CSV in a text without them are refused, with the knob that settles it.
+"""
+
+from collections.abc import Sequence
+import re
+
+from mt.base import errors
+from mt.data import formats
+from mt.data import lines
+from mt.data import template
+
+_MOST = 0.9  # Of the lines looked at; real text has its exceptions.
+_SIDES = ({'source', 'src'}, {'target', 'tgt', 'trg', 'translation'})
+_is_id = re.compile(r'(?=.*\d)\S{1,64}').fullmatch
+_is_number = re.compile(r'\d+').fullmatch
+_is_code = re.compile('[a-z]{2,3}').fullmatch
+_is_quoted = re.compile('"(?:[^"]|"")*"', re.DOTALL).fullmatch
+
+
+def choose(
+  files: Sequence[formats.Plain],
+  first: Sequence[Sequence[str]],
+  pair: str,
+  columns: Sequence[int | str],
+  *,
+  quotes: str = '',
+  reversed_pair: bool = False,
+) -> tuple[lines.Parser, tuple[str, ...]]:
+  """How lines become pairs, and what should be known of it.
+
+  Args:
+    files: one, or two aligned ones.
+    first: the cells of some first lines that are not empty.
+    pair, columns, quotes, reversed_pair: as of bitext.open_bitext.
+
+  Raises:
+    errors.UserError: the lines have not the columns that are asked for, or not
+      the ones expected where none are.
+  """
+  where = files[0].name
+  if len(files) == 2:
+    return lines.Aligned(), ()
+  if files[0].kind == 'json':
+    return lines.Keys(*(keys(pair, columns))), ()
+  is_json = files[0].kind == 'cells'
+  if not is_json and quotes != 'text':
+    _refuse_quotes(where, first)
+  if has_header(columns):
+    for name in columns:
+      if name not in first[0]:
+        raise errors.UserError(
+          f'{where}: no column {name!r} in its first line, which has '
+          f'{" ".join(first[0])[:200]!r}; mend data.columns, or give the '
+          'numbers of the columns if there is no header.'
+        )
+    found = map(first[0].index, columns)
+    return lines.Columns(len(first[0]), *found, json=is_json), ()
+  number, header = len(first[0]), _header(first[0], pair)
+  if columns:
+    if max(columns) > number:
+      raise _wrong_number(where, number, columns)
+    found = [n - 1 for n in columns]
+    note = f'its first line, {" | ".join(header)!r}, is taken for a pair'
+    return lines.Columns(number, *found, json=is_json), (note,) * bool(header)
+  if number not in (2, 3):
+    raise _wrong_number(where, number, 'id, source, target or source, target')
+  if header:
+    raise errors.UserError(
+      f'{where}: its first line is a header ({" | ".join(first[0])[:200]}); '
+      f'set data.columns={header} to read these columns, or to numbers, such '
+      'as (1, 2), if that line is a pair.'
+    )
+  _refuse_meaning(where, [row for row in first if len(row) == number])
+  found = [number - 2, number - 1]
+  if reversed_pair:
+    found.reverse()
+  name = 0 if number == 3 else None
+  return lines.Columns(number, *found, id=name, json=is_json), ()
+
+
+def has_header(columns: Sequence[int | str]) -> bool:
+  """Whether `columns` are names, not numbers."""
+  return bool(columns) and isinstance(columns[0], str)
+
+
+def keys(pair: str, columns: Sequence[int | str]) -> Sequence[str]:
+  """Under which keys of an object the texts are."""
+  return columns if has_header(columns) else pair.split('-')
+
+
+def _wrong_number(where, number, expected):
+  return errors.UserError(
+    f'{where}: columns in its first line: {number}, expected {expected}; set '
+    'data.columns to the two that hold source and target.'
+  )
+
+
+def _header(cells, pair) -> tuple[str, ...]:
+  """Two cells that name languages or sides, in the order of the pair, or ()."""
+  names, found = template.language_names(), []
+  for code, side in zip(pair.lower().split('-'), _SIDES, strict=True):
+    known = {code, names.get(code, code).lower()} | side
+    found.append(next((c for c in cells if c.strip().lower() in known), None))
+  return () if None in found or found[0] == found[1] else tuple(found)
+
+
+def _refuse_meaning(where, rows):
+  """Refuses columns that are not id, source, target or source, target."""
+
+  def most(test, column):
+    return sum(bool(test(r[column])) for r in rows) >= _MOST * len(rows)
+
+  number = len(rows[0])
+  if number == 3 and not most(_is_id, 0):
+    cell = next(r[0] for r in rows if not _is_id(r[0]))
+    raise errors.UserError(
+      f'{where}: three columns, but the first one holds no ids (it has '
+      f'{cell[:80]!r}); set data.columns=(1, 2) if these are source, target '
+      'and something else, or to the two that hold source and target.'
+    )
+  for column in (number - 2, number - 1):
+    cells = {r[column] for r in rows}
+    same = len(rows) > 1 and len(cells) == 1 and _is_code(min(cells))
+    if same or (len(rows) > 1 and most(_is_number, column)):
+      what = 'the code of a language' if same else 'numbers'
+      raise errors.UserError(
+        f'{where}: column {column + 1} holds {what} ({rows[0][column][:80]!r}),'
+        f' but a text is expected in the last two of {number} columns; set '
+        'data.columns to the two that hold source and target.'
+      )
+
+
+def _refuse_quotes(where, rows):
+  """Refuses tab-separated cells that are quoted as CSV has it."""
+  quoted = [c for row in rows for c in row if c[:1] == '"' or c[-1:] == '"']
+  fit = [c for c in quoted if len(c) > 1 and _is_quoted(c)]
+  doubled = [c for c in fit if '""' in c[1:-1]]
+  every = len(fit) > 1 and len(fit) == sum(map(len, rows))
+  if len(fit) >= max(1, _MOST * len(quoted)) and (doubled or every):
+    raise errors.UserError(
+      f'{where}: its cells are quoted as in CSV (such as '
+      f"{(doubled or fit)[0][:80]}); set data.quotes='csv' to read them so, or "
+      "'text' if a quote is a character of the text."
+    )

@@ -1,0 +1,219 @@
+"""Files of parallel text as they lie on disk -> plain lines.
+
+All other code reads lines that end with LF. A file that has them is read where
+it lies. Others are rewritten, once, into the cache: gzip and xz are unpacked, a
+record of CSV becomes a JSON array, a row of parquet a JSON object; so a line
+break inside a text is \\n in JSON. What is none of these is recognised by its
+first bytes and refused.
+"""
+
+from collections.abc import Sequence
+import csv
+import functools
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import pathlib
+import re
+import shutil
+from typing import NamedTuple
+import zlib
+
+from mt.base import cache
+from mt.base import errors
+from mt.base import files
+
+BOM = b'\xef\xbb\xbf'
+HEAD = 4096  # As many first bytes are looked at.
+
+# To be raised when what is written into the cache becomes other text.
+_VERSION = 1
+_PACKED = {b'\x1f\x8b': gzip.open, b'\xfd7zXZ\0': lzma.open}
+_JSON_LINES = ('.jsonl', '.ndjson', '.json')
+_PARQUET = b'PAR1'
+
+# First bytes -> what it is, and what to do.
+_BINARY = {
+  b'\xff\xfe': 'UTF-16 found, UTF-8 expected; convert it, for example with '
+  '`iconv -f utf-16 -t utf-8`',
+  b'PK\x03\x04': 'a zip archive; unpack it, and name two aligned files in it '
+  'as one path with {lang}',
+  b'BZh': 'packed by bzip2; unpack it, or pack it with gzip or xz',
+  b'\x28\xb5\x2f\xfd': 'packed by zstd; unpack it, or pack it with gzip or xz',
+  b'version https://git-lfs': 'a pointer of Git LFS, not the file itself; '
+  'fetch that with `git lfs pull`',
+}
+_BINARY[b'\xfe\xff'] = _BINARY[b'\xff\xfe']
+_MARKUP = re.compile(
+  rb'\s*<(\?xml|tmx|!doctype|html|srcset|refset|tstset|doc|dataset|mteval)\b',
+  re.IGNORECASE,
+)
+
+
+class Plain(NamedTuple):
+  """A file of lines."""
+
+  name: str  # As it was asked for.
+  path: str  # The same, or what it became in the cache.
+  kind: str  # `text`; `json`: objects; `cells`: arrays of JSON.
+
+
+def open_plain(
+  name: str, quotes: str = '', keys: Sequence[str] = (), *, aligned: bool
+) -> Plain:
+  """The lines of a file.
+
+  Args:
+    quotes: `csv` and `text` say what a quote is, where the file's name would
+      say something else; see data.quotes.
+    keys: which columns of parquet are wanted, see lines.Keys.
+    aligned: every line is a text.
+
+  Raises:
+    OSError: it cannot be read.
+    errors.UserError: another format, or damaged; a full disk.
+  """
+  path, suffix = _unpacked(name)
+  head = _head(path)
+  refuse_binary(head, name)
+  if _MARKUP.match(head):
+    raise errors.UserError(f'{name}: {_markup(head)}.')
+  if head.startswith(_PARQUET):
+    if aligned:
+      raise errors.UserError(
+        f'{name}: parquet, where a text a line is expected; name it alone in '
+        'data.source, or tell --key.'
+      )
+    parts = ('parquet', *keys)
+    path = _rewrite(path, parts, lambda f: _parquet(name, path, keys, f))
+    return Plain(name, path, 'json')
+  if aligned:
+    return Plain(name, path, 'text')
+  if suffix in _JSON_LINES:
+    if head.lstrip().startswith(b'['):
+      raise errors.UserError(
+        f'{name}: a JSON array; an object a line is expected: convert it with '
+        "`jq -c '.[]'`."
+      )
+    return Plain(name, path, 'json')
+  if quotes == 'csv' or (suffix == '.csv' and quotes != 'text'):
+    delimiter = ',' if suffix == '.csv' else '\t'
+    parts = ('csv', delimiter)
+    path = _rewrite(path, parts, lambda f: _csv(name, path, delimiter, f))
+    return Plain(name, path, 'cells')
+  return Plain(name, path, 'text')
+
+
+def refuse_binary(head: bytes, name: str) -> None:
+  """Refuses what cannot be lines of UTF-8, by its first bytes."""
+  for magic, what in _BINARY.items():
+    if head.startswith(magic):
+      raise errors.UserError(f'{name}: {what}.')
+
+
+def cache_path(path: str, parts: Sequence[str]) -> pathlib.Path:
+  """Where in the cache something made of a file is; another file, another one.
+
+  The file is known by its place, inode, size and time of change.
+  """
+  s = os.stat(path)
+  identity = [_VERSION, os.path.realpath(path), s.st_dev, s.st_ino, s.st_size]
+  identity += [s.st_mtime_ns, *parts]
+  key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+  return cache.cache_dir() / 'texts' / key
+
+
+def _head(path) -> bytes:
+  with open(path, 'rb') as f:
+    return f.read(HEAD).removeprefix(BOM)
+
+
+def _rewrite(path, parts, write) -> str:
+  target = cache_path(path, parts)
+  if not target.exists():
+    with files.new_file(target) as f:
+      write(f)
+  return str(target)
+
+
+def _unpacked(name) -> tuple[str, str]:
+  """The file without gzip and xz, and the end of its name."""
+  path, head = pathlib.Path(name), _head(name)
+  for magic, opener in _PACKED.items():
+    if head.startswith(magic):
+      unpack = functools.partial(_unpack, opener, name)
+      return _rewrite(name, ('unpacked',), unpack), path.with_suffix(
+        ''
+      ).suffix.lower()
+  return name, path.suffix.lower()
+
+
+def _unpack(opener, path, out):
+  try:
+    with opener(path) as f:
+      shutil.copyfileobj(f, out, 1 << 20)
+  except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as e:
+    raise errors.UserError(
+      f'{path}: damaged ({" ".join(str(e).split())}); fetch it again.'
+    ) from e
+
+
+def _csv(name, path, delimiter, out):
+  # What is not UTF-8 becomes surrogates, which a parser refuses by the line.
+  with open(
+    path, encoding='utf-8-sig', errors='surrogateescape', newline=''
+  ) as f:
+    reader = csv.reader(f, delimiter=delimiter, strict=True)
+    try:
+      for cells in reader:
+        out.write(json.dumps(cells).encode() + b'\n')
+    except csv.Error as e:
+      raise errors.UserError(
+        f'{name}, line {reader.line_num}: not CSV ({e}); mend the line, or set '
+        "data.quotes='text' where a quote is a character and tabs part columns."
+      ) from e
+
+
+def _parquet(name, path, keys, out):
+  try:
+    import pyarrow
+    from pyarrow import parquet
+  except ImportError as e:
+    raise errors.UserError(
+      f'{name}: parquet needs the package pyarrow; `pip install pyarrow`, or '
+      'convert it to JSON lines.'
+    ) from e
+  try:
+    file = parquet.ParquetFile(path)
+    names = file.schema_arrow.names
+    wanted = {k if k in names else k.split('.')[0] for k in keys}
+    if not wanted <= {*names}:
+      raise errors.UserError(
+        f'{name}: no column {min(wanted - {*names})!r}; it has '
+        f'{", ".join(names)[:200]}: set data.columns to two of them, such as '
+        "('translation.en', 'translation.fr')."
+      )
+    for batch in file.iter_batches(columns=sorted(wanted)):
+      for row in batch.to_pylist():
+        out.write(json.dumps(row, default=str).encode() + b'\n')
+  except pyarrow.ArrowException as e:
+    raise errors.UserError(
+      f'{name}: damaged parquet ({" ".join(str(e).split())[:200]}).'
+    ) from e
+
+
+def _markup(head) -> str:
+  low = head.lower()
+  if b'<tmx' in low:
+    return (
+      'TMX; write its pairs into a .jsonl or into two aligned files, one '
+      'segment a line'
+    )
+  if b'<html' in low or b'<!doctype html' in low:
+    return 'a web page, not the text itself; fetch the file that it links to'
+  return (
+    "markup (as of WMT's .sgm and .xml); write its segments one a line into "
+    'two aligned files, as `sacrebleu -t wmt20 -l en-de --echo src ref` does'
+  )
