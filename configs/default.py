@@ -15,6 +15,7 @@ from configs.knobs import LANGUAGES
 from configs.knobs import POSITIVE
 from configs.knobs import PROMPT
 from configs.knobs import TEXT
+from configs.knobs import Rule
 from configs.knobs import at_least
 from configs.knobs import between
 from configs.knobs import each
@@ -22,8 +23,9 @@ from configs.knobs import fraction
 from configs.knobs import knob
 from configs.knobs import one_of
 
-# As in mt/gemma/sizes.py, mt/gemma/model.py and mt/train/optimizer.py; a test
-# compares them. This file imports none of them: --help is to come at once.
+# As in mt/gemma/sizes.py, mt/gemma/model.py, mt/data/faults.py and
+# mt/train/optimizer.py; a test compares them. This file imports none of them:
+# --help is to come at once.
 SIZES = (
   'gemma1_2b', 'gemma1_7b',
   'gemma2_2b', 'gemma2_9b', 'gemma2_27b',
@@ -33,6 +35,9 @@ SIZES = (
 REMAT = ('none', 'dots', 'narrow', 'full')
 ATTENTION = ('xla', 'tokamax', 'splash')
 OPTIMIZERS = ('adamw', 'adafactor', 'sgd')
+FAULTS = (
+  'duplicates', 'leaks', 'copies', 'script', 'entities', 'lengths', 'not_nfc',
+)  # fmt: skip
 SCHEDULES = ('constant', 'linear', 'cosine')
 
 # A table: what a knob does stands under it.
@@ -126,6 +131,19 @@ KNOBS = (
   knob('data.max_bad_fraction', 0.01, between(0, 1), """
     More unusable lines than this share of a file stop the run.
     """, 'free'),
+  knob('data.filter', '', Rule(
+    lambda v: {x.strip() for x in v.split(',')} <= {'', *FAULTS},
+    f"names with commas between them, out of {', '.join(FAULTS)}",
+  ), """
+    Training pairs that are left out: `duplicates`; `leaks`, whose source is in
+    validation or test; `copies` of the source; `script`, in letters of another
+    language; HTML `entities`; suspicious `lengths`; `not_nfc`. `python -m
+    mt.data` counts and shows them.
+    """),
+  knob('data.allow_leaks', False, ANY, """
+    Train on sources that are in the test text, too, which is refused else; in a
+    text of more than 65,536 lines they are left out.
+    """),
   knob('data.length', 256, at_least(8), """
     Tokens in a row. A pair that needs more is left out, and counted. Memory and
     the cost of attention grow with it.

@@ -44,6 +44,7 @@ data, from parallel text to rows of tokens; `python -m mt.data` shows them
   line_index  where the lines of a file begin
   lines       a line -> a pair, or why it is none
   columns     what the columns of a text mean, checked on its lines
+  faults      what spoils a result: leaks, copies, other scripts, …
   bitext      parallel text on disk: bad lines counted, pairs read by number
   tfds        MTNT as TFDS reads it
   mtnt        MTNT 1.1 fetched; archives unpacked

@@ -19,6 +19,7 @@ from mt.base import journal
 from mt.base import screen
 from mt.data import bitext
 from mt.data import corpus
+from mt.data import faults
 from mt.data import splits
 from mt.data import store
 from mt.data import template
@@ -151,6 +152,7 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
         out.append(f'  not used of all lines: {bitext.reasons(bad)}')
       out.append(table(*found, config.data.length))
       if split == 'train':
+        out += faults.show(faults.count(text, range(len(text))))
         out.append(_epoch(source, share / sum(mixture), config.train))
       first = source.store.block(0)
       for i in range(min(_EXAMPLES, len(first))):

@@ -106,13 +106,18 @@ class Rows:
 
   def _find(self, index):
     """The number of the block that a row is in, and its place there."""
-    firsts = self._first_rows
+    firsts, several = self._first_rows, len(self.store) > 1
+    what = 'first rows', self.seed, self.length, self.packing, self.group
+    if several and len(firsts) == 1:  # Else a resume would pack all blocks.
+      firsts[:] = self.store.recall(what) or firsts
     while firsts[-1] <= index:
       number = len(firsts) - 1
       firsts.append(firsts[-1] + len(self.block_of_epoch(number)[1]))
       if number + 1 == len(self.store) and firsts[-1] == 0:
         sizes = [self.store.block(i).sizes for i in range(len(self.store))]
         raise no_pair_fits(self.store.bitext.where, self.length, sizes)
+      if several:
+        self.store.keep(what, firsts)
     number = bisect.bisect_right(firsts, index) - 1
     return number, index - firsts[number]
 
@@ -134,6 +139,8 @@ class Rows:
       rng = np.random.default_rng([self.seed, epoch, block])
       order = rng.permutation(np.flatnonzero(examples.sizes <= self.length))
       self._blocks[number] = examples, self._pack(rng, order, examples.sizes)
+      if len(self.store) > 1:
+        self.store.make_ahead(self._stored(number + 1))
     return self._blocks[number]
 
   def _pack(self, rng, order, sizes):

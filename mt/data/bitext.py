@@ -19,6 +19,7 @@ import numpy as np
 
 from mt.base import errors
 from mt.data import columns as columns_lib
+from mt.data import faults
 from mt.data import formats
 from mt.data import line_index
 from mt.data import lines
@@ -53,6 +54,7 @@ class Bitext:
   digest: str  # Changes with the content and with how it is read.
   # Instead of lines, the pairs themselves, see mt/data/tfds.py.
   pairs: tuple[lines.Pair, ...] = ()
+  rules: faults.Rules | None = None  # What training leaves out, see corpus.
 
   def __len__(self) -> int:
     """Lines, usable or not."""
@@ -62,11 +64,16 @@ class Bitext:
   def where(self) -> str:
     return ' + '.join(file.name for file in self.files)
 
+  @property
+  def sample_lines(self) -> np.ndarray:
+    """All lines, or of a large text some, see _LOOK_AT_ALL."""
+    number = len(self) if len(self) <= _LOOK_AT_ALL else _SAMPLE
+    return np.linspace(0, len(self) - 1, number).astype(np.int64)
+
   @functools.cached_property
   def sample(self) -> Looked:
-    """What became of all lines, or of some, see _LOOK_AT_ALL."""
-    number = len(self) if len(self) <= _LOOK_AT_ALL else _SAMPLE
-    return self.look(np.linspace(0, len(self) - 1, number).astype(np.int64))
+    """What became of these lines."""
+    return self.look(self.sample_lines)
 
   def read(self, which: Sequence[int] | None = None) -> list[lines.Pair]:
     """The pairs of these lines, or of all, without the unusable ones.
@@ -79,28 +86,39 @@ class Bitext:
   def look(self, which: Sequence[int]) -> Looked:
     """The pairs of these lines, and why others are none; see `read`."""
     which = np.asarray(which, np.int64)
-    if self.pairs:
-      pairs = [self.pairs[i] for i in which]
-      return Looked(len(which), pairs, np.arange(len(which)), {})
-    raws = [
-      _read_lines(*file, which)
-      for file in zip(self.files, self.stats, self.starts, strict=True)
-    ]
     pairs, usable, unusable = [], [], {}
-    for at, (i, *raw) in enumerate(zip(which.tolist(), *raws, strict=True)):
-      number = i + self.header + 1
-      pair = lines.parse_line(self.parse, number, raw)
-      if isinstance(pair, str):
-        count, first = unusable.get(pair, (0, number))
-        unusable[pair] = count + 1, min(first, number)
+    for at, (line, pair) in enumerate(
+      zip(which.tolist(), self._parsed(which), strict=True)
+    ):
+      why = pair if isinstance(pair, str) else ''
+      if not why and self.rules:
+        why = self.rules.why_left_out(line, pair)
+      if why:
+        number = line + self.header + 1
+        count, first = unusable.get(why, (0, number))
+        unusable[why] = count + 1, min(first, number)
       else:
         pairs.append(pair)
         usable.append(at)
     return Looked(len(which), pairs, np.array(usable, np.int64), unusable)
 
+  def _parsed(self, which) -> list[lines.Pair | str]:
+    if self.pairs:
+      return [self.pairs[i] for i in which]
+    raws = [
+      _read_lines(*file, which)
+      for file in zip(self.files, self.stats, self.starts, strict=True)
+    ]
+    numbers = (which + self.header + 1).tolist()
+    return [
+      lines.parse_line(self.parse, number, raw)
+      for number, *raw in zip(numbers, *raws, strict=True)
+    ]
+
   def check(self, unusable: Unusable, number: int) -> None:
     """Refuses too many unusable ones among `number` lines."""
-    bad = sum(count for count, _ in unusable.values())
+    lost = sum(count for count, _ in unusable.values())
+    bad = lost - sum(unusable.get(name, (0,))[0] for name in faults.NAMES)
     # Divided, for 0.29 * 100 is less than 29.
     if bad and bad / number > self.max_bad_fraction:
       of = 'its' if number == len(self) else 'some'
@@ -109,7 +127,7 @@ class Bitext:
         f'({reasons(unusable)}), more than data.max_bad_fraction='
         f'{self.max_bad_fraction:g}; mend them, or raise it.'
       )
-    if bad == number:
+    if lost == number:
       raise no_pair(self.where)
 
 

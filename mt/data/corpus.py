@@ -15,6 +15,10 @@ A source is one of
 """
 
 from collections.abc import Sequence
+import contextlib
+import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 
@@ -22,6 +26,7 @@ import ml_collections
 
 from mt.base import errors
 from mt.data import bitext
+from mt.data import faults
 from mt.data import mtnt
 from mt.data import sacrebleu_sets
 from mt.data import tfds
@@ -58,10 +63,56 @@ def read_splits(
       )
     names = sources(data) if split == 'train' else [source]
     found[split] = [_find(name, split, data.pair) for name in names]
-  return {
-    split: [_open(paths, data, other_way) for paths, other_way in files]
+  texts = {
+    split: [_open(paths, other_way, data) for paths, other_way in files]
     for split, files in found.items()
   }
+  if 'train' in texts:
+    held_out = _held_out(data, texts)
+    texts['train'] = [_cleaned(text, data, held_out) for text in texts['train']]
+  return texts
+
+
+def _held_out(data, texts) -> dict[str, tuple[str, str]]:
+  """Sources of validation and test, for faults.Rules.
+
+  Of those too that are not read now, if they are there: a run that does not
+  score the test split must not train on it either.
+  """
+  out = {}
+  for split in ('valid', 'test'):
+    opened, source = texts.get(split, []), split_source(data, split)
+    if not opened and source is not None:
+      with contextlib.suppress(errors.UserError):
+        opened = [_open(*_find(source, split, data.pair), data)]
+    for text in opened:
+      for p in text.read():
+        out[faults.fold(p.source)] = split, p.source
+  return out
+
+
+def _cleaned(text, data, held_out) -> bitext.Bitext:
+  """A training text without what data.filter names.
+
+  Raises:
+    errors.UserError: it has sources of the test split, and nobody allows that.
+  """
+  names = {name.strip() for name in data.filter.split(',')} - {''}
+  ratio = faults.median_ratio(text.sample.pairs)
+  rules = faults.Rules(data.pair, ratio, held_out)
+  if not data.allow_leaks and 'leaks' not in names:
+    faults.refuse_leaks(text.where, text.sample.pairs, rules)
+    if held_out and text.sample.number < len(text):
+      names.add('leaks')  # Of which the sample has none, but the rest may.
+  if not names:
+    return dataclasses.replace(text, rules=rules)
+  again = faults.duplicates(text) if 'duplicates' in names else None
+  left_out = frozenset(names)
+  rules = dataclasses.replace(rules, left_out=left_out, again=again)
+  sources = sorted(held_out) if 'leaks' in names else []
+  identity = json.dumps([text.digest, sorted(names), data.pair, sources])
+  digest = hashlib.sha256(identity.encode()).hexdigest()
+  return dataclasses.replace(text, rules=rules, digest=digest)
 
 
 def split_source(data: ml_collections.ConfigDict, split: str) -> str | None:
@@ -82,7 +133,7 @@ def some_texts(text: bitext.Bitext, most: int = 4000) -> list[str]:
   return [side for p in pairs for side in (p.source, p.target)]
 
 
-def _open(paths, data, reversed_pair) -> bitext.Bitext:
+def _open(paths, reversed_pair, data) -> bitext.Bitext:
   if data.tfds_quoting:
     return tfds.read_as_tfds(paths[0], reversed_pair)
   return bitext.open_bitext(

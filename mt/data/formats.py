@@ -122,7 +122,12 @@ def cache_path(path: str, parts: Sequence[str]) -> pathlib.Path:
   identity = [_VERSION, os.path.realpath(path), s.st_dev, s.st_ino, s.st_size]
   identity += [s.st_mtime_ns, *parts]
   key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-  return cache.cache_dir() / 'texts' / key
+  return folder() / key
+
+
+def folder() -> pathlib.Path:
+  """What is made of texts and kept."""
+  return cache.cache_dir() / 'texts'
 
 
 def _head(path) -> bytes:

@@ -65,7 +65,7 @@ def _write(f, first, name, out):
     digest.update(chunk)
     out.write(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + (at + 1))
     at += len(chunk)
-    if at >= _SMALL:
+    if not at % (1 << 28):
       progress.update(at // 10**6)
   if at > first and not chunk.endswith(b'\n'):
     out.write(np.int64(at))  # The last line has no end.

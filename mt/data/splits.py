@@ -13,6 +13,7 @@ import numpy as np
 from mt.base import journal
 from mt.data import batches
 from mt.data import bitext
+from mt.data import faults
 from mt.data import lines
 from mt.data import store
 from mt.data import template as template_lib
@@ -50,6 +51,9 @@ def read(
   for split, split_texts in texts.items():
     for text in split_texts:
       journal.say(f'{split}: {bitext.describe(text)}')
+      if split == 'train' and (found := faults.count(text, text.sample_lines)):
+        shown = faults.describe(found)
+        journal.say(f'train: of these {shown}; `python -m mt.data` shows them')
   sources, mixture = training_rows(config, tok, texts['train'])
   for source in sources:
     source[0]  # Refuses a text without a row.

@@ -11,16 +11,20 @@ A block's file is int32 numbers in the machine's order, and nothing else:
   n, which n of its lines are pairs, n sizes, n target starts, the tokens
 """
 
+from collections.abc import Hashable
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import pathlib
+import threading
 
 import chex
 import numpy as np
 
 from mt.base import cache
+from mt.base import errors
 from mt.base import files
 from mt.base import journal
 from mt.data import bitext as bitext_lib
@@ -43,6 +47,9 @@ class Store:
   tok: tokenizer.Tokenizer
   template: template_lib.Template
   folder: pathlib.Path
+  _writing: threading.Lock = dataclasses.field(
+    default_factory=threading.Lock, init=False, compare=False, repr=False
+  )
 
   def __len__(self) -> int:
     return -(-len(self.bitext) // _BLOCK)
@@ -81,6 +88,32 @@ class Store:
       self.bitext.check(self.unusable([number]), len(self.members(number)))
     return examples
 
+  def make_ahead(self, number: int) -> None:
+    """Starts to make a block in a thread, if it is not there.
+
+    What is wrong with it is said to who asks for it.
+    """
+
+    def make():
+      with contextlib.suppress(errors.UserError):
+        self._read(number)
+
+    threading.Thread(target=make, daemon=True).start()
+
+  def recall(self, what: Hashable) -> list[int]:
+    """Numbers that `keep` was given, or none."""
+    with contextlib.suppress(errors.UserError):
+      return files.read_json(self._kept(what))
+    return []
+
+  def keep(self, what: Hashable, numbers: Sequence[int]) -> None:
+    """Keeps numbers beside the blocks."""
+    files.write_json(self._kept(what), list(numbers))
+
+  def _kept(self, what):
+    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    return self.folder / f'{digest}.json'
+
   def pairs(self, number: int, items: Sequence[int]) -> list[lines.Pair]:
     """The texts of these examples of a block."""
     return self.bitext.read(self.members(number)[self._read(number)[0][items]])
@@ -95,22 +128,28 @@ class Store:
     path = self.folder / f'{number:05d}.{_LAYOUT}.int32'
     size = len(self.members(number))
     found = _load(path, size)
-    if found is None:
-      self._write(path, self.members(number))
+    if found is not None:
+      return found
+    with self._writing:
+      if _load(path, size) is None:
+        self._write(path, self.members(number))
       found = _load(path, size)
-      if len(self) > 1 and len(found[0]) < size:
-        journal.say(
-          f'{self.bitext.where}: {size:,} lines more were looked at; not used: '
-          f'{bitext_lib.reasons(self.unusable([number]))}'
-        )
     return found
 
   def _write(self, path, members):
-    usable, parts = [], []
+    usable, parts, unusable = [], [], {}
     for at in range(0, len(members), _CHUNK):
       looked = self.bitext.look(members[at : at + _CHUNK])
       usable.append((looked.usable + at).astype(np.int32))
       parts.append(template_lib.encode(looked.pairs, self.tok, self.template))
+      for reason, (count, first) in looked.unusable.items():
+        before, first = unusable.get(reason, (0, first))
+        unusable[reason] = before + count, first
+    if len(self) > 1 and unusable:
+      journal.say(
+        f'{self.bitext.where}: {len(members):,} lines more were looked at; not '
+        f'used: {bitext_lib.reasons(unusable)}'
+      )
     with files.new_file(path) as f:
       f.write(np.int32(sum(map(len, usable))))
       for part in usable:

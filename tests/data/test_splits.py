@@ -169,6 +169,7 @@ def test_validation_has_the_first_pairs_that_fit(config):
 
 def test_scored_pairs(config, tmp_path):
   config.data.test = _write(tmp_path / 'test.tsv', [2] * 7)
+  config.data.allow_leaks = True
   assert {k: len(v) for k, v in _read(config).scored.items()} == {'valid': 12}
   config.eval.test = True
   config.eval.translate_pairs = 5

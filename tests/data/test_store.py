@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import time
 import zlib
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt.base import errors
+from mt.data import batches
 from mt.data import bitext
 from mt.data import lines
 from mt.data import store
@@ -122,6 +124,59 @@ def test_a_block_is_tokenised_once_and_when_it_is_asked_for(
   monkeypatch.setattr(template_lib, 'encode', None)  # Nobody tokenises.
   os.unlink(text.where)
   assert _lists(_open(text).block(2)) == want
+
+
+def test_lines_that_are_no_pairs_are_left_out_and_counted(tmp_path, capsys):
+  rows = [f'{"x" * n} y\t{n} z' for n in range(23)]
+  rows[3] = rows[17] = 'no second column'
+  path = tmp_path / 'a.tsv'
+  path.write_text('\n'.join(rows))
+  text = bitext.open_bitext([path], 'en-fr', max_bad_fraction=0.5)
+  opened, sources = _open(text), []
+  for block in range(4):
+    number = len(opened.block(block))
+    pairs = opened.pairs(block, range(number))
+    assert len(pairs) == number
+    sources += [p.source for p in pairs]
+  want = {row.split('\t')[0] for row in rows} - {'no second column'}
+  assert len(sources) == 21 and {*sources} == want
+  assert opened.unusable(range(4)) == {'fewer than 2 columns': (2, 4)}
+  said = capsys.readouterr().out
+  assert said.count('1 fewer than 2 columns') == 2
+  # One bad line in a block of five or six is more than a tenth.
+  text = dataclasses.replace(text, max_bad_fraction=0.1)
+  stopped = 0
+  for block in range(4):  # Blocks that are there already, too.
+    try:
+      _open(text).block(block)
+    except errors.UserError as e:
+      assert 'data.max_bad_fraction=0.1' in str(e)
+      stopped += 1
+  assert stopped == 2
+
+
+def test_the_next_block_is_made_ahead_and_rows_are_kept(tmp_path, monkeypatch):
+  opened = _open(_text(tmp_path))
+  rows = batches.Rows(opened, 200, 0)
+  rows[0]
+  deadline = time.monotonic() + 20
+  while len(_files(opened)) < 2 and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert len(_files(opened)) == 2
+  last = sum(len(rows.block_of_epoch(n)[1]) for n in range(9)) - 1
+  want = rows[last]
+  # A later start packs only the block that it needs.
+  again, packed = batches.Rows(opened, 200, 0), []
+  pack = batches.Rows._pack
+  monkeypatch.setattr(
+    batches.Rows, '_pack', lambda *args: packed.append(1) or pack(*args)
+  )
+  numbered_rows.equal(again[last], want)
+  assert len(packed) == 1
+  # Rows of another length are others.
+  other = batches.Rows(opened, 60, 0)
+  assert other[last]['tokens'].shape == (60,)
+  assert other._first_rows[:5] != again._first_rows[:5]
 
 
 # Whose blocks they are.

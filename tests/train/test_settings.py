@@ -7,6 +7,7 @@ import pytest
 from configs import default
 from mt.base import errors
 from mt.data import corpus
+from mt.data import faults
 from mt.gemma import fused
 from mt.gemma import model
 from mt.gemma import sizes
@@ -176,6 +177,7 @@ def test_the_names_in_the_knobs_are_those_of_the_code():
   assert fused.IMPLEMENTATIONS == default.ATTENTION
   assert default.OPTIMIZERS == optimizer.NAMES
   assert default.SCHEDULES == optimizer.SCHEDULES
+  assert default.FAULTS == faults.NAMES
 
 
 def test_each_knob_is_described_and_passes_its_own_rule():

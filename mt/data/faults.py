@@ -1,0 +1,200 @@
+"""What spoils a result: pairs that are counted, shown, and left out on demand.
+
+  duplicates  the same pair stands in an earlier line
+  leaks       its source is one of validation or test, but for case and spaces
+  copies      source and target are the same, but for case and spaces
+  script      most letters of a side are not of its language's script
+  entities    HTML entities, such as &amp;
+  lengths     one side is far longer than in most pairs of the text
+  not_nfc     letter and accent apart, where Unicode's NFC has one character
+
+`data.filter` names those that training leaves out.
+"""
+
+import array
+from collections.abc import Iterable
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+import html
+import math
+from typing import Any
+import unicodedata
+
+import numpy as np
+import regex
+
+from mt.base import errors
+from mt.base import files
+from mt.data import formats
+from mt.data import lines
+
+_LENGTHS = 3.0  # Times as long as the median of the text's pairs.
+_SHORT = 20  # Characters; the lengths of shorter texts say nothing.
+_LETTERS = 4  # In a text, at least, to tell a script.
+_CHUNK = 1 << 16
+_LINES_IN_MEMORY = 1 << 20
+
+# What languages are written in, if not in Latin letters.
+_SCRIPTS = {
+  **dict.fromkeys(('ar', 'fa', 'ur'), 'Arabic'),
+  **dict.fromkeys(('be', 'bg', 'kk', 'mk', 'mn', 'ru', 'uk'), 'Cyrillic'),
+  **dict.fromkeys(('hi', 'mr', 'ne'), 'Devanagari'),
+  **{'bn': 'Bengali', 'el': 'Greek', 'gu': 'Gujarati', 'he': 'Hebrew'},
+  **{'hy': 'Armenian', 'ka': 'Georgian', 'ko': 'Hangul', 'ta': 'Tamil'},
+  **{'te': 'Telugu', 'th': 'Thai', 'zh': 'Han'},
+  'ja': r'Han}\p{Hiragana}\p{Katakana',
+  # Written in two scripts.
+  **dict.fromkeys(('az', 'sr', 'uz'), r'Latin}\p{Cyrillic'),
+}
+NAMES = (
+  *('duplicates', 'leaks', 'copies', 'script', 'entities', 'lengths'),
+  'not_nfc',
+)
+_letter = regex.compile(r'\p{L}')
+_entity = regex.compile(r'&(?:\w+|#\d+|#x[\da-fA-F]+);')
+
+Counts = dict[str, tuple[int, lines.Pair]]  # Fault -> how many, the first.
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """What is a fault in a pair of a text."""
+
+  pair: str  # Of languages, such as en-fr.
+  ratio: float  # Median logarithm of source / target in characters.
+  # Folded source -> (`valid` or `test`, the source).
+  held_out: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+  # What training leaves out, and for duplicates: which lines they are.
+  left_out: frozenset[str] = frozenset()
+  again: np.ndarray | None = None  # [lines] bool.
+
+  def find(self, pair: lines.Pair) -> list[str]:
+    """The faults of a pair; duplicates are those of many."""
+    source, target = fold(pair.source), fold(pair.target)
+    sides = zip(self.pair.lower().split('-'), pair[1:], strict=True)
+    longest = max(len(source), len(target))
+    ratio = math.log(max(1, len(source)) / max(1, len(target)))
+    both = pair.source + pair.target
+    found = {
+      'leaks': source in self.held_out,
+      'copies': source == target,
+      'script': any(_other_script(code, text) for code, text in sides),
+      'entities': any(html.unescape(x) != x for x in _entity.findall(both)),
+      'lengths': longest >= _SHORT
+      and abs(ratio - self.ratio) > math.log(_LENGTHS),
+      'not_nfc': not unicodedata.is_normalized('NFC', both),
+    }
+    return [name for name, is_found in found.items() if is_found]
+
+  def why_left_out(self, line: int, pair: lines.Pair) -> str:
+    """The first fault for which training leaves out a pair, or nothing."""
+    if self.again is not None and self.again[line]:
+      return 'duplicates'
+    names = self.find(pair) if self.left_out else ()
+    return next((name for name in names if name in self.left_out), '')
+
+
+def fold(text: str) -> str:
+  """A text without what looks the same: case, and how wide a space is."""
+  return ' '.join(text.casefold().split())
+
+
+def _other_script(code, text) -> bool:
+  if text.isascii() and code not in _SCRIPTS:
+    return False
+  letters = _letter.findall(text)
+  script = _SCRIPTS.get(code, 'Latin')
+  own = regex.findall(rf'[\p{{{script}}}]', text)
+  return len(letters) >= _LETTERS and 2 * len(own) < len(letters)
+
+
+def median_ratio(pairs: Iterable[lines.Pair]) -> float:
+  """Of characters of source and target, its logarithm."""
+  ratios = [
+    math.log(len(p.source) / len(p.target)) for p in pairs if all(p[1:])
+  ]
+  return float(np.median(ratios)) if ratios else 0.0
+
+
+def duplicates(text: Any) -> np.ndarray:
+  """Which lines of a Bitext have the pair of an earlier one: [lines] bool.
+
+  Found by hashes of 64 bits; for a large text once, then kept in the cache.
+  """
+  number, kept = len(text), formats.folder() / f'{text.digest}.again'
+  if number > _LINES_IN_MEMORY and kept.exists():
+    return np.memmap(kept, bool, 'r')
+  hashes = np.zeros(number, np.uint64)
+  for at in range(0, number, _CHUNK):
+    looked = text.look(range(at, min(at + _CHUNK, number)))
+    hashes[at + looked.usable] = [_hash(p) for p in looked.pairs]
+  again = np.ones(number, bool)
+  again[np.unique(hashes, return_index=True)[1]] = False
+  again[hashes == 0] = False  # No pairs.
+  if number > _LINES_IN_MEMORY:
+    with files.new_file(kept) as f:
+      f.write(again)
+  return again
+
+
+def _hash(pair) -> int:
+  text = f'{pair.source}\0{pair.target}'.encode()
+  return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) or 1
+
+
+def count(text: Any, which: Sequence[int]) -> Counts:
+  """How many pairs among these lines of a Bitext have each fault."""
+  places, hashes, counts = [], array.array('Q'), {}
+  for at in range(0, len(which), _CHUNK):
+    part = np.asarray(which[at : at + _CHUNK])
+    looked = text.look(part)
+    places.append(part[looked.usable])
+    for pair in looked.pairs:
+      hashes.append(_hash(pair))
+      for name in text.rules.find(pair):
+        number, first = counts.get(name, (0, pair))
+        counts[name] = number + 1, first
+  _, first = np.unique(np.frombuffer(hashes, np.uint64), return_index=True)
+  if again := len(hashes) - len(first):
+    one = np.setdiff1d(np.arange(len(hashes)), first)[:1]
+    counts['duplicates'] = again, text.read(np.concatenate(places)[one])[0]
+  return counts
+
+
+def describe(counts: Counts) -> str:
+  """Them in a line, the most frequent first; or nothing."""
+  found = sorted(counts.items(), key=lambda item: -item[1][0])
+  return ', '.join(f'{number:,} {name}' for name, (number, _) in found)
+
+
+def show(counts: Counts) -> list[str]:
+  """A line for each fault, with its first pair and what leaves it out."""
+  found = sorted(counts.items(), key=lambda item: -item[1][0])
+  return [
+    f'  {name:10} {number:9,}  {p.id}: {p.source[:50]!r} -> {p.target[:50]!r}  '
+    f'(data.filter={name} leaves them out)'
+    for name, (number, p) in found
+  ]
+
+
+def refuse_leaks(where: str, pairs: Iterable[lines.Pair], rules: Rules) -> None:
+  """Refuses training pairs whose sources are tested.
+
+  Raises:
+    errors.UserError: with how many there are.
+  """
+  found = [
+    (p, rules.held_out[fold(p.source)][1])
+    for p in pairs
+    if rules.held_out.get(fold(p.source), ('',))[0] == 'test'
+  ]
+  if found:
+    exact = sum(p.source == tested for p, tested in found)
+    raise errors.UserError(
+      f'{where}: {len(found):,} of its sources are in the test text, too '
+      f'({exact:,} to the letter; the first is {found[0][0].id}: '
+      f'{found[0][0].source[:80]!r}), so that scores would be too good; set '
+      "data.filter='leaks' to train without these pairs, or data.allow_leaks "
+      'to train on them.'
+    )
