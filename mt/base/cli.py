@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import difflib
+import errno
 import os
 import pathlib
 import signal
 import sys
+import tempfile
 import textwrap
 import traceback
 
@@ -17,8 +19,12 @@ import ml_collections
 from ml_collections import config_flags
 
 from configs import default
+from mt.base import accelerator
 from mt.base import errors
 from mt.base import screen
+
+# Never a bug: a disk that is full or only to be read.
+_OF_THE_MACHINE = errno.ENOSPC, errno.EDQUOT, errno.EROFS
 
 # Flags that are defined here belong to the command that calls.
 flags.disclaim_key_flags()
@@ -54,8 +60,32 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       _leave(e, e.code)
     except KeyboardInterrupt as e:
       _leave(e, 130, 'interrupted; of a run, the last checkpoint stands')
+    except OSError as e:
+      if e.errno not in _OF_THE_MACHINE:
+        raise
+      _leave(
+        e, errors.UserError.code, f'{e}; make room, or name another folder'
+      )
+    except (RuntimeError, AssertionError) as e:
+      problem = accelerator.problem()
+      if not problem:
+        raise
+      _leave(e, errors.UserError.code, problem)
 
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _check_temporary_folder():
+  """chex wants one as soon as it is imported."""
+  try:
+    tempfile.gettempdir()
+  except OSError as e:
+    _leave(
+      e,
+      errors.UserError.code,
+      f'{e.strerror}; make room there, or set TMPDIR to a folder that you may '
+      'write to',
+    )
 
 
 def _terminated(number, _frame):
@@ -150,3 +180,6 @@ def _entry(name, value, text):
   shown = '' if value is None else f'={value}'
   text = textwrap.fill(' '.join(text.split()), 74)
   return f'  --{name}{shown}\n{textwrap.indent(text, " " * 6)}'
+
+
+_check_temporary_folder()  # Before a command imports the rest.
