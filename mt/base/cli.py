@@ -33,8 +33,8 @@ flags.disclaim_key_flags()
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs a command: `main` is called after the flags are read.
 
-  Exit codes: 0 done, 1 unknown flag, 2 bad input, 130 interrupted (SIGINT), 143
-  terminated (SIGTERM); all but the first with one line on stderr.
+  Exit codes: 0 done, 1 unknown flag, 2 bad input, 128 + the number of a signal
+  (130 of SIGINT, 143 of SIGTERM); all but the first with one line on stderr.
   """
   screen.protect()
   # JAX reserves so much of a GPU's memory when it starts, and uses no more; by
@@ -46,7 +46,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   )
 
   def guarded(argv):
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in errors.heard_signals():
+      signal.signal(number, _terminated)
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # Orbax has much to tell.
     try:
