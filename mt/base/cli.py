@@ -30,8 +30,10 @@ _OF_THE_MACHINE = errno.ENOSPC, errno.EDQUOT, errno.EROFS
 flags.disclaim_key_flags()
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
+def run(main: Callable[[Sequence[str]], None], words_of: str = '') -> None:
   """Runs a command: `main` is called after the flags are read.
+
+  Words without dashes are refused, but for those after the flag `words_of`.
 
   Exit codes: 0 done, 1 unknown flag, 2 bad input, 128 + the number of a signal
   (130 of SIGINT, 143 of SIGTERM); all but the first with one line on stderr.
@@ -51,7 +53,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # Orbax has much to tell.
     try:
-      if len(argv) > 1:
+      if len(argv) > 1 and not (words_of and flags.FLAGS[words_of].present):
         raise errors.UserError(
           f'{argv[1]!r} is no flag; write --flag=value, with the dashes; see '
           '--help.'
