@@ -254,6 +254,12 @@ KNOBS = (
     many of them in a row the run stops.
     """, 'free'),
 
+  knob('train.preempt_command', '', ANY, """
+    A shell command that is asked every five seconds while training lasts. Once
+    it succeeds, the machine is about to be taken away: the run saves and leaves
+    as at SIGTERM. `test -e FILE` waits for a file.
+    """, 'free'),
+
   # --- mesh: several devices --------------------------------------------------
   # Devices in three groups; their product is the number used. The same steps
   # everywhere, up to rounding.

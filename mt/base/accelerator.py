@@ -43,6 +43,24 @@ def describe(root: pathlib.Path = pathlib.Path('/')) -> str:
   )
 
 
+def problem() -> str:
+  """What keeps JAX from starting here, as a sentence; '' where it starts."""
+  import jax
+
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as e:  # Both are JAX's own.
+    asked = os.environ.get('JAX_PLATFORMS', '')
+    why = ' '.join(str(e).split('(set JAX')[0].split())
+    return (
+      f"JAX cannot start with JAX_PLATFORMS='{asked}' "
+      f'({why or "no such device"}); unset it, or set it to cpu; `make train '
+      'ACCELERATOR=cuda` or tpu installs its plugin (CUDA 13 wants driver 580 '
+      'or newer).'
+    )
+  return ''
+
+
 def memory() -> int:
   """Bytes that JAX may take of a device; 0 where it does not say (a CPU)."""
   import jax

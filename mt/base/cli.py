@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import difflib
+import errno
 import os
 import pathlib
 import signal
 import sys
+import tempfile
 import textwrap
 import traceback
 
@@ -17,18 +19,24 @@ import ml_collections
 from ml_collections import config_flags
 
 from configs import default
+from mt.base import accelerator
 from mt.base import errors
 from mt.base import screen
+
+# Never a bug: a disk that is full or only to be read.
+_OF_THE_MACHINE = errno.ENOSPC, errno.EDQUOT, errno.EROFS
 
 # Flags that are defined here belong to the command that calls.
 flags.disclaim_key_flags()
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
+def run(main: Callable[[Sequence[str]], None], words_of: str = '') -> None:
   """Runs a command: `main` is called after the flags are read.
 
-  Exit codes: 0 done, 1 unknown flag, 2 bad input, 130 interrupted (SIGINT), 143
-  terminated (SIGTERM); all but the first with one line on stderr.
+  Words without dashes are refused, but for those after the flag `words_of`.
+
+  Exit codes: 0 done, 1 unknown flag, 2 bad input, 128 + the number of a signal
+  (130 of SIGINT, 143 of SIGTERM); all but the first with one line on stderr.
   """
   screen.protect()
   # JAX reserves so much of a GPU's memory when it starts, and uses no more; by
@@ -40,11 +48,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   )
 
   def guarded(argv):
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in errors.heard_signals():
+      signal.signal(number, _terminated)
     if not flags.FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)  # Orbax has much to tell.
     try:
-      if len(argv) > 1:
+      if len(argv) > 1 and not (words_of and flags.FLAGS[words_of].present):
         raise errors.UserError(
           f'{argv[1]!r} is no flag; write --flag=value, with the dashes; see '
           '--help.'
@@ -54,8 +63,32 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       _leave(e, e.code)
     except KeyboardInterrupt as e:
       _leave(e, 130, 'interrupted; of a run, the last checkpoint stands')
+    except OSError as e:
+      if e.errno not in _OF_THE_MACHINE:
+        raise
+      _leave(
+        e, errors.UserError.code, f'{e}; make room, or name another folder'
+      )
+    except (RuntimeError, AssertionError) as e:
+      problem = accelerator.problem()
+      if not problem:
+        raise
+      _leave(e, errors.UserError.code, problem)
 
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _check_temporary_folder():
+  """chex wants one as soon as it is imported."""
+  try:
+    tempfile.gettempdir()
+  except OSError as e:
+    _leave(
+      e,
+      errors.UserError.code,
+      f'{e.strerror}; make room there, or set TMPDIR to a folder that you may '
+      'write to',
+    )
 
 
 def _terminated(number, _frame):
@@ -150,3 +183,6 @@ def _entry(name, value, text):
   shown = '' if value is None else f'={value}'
   text = textwrap.fill(' '.join(text.split()), 74)
   return f'  --{name}{shown}\n{textwrap.indent(text, " " * 6)}'
+
+
+_check_temporary_folder()  # Before a command imports the rest.

@@ -3,6 +3,17 @@
 Anything else that is raised is a bug, and keeps its traceback.
 """
 
+import signal
+
+# Sent where a machine is taken away: by the system, by a terminal that closes,
+# and as Slurm's and submitit's warning.
+TAKEN_AWAY = signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+
+
+def heard_signals() -> list[signal.Signals]:
+  """Those of TAKEN_AWAY that nobody wants ignored, as nohup does SIGHUP."""
+  return [n for n in TAKEN_AWAY if signal.getsignal(n) != signal.SIG_IGN]
+
 
 class UserError(Exception):
   """Bad input; the message names what was found, expected and what to do.

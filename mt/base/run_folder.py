@@ -9,6 +9,7 @@ scores.json        BLEU and chrF, before and after, and chrF by noise
 translations/      SPLIT.{source,reference,before,after}.txt
 samples.txt        eight sentences, before and after
 report.html        all of this on one page, see mt/evaluate/report.py
+comparison.html    other runs beside it, where mt.evaluate --report was asked
 evaluation/        see mt/evaluate/__main__.py
 checkpoints/       see mt/train/checkpoint.py
 lock               held while a run is at work
@@ -129,6 +130,11 @@ def step_knobs(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return {k: v for k, v in flat.items() if k in same}
 
 
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+  """The values of a config under the names of its knobs, such as data.pair."""
+  return dict(_flat(config))
+
+
 def _flat(config, prefix=''):
   for key, value in config.items():
     if isinstance(value, dict):
@@ -141,7 +147,7 @@ def differences(
   old: dict[str, Any], new: dict[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
   """Knobs of two configs that differ: their name, the old and the new value."""
-  old, new = dict(_flat(old)), dict(_flat(new))
+  old, new = flat(old), flat(new)
   for key in sorted(old.keys() | new.keys()):
     if old.get(key) != new.get(key):
       yield key, old.get(key), new.get(key)

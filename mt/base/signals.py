@@ -1,14 +1,19 @@
-"""SIGINT and SIGTERM while training lasts: save and leave."""
+"""Signals and notices while training lasts: save and leave."""
 
 from collections.abc import Iterator
 import contextlib
 import os
 import signal
+import subprocess
+import threading
 
 import jax
 
 from mt.base import errors
 from mt.base import processes
+
+# Seconds between two questions to a command, and until it has to answer.
+_PAUSE, _PATIENCE = 5.0, 5.0
 
 
 class Listener:
@@ -31,6 +36,13 @@ class Listener:
         'leaves; Ctrl-C again leaves at once',
       )
 
+  def watch(self, command: str, ended: threading.Event) -> None:
+    """Takes a command that succeeds for SIGTERM; asks it until `ended`."""
+    while not ended.wait(_PAUSE):
+      if not _status(command):
+        self.hear(signal.SIGTERM, None)
+        return
+
   def asked(self) -> int:
     """The signal that any of the processes got, or 0; the same in all.
 
@@ -49,15 +61,48 @@ def _tell(stream, text):
     os.write(stream, f'{text}\n'.encode())
 
 
+def _status(command):
+  """The exit code of a shell command; 1 if it takes too long."""
+  try:
+    done = subprocess.run(
+      command,
+      shell=True,
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+      timeout=_PATIENCE,
+    )
+  except subprocess.TimeoutExpired:
+    return 1
+  return done.returncode
+
+
 @contextlib.contextmanager
-def listening() -> Iterator[Listener]:
-  """A Listener that hears SIGINT and SIGTERM until the context ends."""
-  listener = Listener()
-  both = signal.SIGINT, signal.SIGTERM
-  old = {number: signal.signal(number, listener.hear) for number in both}
+def listening(command: str = '') -> Iterator[Listener]:
+  """A Listener that hears signals until the context ends.
+
+  Args:
+    command: that of train.preempt_command, asked every few seconds by a thread.
+
+  Raises:
+    errors.UserError: there is no such command.
+  """
+  listener, ended = Listener(), threading.Event()
+  if command:
+    if _status(command) in (126, 127):
+      raise errors.UserError(
+        f'train.preempt_command is {command!r}, which the shell cannot run; a '
+        'command such as `test -e FILE` expected.'
+      )
+    watch = threading.Thread(target=listener.watch, args=[command, ended])
+    watch.daemon = True
+    watch.start()
+  heard = signal.SIGINT, *errors.heard_signals()
+  old = {number: signal.signal(number, listener.hear) for number in heard}
   try:
     yield listener
   finally:
+    ended.set()
     for number, handler in old.items():
       signal.signal(number, handler)
 

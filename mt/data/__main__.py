@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import os
 import sys
 
+from mt.base import cli  # First: chex wants a temporary folder.
+
+# isort: split
 from absl import flags
 import chex
 import matplotlib.figure
 import ml_collections
 import numpy as np
 
-from mt.base import cli
 from mt.base import errors
 from mt.base import journal
 from mt.base import screen

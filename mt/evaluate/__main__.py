@@ -10,6 +10,10 @@ is not translated again. W/evaluation/ has then
                       mt/evaluate/noise.py), and the comparison, if any
   SPLIT.*.txt         source, reference and hypothesis, one a line
 
+  python -m mt.evaluate --report runs/a runs/b [runs/c [runs/d]]
+
+makes one page of several runs: comparison.html in the folder of the first.
+
 With --data=TEXT any text that data.source takes is scored instead, such as a
 file or sacrebleu:wmt24; SPLIT is then SPLIT-TEXT in these names.
 """
@@ -31,6 +35,7 @@ from mt.base import journal
 from mt.base import run_folder
 from mt.data import corpus
 from mt.evaluate import cached
+from mt.evaluate import comparison
 from mt.evaluate import noise
 from mt.evaluate import report
 from mt.evaluate import scores
@@ -187,8 +192,16 @@ def describe(result: dict[str, Any]) -> str:
   return '\n'.join(out)
 
 
-def main(_):
+def main(argv):
   given = flags.FLAGS
+  if given.report:
+    workdirs = [pathlib.Path(name) for name in (*given.report, *argv[1:])]
+    out = workdirs[0] / 'comparison.html'
+    files.write(out, comparison.page(workdirs))
+    print(f'written: {out}')
+    return
+  if not given.workdir:
+    raise errors.UserError('--workdir of a run expected, or --report of some.')
   compiling.keep_compiled_programs()
   workdir = pathlib.Path(given.workdir)
   against = pathlib.Path(given.against) if given.against else None
@@ -225,5 +238,9 @@ if __name__ == '__main__':
     'The first ones, 0 for all; without it as many as the run translates.',
     lower_bound=0,
   )
-  flags.mark_flag_as_required('workdir')
-  cli.run(main)
+  flags.DEFINE_list(
+    'report',
+    [],
+    'Folders of two to four runs, compared in comparison.html of the first.',
+  )
+  cli.run(main, words_of='report')

@@ -25,7 +25,7 @@ _ABOUT_NOISE = (
   '<p class="dim">A sentence may be in several classes; the rules are '
   'in mt/evaluate/noise.py.</p>'
 )
-_ABOUT_BOOTSTRAP = (
+ABOUT_BOOTSTRAP = (
   '<p class="dim">Paired bootstrap. ± is half of the 95 % interval, p how '
   'likely chance alone makes such a difference.</p>'
 )
@@ -43,12 +43,12 @@ def page(workdir: pathlib.Path) -> str:
   scores = {}
   if (workdir / 'scores.json').exists():
     scores = files.read_json(workdir / 'scores.json')
-  curves, last = _read_curves(workdir / 'metrics.jsonl')
+  curves, last = read_curves(workdir / 'metrics.jsonl')
   out = [_head(workdir.absolute().name, config, last, bool(scores))]
   if scores:
     tables = [(split, _scores(both)) for split, both in scores.items()]
-    out += ['<h2>Scores</h2>', _grid(tables)]
-    out.append(_signatures(next(iter(scores.values()))['after']))
+    out += ['<h2>Scores</h2>', grid(tables)]
+    out.append(signatures(next(iter(scores.values()))['after']))
   out += ['<h2>Curves</h2>', _curves(curves, scores, last)]
   if scores:
     tables = [
@@ -56,7 +56,7 @@ def page(workdir: pathlib.Path) -> str:
       for split, both in scores.items()
       if 'noise' in both['after']  # Runs of old have none.
     ]
-    out += ['<h2>chrF by noise</h2>', _ABOUT_NOISE, _grid(tables)]
+    out += ['<h2>chrF by noise</h2>', _ABOUT_NOISE, grid(tables)]
   for path in sorted((workdir / 'evaluation').glob('*.json')):
     if '.' not in path.stem:
       out.append(_evaluation(path.stem, files.read_json(path)))
@@ -69,9 +69,20 @@ def page(workdir: pathlib.Path) -> str:
     out.append(sentences.tables(*texts, *config['data']['pair'].split('-')))
   out += ['<h2>Config that differs from the default</h2>', _config(config)]
   environment = files.read_json(workdir / 'environment.json')
-  rows = [(_text(key), _code(value)) for key, value in environment.items()]
-  out += ['<h2>Environment</h2>', _table(('', ''), rows), '</body></html>\n']
+  rows = [(_text(key), code(value)) for key, value in environment.items()]
+  out += ['<h2>Environment</h2>', table(('', ''), rows), '</body></html>\n']
   return '\n'.join(out)
+
+
+def top(title) -> str:
+  return (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+    "style-src 'unsafe-inline'\">"
+    '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    f'<title>{_text(title)}</title>'
+    f'<style>{_STYLE}</style></head><body><h1>{_text(title)}</h1>'
+  )
 
 
 def _head(name, config, last, done) -> str:
@@ -79,13 +90,7 @@ def _head(name, config, last, done) -> str:
   title = ', '.join((*title, config['train']['parts']))
   state = 'done' if done else 'running: scores come at the end'
   return (
-    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-    "style-src 'unsafe-inline'\">"
-    '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    f'<title>{_text(name)}</title>'
-    f'<style>{_STYLE}</style></head><body>'
-    f'<h1>{_text(name)}</h1><p class="dim">{_text(title)}; '
+    f'{top(name)}<p class="dim">{_text(title)}; '
     f'step {last:,} of {config["train"]["max_steps"]:,}, {state}</p>'
   )
 
@@ -93,24 +98,24 @@ def _head(name, config, last, done) -> str:
 def _config(config) -> str:
   was = json.loads(json.dumps(default.get_config().to_dict()))
   rows = [
-    (_code(knob), _code(now), _code(old))
+    (code(knob), code(now), code(old))
     for knob, old, now in run_folder.differences(was, config)
   ]
   if not rows:
     return '<p class="dim">nothing</p>'
-  return _table(('knob', 'here', 'default'), rows)
+  return table(('knob', 'here', 'default'), rows)
 
 
 def _text(value: Any) -> str:
   return html.escape(str(value))
 
 
-def _code(value):
+def code(value):
   shown = value if isinstance(value, str) else json.dumps(value)
   return f'<code>{_text(shown)}</code>'
 
 
-def _table(head, rows, numbers: Sequence[int] = ()) -> str:
+def table(head, rows, numbers: Sequence[int] = ()) -> str:
   """Cells are HTML already."""
 
   def cells(tag, row):
@@ -134,10 +139,10 @@ def _scores(both) -> str:
   size, after = f'{both["after"]["sentences"]:,} sentences', 'after'
   if 'step' in both['after']:  # Runs of old have none.
     after += f', step {both["after"]["step"]:,}'
-  return _table((size, 'before', after, 'change'), rows, (1, 2, 3))
+  return table((size, 'before', after, 'change'), rows, (1, 2, 3))
 
 
-def _signatures(scores) -> str:
+def signatures(scores) -> str:
   return ''.join(
     f'<p class="dim"><small>{name} (of texts in NFC): <code>'
     f'{_text(scores[key + "_signature"])}</code></small></p>'
@@ -145,7 +150,7 @@ def _signatures(scores) -> str:
   )
 
 
-def _grid(parts) -> str:
+def grid(parts) -> str:
   """Parts with titles, side by side where there is room."""
   sections = ''.join(
     f'<section><h3>{_text(title)}</h3>{part}</section>' for title, part in parts
@@ -153,7 +158,7 @@ def _grid(parts) -> str:
   return f'<div class="grid">{sections}</div>'
 
 
-def _read_curves(path):
+def read_curves(path):
   """Points (step, number) of each curve in metrics.jsonl; the last step."""
   curves, last = {key: [] for key in _CURVES}, 0
   for line in journal.read_metrics(path):
@@ -216,7 +221,7 @@ def _noise(before, after) -> str:
       cells = ['0', 'no sentence'] if row else ['–', 'no rule']
       cells[1:1] = [''] * (len(head) - 3)
     rows.append((_text(name), *cells))
-  return _table(head, rows, range(1, len(head)))
+  return table(head, rows, range(1, len(head)))
 
 
 def _evaluation(split, result) -> str:
@@ -226,24 +231,28 @@ def _evaluation(split, result) -> str:
   rows = [(f'<b>{n}</b>', f'{found[k]:.2f}') for k, n in names]
   head = f'{found["sentences"]:,} sentences', 'score'
   parts = [
-    ('scores', _table(head, rows, (1,)) + _signatures(found)),
+    ('scores', table(head, rows, (1,)) + signatures(found)),
     ('chrF by noise', _noise(None, result['noise'])),
   ]
   if 'against' in result:
     parts.append(_against(result['against']))
   text = _text(result.get('text', split))
   title = f'Evaluation: {text}, step {result["step"]:,}'
-  return f'<h2>{title}</h2>{_grid(parts)}'
+  return f'<h2>{title}</h2>{grid(parts)}'
 
 
 def _against(other) -> tuple[str, str]:
+  title = f'against {other["workdir"]}, step {other["step"]:,}'
+  return title, ABOUT_BOOTSTRAP + bootstrap(other['scores'])
+
+
+def bootstrap(found) -> str:
+  """What scores.compare found, as a table."""
   rows = []
-  for key, name in scores_lib.names(other['scores']).items():
-    row = other['scores'][key]
+  for key, name in scores_lib.names(found).items():
+    row = found[key]
     there = f'{row["baseline"]:.2f} ±{row["baseline_interval"]:.2f}'
     here = f'{row["score"]:.2f} ±{row["interval"]:.2f}'
     change = sentences.change(row['baseline'], row['score'])
     rows.append((f'<b>{name}</b>', there, here, change, f'{row["p"]:.3f}'))
-  table = _table(('', 'there', 'here', 'change', 'p'), rows, range(1, 5))
-  title = f'against {other["workdir"]}, step {other["step"]:,}'
-  return title, _ABOUT_BOOTSTRAP + table
+  return table(('', 'there', 'here', 'change', 'p'), rows, range(1, 5))

@@ -76,12 +76,62 @@ def _sentence(number, texts, ends, source_language, target_language) -> str:
     ('before', target_language, marked(reference, before), first),
     ('after', target_language, marked(reference, after), last),
   )
+  return _row(cells)
+
+
+def _row(cells) -> str:
+  """Of (column, language, HTML of the text, note) each."""
   row = ''.join(
-    f'<td data-name="{name}"><p lang="{html.escape(code)}" dir="auto">{text}'
-    f'</p><small>{note}</small></td>'
+    f'<td data-name="{html.escape(name)}"><p lang="{html.escape(code)}" '
+    f'dir="auto">{text}</p><small>{note}</small></td>'
     for name, code, text, note in cells
   )
   return f'<tr>{row}</tr>'
+
+
+def differing(
+  sources: Sequence[str],
+  references: Sequence[str],
+  made: dict[str, Sequence[str]],
+  source_language: str,
+  target_language: str,
+) -> str:
+  """Sentences that runs translate differently, spread over a split, as HTML.
+
+  `made` has the translations of each run under its name.
+  """
+  chex.assert_equal(
+    [len(sources)] * (1 + len(made)),
+    [len(references), *map(len, made.values())],
+  )
+  differ = [
+    i
+    for i, texts in enumerate(zip(*made.values(), strict=True))
+    if len(set(texts)) > 1
+  ]
+  spread = np.linspace(0, len(differ) - 1, min(len(differ), _SPREAD)).astype(
+    int
+  )
+  rows = []
+  for i in (differ[j] for j in spread.tolist()):
+    reference = references[i]
+    cells = [
+      ('source', source_language, html.escape(sources[i]), f'{i + 1}'),
+      ('reference', target_language, html.escape(reference), ''),
+    ]
+    for name, texts in made.items():
+      score = scores.sentence_chrf(texts[i], reference)
+      text = marked(reference, texts[i])
+      cells.append((name, target_language, text, f'{score:.1f}'))
+    rows.append(_row(cells))
+  head = ('source', 'reference', *map(html.escape, made))
+  return (
+    f'<p class="dim">{len(differ):,} of {len(sources):,} translations differ. '
+    'What the reference has not is <mark>marked</mark>; numbers are chrF of '
+    'the sentence.</p><table class="sentences"><thead><tr>'
+    f'{"".join(f"<th>{n}</th>" for n in head)}</tr></thead><tbody>'
+    f'{"".join(rows)}</tbody></table>'
+  )
 
 
 def marked(reference: str, text: str) -> str:

@@ -190,7 +190,7 @@ def train(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
     if at >= run.config.train.max_steps or loop.patience_over(run, at):
       return state
     drop_stale(run, 'after')  # It is of fewer steps.
-    with signals.listening() as listener:
+    with signals.listening(run.config.train.preempt_command) as listener:
       return loop.train(run, state, listener)
   finally:
     run.data.train.close()

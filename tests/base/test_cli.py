@@ -1,5 +1,6 @@
 """What all commands share: --help, --traceback, refused flags."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -68,10 +69,13 @@ cli.run(main)
 """
 
 
-def _end(error, *flags, program=_MAIN):
+def _end(error, *flags, program=_MAIN, **environment):
+  no_home = {'HOME', 'XDG_CACHE_HOME'}
+  kept = {k: v for k, v in os.environ.items() if k not in no_home}
   return subprocess.run(
     [sys.executable, '-c', program.format(error=error), *flags],
     cwd=ROOT,
+    env=kept | environment,
     capture_output=True,
     text=True,
   )
@@ -130,3 +134,49 @@ def test_a_bug_in_a_config_file_shows_its_line(tmp_path):
   done = _end('', f'--config={path}', program=_CONFIG)
   assert done.returncode == 1
   assert f'"{path}", line 4' in done.stderr and '"length"' in done.stderr
+
+
+_FIRST_TOUCH = """
+import pwd, sys, tempfile
+what = {error!r}
+pwd.getpwuid = dict().__getitem__  # The user has no name.
+def no_folder():
+  raise FileNotFoundError(2, 'No usable temporary directory found in /tmp')
+if what == 'tmp':
+  tempfile._get_default_tempdir = no_folder
+from mt.base import cache, cli
+def main(_):
+  if what == 'jax':
+    import jax
+    jax.numpy.zeros(2) + 1
+  if what == 'disk':
+    raise OSError(28, 'No space left on device', '/x/y')
+  if what == 'home':
+    cache.cache_dir()
+  if what == 'bug':
+    import jax
+    raise RuntimeError('mine')
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+  'what, environment, words',
+  [
+    ('jax', {'JAX_PLATFORMS': 'cuda'}, "JAX_PLATFORMS='cuda' (no such device)"),
+    ('jax', {'JAX_PLATFORMS': 'abc'}, "backend 'abc'"),
+    ('tmp', {}, 'TMPDIR'),
+    ('disk', {}, "No space left on device: '/x/y'"),
+    ('home', {}, 'set HOME or XDG_CACHE_HOME'),
+  ],
+)
+def test_what_the_machine_lacks_is_a_sentence(what, environment, words):
+  done = _end(what, program=_FIRST_TOUCH, **environment)
+  assert done.returncode == 2 and done.stdout == ''
+  assert done.stderr.count('\n') == 1 and words in done.stderr, done.stderr
+
+
+def test_a_bug_is_not_taken_for_the_machine():
+  done = _end('bug', program=_FIRST_TOUCH)
+  assert done.returncode == 1
+  assert done.stderr.endswith('RuntimeError: mine\n')

@@ -1,17 +1,20 @@
-"""SIGINT and SIGTERM: saved within a step, the code, the same run after."""
+"""Signals, notices: saved within a step, the code, the same run after."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from mt.base import errors
 from mt.base import journal
+from mt.base import signals
 from mt.train import manifest
 from mt.train import run as run_lib
+from tests.fixtures.refusal import refusal
 from tests.runs import folders
 
 
@@ -77,6 +80,20 @@ import os, signal
 from mt.base import cli
 cli.run(lambda _: os.kill(os.getpid(), signal.SIGTERM))
 """
+_EACH = """
+import os, signal
+from mt.base import cli, errors, signals
+def main(_):
+  for ignored in (0, signal.SIGHUP):
+    if ignored:  # As nohup does.
+      signal.signal(ignored, signal.SIG_IGN)
+    for number in errors.TAKEN_AWAY:
+      with signals.listening() as listener:
+        os.kill(os.getpid(), number)
+        print(int(listener.asked()), end=' ')
+  os.kill(os.getpid(), signal.SIGUSR1)  # Outside of training.
+cli.run(main)
+"""
 
 
 @pytest.mark.parametrize(
@@ -94,3 +111,39 @@ def test_a_second_interrupt_and_one_outside_training(program, code, words):
   assert done.returncode == code, done.stderr
   assert 'still here' not in done.stdout
   assert done.stderr.count('\n') == 1 and words in done.stderr
+
+
+def test_each_signal_that_takes_a_machine_away():
+  done = subprocess.run(
+    [sys.executable, '-c', _EACH],
+    cwd=folders.ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 128 + signal.SIGUSR1, done.stderr
+  heard = [int(x) for x in done.stdout.split() if x.isdecimal()]
+  assert heard == [15, 1, 10, 12, 15, 0, 10, 12]
+  assert done.stderr.count('\n') == 1 and 'last checkpoint' in done.stderr
+
+
+def test_a_notice_that_a_command_finds(tmp_path, monkeypatch):
+  monkeypatch.setattr(signals, '_PAUSE', 0.01)
+  notice = tmp_path / 'notice'
+  with signals.listening(f'test -e {notice}') as listener:
+    assert not listener.asked()
+    time.sleep(0.1)
+    assert not listener.asked()
+    notice.touch()
+    deadline = time.monotonic() + 20
+    while not listener.asked() and time.monotonic() < deadline:
+      time.sleep(0.01)
+    assert listener.asked() == signal.SIGTERM
+
+
+def test_a_command_that_there_is_not():
+  def listen():
+    with signals.listening('no-such-program --x'):
+      pass
+
+  refusal(listen, 'train.preempt_command', 'no-such-program')

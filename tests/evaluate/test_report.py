@@ -3,6 +3,7 @@
 import html.parser
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from configs import default
 from mt.base import files
 from mt.base import journal
+from mt.evaluate import comparison
 from mt.evaluate import report
 from mt.evaluate import scores
 from mt.evaluate import sentences
@@ -334,3 +336,49 @@ def test_few_sentences_are_all_shown():
 def test_a_text_for_each_source():
   with pytest.raises(AssertionError):
     sentences.tables(SOURCES, REFERENCES, BEFORE, AFTER[:2], 'en', 'fr')
+
+
+# Several runs.
+
+
+def _other(folder, tmp_path_factory, after):
+  """A copy of a finished run with other translations, at another rate."""
+  other = tmp_path_factory.mktemp('runs') / '<b>other'
+  shutil.copytree(folder, other)
+  files.write_lines(other / 'translations' / 'valid.after.txt', after)
+  config = files.read_json(other / 'config.json')
+  config['optim']['learning_rate'] = 0.25
+  files.write_json(other / 'config.json', config)
+  return other
+
+
+def test_runs_on_one_page(folder, tmp_path_factory, curves):
+  _finish(folder)
+  files.write_json(folder / 'translations' / 'valid.after.json', {})
+  other = _other(folder, tmp_path_factory, BEFORE)
+  page = _Page(comparison.page([folder, other]))
+  assert not page.bad and not page.open
+  shown = ' '.join(page.text().split())
+  found = scores.compare(AFTER, BEFORE, REFERENCES, 'fr')
+  for row in found.values():
+    assert f'{row["baseline"]:.2f}' in shown
+    assert f'{row["p"]:.3f}' in shown
+  assert found['chrf']['signature'].split('|')[-1] in shown
+  assert '3 of 3 translations differ' in shown
+  both = folder.name, '<b>other'
+  assert curves['Training loss'] == dict.fromkeys(both, 21)
+  assert curves['chrF of validation'] == dict.fromkeys(both, 0)
+  assert 'optim.learning_rate 0.5 0.25' in page.text('code')
+  assert 'train.max_steps' not in page.text('code')
+
+
+def test_runs_of_other_sentences_are_not_compared(folder, tmp_path_factory):
+  _finish(folder)
+  files.write_json(folder / 'translations' / 'valid.after.json', {})
+  other = _other(folder, tmp_path_factory, BEFORE)
+  files.write_lines(other / 'translations' / 'valid.source.txt', REFERENCES)
+  shown = _Page(comparison.page([folder, other])).text()
+  assert 'other sentences' in shown and 'differ.' not in shown
+  (other / 'translations' / 'valid.after.json').unlink()
+  assert 'other has no scores' in _Page(comparison.page([other, folder])).text()
+  refusal(lambda: comparison.page([folder]), '--report', 'two to four')

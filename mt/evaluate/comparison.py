@@ -1,0 +1,122 @@
+"""Several runs on one page, as report.py shows one."""
+
+from collections.abc import Sequence
+import html
+import pathlib
+
+from mt.base import errors
+from mt.base import files
+from mt.base import run_folder
+from mt.evaluate import chart
+from mt.evaluate import report
+from mt.evaluate import scores as scores_lib
+from mt.evaluate import sentences
+
+_CURVES = (
+  ('loss', 'Training loss', 'nats per target token'),
+  ('valid_loss', 'Validation loss', 'nats per target token'),
+  ('valid_chrf', 'chrF of validation', '0 to 100'),
+)
+
+
+def page(workdirs: Sequence[pathlib.Path]) -> str:
+  """A page with two to four runs; all are compared with the first.
+
+  Scores are computed anew from the runs' translations, so that all of them have
+  the same tokeniser, whatever the machine had that made them.
+
+  Raises:
+    errors.UserError: too few runs, too many, or one that has no config.
+  """
+  if not 2 <= len(workdirs) <= 4:
+    raise errors.UserError(
+      f'--report: {len(workdirs)} runs; the folders of two to four expected.'
+    )
+  names = [w.absolute().name for w in workdirs]
+  if len(set(names)) < len(names):
+    names = [str(w) for w in workdirs]
+  configs = [files.read_json(w / 'config.json') for w in workdirs]
+  out, texts = (
+    [report.top('Runs compared'), '<h2>Scores</h2>', report.ABOUT_BOOTSTRAP],
+    [],
+  )
+  languages = configs[0]['data']['pair'].lower().split('-')
+  for split in ('valid', 'test'):
+    made = dict(zip(names, (_made(w, split) for w in workdirs), strict=True))
+    if made[names[0]] is None:
+      out.append(
+        f'<p class="dim">{split}: {html.escape(names[0])} has no scores</p>'
+      )
+      continue
+    out.append(_compared(split, made, languages[1]))
+    texts += _differing(split, made, languages)
+  out += ['<h2>Curves</h2>', _curves_of_all(names, workdirs)]
+  out += ['<h2>Config that differs</h2>', _configs(names, configs), *texts]
+  return '\n'.join([*out, '</body></html>\n'])
+
+
+def _made(workdir, split):
+  """Sources, references and translations of a finished run, or None."""
+  folder = workdir / 'translations'
+  if not (folder / f'{split}.after.json').exists():
+    return None
+  return [
+    files.read_lines(folder / f'{split}.{name}.txt')
+    for name in ('source', 'reference', 'after')
+  ]
+
+
+def _compared(split, made, language) -> str:
+  """Scores of the runs beside those of the first."""
+  first, *others = made
+  *pairs, baseline = made[first]
+  parts = []
+  for name in others:
+    part = '<p class="dim">not done, or of other sentences</p>'
+    if made[name] and made[name][:2] == pairs:
+      found = scores_lib.compare(baseline, made[name][2], pairs[1], language)
+      part = report.bootstrap(found)
+    parts.append((f'{split}: {name} against {first}', part))
+  signatures = report.signatures(scores_lib.score(baseline, pairs[1], language))
+  return report.grid(parts) + signatures
+
+
+def _differing(split, made, languages):
+  *pairs, _ = next(iter(made.values()))
+  same = {k: v[2] for k, v in made.items() if v and v[:2] == pairs}
+  if len(same) > 1:
+    yield f'<h2>Sentences: {split}</h2>'
+    yield sentences.differing(*pairs, same, *languages)
+
+
+def _curves_of_all(names, workdirs) -> str:
+  curves = [report.read_curves(w / 'metrics.jsonl')[0] for w in workdirs]
+  keys = ' '.join(
+    f'<span class="key{i}">● {html.escape(name)}</span>'
+    for i, name in enumerate(names)
+  )
+  out = [
+    f'<figure><figcaption><b>{title}</b>, {unit}<br>{keys}</figcaption>'
+    + chart.lines(
+      title, [(n, c[key]) for n, c in zip(names, curves, strict=True)]
+    )
+    + '</figure>'
+    for key, title, unit in _CURVES
+  ]
+  return f'<div class="charts">{"".join(out)}</div>'
+
+
+def _configs(names, configs) -> str:
+  """The knobs that are not the same in all runs."""
+  found = {}
+  for config in configs[1:]:
+    for knob, *_ in run_folder.differences(configs[0], config):
+      found[knob] = [run_folder.flat(c).get(knob) for c in configs]
+  rows = []
+  for knob, values in sorted(found.items()):
+    cells = [
+      report.code(v) if v == values[0] else f'<mark>{report.code(v)}</mark>'
+      for v in values
+    ]
+    rows.append((report.code(knob), *cells))
+  return report.table(('knob', *map(html.escape, names)), rows)
