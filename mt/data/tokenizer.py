@@ -21,8 +21,6 @@ from mt.base import foreign
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # What a template writes, and a model ends its turn with.
 TURNS = ('<start_of_turn>', '<end_of_turn>')
-# No text has them, whatever their role is.
-CONTROLS = ('<pad>', '<eos>', '<bos>')
 _ENDS = ('<eos>', '<end_of_turn>')
 
 # What stands for something else than its characters: in brackets, but no HTML.
@@ -172,6 +170,17 @@ def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     minloglevel=2,
   )
   return from_proto(out.getvalue(), 'the trained tokenizer')
+
+
+def is_control(piece: str, has_role: bool) -> bool:
+  """Whether a piece is found in no text.
+
+  All others that are never split are symbols of texts, whatever type a file
+  gives them: <end_of_turn>, too, where it is EOS. Gemma has tags of HTML.
+  """
+  if piece in ('<s>', '</s>'):
+    return has_role
+  return piece in ('<pad>', '<eos>', '<bos>')
 
 
 def set_gemma_spec(proto: sp_pb2.ModelProto, ids: Sequence[int]) -> None:

@@ -60,8 +60,8 @@ def _of_adapter(run, state) -> tuple[lora.Flat, dict[str, Any]]:
   same = (adapter.rank, adapter.alpha) == (train.lora_rank, train.lora_alpha)
   if not same or adapter.factors.keys() != state.trained.keys():
     raise errors.UserError(
-      f'weights.adapter: {folder} is LoRA on {", ".join(adapter.targets)}, of '
-      'rank and alpha other than here, or on other matrices; set '
+      f'weights.adapter: {folder} is LoRA of other matrices, rank or alpha '
+      'than this run trains; set '
       f'--config.train.parts=lora --config.train.lora_rank={adapter.rank} '
       f'--config.train.lora_alpha={adapter.alpha} '
       f"--config.train.lora_targets='{'|'.join(adapter.targets)}', or merge it "

@@ -253,10 +253,9 @@ def _piece_type(text, type_, i, ids):
   model has them as user-defined symbols. Runs of spaces, user-defined as well,
   are written as plain spaces here and with U+2581 there.
   """
-  *controls, unknown = ids
-  if i == unknown:
+  if i == ids[-1]:
     return tokenizer.UNKNOWN
-  if i in controls or text in tokenizer.CONTROLS:
+  if tokenizer.is_control(text, i in ids):
     return tokenizer.CONTROL
   special = type_ in (tokenizer.CONTROL, tokenizer.UNKNOWN)
   return tokenizer.USER_DEFINED if special else type_

@@ -61,7 +61,8 @@ def _with_roles(tok, folder):
   names = _role_pieces(folder, spm.id_to_piece(spm.unk_id()))
   ids = [spm.piece_to_id(names[role]) for role in _ROLES]
   ids = [
-    mine if spm.is_unknown(i) else i for i, mine in zip(ids, own, strict=True)
+    i if spm.id_to_piece(i) == names[role] else mine
+    for role, i, mine in zip(_ROLES, ids, own, strict=True)
   ]
   if ids == own:
     return tok
@@ -125,7 +126,7 @@ def read(path: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
     score, rank = 0.0, ranks.get(piece)
     if piece == roles.get('unk'):
       kind = tokenizer.UNKNOWN
-    elif piece in roles.values() or piece in tokenizer.CONTROLS:
+    elif tokenizer.is_control(piece, piece in roles.values()):
       kind = tokenizer.CONTROL
     elif i in symbols:
       kind = tokenizer.USER_DEFINED

@@ -259,22 +259,31 @@ def test_white_space_and_html_stay_pieces(name):
 
 
 @pytest.mark.parametrize('missing', TURNS)
-@pytest.mark.parametrize('how', ['gone', 'control'])
-def test_a_tokenizer_without_turns_is_refused(missing, how):
-  """A control piece is never found in text, so that it would not help."""
-  proto = sp_pb2.ModelProto.FromString(numbered_rows.sample_tokenizer().proto)
-  del proto.trainer_spec.user_defined_symbols[:]
-  (piece,) = (p for p in proto.pieces if p.piece == missing)
-  if how == 'gone':
-    piece.piece = '<unused0>'
-  else:
-    piece.type = sp_pb2.ModelProto.SentencePiece.CONTROL
-  tok = tokenizer.from_proto(proto.SerializeToString(), 'no turns')
+def test_a_tokenizer_without_turns_is_refused(missing):
+  tok = _with_turn(missing, lambda piece: setattr(piece, 'piece', '<unused0>'))
   words = ('template.chat', *TURNS, 'template.chat=False')
   refusal(lambda: template_lib.encode([_pair('Hi!')], tok, CHAT), *words)
   # Without chat nobody minds.
   bare = dataclasses.replace(CHAT, chat=False)
   assert len(template_lib.encode([_pair('Hi!')], tok, bare)) == 1
+
+
+def _with_turn(turn, change):
+  proto = sp_pb2.ModelProto.FromString(numbered_rows.sample_tokenizer().proto)
+  del proto.trainer_spec.user_defined_symbols[:]
+  (piece,) = (p for p in proto.pieces if p.piece == turn)
+  change(piece)
+  return tokenizer.from_proto(proto.SerializeToString(), 'turns')
+
+
+@pytest.mark.parametrize('turn', TURNS)
+@pytest.mark.parametrize('kind', ('NORMAL', 'CONTROL', 'UNUSED'))
+def test_turns_of_any_type_are_found(turn, kind):
+  kind = sp_pb2.ModelProto.SentencePiece.Type.Value(kind)
+  tok = _with_turn(turn, lambda piece: setattr(piece, 'type', kind))
+  expected = numbered_rows.sample_tokenizer()
+  both = [template_lib.encode([_pair('Hi!')], t, CHAT) for t in (tok, expected)]
+  assert both[0].ids(0).tolist() == both[1].ids(0).tolist()
 
 
 # The rows and batches that the tutorial prints (its text is the origin).

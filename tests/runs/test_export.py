@@ -22,13 +22,17 @@ from mt.base import run_folder
 from mt.export import __main__ as export
 from mt.gemma import lora
 from mt.train import checkpoint
+from mt.train import loop
 from mt.train import machine
 from mt.train import optimizer as optimizer_lib
 from mt.train import state as state_lib
+from mt.train import warm_start
+from mt.translate import translator
 from mt.weights import pretrained
 from tests.fixtures import flax_fixture
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
+from tests.fixtures import tiny_gguf
 from tests.fixtures.refusal import refusal
 
 
@@ -224,6 +228,79 @@ def test_an_adapter_holds_the_factors(tmp_path, run, finetuned):
     merged = base[name] + 12.0 / 4 * b @ a
     np.testing.assert_allclose(merged, tuned[name], atol=1e-6)
   assert not factors
+
+
+def test_an_adapter_is_merged_without_a_run(tmp_path, run, finetuned):
+  export.to_peft(run, tmp_path / 'a', 'float32', base=False)
+  source = run_folder.read_config(run).weights.source
+  done = _command(
+    f'--source={source}', f'--adapter={tmp_path / "a"}', f'--out={tmp_path}/o'
+  )
+  assert done.returncode == 0, done.stderr
+  assert f'made for {source}' in done.stdout
+  hf_fixture.assert_same(_open(tmp_path / 'o').read(), finetuned[1])
+  refusal(
+    lambda: export.merge(source, '', 'peft', tmp_path / 'x', 'float32'),
+    '--to=peft',
+  )
+
+
+def test_an_adapter_is_what_a_run_begins_with(tmp_path, run):
+  export.to_peft(run, tmp_path / 'a', 'float32', base=False)
+  config, source, trained, _ = checkpoint.load_trained(run)
+  config.weights.adapter = str(tmp_path / 'a')
+  optimizer = optimizer_lib.make_optimizer(config.optim, 1)
+
+  def begin(**knobs):
+    config.train.update(knobs)
+    state = state_lib.init_state(
+      source.config, source.read(), config, optimizer, jax.random.key(1)
+    )
+    fields = dict.fromkeys(f.name for f in dataclasses.fields(loop.Run))
+    translator_ = translator.from_config(config, source)
+    fields |= {'config': config, 'translator': translator_, 'identity': {}}
+    return warm_start.begin(loop.Run(**fields), state)
+
+  begun, state = begin()
+  assert state.trained.keys() == trained.keys()
+  for name, x in trained.items():
+    np.testing.assert_array_equal(state.trained[name], x, err_msg=name)
+    assert state.trained[name].sharding == x.sharding
+  assert set(begun.identity) == {'adapter'}
+  advice = (
+    '--config.train.parts=lora --config.train.lora_rank=4 '
+    '--config.train.lora_alpha=12.0 '
+    "--config.train.lora_targets='q|k|v|o|gate|up|down'"
+  )
+  refusal(lambda: begin(lora_rank=8), 'weights.adapter', tmp_path / 'a', advice)
+  refusal(lambda: begin(lora_rank=4, lora_alpha=4.0), advice)
+  refusal(lambda: begin(lora_alpha=12.0, lora_targets='q'), advice)
+  refusal(lambda: begin(lora_targets='.*', parts='all'), advice)
+
+
+def test_a_relative_path_is_seen_from_any_folder(tmp_path, monkeypatch):
+  for name in 'one', 'two':
+    (tmp_path / name).mkdir()
+  monkeypatch.chdir(tmp_path / 'one')
+  tiny_gguf.write(tmp_path / 'one' / 'a.gguf')
+  proto = gguf_fixture.train_proto()
+  run = write_run(tmp_path / 'run', 'a.gguf', proto)
+  saved = run_folder.read_config(run)
+  assert saved.weights.source == str(tmp_path / 'one' / 'a.gguf')
+  assert saved.weights.tokenizer == ''
+  monkeypatch.chdir(tmp_path / 'two')
+  checkpoint.load_finetuned(run)
+  # A resume may call it as it is seen from there; another one is another.
+  config = saved.copy_and_resolve_references()
+  config.weights.source = '../one/a.gguf'
+  run_folder.claim(run, config)
+  assert run_folder.read_config(run).weights.source == saved.weights.source
+  config.weights.source = 'a.gguf'
+  refusal(lambda: run_folder.claim(run, config), run, 'weights.source')
+  # As those of before have it: relative to the folder of the start.
+  monkeypatch.chdir(tmp_path / 'one')
+  files.write_json(run / 'config.json', config.to_dict())
+  run_folder.claim(run, config)
 
 
 # Refusals.

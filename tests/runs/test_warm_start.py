@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
+from mt.export import __main__ as export
 from mt.train import checkpoint
 from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
@@ -37,6 +38,14 @@ def test_the_weights_and_nothing_else(debug_config, tmp_path, capsys, parts):
   assert [m['step'] for m in lines if 'loss' in m] == [1, 2, 3, 4]
   assert 'warm start' in capsys.readouterr().out
   assert _first_loss(tmp_path / 'warm') == losses[2]
+  if parts == 'lora':  # An adapter is another way to the same weights.
+    export.to_peft(first, tmp_path / 'adapter', 'float32', False, '2')
+    warm.weights.warm_start = ''
+    warm.weights.adapter = str(tmp_path / 'adapter')
+    run_lib.run(warm, tmp_path / 'adapted')
+    assert _first_loss(tmp_path / 'adapted') == losses[2]
+    run_lib.run(warm, tmp_path / 'adapted')  # Resumed.
+    warm.weights.warm_start, warm.weights.adapter = f'{first}@2', ''
   # The same again finds its own checkpoint, and that of another is refused.
   run_lib.run(warm, tmp_path / 'warm')
   warm.weights.warm_start = str(first)

@@ -25,6 +25,7 @@ from mt.translate import loops
 from mt.translate import mbr
 from mt.translate import search as search_lib
 from mt.translate import translator as translator_lib
+from mt.weights import pretrained
 from tests.translate import tiny
 
 SHARED = pathlib.Path(__file__).parents[3] / 'shared' / 'tokenizers'
@@ -320,7 +321,7 @@ def test_limits_are_of_the_source_alone(monkeypatch):
 
 def test_stop_ids():
   tok = _with_newlines()
-  pieces = ['</s>', '<0x0A>', '\n', '\n\n', '\n\n\n']
+  pieces = ['</s>', '<end_of_turn>', '<0x0A>', '\n', '\n\n', '\n\n\n']
   stops = translator_lib.stop_ids(tok, BARE)
   assert sorted(stops) == sorted(map(_piece, pieces))
   assert _piece('</s>') == tok.eos_id
@@ -333,12 +334,12 @@ def test_stop_ids_of_gemma():
   tok = tokenizer.from_file(path)
   pieces = [tok.spm.id_to_piece(i) for i in range(tok.vocab_size)]
   stops = set(translator_lib.stop_ids(tok, BARE))
-  # EOS, the byte, and 31 runs of newlines.
+  # EOS, the end of a turn, the byte, and 31 runs of newlines.
   newlines = {i for i, piece in enumerate(pieces) if '\n' in piece}
-  assert stops == {1, pieces.index('<0x0A>')} | newlines
-  chat = template_lib.Template('{source}', chat=True)
   turn = pieces.index('<end_of_turn>')
-  assert set(translator_lib.stop_ids(tok, chat)) == stops | {turn}
+  assert stops == {1, turn, pieces.index('<0x0A>')} | newlines
+  chat = template_lib.Template('{source}', chat=True)
+  assert set(translator_lib.stop_ids(tok, chat)) == stops
   assert len(newlines) == 31
 
 
@@ -364,7 +365,9 @@ def test_the_translator_of_a_config():
     beam=3, length_penalty=0.5, no_repeat_ngram=6, repetition_penalty=1.5
   )
   stops = translator_lib.stop_ids(tok, template)
-  settings = batching.Settings(_CFG, search, stops, 5, 'bfloat16', 'the mesh')
+  settings = batching.Settings(
+    _CFG, search, stops, 5, 'bfloat16', 'the mesh', tok.vocab_size
+  )
   found = translator_lib.from_config(config, source, 'the mesh')
   limits = template, 1.25, 7
   wanted = translator_lib.Translator(settings, tok, *limits, retry_ngram=4)
@@ -406,3 +409,48 @@ def test_translation_starts_from_what_training_has(monkeypatch, template):
     examples.tokens[begin : begin + start].tolist()
     for begin, start in zip(begins, examples.target_starts, strict=True)
   ]
+
+
+@pytest.mark.parametrize(
+  'search',
+  [
+    search_lib.Search(),
+    search_lib.Search(beam=3, n_best=3),
+    search_lib.Search(n_best=3, temperature=1.0, top_k=500, top_p=0.99),
+  ],
+  ids=('greedy', 'beam', 'sampled'),
+)
+def test_a_row_that_is_no_piece_has_probability_0(search):
+  """The published multimodal models have 64 such rows, more than pieces."""
+  tok = _with_newlines()
+  pieces, cfg = tok.vocab_size, _SCRIPT_SIZE
+  cfg = dataclasses.replace(cfg, vocab_size=pieces + 7)
+  params = jax.tree.map(
+    lambda shape: np.zeros(shape, np.float32),
+    parameters.unflatten(parameters.shapes(cfg)),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  # After any token the last rows are by far the most probable.
+  params['embedding'][:, 0] = 1.0
+  params['embedding'][pieces:, 0] = 9.0
+  config = default.get_config()
+  config.train.dtype, config.template.chat = 'float32', False
+  source = pretrained.Source(cfg, tok, None)
+  settings = translator_lib.from_config(config, source, None, search).settings
+  prompt = batching.Prompt(tok.encode('Hi!'), 4)
+
+  def answers(settings):
+    params_ = decode.unstack(params, settings.dtype)
+    (best,) = batching.decode_all(settings, params_, [prompt], lambda done: 0)
+    return best
+
+  found = answers(settings)
+  assert len(found) == search.n_best
+  assert all(i < pieces for h in found for i in h.tokens)
+  # Of `pieces` that are equally probable.
+  for h in found:
+    n = len(h.tokens) + (h.end is not None)
+    np.testing.assert_allclose(h.logp, -n * math.log(pieces), rtol=1e-5)
+  if search.beam == search.n_best == 1:  # Which wants to, if it may.
+    (h,) = answers(dataclasses.replace(settings, pieces=None))
+    assert min(h.tokens) >= pieces

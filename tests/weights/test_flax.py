@@ -1,6 +1,7 @@
 """Flax checkpoints, in the published layouts and ours, against gemma.params."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -316,13 +317,28 @@ def test_old_orbax_left_zeros_out(tmp_path):
   refusal(lambda: _read(path), path, 'linear', 'incomplete')
 
 
-def test_more_than_a_gemma(tmp_path):
+@pytest.mark.parametrize(
+  'name',
+  [
+    'layer_1.mlp.router',
+    'lm_head',
+    'embedder.per_layer_input_embedding',
+    'altup.projection',
+    'final_norm.bias',
+  ],
+)
+@pytest.mark.parametrize('outer', ('', 'transformer', 'params'))
+def test_more_than_a_gemma(tmp_path, name, outer):
   cfg = FAMILIES['gemma3']
   tree = flax_fixture.nested_tree(cfg, flax_fixture.tiny_params(cfg))
-  tree['layer_1']['mlp']['router'] = {'w': jnp.ones(3)}
+  *place, last = name.split('.')
+  functools.reduce(lambda t, k: t.setdefault(k, {}), place, tree)[last] = {
+    'w': jnp.ones(3)
+  }
+  tree = {outer: tree} if outer else tree
   gemma_params.save_params(tree, str(tmp_path / 'checkpoint'))
   path = tmp_path / 'checkpoint'
-  refusal(lambda: _read(path), path, 'layer_1.mlp.router', 'no part')
+  refusal(lambda: _read(path), path, name, 'no part')
 
 
 def test_not_a_gemma(tmp_path):

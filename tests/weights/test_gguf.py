@@ -232,9 +232,8 @@ def test_the_27b_scale_queries_by_width_over_heads(
   assert cfg.query_scale == query_dim**-0.5
 
 
-@pytest.mark.parametrize('name', [n for n in sizes.SIZES if n != 'debug'])
-def test_published_sizes_are_recognised(name):
-  # No header has the scale of the queries: it follows from the other numbers.
+def _header_of(name, **more):
+  """What a file of a published size says of its shape."""
   cfg, arch = sizes.SIZES[name], name.split('_')[0].replace('gemma1', 'gemma')
   numbers = {
     'embedding_length': cfg.embed_dim,
@@ -244,17 +243,77 @@ def test_published_sizes_are_recognised(name):
     'attention.head_count_kv': cfg.num_kv_heads,
     'attention.key_length': cfg.head_dim,
     'attention.sliding_window': cfg.window,
-    'rope.scaling.factor': cfg.rope_scale_global,
-  }
+  } | more
   fields = {f'{arch}.{k}': v for k, v in numbers.items() if v is not None}
   shape = (cfg.vocab_size, cfg.embed_dim)
-  file = gguf_file.GGUFFile(
+  return gguf_file.GGUFFile(
     pathlib.Path('a.gguf'),
     fields | {'general.architecture': arch},
     {'token_embd.weight': gguf_file.Tensor(shape, _Q.F32, 0, 0)},
     None,
   )
-  assert weights_gguf.read_config(file) == cfg
+
+
+_PUBLISHED = [n for n in sizes.SIZES if n != 'debug']
+
+
+@pytest.mark.parametrize('name', _PUBLISHED)
+def test_published_sizes_are_recognised(name):
+  # No header has the scale of the queries: it follows from the other numbers.
+  # Nor have those of Ollama the factor of RoPE, which is 8 from 4B on.
+  cfg = sizes.SIZES[name]
+  assert weights_gguf.read_config(_header_of(name)) == cfg
+  factor = {'rope.scaling.factor': cfg.rope_scale_global}
+  assert weights_gguf.read_config(_header_of(name, **factor)) == cfg
+
+
+def test_a_header_as_ollama_writes_it():
+  pattern = [i % 6 != 5 for i in range(26)]
+  file = _header_of(
+    'gemma3_1b',
+    **{
+      'rope.local.freq_base': 1e4,
+      'rope.global.freq_base': 1e6,
+      'final_logit_softcapping': 30.0,  # The model was trained without.
+      'attention.sliding_window_pattern': np.array(pattern),
+      'attention.layer_norm_rms_epsilon': float(np.float32(1e-6)),
+      'attention.value_length': 256,
+    },
+  )
+  assert weights_gguf.read_config(file) == sizes.SIZES['gemma3_1b']
+  bases = {'rope.local.freq_base': 2e4, 'rope.global.freq_base': 3e6}
+  found = weights_gguf.read_config(_header_of('gemma3_1b', **bases))
+  assert (found.rope_base_local, found.rope_base_global) == (2e4, 3e6)
+
+
+@pytest.mark.parametrize(
+  ('arch', 'key', 'value'),
+  [
+    ('gemma3', 'rope.scaling.type', 'yarn'),
+    ('gemma3', 'rope.scaling.type', 'longrope'),
+    ('gemma3', 'rope.scaling.type', 'dynamic'),
+    ('gemma3', 'rope.dimension_count', 8),
+    ('gemma3', 'rope.scale_linear', 4.0),
+    ('gemma3', 'attention.value_length', 8),
+    ('gemma3', 'attention.layer_norm_rms_epsilon', 1e-5),
+    ('gemma3', 'attention.sliding_window_pattern', 4),
+    ('gemma3', 'attention.sliding_window_pattern', [True, False]),
+    ('gemma3', 'attn_logit_softcapping', 50.0),
+    ('gemma2', 'attention.sliding_window_pattern', 6),
+    ('gemma2', 'rope.scaling.factor', 8.0),
+    ('gemma', 'rope.scaling.factor', 2.0),
+    ('gemma', 'final_logit_softcapping', 30.0),
+  ],
+)
+def test_another_function_is_refused(tmp_path, arch, key, value):
+  path = tmp_path / 'a.gguf'
+  write(path, arch, fields={f'{arch}.{key}': value})
+  refusal(lambda: load(path), path, f'{arch}.{key}', 'expected')
+
+
+def test_no_scaling_is_no_scaling(tmp_path):
+  write(tmp_path / 'a.gguf', fields={'gemma3.rope.scaling.type': 'none'})
+  assert _open(tmp_path / 'a.gguf')[0].rope_scale_global == 1.0
 
 
 def _finish(writer):
@@ -456,6 +515,18 @@ def test_a_missing_tensor_is_refused(tmp_path, ours, theirs):
   refusal(lambda: load(path), path, theirs, 'complete')
 
 
+def _add(monkeypatch, tensors):
+  """Every file that is written has these as well."""
+  real = gguf.GGUFWriter.write_header_to_file
+
+  def write_header(writer):
+    for name, x in tensors.items():
+      writer.add_tensor(name, x)
+    real(writer)
+
+  monkeypatch.setattr(gguf.GGUFWriter, 'write_header_to_file', write_header)
+
+
 @pytest.mark.parametrize(
   'name',
   (
@@ -463,21 +534,40 @@ def test_a_missing_tensor_is_refused(tmp_path, ours, theirs):
     'blk.1.attn_q.scale',
     'blk.2.attn_q.weight',
     'output_norm.bias',
+    'output.bias',
     'altup_proj.weight',
     'per_layer_token_embd.weight',
+    'cls.output.weight',
   ),
 )
 def test_a_tensor_that_would_be_ignored_is_refused(tmp_path, name, monkeypatch):
   path = tmp_path / 'a.gguf'
-  real = gguf.GGUFWriter.write_header_to_file
-
-  def one_more(writer):
-    writer.add_tensor(name, np.zeros(32, np.float32))
-    real(writer)
-
-  monkeypatch.setattr(gguf.GGUFWriter, 'write_header_to_file', one_more)
+  _add(monkeypatch, {name: np.zeros(32, np.float32)})
   write(path)
   refusal(lambda: load(path), path, name, 'no part')
+
+
+def test_vision_in_the_same_file_is_left_alone(tmp_path, monkeypatch):
+  names = 'v.blk.0.attn_q.weight', 'mm.input_projection.weight'
+  ones = np.ones((2, 32), np.float32)
+  _add(monkeypatch, dict.fromkeys((*names, 'rope_freqs.weight'), ones))
+  _, params = write(tmp_path / 'a.gguf')
+  assert_same(load(tmp_path / 'a.gguf')[1], params)
+
+
+def test_a_head_is_the_embedding_or_refused_by_name(tmp_path, monkeypatch):
+  path = tmp_path / 'a.gguf'
+  cfg = gguf_fixture.tiny_config('gemma3', 400)
+  head = gguf_fixture.tiny_params(cfg)['embedding']
+  with monkeypatch.context() as m:
+    _add(m, {'output.weight': head})
+    _, params = write(path)
+  assert_same(load(path)[1], params)
+  for other in (head + 1e-3, head[:-1], head[0]):
+    with monkeypatch.context() as m:
+      _add(m, {'output.weight': np.ascontiguousarray(other)})
+      write(path)
+    refusal(lambda: load(path), path, 'output.weight', 'token_embd.weight')
 
 
 def test_fewer_layers_than_promised_are_refused(tmp_path):
@@ -663,6 +753,66 @@ def test_the_proto_is_the_tokenizer(pair):
   again = tokenizer.from_proto(rebuilt.proto, 'x')
   for text in nasty.TEXTS:
     assert again.encode(text) == rebuilt.encode(text)
+
+
+def _id(piece):
+  proto = sp_pb2.ModelProto.FromString(gguf_fixture.train_proto())
+  return [p.piece for p in proto.pieces].index(piece)
+
+
+@pytest.mark.parametrize(
+  'roles',
+  [
+    {'eos': '<end_of_turn>'},
+    {'padding': '<eos>'},
+    {'padding': '<unk>'},
+    {'padding': '<end_of_turn>', 'eos': '<end_of_turn>'},
+    {'eos': '<start_of_turn>'},
+    {'padding': '<unused0>'},
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize('kind', (1, 3, 4))
+def test_a_role_leaves_a_piece_as_it_is(tmp_path, pair, roles, kind):
+  path = tmp_path / 'a.gguf'
+  fields = {
+    f'tokenizer.ggml.{role}_token_id': _id(p) for role, p in roles.items()
+  }
+  types = gguf_fixture.vocabulary(gguf_fixture.train_proto())
+  types = types['tokenizer.ggml.token_type']
+  for turn in tokenizer.TURNS:
+    types[_id(turn)] = kind
+  write(path, fields=fields | {'tokenizer.ggml.token_type': types})
+  tok = weights_gguf.read_tokenizer(gguf_file.open_gguf(path))
+  assert tok.pad_id == _id(roles.get('padding', '<pad>'))
+  assert tok.eos_id == _id(roles.get('eos', '<eos>'))
+  assert tok.end_ids >= {tok.eos_id, _id('<eos>'), _id('<end_of_turn>')}
+  for text in ('<start_of_turn>user\nHi<end_of_turn>', *nasty.TEXTS):
+    assert tok.encode(text) == pair[1].encode(text)
+  assert _id('<end_of_turn>') in tok.encode('a<end_of_turn>')
+  assert _id('<eos>') not in tok.encode('a<eos>')  # No text has it.
+  again = tokenizer.from_proto(tok.proto, 'x')  # As a run leaves it.
+  assert (again.pad_id, again.eos_id) == (tok.pad_id, tok.eos_id)
+  assert again.proto == tok.proto
+
+
+def test_rows_that_the_converter_filled_up_are_no_pieces(tmp_path, pair):
+  # [PAD400] and so on, as many as the embedding has rows.
+  path = tmp_path / 'a.gguf'
+  cfg = gguf_fixture.tiny_config('gemma3', 403)
+  words = gguf_fixture.vocabulary(gguf_fixture.train_proto())
+  key = 'tokenizer.ggml.{}'.format
+  fields = {
+    key('tokens'): words[key('tokens')] + [b'[PAD%d]' % i for i in range(3)],
+    key('scores'): words[key('scores')] + [-1000.0] * 3,
+    key('token_type'): words[key('token_type')] + [5] * 3,
+  }
+  params = gguf_fixture.tiny_params(cfg)
+  proto = gguf_fixture.train_proto()
+  gguf_fixture.write_gguf(path, cfg, params, proto, fields=fields)
+  tok = weights_gguf.read_tokenizer(gguf_file.open_gguf(path))
+  assert tok.vocab_size == 400
+  assert tok.proto == pair[0].proto
 
 
 @pytest.mark.parametrize(

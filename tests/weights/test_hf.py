@@ -255,18 +255,61 @@ def test_a_tensor_that_would_be_ignored_is_refused(tmp_path, name):
   refusal(lambda: hf_fixture.load(tmp_path), tmp_path, name, 'no part')
 
 
-def test_rope_rates_of_old_files_and_a_tied_head_are_ignored(tmp_path):
-  _change(
-    tmp_path,
-    lambda t: (
-      t
-      | {
-        'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(8, np.float32),
-        'lm_head.weight': t['model.embed_tokens.weight'],
-      }
-    ),
-  )
+@pytest.mark.parametrize(
+  'name',
+  [
+    'lm_head.bias',
+    'score.weight',
+    'model.score.weight',
+    'model.rotary_emb.cos',
+    'model.embed_tokens_per_layer.weight',
+    'model.vision.embed.weight',
+    'base_model.model.lora_A.weight',
+    'audio_tower.conv.weight',
+  ],
+)
+def test_no_tensor_is_passed_over(tmp_path, name):
+  _change(tmp_path, lambda t: t | {name: np.ones(3, np.float32)})
+  refusal(lambda: hf_fixture.load(tmp_path), tmp_path, name, 'no part')
+
+
+def _with_head(tmp_path, change, prefix='', config=None, dtype=np.float32):
+  """A folder with a head of its own: `change` (embedding -> head)."""
+  hf_fixture.write_folder(tmp_path, config=config, prefix=f'{prefix}model.')
+  path = tmp_path / 'model.safetensors'
+  tensors = load_file(path)
+  head = change(tensors[f'{prefix}model.embed_tokens.weight'])
+  rates = {f'{prefix}model.rotary_emb.inv_freq': np.ones(8, np.float32)}
+  save_file(tensors | rates | {f'{prefix}lm_head.weight': head}, path)
+
+
+@pytest.mark.parametrize('prefix', ('', 'language_model.'))
+@pytest.mark.parametrize('tied', (None, True, False))
+def test_a_head_that_is_the_embedding_is_fine(
+  tmp_path, monkeypatch, prefix, tied
+):
+  monkeypatch.setattr(load, '_AT_ONCE', 1000)  # In parts.
+  config = {'tie_word_embeddings': tied}
+  _with_head(tmp_path, lambda x: x, prefix, config)
   hf_fixture.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    lambda x: np.concatenate([x[:-1], x[-1:] + 1]),
+    lambda x: x[:-1],
+    lambda x: x[:, :-1],
+    lambda x: x[0],
+    lambda x: x.astype(ml_dtypes.bfloat16),
+  ],
+  ids=('one row', 'short', 'narrow', 'flat', 'rounded'),
+)
+def test_a_head_of_its_own_is_refused_by_name(tmp_path, monkeypatch, change):
+  monkeypatch.setattr(load, '_AT_ONCE', 1000)
+  _with_head(tmp_path, lambda x: np.ascontiguousarray(change(x)))
+  words = 'head lm_head.weight', 'model.embed_tokens.weight'
+  refusal(lambda: hf_fixture.load(tmp_path), tmp_path, *words)
 
 
 def test_gemma_2_is_not_taken_for_gemma_1(tmp_path):

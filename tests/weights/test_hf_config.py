@@ -221,6 +221,35 @@ def test_the_config_is_read_and_not_assumed(tmp_path, arch, config, change):
       ('factor is 0',),
     ),
     ('gemma2', {'rope_scaling': {'type': 'linear', 'factor': 2}}, ('scaling',)),
+    *(
+      ('gemma3', {'rope_scaling': scaling}, ('rope_scaling',))
+      for scaling in (
+        {'type': 'dynamic', 'factor': 2.0},
+        {'rope_type': 'longrope', 'factor': 2.0},
+        {'rope_type': 'llama3', 'factor': 8.0},
+        {'rope_type': 'linear', 'type': 'yarn', 'factor': 8.0},
+        {'rope_type': 'default', 'factor': 8.0},
+        {'factor': 8.0},
+        {
+          'rope_type': 'linear',
+          'factor': 8.0,
+          'partial_rotary_factor': 0.25,
+        },
+      )
+    ),
+    (
+      'gemma3',
+      {'rope_parameters': {'rope_type': 'linear', 'factor': 8.0}},
+      ('rope_parameters',),
+    ),
+    (
+      'gemma3',
+      {
+        'rope_scaling': None,
+        'rope_parameters': {'rope_type': 'linear', 'factor': 8.0},
+      },
+      ('rope_parameters', 'full_attention'),
+    ),
     ('gemma3', {'rope_parameters': 3}, ('rope_parameters',)),
     (
       'gemma3',

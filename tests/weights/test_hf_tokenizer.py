@@ -221,6 +221,37 @@ def test_special_tokens_are_those_of_the_config(tmp_path, written, form):
   assert tok.spm.id_to_piece(tok.eos_id) == '<eos>'
 
 
+@pytest.mark.parametrize('beside', (True, False))
+@pytest.mark.parametrize(
+  'roles',
+  [
+    {'eos': '<end_of_turn>'},
+    {'pad': '<eos>'},
+    {'pad': '<unk>'},
+    {'pad': '<end_of_turn>', 'eos': '<end_of_turn>'},
+  ],
+  ids=str,
+)
+def test_a_role_leaves_a_piece_as_it_is(tmp_path, written, roles, beside):
+  # With tokenizer.model beside tokenizer.json, which knows nothing of them.
+  original = tokenizer.from_file(written / 'tokenizer.model')
+  for name in ('tokenizer.json', 'tokenizer.model')[: 1 + beside]:
+    (tmp_path / name).write_bytes((written / name).read_bytes())
+  fields = {f'{role}_token': piece for role, piece in roles.items()}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(fields))
+  tok = hf_tokenizer.read_folder(tmp_path, 400)
+  ids = original.spm.piece_to_id
+  assert tok.eos_id == ids(roles.get('eos', '<eos>'))
+  assert tok.pad_id == ids(roles.get('pad', '<pad>'))
+  assert tok.end_ids >= {ids('<eos>'), ids('<end_of_turn>')}
+  _same_everywhere(tok, original)
+  _assert_same_ids(tok, original, '<start_of_turn>user\nHi<end_of_turn>')
+  # And out again.
+  hf_tokenizer.write(tmp_path, tok)
+  again = hf_tokenizer.read_folder(tmp_path, 400)
+  assert (again.eos_id, again.pad_id) == (tok.eos_id, tok.pad_id)
+
+
 # Refusals.
 
 
@@ -318,6 +349,53 @@ def test_tokens_added_beside_a_tokenizer_model_are_read(
   tok = hf_tokenizer.read_folder(folder, 464)
   assert tok.controls['<|tool|>'] == 400
   _same_everywhere(tok, original)
+
+
+@pytest.mark.parametrize(
+  ('change', 'text', 'id_'),
+  [
+    (lambda c: _add_token(c, '<2fr>', 400), '<2fr>', 400),
+    (lambda c: _add_token(c, '<2fr>', 6), '<2fr>', 6),
+    (lambda c: _add_token(c, 'the', 399), 'the', 399),
+  ],
+  ids=('added', 'renamed', 'no longer split'),
+)
+@pytest.mark.parametrize('listed', (True, False))
+def test_tokens_of_tokenizer_json_alone_are_read(
+  tmp_path, written, original, change, text, id_, listed
+):
+  # As transformers does, which takes tokenizer.json.
+  folder = _beside(tmp_path / 'a', original, {text: id_} if listed else {})
+  content = _content(written)
+  change(content)
+  (folder / 'tokenizer.json').write_text(json.dumps(content))
+  assert original.encode(text) != [id_]
+  assert hf_tokenizer.read_folder(folder, 464).encode(text) == [id_]
+
+
+def _add_token(content, text, id_):
+  """As add_tokens does, or in the place of the piece that had the number."""
+  content['added_tokens'] = [
+    t for t in content['added_tokens'] if t['id'] != id_
+  ] + [{'id': id_, 'content': text}]
+  vocab = content['model']['vocab']
+  content['model']['vocab'] = {
+    text if i == id_ else p: i for p, i in vocab.items() if p != text
+  }
+  gone = set(vocab) - set(content['model']['vocab'])
+  merges = content['model']['merges']
+  content['model']['merges'] = [
+    m for m in merges if not gone & {*m, ''.join(m)}
+  ]
+
+
+def test_a_token_that_only_the_config_lists_is_missed(tmp_path, written):
+  # transformers would add it to those of tokenizer.json.
+  for name in ('tokenizer.json', 'tokenizer.model'):
+    (tmp_path / name).write_bytes((written / name).read_bytes())
+  decoder = {'added_tokens_decoder': {'400': {'content': '<2fr>'}}}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(decoder))
+  refusal(lambda: hf_tokenizer.read_folder(tmp_path, 464), tmp_path, '<2fr>')
 
 
 def test_an_unused_token_with_a_new_name_is_read(tmp_path, original):

@@ -18,6 +18,8 @@ from mt.weights import kaggle
 from mt.weights import pretrained
 from tests.fixtures import flax_fixture
 from tests.fixtures import gguf_fixture
+from tests.fixtures import hf_fixture
+from tests.fixtures import tiny_gguf
 from tests.fixtures.refusal import refusal
 
 HANDLE = 'google/gemma/flax/2b-it'
@@ -134,6 +136,23 @@ def test_a_source_is_read(server, monkeypatch):
   assert source.tokenizer.proto == gguf_fixture.train_proto()
   want = flax_fixture.tiny_params(CFG)
   assert (source.read()['embedding'] == want['embedding']).all()
+
+
+@pytest.mark.parametrize('framework', ('transformers', 'gguf'))
+def test_other_variations_are_read(server, tmp_path, framework):
+  server.handle = f'google/gemma-3/{framework}/gemma-3-270m'
+  own = tmp_path / 'own'
+  own.mkdir()
+  if framework == 'gguf':
+    cfg, params = tiny_gguf.write(own / 'gemma-Q4_0.gguf')
+  else:
+    cfg, params = hf_fixture.write_folder(own)
+  server.files = {p.name: p.read_bytes() for p in own.iterdir()}
+  source = pretrained.open_source(
+    f'kaggle:{server.handle}', '', '', seed=0, texts=()
+  )
+  assert source.config == cfg
+  hf_fixture.assert_same(source.read(), params)
 
 
 def test_a_cut_connection_goes_on(server):

