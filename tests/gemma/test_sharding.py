@@ -99,15 +99,17 @@ def _train(config, mesh, steps=2):
 
 
 @functools.cache
-def _alone(parts, micro):
-  nlls, state = _train(_config(parts, micro_batches=micro), None)
+def _alone(parts, micro, frozen):
+  config = _config(parts, micro_batches=micro, frozen_dtype=frozen)
+  nlls, state = _train(config, None)
   return nlls, jax.tree.map(np.asarray, (state.trained, state.ema))
 
 
-def _check(parts, micro, shape):
+def _check(parts, micro, shape, frozen='auto'):
   mesh = _mesh(*shape)
-  nlls, state = _train(_config(parts, micro_batches=micro), mesh)
-  want, want_state = _alone(parts, micro)
+  config = _config(parts, micro_batches=micro, frozen_dtype=frozen)
+  nlls, state = _train(config, mesh)
+  want, want_state = _alone(parts, micro, frozen)
   np.testing.assert_allclose(nlls, want, rtol=1e-5)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
@@ -145,6 +147,15 @@ def test_any_mesh_gives_the_numbers_of_one_device(shape):
 )
 def test_parts_and_micro_batches_on_a_mesh(parts, micro, shape):
   _check(parts, micro, shape)
+
+
+def test_quantised_matrices_on_a_mesh():
+  """Where a block is on two devices, too; scales go where they divide."""
+  _, state = _check('lora', 1, (1, 2, 4), 'int4')
+  q = state.frozen['layers/down']
+  shapes = [x.addressable_shards[0].data.shape for x in (q.q, q.scale)]
+  assert shapes == [(2, 6, 16), (2, 3, 16)]
+  assert q.scale.shape == (2, 3, 32)
 
 
 def test_each_device_holds_its_share():

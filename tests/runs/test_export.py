@@ -36,14 +36,18 @@ from tests.fixtures import tiny_gguf
 from tests.fixtures.refusal import refusal
 
 
-def write_run(folder, source, tok_proto, rank=4, alpha=12.0):
+def write_run(
+  folder, source, tok_proto, rank=4, alpha=12.0, frozen_dtype='auto'
+):
   """A run of LoRA from `source`, as if its factors had been trained.
 
   The same as `loop.run` leaves behind, without the minute that it takes.
   """
   from configs import debug
 
-  config = machine.here(debug.get_config())
+  config = debug.get_config()
+  config.train.frozen_dtype = frozen_dtype
+  config = machine.here(config)
   config.weights.source = str(source)
   config.train.parts = 'lora'
   config.train.lora_rank = rank
@@ -181,6 +185,22 @@ def test_training_shows_in_the_export(tmp_path, run):
   for name, x in tuned['layers'].items():
     same = np.array_equal(x, base['layers'][name])
     assert same == ('norm' in name), name
+
+
+def test_low_rank_products_are_added_to_the_weights_as_they_were(
+  tmp_path, run, finetuned
+):
+  """Not to those of 4 bits that they were trained beside."""
+  config, source = checkpoint.open_source(run)
+  proto = source.tokenizer.proto
+  other = write_run(
+    tmp_path / 'run', config.weights.source, proto, frozen_dtype='int4'
+  )
+  export.to_hf(other, tmp_path / 'hf', 'float32', base=False)
+  want = jax.tree.map(np.asarray, finetuned[1])
+  hf_fixture.assert_same(_open(tmp_path / 'hf').read(), want)
+  layers = checkpoint.load_finetuned(other)[2]['layers']
+  assert layers['q'].q.dtype == np.uint8  # What it translates with.
 
 
 def test_bfloat16_is_half_as_large(tmp_path, run, finetuned):

@@ -236,8 +236,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit(finished, tmp_path, stop):
   folders.assert_same_run(whole, tmp_path)
 
 
-def test_so_does_one_of_lora_without_packing(debug_config, tmp_path):
+def test_so_does_one_of_lora_in_four_bits_without_packing(
+  debug_config, tmp_path
+):
   debug_config.train.parts, debug_config.data.packing = 'lora', False
+  debug_config.train.frozen_dtype = 'int4'
   debug_config.train.max_steps = 4
   run_lib.run(debug_config, tmp_path / 'whole')
   _interrupted(debug_config, tmp_path / 'cut', 3)
