@@ -14,6 +14,7 @@ from configs.knobs import LANGUAGES
 from configs.knobs import POSITIVE
 from configs.knobs import PROMPT
 from configs.knobs import TEXT
+from configs.knobs import Rule
 from configs.knobs import at_least
 from configs.knobs import between
 from configs.knobs import each
@@ -347,6 +348,21 @@ KNOBS = (
     """, 'free'),
   knob('log.every', 10, at_least(1), """
     Steps between two lines where the screen is not a terminal.
+    """, 'free'),
+  knob('log.to', 'tensorboard', Rule(
+    lambda v: {*v.split(',')} <= {'', 'tensorboard', 'wandb'},
+    "tensorboard, wandb, both with a comma between them, or ''",
+  ), """
+    Where metrics go besides metrics.jsonl: `tensorboard`, files in the run's
+    folder; `wandb`, Weights & Biases, a library to be installed and the only
+    one of them that sends anything (WANDB_MODE=offline keeps it here).
+    """, 'free'),
+  knob('log.profile', (), Rule(
+    lambda v: v == () or (len(v) == 2 and 1 <= v[0] <= v[1]),
+    'two steps such as (10, 12), or ()',
+  ), """
+    The first and the last of the steps that are traced, for XProf in
+    TensorBoard, which finds the trace in the run's folder; () for none.
     """, 'free'),
   knob('log.table', False, ANY, """
     Show validations as the tutorial does: the training loss since the one

@@ -40,7 +40,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   def guarded(argv):
     signal.signal(signal.SIGTERM, _terminated)
     if not flags.FLAGS['verbosity'].present:
-      logging.set_verbosity(logging.WARNING)  # Orbax has much to tell.
+      logging.set_verbosity(logging.FATAL)  # Orbax's; what fails is raised.
     try:
       if len(argv) > 1:
         raise errors.UserError(

@@ -1,11 +1,14 @@
 """Checkpoints: trained parameters, optimizer, data position, and what they fit.
 
-Orbax writes each into a temporary folder and renames it when it is whole. The
-frozen parameters are not saved: they are the pretrained ones, known by their
-fingerprint. Where validation was translated, its chrF is in the checkpoint: so
-the folder tells which one is the best.
+Orbax writes each into a temporary folder, in the background, and renames it
+when it is whole: until then the one before stands. The frozen parameters are
+not saved: they are the pretrained ones, known by their fingerprint. Where
+validation was translated, its chrF is in the checkpoint: so the folder tells
+which one is the best.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -13,6 +16,7 @@ import zlib
 
 import chex
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
@@ -24,10 +28,15 @@ from mt.gemma import lora
 from mt.gemma import parameters
 from mt.train import machine
 from mt.train import manifest
+from mt.train import plan
 from mt.train import state as state_lib
 from mt.weights import pretrained
 
 _SLACK = 200_000  # Bytes of a checkpoint that are no array.
+_WRITING = (
+  OSError,
+  ValueError,
+)  # What a full disk is; the second, tensorstore's.
 
 
 def identity(
@@ -61,7 +70,6 @@ def open_manager(
   options = ocp.CheckpointManagerOptions(
     best_fn=_chrf,  # The latest of equals.
     preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
-    enable_async_checkpointing=False,
     step_prefix='step',
     temporary_path_class=manifest.TemporaryPath,
   )
@@ -89,7 +97,9 @@ def save(
   who: dict[str, Any],
   chrf: float | None = None,
 ) -> None:
-  """Writes one checkpoint.
+  """Begins to write one checkpoint, once the one before is written: see `wait`.
+
+  The state may be donated as soon as this returns.
 
   Args:
     manager: see open_manager.
@@ -102,15 +112,22 @@ def save(
     errors.UserError: the disk is full or not writable, or a number of the
       state is not finite: it would take the place of a good one.
   """
-  if not state_lib.all_finite(state):
+  wait(manager)
+  if not jax.device_get(state_lib.all_finite(state)):
     raise errors.UserError(
-      f'step {int(state.step)}: not all weights are finite any more, so they '
-      f'are not saved; the newest checkpoint in {manager.directory} is of step '
+      f'step {state.at}: not all weights are finite any more, so they are not '
+      f'saved; the newest checkpoint in {manager.directory} is of step '
       f'{manager.latest_step()}; lower optim.learning_rate.'
     )
   arrays = _arrays(state)
   need = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _SLACK
   manifest.check_space(pathlib.Path(manager.directory), need)
+  # Orbax copies from an accelerator before it returns; of a CPU's arrays, which
+  # the next step overwrites, it reads the originals.
+  on_cpu = jax.default_backend() == 'cpu'
+  no_room = on_cpu and plan.available() < 2 * need
+  if on_cpu and not no_room:
+    arrays = _copied(arrays)
   args = ocp.args.Composite(
     data=ocp.args.JsonSave({'state': data_state}),
     identity=ocp.args.JsonSave(who),
@@ -118,14 +135,54 @@ def save(
   )
   metrics = {} if chrf is None else {'valid_chrf': chrf}
   try:
-    manager.save(int(state.step), args=args, metrics=metrics)
-  except (OSError, ValueError) as e:  # ValueError: of tensorstore.
-    # Orbax's other writers are still at it.
-    raise errors.ExitNow(
-      f'{manager.directory}: cannot save step {int(state.step)} '
-      f'({" ".join(str(e).split())[:300]}); the checkpoints before it are '
-      'whole: free some space and start again.'
-    ) from e
+    manager.save(state.at, args=args, metrics=metrics)
+  except _WRITING as e:
+    raise _cannot_save(manager, state.at, e) from e
+  if no_room:
+    wait(manager)
+
+
+@jax.jit
+def _copied(arrays):
+  return jax.tree.map(jnp.copy, arrays)
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+  """Waits until the checkpoint under way, if there is one, has its name.
+
+  Raises:
+    errors.UserError: it cannot be written; those before it are whole.
+  """
+  at = manager.latest_step()
+  try:
+    manager.wait_until_finished()
+  except _WRITING as e:
+    raise _cannot_save(manager, at, e) from e
+
+
+def check_written(manager: ocp.CheckpointManager) -> None:
+  """`wait` where there is nothing to wait for: raises what went wrong."""
+  if not manager.is_saving_in_progress():
+    wait(manager)
+
+
+@contextlib.contextmanager
+def finished(manager: ocp.CheckpointManager) -> Iterator[None]:
+  """Closes a manager; what it was writing is whole then, however this ends."""
+  try:
+    yield
+  finally:
+    wait(manager)
+    manager.close()
+
+
+def _cannot_save(manager, at, e):
+  # Orbax's other writers are still at it.
+  return errors.ExitNow(
+    f'{manager.directory}: cannot save step {at} '
+    f'({" ".join(str(e).split())[:300]}); the checkpoints before it are '
+    'whole: free some space and start again.'
+  )
 
 
 def _arrays(state):

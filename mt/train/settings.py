@@ -5,6 +5,7 @@ import ml_collections
 from configs import default
 from mt.base import errors
 from mt.base import journal
+from mt.base import tracking
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -21,6 +22,8 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
         f'{knob.path} is {value!r}; {knob.rule.expected} expected.'
       )
+  if 'wandb' in config.log.to:
+    tracking.check_installed()
   _check_data(config.data)
   if config.template.chat and config.template.target_prefix:
     raise errors.UserError(
@@ -40,6 +43,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 def notes(config: ml_collections.ConfigDict) -> list[str]:
   """What has no effect, or less than it says: a sentence for each."""
   train, optim, eval_ = config.train, config.optim, config.eval
+  log = config.log
   found = []
   if optim.warmup_steps >= train.max_steps:
     found.append(
@@ -61,6 +65,10 @@ def notes(config: ml_collections.ConfigDict) -> list[str]:
     found.append(
       f'eval.chrf_pairs={eval_.chrf_pairs} is cut to '
       f'eval.translate_pairs={eval_.translate_pairs}'
+    )
+  if log.profile and log.profile[1] > train.max_steps:
+    found.append(
+      f'log.profile={log.profile} ends after train.max_steps={train.max_steps}'
     )
   return found
 

@@ -65,8 +65,13 @@ def folder(tmp_path):
   files.write_json(tmp_path / 'environment.json', environment)
   for step in range(21):
     line = {'step': step, 'loss': 3 - step / 10, 'targets_per_s': 50 + step}
-    journal.add_metrics(tmp_path / 'metrics.jsonl', line)
+    _add_metrics(tmp_path, line)
   return tmp_path
+
+
+def _add_metrics(folder, line):
+  with journal.open_metrics(folder / 'metrics.jsonl') as file:
+    journal.add_metrics(file, line)
 
 
 def _finish(folder):
@@ -184,7 +189,7 @@ def test_curves(folder, curves):
   for step in (0, 10, 20):
     line = {'step': step, 'valid_loss': 3.0, 'valid_chrf': float(step)}
     line['minitrain_loss'] = 2.0
-    journal.add_metrics(folder / 'metrics.jsonl', line)
+    _add_metrics(folder, line)
   page = _page(folder)
   assert curves['Loss']['minitrain: memorised?'] == 3
   assert curves['chrF'] == {'validation': 3}

@@ -103,7 +103,7 @@ class _Stub:
 
   class State:
     def __init__(self, at):
-      self.step = at
+      self.at = at
 
   def __init__(self, config, folder, pairs):
     self.config = config.copy_and_resolve_references()
