@@ -206,6 +206,18 @@ KNOBS = (
     of a CPU, or -1 for all at once, on a GPU or TPU; the logits are in
     train.dtype then. 0 is 2048 on a CPU, else -1.
     """, 'free'),
+  knob('train.matmul_precision', 'default', one_of(
+    'default', 'high', 'highest',
+  ), """
+    Of float32 products (jax_default_matmul_precision); those of bfloat16 are
+    not touched. `default` is JAX's: float32 on a CPU, TF32 on an NVIDIA GPU,
+    one pass of bfloat16 on a TPU. `high` takes three passes on a TPU, and
+    `highest` is float32 everywhere.
+    """),
+  knob('train.deterministic', False, ANY, """
+    Have a GPU sum in the same order each time, so that a resumed run is the
+    same bit for bit, as it is on a CPU in any case; steps may be slower.
+    """, 'free'),
   knob('train.label_smoothing', 0.0, fraction(), """
     Share of each label that is spread over the vocabulary, against a model that
     is too sure. The training loss that is shown has it, validation's has not.

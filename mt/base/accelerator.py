@@ -10,6 +10,7 @@ import pathlib
 
 _NAMES = {'cuda': 'an NVIDIA card', 'tpu': 'a TPU'}
 _NVIDIA = ('dev/nvidiactl', 'usr/lib/wsl/lib/nvidia-smi')  # WSL has no device.
+DETERMINISTIC = '--xla_gpu_deterministic_ops=true'  # Of XLA_FLAGS.
 _GOOGLE = '0x1ae0'  # PCI vendor of TPUs, and of network cards in its cloud.
 
 
@@ -41,6 +42,12 @@ def describe(root: pathlib.Path = pathlib.Path('/')) -> str:
     f'{line}; there is {_NAMES[there]} that JAX does not see: `make train '
     f'ACCELERATOR={there}` installs its plugin{driver}'
   )
+
+
+def set_deterministic() -> None:
+  """Has a GPU sum in the same order each time; before JAX asks for devices."""
+  flags = os.environ.get('XLA_FLAGS', '')
+  os.environ['XLA_FLAGS'] = f'{flags} {DETERMINISTIC}'.strip()
 
 
 def memory() -> int:

@@ -167,10 +167,12 @@ def check_written(manager: ocp.CheckpointManager) -> None:
 
 
 @contextlib.contextmanager
-def finished(manager: ocp.CheckpointManager) -> Iterator[None]:
+def finished(
+  manager: ocp.CheckpointManager,
+) -> Iterator[ocp.CheckpointManager]:
   """Closes a manager; what it was writing is whole then, however this ends."""
   try:
-    yield
+    yield manager
   finally:
     wait(manager)
     manager.close()
@@ -287,6 +289,7 @@ def open_source(
   """
   # A run of before a knob that follows the machine has no value for it.
   config = machine.here(run_folder.read_config(workdir))
+  machine.set_precision(config)
   return config, pretrained.open_source(
     config.weights.source,
     config.weights.size,
@@ -338,8 +341,8 @@ def check_identity(
 ) -> None:
   """Refuses a checkpoint that does not agree with `who`, see `identity`.
 
-  Whether its version can be read, mt/train/manifest.py has said. A knob that
-  there was not yet is none that differs.
+  Whether its version can be read, mt/train/manifest.py has said. A knob or a
+  file that there was not yet is none that differs.
 
   Raises:
     errors.UserError: with the first thing that differs.
@@ -350,17 +353,22 @@ def check_identity(
     if key == 'version' or ('.' in key and key not in saved):
       continue
     if saved.get(key) != who[key]:
+      found = f'its {key} is {saved.get(key)!r}, here it is {who[key]!r}'
+      if key.startswith('texts.'):
+        found = f'{key.removeprefix("texts.")} has changed since then'
       raise errors.UserError(
-        f'{manager.directory}: step {at} belongs to another run: its {key} is '
-        f'{saved.get(key)!r}, here it is {who[key]!r}; use another --workdir, '
-        'or the weights and data that this run started from.'
+        f'{manager.directory}: step {at} belongs to another run: {found}; use '
+        'another --workdir, or the weights and data that this run started from.'
       )
 
 
 def _flat(who):
-  """config.GROUP.KNOB -> value, beside what is no knob."""
-  knobs = {f'config.{k}': v for k, v in who.get('config', {}).items()}
-  return {k: v for k, v in who.items() if k != 'config'} | knobs
+  """config.GROUP.KNOB and texts.FILE -> value, beside what is neither."""
+  out = {}
+  for key, value in who.items():
+    parts = value.items() if isinstance(value, dict) else ()
+    out |= {f'{key}.{k}': v for k, v in parts} if parts else {key: value}
+  return out
 
 
 def _read(manager, at, trees, **items):

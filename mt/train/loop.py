@@ -77,6 +77,7 @@ class Run:
   def checkpoint_identity(self) -> dict[str, Any]:
     """What a checkpoint of this run must agree with."""
     return self.identity | {
+      'texts': self.data.train_texts,
       'data': self.data.train_digest,
       'config': run_folder.step_knobs(self.config),
     }

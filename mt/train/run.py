@@ -58,20 +58,25 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   asked, config = config, machine.here(config)
   machine.say_chosen(asked, config)
   machine.check_attention(config, jax.default_backend())
+  machine.check_deterministic(config, jax.default_backend())
+  machine.set_precision(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_rows(mesh, config.train.batch_size, config.train.micro_batches)
   if mesh is not None:
     shape = ' x '.join(f'{k} {n}' for k, n in mesh.shape.items())
     journal.say(f'mesh: {shape}; {jax.process_count()} processes')
+  before = None
   with run_folder.locked(workdir):
     if processes.is_first():
-      claim(config, workdir)
+      before = claim(config, workdir)
     processes.sync('claimed')
     run, state = begin(config, workdir, mesh, started)
     if run.checkpoints.latest_step() is None:
       drop_stale(run, '*')  # Of a start that came to nothing.
     translate_splits(run, 'before', state)
     run, state = resume(run, state)
+    if before is not None:
+      settings.say_changes(before, config, state.at, int(state.skipped))
     with (
       contextlib.closing(run.recorder),
       checkpoint.finished(run.checkpoints),
@@ -82,12 +87,20 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   journal.say(f'done in {time.monotonic() - started:.0f} s: {workdir}')
 
 
-def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Makes the folder this run's; its newest checkpoint is whole after that."""
+def claim(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> ml_collections.ConfigDict | None:
+  """Makes the folder this run's; its newest checkpoint is whole after that.
+
+  Returns the config of the last start, None where there was none.
+  """
   checkpoints = workdir / 'checkpoints'
-  manifest.check_version(checkpoints, *reversed(manifest.steps(checkpoints)))
-  run_folder.claim(workdir, config)
+  steps = manifest.steps(checkpoints)
+  manifest.check_version(checkpoints, *reversed(steps))
+  settings.check_reached(config, workdir, max(steps, default=0))
+  before = run_folder.claim(workdir, config)
   manifest.quarantine_damaged(checkpoints)
+  return before
 
 
 def begin(

@@ -184,15 +184,20 @@ def test_curves(folder, curves):
   assert curves == {
     'Loss': {'training': 21, 'validation': 0},
     'chrF': {},  # Only scores would have some.
-    'Throughput': {'target tokens per second': 21},
+    'Throughput': {'target tokens': 21},
   }
   for step in (0, 10, 20):
     line = {'step': step, 'valid_loss': 3.0, 'valid_chrf': float(step)}
-    line['minitrain_loss'] = 2.0
+    line |= {'minitrain_loss': 2.0, 'mfu': 0.4, 'memory_gb': 1.0}
+    line |= {'peak_memory_gb': 2.0, 'learning_rate': 1e-4, 'tokens_per_s': 9}
     _add_metrics(folder, line)
   page = _page(folder)
   assert curves['Loss']['minitrain: memorised?'] == 3
   assert curves['chrF'] == {'validation': 3}
+  assert curves['Throughput'] == {'target tokens': 21, 'all tokens': 3}
+  assert curves['Learning rate'] == {'of the step': 3}
+  assert curves['MFU'] == {'useful FLOPs of the peak': 3}
+  assert curves['Device memory'] == {'in use': 3, 'at the peak': 3}
   assert 'minitrain: memorised?' in page.text('span')
 
 
