@@ -1,8 +1,6 @@
 """A trace of log.profile=(first, last), steps, for XProf in TensorBoard."""
 
-from collections.abc import Iterator
 from collections.abc import Sequence
-import contextlib
 import pathlib
 from typing import Any
 
@@ -10,16 +8,6 @@ import jax
 
 from mt.base import journal
 from mt.base import processes
-
-
-@contextlib.contextmanager
-def tracing(workdir: pathlib.Path, steps: Sequence[int]) -> Iterator['Profile']:
-  """A Profile; a trace under way is written however the context ends."""
-  profile = Profile(workdir, steps)
-  try:
-    yield profile
-  finally:
-    profile.close()
 
 
 class Profile:

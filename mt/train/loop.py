@@ -93,12 +93,9 @@ def train(
     errors.UserError: too many steps were not finite; the disk is full.
   """
   first, last = state.at, run.config.train.max_steps
-  with (
-    contextlib.closing(Log(run, first)) as log,
-    profiling.tracing(run.workdir, run.config.log.profile) as profile,
-  ):
+  with contextlib.closing(Log(run, first)) as log:
     for at in range(first, last + 1):
-      checkpoint.check_written(run.checkpoints)
+      checkpoint.check_written(run.checkpoints)  # In the background.
       due, metrics = schedule(run.config, at, first, listener.asked()), {}
       if due.evaluate or due.save:
         log.flush()
@@ -115,9 +112,8 @@ def train(
       batch, waited = next_batch(run)
       if at == first:
         compiling.ahead(run.train_step, state, batch)
-      profile.before(at + 1)
+      log.profile.before(at + 1)
       state, metrics = run.train_step(state, batch)
-      profile.after(at + 1, metrics)
       log.after_next_dispatch(at + 1, metrics, waited)
   checkpoint.wait(run.checkpoints)
   return state
@@ -173,7 +169,7 @@ def next_batch(run: Run) -> tuple[batches.Batch, float]:
 
 
 class Log:
-  """metrics.jsonl, TensorBoard and the progress bar of training.
+  """What is recorded of each step of training, and the progress bar.
 
   Metrics of a step are fetched after the next one is dispatched, so that the
   device never waits for the host.
@@ -184,6 +180,7 @@ class Log:
     self._run, self._first = run, first
     self._progress = journal.Progress('step', last, first, every)
     self._pending = None  # (step, its metrics, seconds of waiting for data)
+    self.profile = profiling.Profile(run.workdir, run.config.log.profile)
     self._peak = usage.peak_flops(run.config.train.dtype, run.mesh)
     self.restart_clock()
 
@@ -191,6 +188,7 @@ class Log:
     self, at: int, metrics: step.Metrics, waited: float
   ) -> None:
     """Logs the step before; of this one, `at`, the metrics are kept."""
+    self.profile.after(at, metrics)
     self.flush()
     self._pending = at, metrics, waited
 
@@ -207,7 +205,8 @@ class Log:
     self.restart_clock()
     nll, in_a_row = metrics.pop('nll'), metrics.pop('skipped_in_a_row')
     loss = nll / max(1.0, metrics['targets'])
-    used = self._used(metrics, seconds)
+    used = usage.of_step(metrics, seconds, self._peak)
+    del metrics['useful_flops']
     line = {'step': at, 'loss': loss} | used | {'data_wait_s': round(waited, 4)}
     self._run.recorder.add(line | metrics)
     check_skipped(self._run, at, in_a_row)
@@ -222,17 +221,9 @@ class Log:
       note += f'  {used["memory_gb"]:.1f} of {used["peak_memory_gb"]:.1f} GB'
     self._progress.update(at, note)
 
-  def _used(self, metrics, seconds):
-    """What of the machine a step of so many seconds has used."""
-    found = {f'{k}_per_s': metrics[k] / seconds for k in ('targets', 'tokens')}
-    found = {k: round(v, 1) for k, v in found.items()}
-    flops = metrics.pop('useful_flops')
-    if self._peak:
-      found['mfu'] = round(flops / seconds / self._peak, 4)
-    return found | usage.device_memory()
-
   def close(self) -> None:
     self._progress.close()
+    self.profile.close()
 
 
 def check_skipped(run: Run, at: int, in_a_row: float) -> None:

@@ -60,6 +60,25 @@ def peak_flops(dtype: str, mesh: Mesh | None) -> float | None:
   return chip.peak(dtype) * devices if chip else None
 
 
+def of_step(
+  metrics: dict[str, float], seconds: float, peak: float | None
+) -> dict[str, float]:
+  """targets_per_s and tokens_per_s; `mfu`, 0 to 1, and memory where known.
+
+  Args:
+    metrics: of the step: targets, tokens (padding excluded), useful_flops.
+    seconds: that it took.
+    peak: see peak_flops.
+  """
+  found = {
+    f'{name}_per_s': round(metrics[name] / seconds, 1)
+    for name in ('targets', 'tokens')
+  }
+  if peak:
+    found['mfu'] = round(metrics['useful_flops'] / seconds / peak, 4)
+  return found | device_memory()
+
+
 def device_memory() -> dict[str, float]:
   """GB in use and at the peak on the first device; {} where it does not say."""
   stats = jax.local_devices()[0].memory_stats() or {}

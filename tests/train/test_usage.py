@@ -75,6 +75,13 @@ def test_peaks_are_known_of_known_devices(monkeypatch, kind, dtype, peak):
   assert usage.peak_flops(dtype, mesh) == (peak and 4 * peak)
 
 
+def test_what_a_step_used():
+  metrics = {'targets': 10.0, 'tokens': 30.0, 'useful_flops': 6e12}
+  rates = {'targets_per_s': 5.0, 'tokens_per_s': 15.0}
+  assert usage.of_step(metrics, 2.0, None) == rates  # A CPU has no peak.
+  assert usage.of_step(metrics, 2.0, 10e12) == rates | {'mfu': 0.3}
+
+
 def test_memory_of_a_device(monkeypatch):
   stats = {'bytes_in_use': 2 * 10**9, 'peak_bytes_in_use': 3 * 10**9}
   for found, want in (
