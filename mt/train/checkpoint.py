@@ -16,7 +16,6 @@ import zlib
 
 import chex
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
@@ -122,12 +121,6 @@ def save(
   arrays = _arrays(state)
   need = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _SLACK
   manifest.check_space(pathlib.Path(manager.directory), need)
-  # Orbax copies from an accelerator before it returns; of a CPU's arrays, which
-  # the next step overwrites, it reads the originals.
-  on_cpu = jax.default_backend() == 'cpu'
-  no_room = on_cpu and plan.available() < 2 * need
-  if on_cpu and not no_room:
-    arrays = _copied(arrays)
   args = ocp.args.Composite(
     data=ocp.args.JsonSave({'state': data_state}),
     identity=ocp.args.JsonSave(who),
@@ -138,13 +131,10 @@ def save(
     manager.save(state.at, args=args, metrics=metrics)
   except _WRITING as e:
     raise _cannot_save(manager, state.at, e) from e
-  if no_room:
+  # Orbax copies from an accelerator before it returns. A CPU's arrays it reads
+  # where they are, and the next step has XLA copy those that it would donate.
+  if jax.default_backend() == 'cpu' and plan.available() < 2 * need:
     wait(manager)
-
-
-@jax.jit
-def _copied(arrays):
-  return jax.tree.map(jnp.copy, arrays)
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
