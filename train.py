@@ -4,6 +4,7 @@ import pathlib
 
 from absl import flags
 
+from mt.base import accelerator
 from mt.base import cli
 from mt.base import errors
 
@@ -33,6 +34,8 @@ _JSON = flags.DEFINE_bool(
 
 def main(_):
   config, path = cli.read_config()
+  if config.train.deterministic:
+    accelerator.set_deterministic()
   if _PLAN.value:
     if _ON.value:
       from mt.train import targets

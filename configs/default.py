@@ -245,6 +245,18 @@ KNOBS = (
     of a CPU, or -1 for all at once, on a GPU or TPU; the logits are in
     train.dtype then. 0 is 2048 on a CPU, else -1.
     """, 'free'),
+  knob('train.matmul_precision', 'default', one_of(
+    'default', 'high', 'highest',
+  ), """
+    Of float32 products (jax_default_matmul_precision); those of bfloat16 are
+    not touched. `default` is JAX's: float32 on a CPU, TF32 on an NVIDIA GPU,
+    one pass of bfloat16 on a TPU. `high` takes three passes on a TPU, and
+    `highest` is float32 everywhere.
+    """),
+  knob('train.deterministic', False, ANY, """
+    Have a GPU sum in the same order each time, so that a resumed run is the
+    same bit for bit, as it is on a CPU in any case; steps may be slower.
+    """, 'free'),
   knob('train.label_smoothing', 0.0, fraction(), """
     Share of each label that is spread over the vocabulary, against a model that
     is too sure. The training loss that is shown has it, validation's has not.
@@ -411,6 +423,21 @@ KNOBS = (
     """, 'free'),
   knob('log.every', 10, at_least(1), """
     Steps between two lines where the screen is not a terminal.
+    """, 'free'),
+  knob('log.to', 'tensorboard', Rule(
+    lambda v: {*v.split(',')} <= {'', 'tensorboard', 'wandb'},
+    "tensorboard, wandb, both with a comma between them, or ''",
+  ), """
+    Where metrics go besides metrics.jsonl: `tensorboard`, files in the run's
+    folder; `wandb`, Weights & Biases, a library to be installed and the only
+    one of them that sends anything (WANDB_MODE=offline keeps it here).
+    """, 'free'),
+  knob('log.profile', (), Rule(
+    lambda v: v == () or (len(v) == 2 and 1 <= v[0] <= v[1]),
+    'two steps such as (10, 12), or ()',
+  ), """
+    The first and the last of the steps that are traced, for XProf in
+    TensorBoard, which finds the trace in the run's folder; () for none.
     """, 'free'),
   knob('log.table', False, ANY, """
     Show validations as the tutorial does: the training loss since the one

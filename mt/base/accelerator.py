@@ -10,6 +10,7 @@ import pathlib
 
 _NAMES = {'cuda': 'an NVIDIA card', 'tpu': 'a TPU'}
 _NVIDIA = ('dev/nvidiactl', 'usr/lib/wsl/lib/nvidia-smi')  # WSL has no device.
+DETERMINISTIC = '--xla_gpu_deterministic_ops=true'  # Of XLA_FLAGS.
 _GOOGLE = '0x1ae0'  # PCI vendor of TPUs, and of network cards in its cloud.
 
 
@@ -59,6 +60,12 @@ def problem() -> str:
       'or newer).'
     )
   return ''
+
+
+def set_deterministic() -> None:
+  """Has a GPU sum in the same order each time; before JAX asks for devices."""
+  flags = os.environ.get('XLA_FLAGS', '')
+  os.environ['XLA_FLAGS'] = f'{flags} {DETERMINISTIC}'.strip()
 
 
 def memory() -> int:

@@ -51,7 +51,7 @@ def run(main: Callable[[Sequence[str]], None], words_of: str = '') -> None:
     for number in errors.heard_signals():
       signal.signal(number, _terminated)
     if not flags.FLAGS['verbosity'].present:
-      logging.set_verbosity(logging.WARNING)  # Orbax has much to tell.
+      logging.set_verbosity(logging.FATAL)  # Orbax's; what fails is raised.
     try:
       if len(argv) > 1 and not (words_of and flags.FLAGS[words_of].present):
         raise errors.UserError(

@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import errno
 import json
 import math
+import os
 import pathlib
 import sys
 import time
+from typing import IO
 from typing import Any
 
 import numpy as np
@@ -32,24 +35,36 @@ def cut_metrics(path: pathlib.Path, last_step: int) -> None:
     files.write(path, ''.join(x + '\n' for x in kept))
 
 
-def add_metrics(path: pathlib.Path, line: dict[str, Any]) -> None:
+def open_metrics(path: pathlib.Path) -> IO[bytes] | None:
+  """metrics.jsonl, to be added to; None in other processes than the first."""
+  if not processes.is_first():
+    return None
+  try:
+    return open(path, 'ab', buffering=0)
+  except OSError as e:
+    raise files.unwritable(path, e) from e
+
+
+def add_metrics(file: IO[bytes] | None, line: dict[str, Any]) -> None:
   """Appends one JSON object; `step` says how many steps were done.
 
+  It is written at once, so that a kill loses the line under way at the most.
   JSON has no infinity and no NaN: they become null.
   """
-  if not processes.is_first():
+  if file is None:
     return
   line = {
     k: None if isinstance(v, float) and not math.isfinite(v) else v
     for k, v in line.items()
   }
+  data = (json.dumps(line) + '\n').encode()
   try:
-    with open(path, 'a', encoding='utf-8') as f:
-      f.write(json.dumps(line) + '\n')
+    if file.write(data) < len(data):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   except OSError as e:
     raise errors.UserError(
-      f'{path}: cannot write metrics ({e.strerror}); the last checkpoint is '
-      'whole: make room and start again.'
+      f'{file.name}: cannot write metrics ({e.strerror}); the last checkpoint '
+      'is whole: make room and start again.'
     ) from e
 
 

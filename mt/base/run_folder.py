@@ -5,6 +5,7 @@ environment.json   versions, devices
 tokenizer.model    SentencePiece
 metrics.jsonl      a line for each step and each validation
 tensorboard/       the same for TensorBoard, see mt/base/events.py
+wandb_id.txt       of the run at Weights & Biases, if log.to names it
 scores.json        BLEU and chrF, before and after, and chrF by noise
 translations/      SPLIT.{source,reference,before,after}.txt
 samples.txt        eight sentences, before and after
@@ -80,25 +81,30 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+def claim(
+  workdir: pathlib.Path, config: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict | None:
   """Claims a folder for a run; errors.UserError if it has one of other knobs.
 
-  A folder without a checkpoint is anybody's: that start came to nothing.
+  Returns the config of the last start, None where there was none. A folder
+  without a checkpoint is anybody's: that start came to nothing.
   """
   path, config = workdir / 'config.json', _absolute(config)
   saved = (workdir / 'checkpoints').glob('*step_*')  # Damaged ones too.
   if all('tmp' in path.name for path in saved):
     for name in ('config.json', 'tokenizer.model'):
       files.remove(workdir / name)
-  if path.exists():
-    _check_same(workdir, config)
+  before = read_config(workdir) if path.exists() else None
+  if before is not None:
+    _check_same(workdir, before, config)
   files.write_json(path, config.to_dict())
   files.write_json(workdir / 'environment.json', environment())
+  return before
 
 
-def _check_same(workdir, config):
+def _check_same(workdir, before, config):
   """Refuses a config with which the run there cannot go on."""
-  old = _absolute(read_config(workdir)).to_dict()
+  old = _absolute(before).to_dict()
   resume = {k.path: k.resume for k in default.KNOBS}
   for path, was, now in differences(old, config.to_dict()):
     scored = old['eval']['translate_every'] and resume[path] == 'same_if_scored'
@@ -163,4 +169,5 @@ def environment() -> dict[str, Any]:
     'devices': [str(d.device_kind) for d in jax.devices()],
     'packages': {p: importlib.metadata.version(p) for p in packages},
     'command': sys.argv,
+    'xla_flags': os.environ.get('XLA_FLAGS', ''),
   }

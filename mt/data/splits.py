@@ -27,6 +27,7 @@ class Data:
 
   train: batches.TrainBatches
   train_digest: str  # Changes with any training text, its tokens, its share.
+  train_texts: dict[str, str]  # By file: changes with the text or its tokens.
   valid: list[batches.Batch]  # For the loss.
   minitrain: list[batches.Batch]  # The same of some training pairs, or none.
   scored: dict[str, list[lines.Pair]]  # By split, to be translated.
@@ -78,6 +79,7 @@ def read(
   return Data(
     train=train,
     train_digest=hashlib.sha256(identity.encode()).hexdigest(),
+    train_texts={s.store.bitext.where: s.store.key for s in sources},
     valid=valid,
     minitrain=_minitrain(config, tok, texts['train'], mixture, len(for_loss)),
     scored={

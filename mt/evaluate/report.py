@@ -20,7 +20,26 @@ from mt.evaluate import noise
 from mt.evaluate import scores as scores_lib
 from mt.evaluate import sentences
 
-_CURVES = 'loss', 'valid_loss', 'minitrain_loss', 'valid_chrf', 'targets_per_s'
+# Of the machine and the schedule: title, unit, factor, name of each curve.
+_MORE_CHARTS = (
+  (
+    'Throughput',
+    'a second',
+    1,
+    {'targets_per_s': 'target tokens', 'tokens_per_s': 'all tokens'},
+  ),
+  ('Learning rate', 'millionths', 1e6, {'learning_rate': 'of the step'}),
+  ('MFU', '%', 100, {'mfu': 'useful FLOPs of the peak'}),
+  (
+    'Device memory',
+    'GB',
+    1,
+    {'memory_gb': 'in use', 'peak_memory_gb': 'at the peak'},
+  ),
+)
+_CURVES = ('loss', 'valid_loss', 'minitrain_loss', 'valid_chrf') + tuple(
+  key for *_, names in _MORE_CHARTS for key in names
+)
 _ABOUT_NOISE = (
   '<p class="dim">A sentence may be in several classes; the rules are '
   'in mt/evaluate/noise.py.</p>'
@@ -185,20 +204,22 @@ def _curves(curves, scores, last) -> str:
       )
       for split, both in scores.items()
     ]
-  speed = [('target tokens per second', curves['targets_per_s'])]
+  charts = [('Loss', 'nats per target token', loss), ('chrF', '0 to 100', chrf)]
+  for title, unit, factor, names in _MORE_CHARTS:
+    series = [
+      (name, [(step, y * factor) for step, y in curves[key]])
+      for key, name in names.items()
+      if curves[key]
+    ]
+    charts += [(title, unit, series)] if series else []
   out = []
-  for title, unit, series in (
-    ('Loss', 'nats per target token', loss),
-    ('chrF', '0 to 100', chrf),
-    ('Throughput', '', speed),
-  ):
+  for title, unit, series in charts:
     keys = ', '.join(
       f'<span class="key{i}">● {_text(name)}</span>'
       for i, (name, _) in enumerate(series)
     )
-    unit = f', {unit}' if unit else ''
     out.append(
-      f'<figure><figcaption><b>{title}</b>{unit}<br>{keys}</figcaption>'
+      f'<figure><figcaption><b>{title}</b>, {unit}<br>{keys}</figcaption>'
       f'{chart.lines(title, series)}</figure>'
     )
   return f'<div class="charts">{"".join(out)}</div>'

@@ -251,12 +251,12 @@ def put_rows(
   """A batch on the mesh, out of the rows that this process holds.
 
   Args:
-    mesh: the mesh; without one, a batch stays as it is.
+    mesh: the mesh, or None for the first device.
     rows: [own rows, L] each, in the order of own_rows.
     batch_size: B, of all processes together.
   """
   if mesh is None:
-    return rows
+    return jax.device_put(rows)
   return {
     k: jax.make_array_from_process_local_data(
       of_rows(mesh), v, (batch_size, *v.shape[1:])

@@ -1,11 +1,14 @@
 """Checkpoints: trained parameters, optimizer, data position, and what they fit.
 
-Orbax writes each into a temporary folder and renames it when it is whole. The
-frozen parameters are not saved: they are the pretrained ones, known by their
-fingerprint. Where validation was translated, its chrF is in the checkpoint: so
-the folder tells which one is the best.
+Orbax writes each into a temporary folder, in the background, and renames it
+when it is whole: until then the one before stands. The frozen parameters are
+not saved: they are the pretrained ones, known by their fingerprint. Where
+validation was translated, its chrF is in the checkpoint: so the folder tells
+which one is the best.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -26,10 +29,15 @@ from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.train import machine
 from mt.train import manifest
+from mt.train import plan
 from mt.train import state as state_lib
 from mt.weights import pretrained
 
 _SLACK = 200_000  # Bytes of a checkpoint that are no array.
+_WRITING = (
+  OSError,
+  ValueError,
+)  # What a full disk is; the second, tensorstore's.
 
 
 def identity(
@@ -63,7 +71,6 @@ def open_manager(
   options = ocp.CheckpointManagerOptions(
     best_fn=_chrf,  # The latest of equals.
     preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
-    enable_async_checkpointing=False,
     step_prefix='step',
     temporary_path_class=manifest.TemporaryPath,
   )
@@ -91,7 +98,9 @@ def save(
   who: dict[str, Any],
   chrf: float | None = None,
 ) -> None:
-  """Writes one checkpoint.
+  """Begins to write one checkpoint, once the one before is written: see `wait`.
+
+  The state may be donated as soon as this returns.
 
   Args:
     manager: see open_manager.
@@ -104,10 +113,11 @@ def save(
     errors.UserError: the disk is full or not writable, or a number of the
       state is not finite: it would take the place of a good one.
   """
-  if not state_lib.all_finite(state):
+  wait(manager)
+  if not jax.device_get(state_lib.all_finite(state)):
     raise errors.UserError(
-      f'step {int(state.step)}: not all weights are finite any more, so they '
-      f'are not saved; the newest checkpoint in {manager.directory} is of step '
+      f'step {state.at}: not all weights are finite any more, so they are not '
+      f'saved; the newest checkpoint in {manager.directory} is of step '
       f'{manager.latest_step()}; lower optim.learning_rate.'
     )
   arrays = _arrays(state)
@@ -120,14 +130,53 @@ def save(
   )
   metrics = {} if chrf is None else {'valid_chrf': chrf}
   try:
-    manager.save(int(state.step), args=args, metrics=metrics)
-  except (OSError, ValueError) as e:  # ValueError: of tensorstore.
-    # Orbax's other writers are still at it.
-    raise errors.ExitNow(
-      f'{manager.directory}: cannot save step {int(state.step)} '
-      f'({" ".join(str(e).split())[:300]}); the checkpoints before it are '
-      'whole: free some space and start again.'
-    ) from e
+    manager.save(state.at, args=args, metrics=metrics)
+  except _WRITING as e:
+    raise _cannot_save(manager, state.at, e) from e
+  # Orbax copies from an accelerator before it returns. A CPU's arrays it reads
+  # where they are, and the next step has XLA copy those that it would donate.
+  if jax.default_backend() == 'cpu' and plan.available() < 2 * need:
+    wait(manager)
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+  """Waits until the checkpoint under way, if there is one, has its name.
+
+  Raises:
+    errors.UserError: it cannot be written; those before it are whole.
+  """
+  at = manager.latest_step()
+  try:
+    manager.wait_until_finished()
+  except _WRITING as e:
+    raise _cannot_save(manager, at, e) from e
+
+
+def check_written(manager: ocp.CheckpointManager) -> None:
+  """`wait` where there is nothing to wait for: raises what went wrong."""
+  if not manager.is_saving_in_progress():
+    wait(manager)
+
+
+@contextlib.contextmanager
+def finished(
+  manager: ocp.CheckpointManager,
+) -> Iterator[ocp.CheckpointManager]:
+  """Closes a manager; what it was writing is whole then, however this ends."""
+  try:
+    yield manager
+  finally:
+    wait(manager)
+    manager.close()
+
+
+def _cannot_save(manager, at, e):
+  # Orbax's other writers are still at it.
+  return errors.ExitNow(
+    f'{manager.directory}: cannot save step {at} '
+    f'({" ".join(str(e).split())[:300]}); the checkpoints before it are '
+    'whole: free some space and start again.'
+  )
 
 
 def _arrays(state):
@@ -232,6 +281,7 @@ def open_source(
   """
   # A run of before a knob that follows the machine has no value for it.
   config = machine.here(run_folder.read_config(workdir))
+  machine.set_precision(config)
   return config, pretrained.open_source(
     config.weights.source,
     config.weights.size,
@@ -290,8 +340,8 @@ def check_identity(
 ) -> None:
   """Refuses a checkpoint that does not agree with `who`, see `identity`.
 
-  Whether its version can be read, mt/train/manifest.py has said. A knob that
-  there was not yet is none that differs.
+  Whether its version can be read, mt/train/manifest.py has said. A knob or a
+  file that there was not yet is none that differs.
 
   Raises:
     errors.UserError: with the first thing that differs.
@@ -302,17 +352,22 @@ def check_identity(
     if key == 'version' or ('.' in key and key not in saved):
       continue
     if saved.get(key) != who[key]:
+      found = f'its {key} is {saved.get(key)!r}, here it is {who[key]!r}'
+      if key.startswith('texts.'):
+        found = f'{key.removeprefix("texts.")} has changed since then'
       raise errors.UserError(
-        f'{manager.directory}: step {at} belongs to another run: its {key} is '
-        f'{saved.get(key)!r}, here it is {who[key]!r}; use another --workdir, '
-        'or the weights and data that this run started from.'
+        f'{manager.directory}: step {at} belongs to another run: {found}; use '
+        'another --workdir, or the weights and data that this run started from.'
       )
 
 
 def _flat(who):
-  """config.GROUP.KNOB -> value, beside what is no knob."""
-  knobs = {f'config.{k}': v for k, v in who.get('config', {}).items()}
-  return {k: v for k, v in who.items() if k != 'config'} | knobs
+  """config.GROUP.KNOB and texts.FILE -> value, beside what is neither."""
+  out = {}
+  for key, value in who.items():
+    parts = value.items() if isinstance(value, dict) else ()
+    out |= {f'{key}.{k}': v for k, v in parts} if parts else {key: value}
+  return out
 
 
 def _read(manager, at, trees, **items):

@@ -14,16 +14,18 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 import ml_collections
 import orbax.checkpoint as ocp
 
 from mt.base import compiling
 from mt.base import errors
-from mt.base import events
 from mt.base import files
 from mt.base import journal
 from mt.base import processes
+from mt.base import profiling
+from mt.base import recorder as recorder_lib
 from mt.base import run_folder
 from mt.base import signals
 from mt.data import batches
@@ -35,6 +37,7 @@ from mt.gemma import sharding
 from mt.train import checkpoint
 from mt.train import state as state_lib
 from mt.train import step
+from mt.train import usage
 from mt.translate import translator as translator_lib
 
 _SHOWN = 20  # Ids of pairs in a message.
@@ -46,6 +49,7 @@ class Run:
 
   Attributes:
     identity: of the pretrained model, see checkpoint.identity.
+    recorder: of metrics, once it is known after which step it goes on.
     mesh: of several devices, or None.
     started: time.monotonic() at the start.
   """
@@ -58,7 +62,7 @@ class Run:
   data: splits.Data
   identity: dict[str, Any]
   checkpoints: ocp.CheckpointManager
-  events: events.Writer
+  recorder: recorder_lib.Recorder | None
   mesh: Mesh | None
   started: float
 
@@ -73,6 +77,7 @@ class Run:
   def checkpoint_identity(self) -> dict[str, Any]:
     """What a checkpoint of this run must agree with."""
     return self.identity | {
+      'texts': self.data.train_texts,
       'data': self.data.train_digest,
       'config': run_folder.step_knobs(self.config),
     }
@@ -87,9 +92,10 @@ def train(
     errors.Interrupted: the listener has heard a signal.
     errors.UserError: too many steps were not finite; the disk is full.
   """
-  first, last = int(state.step), run.config.train.max_steps
+  first, last = state.at, run.config.train.max_steps
   with contextlib.closing(Log(run, first)) as log:
     for at in range(first, last + 1):
+      checkpoint.check_written(run.checkpoints)  # In the background.
       due, metrics = schedule(run.config, at, first, listener.asked()), {}
       if due.evaluate or due.save:
         log.flush()
@@ -99,14 +105,17 @@ def train(
           save(run, state, metrics)
         log.restart_clock()  # Speed is that of training alone.
       if due.leave:
+        checkpoint.wait(run.checkpoints)
         signals.leave(due.leave, at)
       if at == last or (due.translate and patience_over(run, at)):
         break
       batch, waited = next_batch(run)
       if at == first:
         compiling.ahead(run.train_step, state, batch)
+      log.profile.before(at + 1)
       state, metrics = run.train_step(state, batch)
       log.after_next_dispatch(at + 1, metrics, waited)
+  checkpoint.wait(run.checkpoints)
   return state
 
 
@@ -149,7 +158,10 @@ def schedule(
 
 
 def next_batch(run: Run) -> tuple[batches.Batch, float]:
-  """The rows of the next step, where it wants them; seconds of waiting."""
+  """The rows of the next step, on their way to the devices; seconds of waiting.
+
+  The step before is under way: it need not be waited for.
+  """
   start = time.monotonic()
   rows = next(run.data.train)
   waited = time.monotonic() - start
@@ -157,7 +169,7 @@ def next_batch(run: Run) -> tuple[batches.Batch, float]:
 
 
 class Log:
-  """metrics.jsonl, TensorBoard and the progress bar of training.
+  """What is recorded of each step of training, and the progress bar.
 
   Metrics of a step are fetched after the next one is dispatched, so that the
   device never waits for the host.
@@ -168,12 +180,15 @@ class Log:
     self._run, self._first = run, first
     self._progress = journal.Progress('step', last, first, every)
     self._pending = None  # (step, its metrics, seconds of waiting for data)
+    self.profile = profiling.Profile(run.workdir, run.config.log.profile)
+    self._peak = usage.peak_flops(run.config.train.dtype, run.mesh)
     self.restart_clock()
 
   def after_next_dispatch(
     self, at: int, metrics: step.Metrics, waited: float
   ) -> None:
     """Logs the step before; of this one, `at`, the metrics are kept."""
+    self.profile.after(at, metrics)
     self.flush()
     self._pending = at, metrics, waited
 
@@ -185,28 +200,30 @@ class Log:
     if self._pending is None:
       return
     (at, metrics, waited), self._pending = self._pending, None
-    metrics = {k: float(v) for k, v in metrics.items()}
+    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
     seconds = time.monotonic() - self._clock
     self.restart_clock()
     nll, in_a_row = metrics.pop('nll'), metrics.pop('skipped_in_a_row')
     loss = nll / max(1.0, metrics['targets'])
-    speed = metrics['targets'] / seconds
-    line = {'step': at, 'loss': loss, 'targets_per_s': round(speed, 1)}
-    record(self._run, line | {'data_wait_s': round(waited, 4)} | metrics)
+    used = usage.of_step(metrics, seconds, self._peak)
+    del metrics['useful_flops']
+    line = {'step': at, 'loss': loss} | used | {'data_wait_s': round(waited, 4)}
+    self._run.recorder.add(line | metrics)
     check_skipped(self._run, at, in_a_row)
     if at == self._first + 1:
       since = time.monotonic() - self._run.started
       journal.say(f'first step after {since:.1f} s')
-    self._progress.update(at, f'loss {loss:.3f}  {speed:.0f} target tokens/s')
+    rate = metrics['learning_rate']
+    note = f'loss {loss:.3f}  rate {rate:.2e}  {used["tokens_per_s"]:.0f} tok/s'
+    if 'mfu' in used:
+      note += f'  MFU {used["mfu"]:.1%}'
+    if 'memory_gb' in used:
+      note += f'  {used["memory_gb"]:.1f} of {used["peak_memory_gb"]:.1f} GB'
+    self._progress.update(at, note)
 
   def close(self) -> None:
     self._progress.close()
-
-
-def record(run: Run, line: dict[str, Any]) -> None:
-  """Writes the metrics of a step where they are kept."""
-  journal.add_metrics(run.metrics_path, line)
-  events.add(run.events, line)
+    self.profile.close()
 
 
 def check_skipped(run: Run, at: int, in_a_row: float) -> None:
@@ -225,6 +242,7 @@ def check_skipped(run: Run, at: int, in_a_row: float) -> None:
 
 
 def _newest(run):
+  checkpoint.wait(run.checkpoints)
   at = run.checkpoints.latest_step()
   return f'the newest checkpoint is of step {at}' if at else 'no checkpoint yet'
 
@@ -240,7 +258,7 @@ def evaluate(
     both in nats per target token, the means over all of them; and, where
     `translate` asks for it, `valid_chrf`.
   """
-  began, at = time.monotonic(), int(state.step)
+  began, at = time.monotonic(), state.at
   valid = _sums(run, state, run.data.valid)
   line = {'step': at, 'valid_loss': _mean(valid)}
   if run.config.log.table:
@@ -255,7 +273,7 @@ def evaluate(
     text += f', chrF {line["valid_chrf"]:.2f}'
   if not run.config.log.table:
     text += f', {time.monotonic() - began:.0f} s'
-  record(run, line)
+  run.recorder.add(line)
   if processes.is_first():
     report.write(run.workdir)
   journal.say(text)
@@ -265,7 +283,7 @@ def evaluate(
 def _sums(run, state, rows):
   """nll and targets of each batch; all are dispatched before one is fetched."""
   found = [run.eval_step(state, _on_mesh(run, batch)) for batch in rows]
-  return [{k: float(v) for k, v in m.items()} for m in found]
+  return [{k: float(v) for k, v in m.items()} for m in jax.device_get(found)]
 
 
 def _mean(sums):
@@ -288,7 +306,7 @@ def valid_chrf(run: Run, state: state_lib.TrainState) -> float:
   step 0 the translations from before training are scored, which must be there.
   """
   pairs = run.data.scored['valid'][: run.config.eval.chrf_pairs or None]
-  if int(state.step):
+  if state.at:
     texts = run.translator(eval_model(run, state), [p.source for p in pairs])
   elif processes.is_first():
     texts = files.read_lines(run.translations('valid', 'before'))
@@ -325,8 +343,8 @@ def save(
     loss = _mean(_sums(run, state, run.data.valid[:1]))
   if not math.isfinite(loss):
     raise errors.UserError(
-      f'step {int(state.step)}: the validation loss is {loss}, so the state is '
-      f'not saved; {_newest(run)}: lower optim.learning_rate.'
+      f'step {state.at}: the validation loss is {loss}, so the state is not '
+      f'saved; {_newest(run)}: lower optim.learning_rate.'
     )
   checkpoint.save(
     run.checkpoints,

@@ -6,6 +6,7 @@ the whole vocabulary in one product. A CPU's cache wants everything small.
 """
 
 import importlib.util
+import os
 
 import jax
 import ml_collections
@@ -96,6 +97,29 @@ def check_attention(config: ml_collections.ConfigDict, platform: str) -> None:
     raise errors.UserError(
       f'train.attention={name} {reason}; auto or xla expected.'
     )
+
+
+def check_deterministic(
+  config: ml_collections.ConfigDict, platform: str
+) -> None:
+  """Refuses train.deterministic where JAX has started without it.
+
+  Raises:
+    errors.UserError: naming the flag.
+  """
+  flags = os.environ.get('XLA_FLAGS', '')
+  wanted = config.train.deterministic and platform == 'gpu'
+  if wanted and accelerator.DETERMINISTIC not in flags:
+    raise errors.UserError(
+      'train.deterministic is True, but JAX has started without it; start by '
+      f'train.py, or with {accelerator.DETERMINISTIC} in XLA_FLAGS.'
+    )
+
+
+def set_precision(config: ml_collections.ConfigDict) -> None:
+  """Has JAX trace what follows with train.matmul_precision."""
+  precision = config.train.matmul_precision
+  jax.config.update('jax_default_matmul_precision', precision)
 
 
 def _loss_chunk(most, memory):

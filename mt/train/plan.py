@@ -104,6 +104,7 @@ def make_plan(
   config = machine.resolve(asked, target.platform, kind, target.usable)
   machine.say_chosen(asked, config)
   machine.check_attention(config, target.platform)
+  machine.set_precision(config)
   mesh = sharding.make_mesh(config.mesh, target.devices)
   used, there = 1 if mesh is None else mesh.size, len(target.devices)
   journal.say(

@@ -5,6 +5,7 @@ loop (mt/train/loop.py); the best state's translations, scores and report.
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -16,10 +17,10 @@ import ml_collections
 
 from mt.base import accelerator
 from mt.base import compiling
-from mt.base import events
 from mt.base import files
 from mt.base import journal
 from mt.base import processes
+from mt.base import recorder
 from mt.base import run_folder
 from mt.base import signals
 from mt.data import bitext
@@ -57,32 +58,49 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   asked, config = config, machine.here(config)
   machine.say_chosen(asked, config)
   machine.check_attention(config, jax.default_backend())
+  machine.check_deterministic(config, jax.default_backend())
+  machine.set_precision(config)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_rows(mesh, config.train.batch_size, config.train.micro_batches)
   if mesh is not None:
     shape = ' x '.join(f'{k} {n}' for k, n in mesh.shape.items())
     journal.say(f'mesh: {shape}; {jax.process_count()} processes')
+  before = None
   with run_folder.locked(workdir):
     if processes.is_first():
-      claim(config, workdir)
+      before = claim(config, workdir)
     processes.sync('claimed')
     run, state = begin(config, workdir, mesh, started)
     if run.checkpoints.latest_step() is None:
       drop_stale(run, '*')  # Of a start that came to nothing.
     translate_splits(run, 'before', state)
-    state = resume(run, state)
-    state = train(run, state)
-    state = best(run, state)
-    finish(run, state)
+    run, state = resume(run, state)
+    if before is not None:
+      settings.say_changes(before, config, state.at, int(state.skipped))
+    with (
+      contextlib.closing(run.recorder),
+      checkpoint.finished(run.checkpoints),
+    ):
+      state = train(run, state)
+      state = best(run, state)
+      finish(run, state)
   journal.say(f'done in {time.monotonic() - started:.0f} s: {workdir}')
 
 
-def claim(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-  """Makes the folder this run's; its newest checkpoint is whole after that."""
+def claim(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> ml_collections.ConfigDict | None:
+  """Makes the folder this run's; its newest checkpoint is whole after that.
+
+  Returns the config of the last start, None where there was none.
+  """
   checkpoints = workdir / 'checkpoints'
-  manifest.check_version(checkpoints, *reversed(manifest.steps(checkpoints)))
-  run_folder.claim(workdir, config)
+  steps = manifest.steps(checkpoints)
+  manifest.check_version(checkpoints, *reversed(steps))
+  settings.check_reached(config, workdir, max(steps, default=0))
+  before = run_folder.claim(workdir, config)
   manifest.quarantine_damaged(checkpoints)
+  return before
 
 
 def begin(
@@ -121,7 +139,7 @@ def begin(
     data=data,
     identity=checkpoint.identity(source, params),
     checkpoints=checkpoint.open_manager(workdir, config.checkpoint.keep),
-    events=events.open_writer(workdir),
+    recorder=None,
     mesh=mesh,
     started=started,
   )
@@ -165,22 +183,23 @@ def open_weights(
   return source
 
 
-def resume(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
+def resume(
+  run: loop.Run, state: state_lib.TrainState
+) -> tuple[loop.Run, state_lib.TrainState]:
   """The newest checkpoint's state, or the one given where there is none.
 
   The loader and metrics.jsonl are put back to the same step.
   """
+  last = -1
   identity = run.checkpoint_identity()
   restored = checkpoint.restore(run.checkpoints, state, identity)
-  if restored is None:
-    journal.cut_metrics(run.metrics_path, -1)
-  else:
+  if restored is not None:
     state, data_state = restored
     run.data.train.set_state(data_state)
-    journal.cut_metrics(run.metrics_path, int(state.step))
-    journal.say(f'resumed: {run.workdir} at step {int(state.step)}')
-  events.replay(run.events, run.metrics_path)
-  return state
+    last = state.at
+    journal.say(f'resumed: {run.workdir} at step {last}')
+  made = recorder.Recorder(run.workdir, run.config, last)
+  return dataclasses.replace(run, recorder=made), state
 
 
 def train(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
@@ -213,7 +232,6 @@ def best(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
 
 def finish(run: loop.Run, state: state_lib.TrainState) -> None:
   """Translations, scores and report of the state that counts."""
-  run.checkpoints.close()
   translate_splits(run, 'after', state)
   if processes.is_first():
     write_scores(run, int(state.step))
@@ -225,7 +243,6 @@ def finish(run: loop.Run, state: state_lib.TrainState) -> None:
       run.workdir,
     )
   if processes.is_first():
-    run.events.close()
     report.write(run.workdir)
   processes.sync('end')
 

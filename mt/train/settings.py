@@ -1,10 +1,15 @@
 """Checks a config before anything is downloaded or compiled."""
 
+import pathlib
+
 import ml_collections
 
 from configs import default
 from mt.base import errors
 from mt.base import journal
+from mt.base import run_folder
+from mt.base import tracking
+from mt.train import optimizer
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -26,6 +31,8 @@ def check(config: ml_collections.ConfigDict) -> None:
       'weights.warm_start and weights.adapter both name weights to begin with; '
       "'' expected for one of them."
     )
+  if 'wandb' in config.log.to:
+    tracking.check_installed()
   _check_data(config.data)
   if config.template.prompt == 'translategemma' and not config.template.chat:
     raise errors.UserError(
@@ -47,9 +54,59 @@ def check(config: ml_collections.ConfigDict) -> None:
     journal.say(f'note: {note}')
 
 
+def check_reached(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, reached: int
+) -> None:
+  """Refuses a run of fewer steps than its newest checkpoint has.
+
+  Raises:
+    errors.UserError: with both.
+  """
+  if config.train.max_steps < reached:
+    raise errors.UserError(
+      f'{workdir} is at step {reached}, beyond train.max_steps='
+      f'{config.train.max_steps}; {reached} or more expected, or another '
+      '--workdir.'
+    )
+
+
+def say_changes(
+  before: ml_collections.ConfigDict,
+  now: ml_collections.ConfigDict,
+  at: int,
+  skipped: int,
+) -> None:
+  """Says what a resume after `at` steps changes, and what that does.
+
+  Of the knobs that may change, only train.max_steps moves what a step computes:
+  a schedule ends with it.
+  """
+  changed = [
+    f'{path}={new!r} (was {old!r})'
+    for path, old, new in run_folder.differences(
+      before.to_dict(), now.to_dict()
+    )
+  ]
+  if not changed:
+    return
+  done = at - skipped
+  was, rate = (
+    optimizer.make_schedule(c.optim, c.train.max_steps) for c in (before, now)
+  )
+  effect = 'the steps to come compute what they would have, but for rounding'
+  if at < now.train.max_steps and float(was(done)) != float(rate(done)):
+    effect = (
+      f'the learning rate jumps from {float(was(max(0, done - 1))):.2e} in step'
+      f' {at} to {float(rate(done)):.2e} in step {at + 1}, as optim.schedule='
+      f'{now.optim.schedule} ends at train.max_steps'
+    )
+  journal.say(f'changed: {", ".join(changed)}; {effect}')
+
+
 def notes(config: ml_collections.ConfigDict) -> list[str]:
   """What has no effect, or less than it says: a sentence for each."""
   train, optim, eval_ = config.train, config.optim, config.eval
+  log = config.log
   found = []
   if optim.warmup_steps >= train.max_steps:
     found.append(
@@ -71,6 +128,10 @@ def notes(config: ml_collections.ConfigDict) -> list[str]:
     found.append(
       f'eval.chrf_pairs={eval_.chrf_pairs} is cut to '
       f'eval.translate_pairs={eval_.translate_pairs}'
+    )
+  if log.profile and log.profile[1] > train.max_steps:
+    found.append(
+      f'log.profile={log.profile} ends after train.max_steps={train.max_steps}'
     )
   return found
 

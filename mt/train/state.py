@@ -49,6 +49,11 @@ class TrainState:
   ema: lora.Flat
 
   @property
+  def at(self) -> int:
+    """Steps done, asked of the device."""
+    return int(jax.device_get(self.step))
+
+  @property
   def eval_params(self) -> lora.Flat:
     """What is evaluated, translates and is exported: EMA if there is one."""
     return self.ema or self.trained

@@ -23,6 +23,7 @@ from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.train import optimizer as optimizer_lib
+from mt.train import usage
 from mt.train.state import TrainState
 from mt.train.state import model_params
 
@@ -208,9 +209,11 @@ def make_train_step(
   of the state changes, so that the schedule waits too.
 
   Metrics: nll (sum, with train.label_smoothing), targets, tokens (padding
-  excluded), grad_norm, and the state's skipped and skipped_in_a_row.
+  excluded), grad_norm, learning_rate, useful_flops (see mt/train/usage.py), and
+  the state's skipped and skipped_in_a_row.
   """
   decay = config.optim.ema_decay
+  schedule = optimizer_lib.make_schedule(config.optim, config.train.max_steps)
 
   def train_step(state, batch):
     grads, nll = accumulated_gradients(
@@ -246,6 +249,8 @@ def make_train_step(
       'targets': jnp.sum(batch['target_mask']),
       'tokens': jnp.sum(batch['segment_ids'] > 0),
       'grad_norm': grad_norm,
+      'learning_rate': jnp.float32(schedule(state.step - state.skipped)),
+      'useful_flops': usage.useful_flops(cfg, state.trained, batch),
       'skipped': new.skipped,
       'skipped_in_a_row': new.skipped_in_a_row,
     }

@@ -34,6 +34,14 @@ class Chip:
   # of a core, float32 units of a core.
   gpu: tuple = ()
 
+  def peak(self, dtype: str) -> float:
+    """FLOPs a second of products in `dtype`, at JAX's default precision.
+
+    A TPU makes those of float32 in one pass of bfloat16.
+    """
+    slow = dtype == 'float32' and not self.clock
+    return self.flops / 2 if slow else self.flops
+
 
 # Memory, bandwidth and what the compiler is told: XLA's target specs of h100,
 # h200, a100 and rtx6000pro; NVIDIA's data sheets for the others. Products and

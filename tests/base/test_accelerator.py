@@ -3,6 +3,7 @@
 import os
 import pathlib
 import subprocess
+import sys
 import types
 
 import jax
@@ -84,3 +85,28 @@ def test_make_installs_its_plugin(name):
   plugin = [f'requirements-{name}.lock'] if name != 'cpu' else []
   assert locks == ['requirements.lock', *plugin]
   assert f'touch .venv/installed-{name}' in done.stdout
+
+
+_TRAIN = """
+import os, runpy, sys
+from mt.base import processes
+def start(*_):
+  sys.exit(os.environ['XLA_FLAGS'])
+processes.start = start
+sys.argv = ['train.py', '--config=tests/runs/small.py', *sys.argv[1:]]
+runpy.run_path('train.py', run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize('flags', [(), ('--config.train.deterministic',)])
+def test_determinism_is_asked_for_before_jax_starts(flags):
+  done = subprocess.run(
+    [sys.executable, '-c', _TRAIN, *flags],
+    cwd=pathlib.Path(__file__).parents[2],
+    env=os.environ | {'XLA_FLAGS': '--xla_gpu_autotune_level=0'},
+    capture_output=True,
+    text=True,
+  )
+  asked = accelerator.DETERMINISTIC in done.stderr
+  assert asked == bool(flags), done.stderr
+  assert '--xla_gpu_autotune_level=0' in done.stderr

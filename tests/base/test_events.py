@@ -9,8 +9,10 @@ import struct
 import pytest
 from tensorboardX.proto import event_pb2
 
+from configs import default
 from mt.base import events
 from mt.base import journal
+from mt.base import recorder
 from tests.fixtures.refusal import refusal
 
 
@@ -71,15 +73,11 @@ def test_events_are_those_of_metrics_jsonl(tmp_path):
 def test_a_resumed_run_has_every_step_once(tmp_path):
   metrics = tmp_path / 'metrics.jsonl'
   for _ in range(2):
-    writer = events.open_writer(tmp_path)
-    journal.cut_metrics(metrics, 2)
-    events.replay(writer, metrics)
+    made = recorder.Recorder(tmp_path, default.get_config(), 2)
     first = len(list(journal.read_metrics(metrics))) + 1
     for step in range(first, 5):
-      line = {'step': step, 'loss': step / 4}
-      journal.add_metrics(metrics, line)
-      events.add(writer, line)
-    writer.close()
+      made.add({'step': step, 'loss': step / 4})
+    made.close()
     if first == 1:  # As if it were of an earlier second.
       (path,) = (tmp_path / 'tensorboard').iterdir()
       path.rename(path.with_name('events.out.tfevents.1.host'))

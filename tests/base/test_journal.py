@@ -8,8 +8,10 @@ from mt.base import journal
 
 def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
   path = tmp_path / 'metrics.jsonl'
-  for step in (0, 1, 2, 3):
-    journal.add_metrics(path, {'step': step, 'loss': 1 / 3})
+  with journal.open_metrics(path) as file:
+    for step in (0, 1, 2, 3):
+      journal.add_metrics(file, {'step': step, 'loss': 1 / 3})
+      assert path.read_text().count('\n') == step + 1  # Whatever comes next.
   with open(path, 'ab') as f:
     f.write(b'\xff\0\n{"step": 2, "lo')  # A crash in the middle of a line.
   journal.cut_metrics(path, 2)
@@ -21,8 +23,13 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
 
 
 def test_metrics_that_cannot_be_written(tmp_path):
-  with pytest.raises(errors.UserError, match='cannot write metrics'):
-    journal.add_metrics(tmp_path / 'no' / 'metrics.jsonl', {'step': 0})
+  with pytest.raises(errors.UserError, match='cannot write it'):
+    journal.open_metrics(tmp_path / 'no' / 'metrics.jsonl')
+  with (
+    open('/dev/full', 'wb', buffering=0) as file,
+    pytest.raises(errors.UserError, match='/dev/full: cannot write metrics'),
+  ):
+    journal.add_metrics(file, {'step': 0})
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):
@@ -56,9 +63,12 @@ def test_validations_without_a_better_chrf(tmp_path, scores, waited):
   path = tmp_path / 'metrics.jsonl'
   assert journal.since_best(path) == 0
   # The pretrained model was better than all of them.
-  journal.add_metrics(path, {'step': 0, 'valid_loss': 1.0, 'valid_chrf': 99.0})
+  lines = [{'step': 0, 'valid_loss': 1.0, 'valid_chrf': 99.0}]
   for i, chrf in enumerate(scores):
-    journal.add_metrics(path, {'step': 2 * i + 1, 'loss': 1.0})
-    journal.add_metrics(path, {'step': 2 * i + 2, 'valid_loss': 1.0})
-    journal.add_metrics(path, {'step': 2 * i + 2, 'valid_chrf': chrf})
+    lines.append({'step': 2 * i + 1, 'loss': 1.0})
+    lines.append({'step': 2 * i + 2, 'valid_loss': 1.0})
+    lines.append({'step': 2 * i + 2, 'valid_chrf': chrf})
+  with journal.open_metrics(path) as file:
+    for line in lines:
+      journal.add_metrics(file, line)
   assert journal.since_best(path) == waited

@@ -67,8 +67,13 @@ def folder(tmp_path):
   files.write_json(tmp_path / 'environment.json', environment)
   for step in range(21):
     line = {'step': step, 'loss': 3 - step / 10, 'targets_per_s': 50 + step}
-    journal.add_metrics(tmp_path / 'metrics.jsonl', line)
+    _add_metrics(tmp_path, line)
   return tmp_path
+
+
+def _add_metrics(folder, line):
+  with journal.open_metrics(folder / 'metrics.jsonl') as file:
+    journal.add_metrics(file, line)
 
 
 def _finish(folder):
@@ -181,15 +186,20 @@ def test_curves(folder, curves):
   assert curves == {
     'Loss': {'training': 21, 'validation': 0},
     'chrF': {},  # Only scores would have some.
-    'Throughput': {'target tokens per second': 21},
+    'Throughput': {'target tokens': 21},
   }
   for step in (0, 10, 20):
     line = {'step': step, 'valid_loss': 3.0, 'valid_chrf': float(step)}
-    line['minitrain_loss'] = 2.0
-    journal.add_metrics(folder / 'metrics.jsonl', line)
+    line |= {'minitrain_loss': 2.0, 'mfu': 0.4, 'memory_gb': 1.0}
+    line |= {'peak_memory_gb': 2.0, 'learning_rate': 1e-4, 'tokens_per_s': 9}
+    _add_metrics(folder, line)
   page = _page(folder)
   assert curves['Loss']['minitrain: memorised?'] == 3
   assert curves['chrF'] == {'validation': 3}
+  assert curves['Throughput'] == {'target tokens': 21, 'all tokens': 3}
+  assert curves['Learning rate'] == {'of the step': 3}
+  assert curves['MFU'] == {'useful FLOPs of the peak': 3}
+  assert curves['Device memory'] == {'in use': 3, 'at the peak': 3}
   assert 'minitrain: memorised?' in page.text('span')
 
 

@@ -10,7 +10,9 @@ from mt.train import checkpoint
 from mt.train import manifest
 
 ROOT = pathlib.Path(__file__).parents[2]
-_TIMES = 'targets_per_s', 'data_wait_s'
+# What is not the same in two runs of one config.
+TIMES = 'targets_per_s', 'tokens_per_s', 'data_wait_s', 'mfu', 'peak_memory_gb'
+TIMES += ('memory_gb',)
 
 
 def metrics(workdir):
@@ -44,7 +46,7 @@ def arrays(workdir, at=None, item='trained'):
 def assert_same_run(one, other):
   """Bit for bit: all numbers but times, checkpoints, translations, scores."""
   timeless = [
-    [{k: v for k, v in m.items() if k not in _TIMES} for m in metrics(d)]
+    [{k: v for k, v in m.items() if k not in TIMES} for m in metrics(d)]
     for d in (one, other)
   ]
   assert timeless[0] == timeless[1]

@@ -103,7 +103,7 @@ class _Stub:
 
   class State:
     def __init__(self, at):
-      self.step = at
+      self.at = at
 
   def __init__(self, config, folder, pairs):
     self.config = config.copy_and_resolve_references()
@@ -299,13 +299,20 @@ def test_a_first_short_try_simply_runs(debug_config, tmp_path, capsys):
   assert folders.steps(tmp_path) == [1]
 
 
-def test_more_steps_go_on_from_the_last(plain_copy):
+def test_more_steps_go_on_from_the_last(plain_copy, capsys):
   config, folder = plain_copy
-  config.train.max_steps = 8
+  config.train.max_steps = 5
+  before = (folder / 'config.json').read_bytes()
+  refusal(lambda: run_lib.run(config, folder), 'at step 6', 'max_steps=5')
+  assert (folder / 'config.json').read_bytes() == before
+  config.train.max_steps, config.eval.every = 8, 4
   run_lib.run(config, folder)
   lines = folders.metrics(folder)
   assert [m['step'] for m in lines if 'loss' in m] == list(range(1, 9))
   assert folders.scores(folder)['valid']['after']['step'] == 8
+  out = capsys.readouterr().out
+  assert 'changed: eval.every=4 (was 3), train.max_steps=8 (was 6); the' in out
+  assert 'rate jumps' not in out
 
 
 def test_translate_reads_the_last_checkpoint(plain, tmp_path):
@@ -378,7 +385,9 @@ def test_other_data_is_refused(debug_config, tmp_path):
   run_lib.run(debug_config, tmp_path / 'w')
   path = data / 'train' / 'train.en-fr.tsv'
   path.write_text(path.read_text('utf-8').upper(), encoding='utf-8')
-  refusal(lambda: run_lib.run(debug_config, tmp_path / 'w'), 'its data is')
+  refusal(
+    lambda: run_lib.run(debug_config, tmp_path / 'w'), path, 'has changed'
+  )
 
 
 @pytest.mark.parametrize(

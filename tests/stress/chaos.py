@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from mt.train import checkpoint
 from mt.train import manifest
+from tests.runs import folders
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = (
@@ -92,7 +93,7 @@ def final(workdir: pathlib.Path) -> dict:
   """Everything that must be the same in the end."""
   lines = [json.loads(x) for x in _text(workdir / 'metrics.jsonl').splitlines()]
   for line in lines:
-    for name in ('targets_per_s', 'data_wait_s'):
+    for name in folders.TIMES:
       line.pop(name, None)
   both = [(x['step'], 'loss' in x) for x in lines]
   assert len(set(both)) == len(both), 'a step is there twice'

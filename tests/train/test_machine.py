@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 
 from configs import default
+from mt.base import accelerator
 from mt.train import machine
 from tests.fixtures.refusal import refusal
 
@@ -123,3 +124,14 @@ def test_what_is_chosen_can_be(platform):
   for config.data.length in (100, 512):
     made = machine.resolve(config, platform, 'some kind', 10**11)
     machine.check_attention(made, platform)
+
+
+def test_determinism_that_comes_too_late_is_refused(monkeypatch):
+  config = default.get_config()
+  config.train.deterministic = True
+  monkeypatch.setenv('XLA_FLAGS', '')
+  machine.check_deterministic(config, 'cpu')
+  call = lambda: machine.check_deterministic(config, 'gpu')  # noqa: E731
+  refusal(call, 'train.deterministic', '--xla_gpu_deterministic_ops=true')
+  accelerator.set_deterministic()
+  call()

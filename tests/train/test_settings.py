@@ -204,3 +204,28 @@ def test_names_that_would_break_the_line_are_shown_escaped():
   config.data.source = 'a\nb\x1b[31m\u2028é'
   splits = lambda: corpus.read_splits(config.data, ['train'])  # noqa: E731
   refusal(splits, r'a\nb\x1b[31m\u2028é/train/train.en-fr.tsv: ')
+
+
+def _changes(capsys, before, now, at, skipped=0):
+  both = default.get_config(), default.get_config()
+  for config, values in zip(both, (before, now), strict=True):
+    config.update_from_flattened_dict(
+      {'train.max_steps': 100, 'optim.learning_rate': 1e-3} | values
+    )
+  settings.say_changes(*both, at, skipped)
+  return capsys.readouterr().out
+
+
+def test_a_resume_says_what_it_changes_and_what_that_does(capsys):
+  cosine, longer = {'optim.schedule': 'cosine'}, {'train.max_steps': 200}
+  assert _changes(capsys, cosine, cosine, 100) == ''
+  out = _changes(capsys, cosine, cosine | longer, 100)
+  assert out.startswith('changed: train.max_steps=200 (was 100); ')
+  assert 'jumps from 2.47e-07 in step 100 to 5.00e-04 in step 101' in out
+  # A skipped step does not move the schedule.
+  out = _changes(capsys, cosine, cosine | longer, 100, skipped=50)
+  assert 'jumps from 5.16e-04 in step 100 to 8.54e-04 in step 101' in out
+  # Where no step is left, or the rate is the same, none is told.
+  assert 'jumps' not in _changes(capsys, cosine | longer, cosine, 100)
+  out = _changes(capsys, {}, longer | {'eval.every': 7}, 100)
+  assert 'eval.every=7 (was 100)' in out and 'would have' in out
