@@ -1,9 +1,10 @@
-"""Gemma 1, 2 and 3 text models as pure functions over a plain pytree.
+"""Gemma 1 to 4 text models as pure functions over a plain pytree.
 
 The parameters are those of the table in mt/gemma/parameters.py, the letters of
 all shapes those of mt/gemma/sizes.py. The layers are stacked and go through one
 `lax.scan`, so that the compile time does not grow with depth. The tests compare
-values and gradients with the modules of the `gemma` package.
+values and gradients with the modules of the `gemma` package, and those of
+Gemma 4 with transformers.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
+import numpy as np
 
 from mt.gemma import attention
 from mt.gemma import fused
@@ -49,18 +51,23 @@ _from_arguments = functools.partial(jax.checkpoint, prevent_cse=False)
 _ACTIVATIONS = ('rows', 'length', 'width')
 
 
-@_from_arguments
-def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-  """x / rms(x) * (1 + scale) over the last axis, computed in float32.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def rms_norm(
+  x: jax.Array, scale: jax.Array | None, offset: float
+) -> jax.Array:
+  """x / rms(x) * (offset + scale) over the last axis, computed in float32.
 
   Args:
     x: [..., D].
-    scale: [D].
+    scale: [D], or None for a factor of 1.
+    offset: ModelConfig.norm_offset.
   """
-  chex.assert_equal_shape_suffix([x, scale], 1)
   y = x.astype(jnp.float32)
   y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)
-  return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+  if scale is not None:
+    chex.assert_equal_shape_suffix([x, scale], 1)
+    y = y * (offset + scale.astype(jnp.float32))
+  return y.astype(x.dtype)
 
 
 @_from_arguments
@@ -120,18 +127,21 @@ def block(
   x: jax.Array,
   sin: jax.Array,
   cos: jax.Array,
-  attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
+  attend: Callable[..., tuple[jax.Array, Any]],
+  layer_input: jax.Array | None = None,
   dense: Callable[[Params, str, jax.Array], jax.Array] = dense,
 ) -> tuple[jax.Array, Any]:
   """One transformer layer.
 
   Args:
-    cfg: the model's shape.
+    cfg: the shape of the layers of its stack.
     layer: the parameters of this layer, without the leading axis N.
     x: [B, L, D].
     sin, cos: [B, L, A / 2] float32, of this layer's kind.
     attend: (q [B, L, H, A], k, v [B, L, K, A]) -> ([B, L, H * A], extra); where
-      training masks, and decoding reads and writes its cache.
+      training masks, and decoding reads and writes its cache. Of a layer that
+      has no keys and values, (q).
+    layer_input: [B, L, E], its own, if cfg.layer_input_dim.
     dense: (layer, name of a matrix, [B, L, in]) -> [B, L, out].
 
   Returns:
@@ -140,25 +150,41 @@ def block(
   dims = cfg.dims()
   dims['BL'] = x.shape[:2]
   chex.assert_shape(x, dims['BLD'])
-  y = rms_norm(x, layer['attn_norm'])
+
+  def norm(name, x):
+    return rms_norm(x, layer[name], cfg.norm_offset)
+
+  y = norm('attn_norm', x)
   q = dense(layer, 'q', y).reshape(dims['BLHA'])
-  k = dense(layer, 'k', y).reshape(dims['BLKA'])
-  v = dense(layer, 'v', y).reshape(dims['BLKA'])
   if cfg.qk_norm:
-    q, k = rms_norm(q, layer['q_norm']), rms_norm(k, layer['k_norm'])
-  q = attention.apply_rope(q, sin, cos) * cfg.query_scale
-  k = attention.apply_rope(k, sin, cos)
-  y, extra = attend(q, k, v)
+    q = norm('q_norm', q)
+  qkv = [attention.apply_rope(q, sin, cos) * cfg.query_scale]
+  if not cfg.sharing_layers:
+    k = v = dense(layer, 'k', y).reshape(dims['BLKA'])
+    if not cfg.keys_are_values:
+      v = dense(layer, 'v', y).reshape(dims['BLKA'])
+    if cfg.qk_norm:
+      k = norm('k_norm', k)
+    if cfg.value_norm:
+      v = rms_norm(v, None, 0.0)
+    qkv += attention.apply_rope(k, sin, cos), v
+  y, extra = attend(*qkv)
   y = dense(layer, 'o', y)
   if cfg.post_norms:
-    y = rms_norm(y, layer['post_attn_norm'])
+    y = norm('post_attn_norm', y)
   x = x + y
-  y = rms_norm(x, layer['ffw_norm'])
+  y = norm('ffw_norm', x)
   y = geglu(dense(layer, 'gate', y), dense(layer, 'up', y))
   y = checkpoint_name(dense(layer, 'down', y), 'narrow')
   if cfg.post_norms:
-    y = rms_norm(y, layer['post_ffw_norm'])
-  return x + y, extra
+    y = norm('post_ffw_norm', y)
+  x = x + y
+  if cfg.layer_input_dim:
+    y = geglu(dense(layer, 'input_gate', x), layer_input)
+    x = x + norm('post_input_norm', dense(layer, 'input_proj', y))
+  if cfg.layer_scale:
+    x = x * layer['scale'].astype(x.dtype)
+  return x, extra
 
 
 def embed(
@@ -166,10 +192,14 @@ def embed(
   tokens: jax.Array,
   dtype: jnp.dtype,
   mesh: Mesh | None = None,
+  width: int | None = None,
 ) -> jax.Array:
-  """Token vectors times sqrt(D): [V, D], [B, L] int32 -> [B, L, D]."""
+  """Token vectors times sqrt(D): [V, D], [B, L] int32 -> [B, L, D].
+
+  `width` is of the vectors, where a row of the table has several.
+  """
   chex.assert_rank([table, tokens], 2)
-  scale = jnp.sqrt(float(table.shape[-1])).astype(dtype)
+  scale = jnp.sqrt(float(width or table.shape[-1])).astype(dtype)
   vocab = sharding.split_over(mesh, 'vocab', table.shape[0])
   if not vocab:
     return table[tokens].astype(dtype) * scale
@@ -240,6 +270,35 @@ def add_embed_grad(
   )(d_table, tokens, d_x)
 
 
+def layer_inputs(
+  cfg: ModelConfig,
+  params: Params,
+  tokens: jax.Array,
+  x: jax.Array,
+  mesh: Mesh | None = None,
+  dense: Callable[[Params, str, jax.Array], jax.Array] = dense,
+) -> jax.Array | None:
+  """What each layer gets of its own, if cfg.layer_input_dim: [N, B, L, E].
+
+  Args:
+    cfg, params, tokens, mesh: see `forward`.
+    x: [B, L, D], `embed` of the tokens.
+    dense: see `block`.
+  """
+  if not cfg.layer_input_dim:
+    return None
+  dims = cfg.dims()
+  dims['BL'] = tokens.shape
+  chex.assert_shape(x, dims['BLD'])
+  y = dense(params, 'layer_input_proj', x) * dims.D**-0.5
+  y = rms_norm(
+    y.reshape(dims['BLNE']), params['layer_input_norm'], cfg.norm_offset
+  )
+  table = params['layer_input_embedding']
+  own = embed(table, tokens, x.dtype, mesh, dims.E).reshape(dims['BLNE'])
+  return jnp.moveaxis((y + own) * 2**-0.5, 2, 0)
+
+
 def forward(
   cfg: ModelConfig,
   params: Params,
@@ -275,22 +334,71 @@ def forward(
   chex.assert_shape([tokens, positions, segment_ids], dims['BL'])
   chex.assert_type([tokens, positions, segment_ids], int)
   chex.assert_shape(params['embedding'], dims['VD'])
-  rope = attention.rope_tables(cfg, positions)
-  attend = fused.make_attend(cfg, implementation, segment_ids, mesh)
-
-  def layer_fn(x, per_layer):
-    layer, kind = per_layer
-    sin, cos = (table[kind] for table in rope)
-    x, _ = block(
-      cfg, layer, x, sin, cos, lambda q, k, v: (attend(q, k, v, kind), None)
-    )
-    return sharding.constrain(x, mesh, _ACTIVATIONS), None
-
   x = embedded
   if x is None:
     x = embed(params['embedding'], tokens, dtype, mesh)
   chex.assert_shape(x, dims['BLD'])
   x = sharding.constrain(x, mesh, _ACTIVATIONS)
-  per_layer = params['layers'], attention.layer_kinds(cfg)[1]
-  x, _ = lax.scan(REMAT[remat](layer_fn), x, per_layer)
-  return rms_norm(x, params['final_norm'])
+  inputs = layer_inputs(cfg, params, tokens, x, mesh)
+  shared = {}  # Kind of layer -> keys and values of the last that has any.
+  for group in cfg.groups():
+    turns, layers = [], []
+    for stack in group:
+      scanned = params[stack.name], attention.layer_kinds(stack.cfg)[1], inputs
+      if inputs is not None:
+        scanned = *scanned[:2], inputs[np.array(stack.layers)]
+      if stack.turn > 1:
+        split = functools.partial(_split_leading, stack.turn)
+        scanned = jax.tree.map(split, scanned)
+      layers.append(scanned)
+      attend = fused.make_attend(stack.cfg, implementation, segment_ids, mesh)
+      rope = attention.rope_tables(stack.cfg, positions)
+      layer_fn = _make_layer(stack.cfg, attend, rope, shared, mesh)
+      turns.append((stack.turn, REMAT[remat](layer_fn)))
+    kept = {}
+    if cfg.sharing_layers and not shared:
+      kept = {s.cfg.attention: _no_kv(s.cfg, x) for s in group}
+
+    def period(carry, layers, turns=turns):
+      for (turn, layer_fn), scanned in zip(turns, layers, strict=True):
+        if turn > 1:
+          carry, _ = lax.scan(layer_fn, carry, scanned)
+        else:
+          carry, _ = layer_fn(carry, scanned)
+      return carry, None
+
+    (x, shared), _ = lax.scan(period, (x, kept), layers)
+  return rms_norm(x, params['final_norm'], cfg.norm_offset)
+
+
+def _make_layer(cfg, attend, rope, shared, mesh):
+  """A step of the scan over the layers of a stack.
+
+  It carries x and, by the kind of layer, the keys and values that later layers
+  share: none in most models.
+  """
+
+  def layer_fn(carry, per_layer):
+    (x, kept), (layer, kind, layer_input) = carry, per_layer
+    if len(cfg.attention) == 1:
+      kind = 'LG'.index(cfg.attention)  # Nothing is computed for the other.
+    sin, cos = (table[kind] for table in rope)
+
+    def attend_to(q, *kv):
+      kv = kv or shared[cfg.attention]
+      return attend(q, *kv, kind), kv
+
+    x, kv = block(cfg, layer, x, sin, cos, attend_to, layer_input)
+    kept = {k: kv if k == cfg.attention else old for k, old in kept.items()}
+    return (sharding.constrain(x, mesh, _ACTIVATIONS), kept), None
+
+  return layer_fn
+
+
+def _no_kv(cfg, x):
+  zeros = jnp.zeros((*x.shape[:2], cfg.num_kv_heads, cfg.head_dim), x.dtype)
+  return zeros, zeros
+
+
+def _split_leading(size, x):
+  return x.reshape(-1, size, *x.shape[1:])

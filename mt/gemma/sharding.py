@@ -172,6 +172,8 @@ def of_parameter(
     axes = ('layers', 'rank', axes[2])
   if len(shape) != len(axes):
     return whole(mesh)
+  stack = rows[matrix].stack
+  cfg = next((s.cfg for s in cfg.stacks() if s.name == stack), cfg)
   heads = {'heads': cfg.num_heads, 'kv_heads': cfg.num_kv_heads}
   units = [heads.get(a, n) for a, n in zip(axes, shape, strict=True)]
   return place(mesh, axes, tuple(units))
