@@ -41,7 +41,7 @@ def rope_tables(
   """
   chex.assert_rank(positions, 2)
   exponent = jnp.arange(cfg.head_dim // 2, dtype=jnp.float32)
-  turned = exponent < cfg.rope_part_global * (cfg.head_dim // 2)
+  turned = exponent < int(cfg.rope_part_global * cfg.head_dim // 2)
   exponent = exponent * 2 / cfg.head_dim
   rates = cfg.rope_base_global**-exponent / cfg.rope_scale_global
   if cfg.rope_part_global < 1.0:

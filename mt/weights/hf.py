@@ -1,8 +1,8 @@
-"""Hugging Face folders of Gemma 1, 2 and 3: in and out.
+"""Hugging Face folders of Gemma 1 to 4: in and out.
 
 A folder has config.json, one or several .safetensors files and a tokenizer.
 Matrices are stored as [out, in], norm weights without the 1 added. Of the
-multimodal Gemma 3 the text model is read, whatever the prefix of its names; the
+multimodal ones the text model is read, whatever the prefix of its names; the
 vision tower is not touched. Pickles (pytorch_model.bin) are refused.
 
 Files: github.com/huggingface/safetensors#format; names: transformers,
@@ -41,7 +41,8 @@ def _places(cfg, prefix) -> list[load.Place]:
 
   def name(row, layer):
     at = '' if layer is None else f'layers.{layer}.'
-    return f'{prefix}{at}{row.hf}.weight'
+    # A layer's scale is no parameter of theirs, but a buffer.
+    return f'{prefix}{at}{row.hf}{"" if row.shape == "N1" else ".weight"}'
 
   return load.places(cfg, name)
 
@@ -174,10 +175,18 @@ def _unreadable(path, e):
 
 def _shapes(folder):
   """Name -> shape of the tensors of the text model, none of them quantised."""
-  out = {}
+  out, cfg = {}, folder.config
+  own = cfg.num_layers - cfg.sharing_layers
+  # Published files have what layers that share keys and values never read.
+  unread = tuple(
+    f'layers.{n}.self_attn.{x}'
+    for n in range(own, cfg.num_layers)
+    for x in ('k_', 'v_')
+  )
   for name, (opened, path) in folder.tensors.items():
     rest = name.removeprefix(folder.prefix)
-    ours = rest.startswith(('layers.', 'embed_tokens.', 'norm.'))
+    ours = rest.startswith(('layers.', 'embed_tokens', 'norm.', 'per_layer_'))
+    ours &= not rest.startswith(unread)
     # Old files have the RoPE rates, which follow from config.json. A head is
     # not read either: config.json says that it is the embedding.
     if (

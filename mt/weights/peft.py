@@ -43,11 +43,12 @@ def write(
     for row in parameters.table(cfg)
     if f'{row.path}_lora_a' in trained  # Not all may be trained.
   ]
+  layers = {stack.name: stack.layers for stack in cfg.stacks()}
   tensors = {}
   for row in rows:
     for letter in 'AB':
       stacked = np.asarray(trained[f'{row.path}_lora_{letter.lower()}'])
-      for i, x in enumerate(stacked):
+      for i, x in zip(layers[row.stack], stacked, strict=True):
         module = f'base_model.model.model.layers.{i}.{row.hf}'
         tensors[f'{module}.lora_{letter}.weight'] = x.T.astype(dtype)
   hf.save(folder / 'adapter_model.safetensors', tensors)
