@@ -27,6 +27,7 @@ SIZES = (
   'gemma1_2b', 'gemma1_7b',
   'gemma2_2b', 'gemma2_9b', 'gemma2_27b',
   'gemma3_270m', 'gemma3_1b', 'gemma3_4b', 'gemma3_12b', 'gemma3_27b',
+  'gemma4_e2b', 'gemma4_e4b', 'gemma4_12b', 'gemma4_31b',
   'debug',
 )  # fmt: skip
 REMAT = ('none', 'dots', 'narrow', 'full')

@@ -17,6 +17,8 @@ formatting and system instructions"), and the learned part ends with
   PROMPT<end_of_turn>
   <start_of_turn>model
   TARGET<end_of_turn>
+
+With a tokenizer of Gemma 4 the two pieces are <|turn> and <turn|>.
 """
 
 from collections.abc import Sequence
@@ -34,6 +36,8 @@ from mt.data import lines
 from mt.data import tokenizer
 
 START_OF_TURN, END_OF_TURN = '<start_of_turn>', '<end_of_turn>'
+# Of Gemma 1 to 3, and of Gemma 4.
+TURNS = ((START_OF_TURN, END_OF_TURN), ('<|turn>', '<turn|>'))
 
 # Codes of ISO 639-1 and their English names.
 _LANGUAGES = pathlib.Path(__file__).parent / 'languages.tsv'
@@ -73,37 +77,50 @@ def from_config(config: ml_collections.ConfigDict) -> Template:
   return Template(prompt, t.target_prefix, t.target_bos, t.chat)
 
 
-def prompt_text(source: str, template: Template) -> str:
-  """All text that precedes the target."""
+def prompt_text(
+  source: str, template: Template, turns: tuple[str, str] = TURNS[0]
+) -> str:
+  """All text that precedes the target; `turns` are those of `turns_of`."""
   text = template.prompt.replace('{source}', source)
   if not template.chat:
     return text
-  return f'{START_OF_TURN}user\n{text}{END_OF_TURN}\n{START_OF_TURN}model\n'
+  start, end = turns
+  return f'{start}user\n{text}{end}\n{start}model\n'
+
+
+def turns_of(tok: tokenizer.Tokenizer, template: Template) -> tuple[str, str]:
+  """The pieces that a turn begins and ends with, in a chat.
+
+  Raises:
+    errors.UserError: a chat template, but the tokenizer knows no turns.
+  """
+  for turns in TURNS:
+    # Encoded: a control piece has an id, too, but is never found in a text.
+    if not template.chat or all(len(tok.encode(piece)) == 1 for piece in turns):
+      return turns
+  raise errors.UserError(
+    f'template.chat needs a tokenizer with the pieces {START_OF_TURN} and '
+    f"{END_OF_TURN}; take Gemma's own, or set template.chat=False."
+  )
 
 
 def prompt_ids(
   source: str, tok: tokenizer.Tokenizer, template: Template
 ) -> list[int]:
   """What precedes the target, in training and in translation alike."""
-  return [tok.bos_id] + tok.encode(prompt_text(source, template))
+  turns = turns_of(tok, template)
+  return [tok.bos_id] + tok.encode(prompt_text(source, template, turns))
 
 
 def end_id(tok: tokenizer.Tokenizer, template: Template) -> int:
   """The token that ends a target.
 
   Raises:
-    errors.UserError: a chat template, but the tokenizer knows no turns.
+    errors.UserError: see turns_of.
   """
   if not template.chat:
     return tok.eos_id
-  # Encoded: a control piece has an id, too, but is never found in a text.
-  turns = [tok.encode(piece) for piece in (START_OF_TURN, END_OF_TURN)]
-  if any(len(ids) != 1 for ids in turns):
-    raise errors.UserError(
-      f'template.chat needs a tokenizer with the pieces {START_OF_TURN} and '
-      f"{END_OF_TURN}; take Gemma's own, or set template.chat=False."
-    )
-  return turns[1][0]
+  return tok.encode(turns_of(tok, template)[1])[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +153,12 @@ def encode(
   """Tokenises pairs, whatever their length.
 
   Raises:
-    errors.UserError: see end_id.
+    errors.UserError: see turns_of.
   """
-  prompts = tok.encode_all([prompt_text(p.source, template) for p in pairs])
+  turns = turns_of(tok, template)
+  prompts = tok.encode_all(
+    [prompt_text(p.source, template, turns) for p in pairs]
+  )
   targets = tok.encode_all([template.target_prefix + p.target for p in pairs])
   start = [tok.bos_id] if template.target_bos else []
   end = [end_id(tok, template)]

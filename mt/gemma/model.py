@@ -52,9 +52,7 @@ _ACTIVATIONS = ('rows', 'length', 'width')
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def rms_norm(
-  x: jax.Array, scale: jax.Array | None, offset: float
-) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array | None, offset: float) -> jax.Array:
   """x / rms(x) * (offset + scale) over the last axis, computed in float32.
 
   Args:
@@ -276,14 +274,12 @@ def layer_inputs(
   tokens: jax.Array,
   x: jax.Array,
   mesh: Mesh | None = None,
-  dense: Callable[[Params, str, jax.Array], jax.Array] = dense,
 ) -> jax.Array | None:
   """What each layer gets of its own, if cfg.layer_input_dim: [N, B, L, E].
 
   Args:
     cfg, params, tokens, mesh: see `forward`.
     x: [B, L, D], `embed` of the tokens.
-    dense: see `block`.
   """
   if not cfg.layer_input_dim:
     return None

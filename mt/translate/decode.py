@@ -32,7 +32,7 @@ _HIDDEN = 2**30  # A position after all others.
 def unstack(
   params: parameters.Params, dtype: jnp.dtype | None = None
 ) -> parameters.Params:
-  """Stacks as tuples of layers, all matrices [out, in] and of this dtype.
+  """Stacks as tuples of layers, their matrices [out, in] and of this dtype.
 
   A decoding step is bound by reading the weights: it would copy slices of
   stacked arrays, and convert matrices that are not of the activations' dtype.
@@ -45,11 +45,8 @@ def unstack(
     if isinstance(x, dict):
       numbers = np.arange(len(x['attn_norm']), dtype=np.int32)
       out[name] = tuple(split_layer(x, n, dtype) for n in numbers)
-    elif x.ndim == 1:  # Norms are computed in float32.
-      out[name] = x
-    else:
-      x = x if 'embedding' in name else x.T
-      out[name] = x.astype(dtype or x.dtype)
+    else:  # Norms are vectors, and computed in float32.
+      out[name] = x.astype(dtype or x.dtype) if x.ndim > 1 else x
   return out
 
 
@@ -172,7 +169,7 @@ def extend(
     sin, cos = attention.rope_tables(stack.cfg, positions)
     for n, layer in zip(stack.layers, params[stack.name], strict=True):
       layers[n] = stack.cfg, layer, (sin[kinds[n]], cos[kinds[n]])
-  inputs = model.layer_inputs(cfg, params, tokens, x, dense=_dense)
+  inputs = model.layer_inputs(cfg, params, tokens, x)
   for n in range(dims.N):
     layer_cfg, layer, rope = layers[n]
     dense = _dense

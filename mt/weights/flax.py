@@ -162,6 +162,11 @@ def read_config(ckpt: Checkpoint) -> sizes.ModelConfig:
   Raises:
     errors.UserError: another model, named with what is nearest to it.
   """
+  if 'layer_0.skip_scale' in ckpt.names:
+    raise errors.UserError(
+      f"{ckpt.store.path}: Gemma 4 is not read from Google's own layout; take "
+      'its Hugging Face folder.'
+    )
   vocab_size, width = ckpt.shape(EMBEDDING, 2)
   layers = [re.match(r'layer_(\d{1,4})\.', n) for n in ckpt.names]
   heads, head_dim, _ = ckpt.shape('layer_0.attn.attn_vec_einsum', 3)
@@ -188,7 +193,8 @@ def read_config(ckpt: Checkpoint) -> sizes.ModelConfig:
       out.append(f'vocab_size {vocab_size} (there {size["vocab_size"]})')
     return out
 
-  name, nearest = min(sizes.SIZES.items(), key=lambda x: len(differences(x)))
+  known = [x for x in sizes.SIZES.items() if not x[1].global_head_dim]
+  name, nearest = min(known, key=lambda x: len(differences(x)))
   if differs := differences((name, nearest)):
     raise errors.UserError(
       f'{ckpt.store.path}: no Gemma known here has these shapes, the nearest '

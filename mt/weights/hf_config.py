@@ -81,7 +81,7 @@ _ONLY = {
   'enable_moe_block': (None, False),
 }
 # Gemmas that are none of ours: what to take instead.
-_OTHERS = {
+OTHERS = {
   'gemma3n': 'Gemma 3n is not supported; take its successor, Gemma 4 E2B or '
   'E4B, or Gemma 3 4B.',
   'moe': 'the mixture of experts of Gemma 4 (26B-A4B) is not supported; take '
@@ -122,7 +122,7 @@ def read(path: pathlib.Path) -> sizes.ModelConfig:
   """
   kind, fields = _text_fields(path)
   if fields.get('enable_moe_block'):
-    raise errors.UserError(f'{path}: {_OTHERS["moe"]}')
+    raise errors.UserError(f'{path}: {OTHERS["moe"]}')
   bad = functools.partial(_bad, path, fields)
   number = functools.partial(_number, path, fields)
   for key, allowed in _ONLY.items():
@@ -240,7 +240,7 @@ def _text_fields(path):
   if kind == 'gemma3' and fields is whole:
     fields, kind = {}, 'gemma3_text'  # All of it left to the defaults.
   if str(kind).startswith('gemma3n'):
-    raise errors.UserError(f'{path}: {_OTHERS["gemma3n"]}')
+    raise errors.UserError(f'{path}: {OTHERS["gemma3n"]}')
   if str(kind) not in _DEFAULTS:
     raise errors.UserError(
       f'{path}: model_type {str(kind)[:40]!r} found, one of '
@@ -403,8 +403,9 @@ def _gemma4_fields(fields, cfg):
   global_ = global_ | {
     'rope_theta': cfg.rope_base_global,
     'partial_rotary_factor': cfg.rope_part_global,
-    'factor': cfg.rope_scale_global,
   }
+  if cfg.rope_scale_global != 1.0:
+    global_['factor'] = cfg.rope_scale_global
   return {k: v for k, v in fields.items() if k not in dead} | {
     'max_position_embeddings': 131_072,
     'rope_parameters': {'sliding_attention': local, 'full_attention': global_},

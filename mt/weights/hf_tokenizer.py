@@ -5,6 +5,9 @@ fills it: BPE over characters with byte fallback, the merges in the order of the
 scores, and the symbols that are never split as added tokens.
 """
 
+from collections.abc import Container
+from collections.abc import Mapping
+from collections.abc import Sequence
 import functools
 import json
 import pathlib
@@ -20,7 +23,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPACE = '\u2581'
 _BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
 # What transformers calls special besides the control tokens.
-_TURNS = ('<start_of_turn>', '<end_of_turn>')
+_TURNS = ('<start_of_turn>', '<end_of_turn>', '<|turn>', '<turn|>')
 _ROLES = ('pad', 'eos', 'bos', 'unk')
 
 
@@ -94,6 +97,29 @@ def read(path: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
   bad = functools.partial(_bad, path)
   model, pieces, symbols, ranks = _parse(path, rows, bad)
   special = _special_pieces(path, model.get('unk_token'))
+  return build(path, pieces, symbols, ranks, special)
+
+
+def build(
+  path: pathlib.Path,
+  pieces: Sequence[str],
+  symbols: Container[int],
+  ranks: Mapping[str, int],
+  special: Mapping[str, str],
+) -> tokenizer.Tokenizer:
+  """A SentencePiece model that does what these merges do.
+
+  Args:
+    path: of the file, for messages.
+    pieces: by id.
+    symbols: ids of pieces that are never split.
+    ranks: of the first merge that makes a piece.
+    special: piece -> pad, eos, bos or unk.
+
+  Raises:
+    errors.UserError: a piece is no text, or a special one is missing.
+  """
+  bad = functools.partial(_bad, path)
   proto = sp_pb2.ModelProto()
   for i, piece in enumerate(pieces):
     score, rank = 0.0, ranks.get(piece)
