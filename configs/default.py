@@ -49,7 +49,7 @@ KNOBS = (
     `kaggle:` and a handle (google/gemma/flax/2b-it, google/gemma-3/flax/
     gemma3-4b-it, …), with /VERSION to pin it; the path of a .gguf file, of a
     Hugging Face folder, or of a folder with a Flax (Orbax) checkpoint; or
-    `random`. Gemma 1, 2 and 3 in each form.
+    `random`. Gemma 1 to 4 in each form.
     """),
   knob('weights.size', 'debug', one_of(*SIZES), """
     A name out of mt/gemma/sizes.py: of `random` weights, and for `train.py

@@ -17,10 +17,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec
 import numpy as np
 
 from mt.gemma import attention
+from mt.gemma import embedding
 from mt.gemma import fused
 from mt.gemma import sharding
 from mt.gemma.parameters import Params
@@ -29,29 +29,28 @@ from mt.gemma.sizes import ModelConfig
 # What of a layer's forward pass is kept for the backward pass: everything; the
 # results of products with weights; what goes into the layer and the result of
 # `down`; only the former.
+_checkpoint = functools.partial(
+  jax.checkpoint,
+  prevent_cse=False,  # Not needed inside a scan.
+)
+_policies = jax.checkpoint_policies
 REMAT = {
   'none': lambda layer: layer,
   'dots': functools.partial(
-    jax.checkpoint,
-    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    prevent_cse=False,  # Not needed inside a scan.
+    _checkpoint, policy=_policies.dots_with_no_batch_dims_saveable
   ),
   'narrow': functools.partial(
-    jax.checkpoint,
-    policy=jax.checkpoint_policies.save_only_these_names('narrow'),
-    prevent_cse=False,
+    _checkpoint, policy=_policies.save_only_these_names('narrow')
   ),
-  'full': functools.partial(jax.checkpoint, prevent_cse=False),
+  'full': _checkpoint,
 }
-
-# Under `none` too, norms and GeGLU are computed again from their arguments: no
-# slower, and 1.0 GB less for four rows of the 270M (docs/measurements.md).
-_from_arguments = functools.partial(jax.checkpoint, prevent_cse=False)
 
 _ACTIVATIONS = ('rows', 'length', 'width')
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+# Under `none` too, norms and GeGLU are computed again from their arguments: no
+# slower, and 1.0 GB less for four rows of the 270M (docs/measurements.md).
+@functools.partial(_checkpoint, static_argnums=2)
 def rms_norm(x: jax.Array, scale: jax.Array | None, offset: float) -> jax.Array:
   """x / rms(x) * (offset + scale) over the last axis, computed in float32.
 
@@ -68,7 +67,7 @@ def rms_norm(x: jax.Array, scale: jax.Array | None, offset: float) -> jax.Array:
   return y.astype(x.dtype)
 
 
-@_from_arguments
+@_checkpoint
 def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
   """gelu(gate) * up, the tanh form of GELU (arXiv 1606.08415, 2002.05202)."""
   chex.assert_equal_shape([gate, up])
@@ -185,89 +184,6 @@ def block(
   return x, extra
 
 
-def embed(
-  table: jax.Array,
-  tokens: jax.Array,
-  dtype: jnp.dtype,
-  mesh: Mesh | None = None,
-  width: int | None = None,
-) -> jax.Array:
-  """Token vectors times sqrt(D): [V, D], [B, L] int32 -> [B, L, D].
-
-  `width` is of the vectors, where a row of the table has several.
-  """
-  chex.assert_rank([table, tokens], 2)
-  scale = jnp.sqrt(float(width or table.shape[-1])).astype(dtype)
-  vocab = sharding.split_over(mesh, 'vocab', table.shape[0])
-  if not vocab:
-    return table[tokens].astype(dtype) * scale
-  rows = sharding.split_over(mesh, 'rows', tokens.shape[0])
-  shared = tuple(a for a in vocab if a in rows)
-  others = tuple(a for a in vocab if a not in rows)
-
-  def look_up(part, tokens):
-    # The table stays where it is. Each device looks for the tokens of all who
-    # share its rows; one of them finds a token, all others add zeros.
-    if shared:
-      tokens = lax.all_gather(tokens, shared, tiled=True)
-    at = tokens - lax.axis_index(vocab) * part.shape[0]
-    here = (at >= 0) & (at < part.shape[0])
-    x = part[jnp.where(here, at, 0)].astype(dtype)
-    x = jnp.where(here[..., None], x, 0)
-    if shared:
-      x = lax.psum_scatter(x, shared, tiled=True)
-    return lax.psum(x, others)
-
-  look_up = jax.shard_map(
-    look_up,
-    mesh=mesh,
-    in_specs=(PartitionSpec(vocab), PartitionSpec(rows)),
-    out_specs=PartitionSpec(rows),
-  )
-  return look_up(table, tokens) * scale
-
-
-def add_embed_grad(
-  d_table: jax.Array, tokens: jax.Array, d_x: jax.Array, mesh: Mesh | None
-) -> jax.Array:
-  """Adds the gradient of `embed` to one that is there, in its memory.
-
-  Args:
-    d_table: [V, D], so far.
-    tokens: [B, L] int32.
-    d_x: [B, L, D], gradient of the token vectors.
-    mesh: as in `embed`.
-
-  Returns:
-    [V, D].
-  """
-  dims = chex.Dimensions()
-  dims['VD'], dims['BL'] = d_table.shape, tokens.shape
-  chex.assert_shape(d_x, dims['BLD'])
-  d_x = d_x * jnp.sqrt(float(dims.D)).astype(d_x.dtype)
-  vocab = sharding.split_over(mesh, 'vocab', dims.V)
-  rows = sharding.split_over(mesh, 'rows', dims.B)
-
-  def add(part, tokens, d_x):
-    if rows:
-      tokens = lax.all_gather(tokens, rows, tiled=True)
-      d_x = lax.all_gather(d_x, rows, tiled=True)
-    at = tokens - (lax.axis_index(vocab) * len(part) if vocab else 0)
-    at = jnp.where((at >= 0) & (at < len(part)), at, len(part))
-    return part.at[at].add(d_x.astype(part.dtype), mode='drop')
-
-  if mesh is None:
-    return add(d_table, tokens, d_x)
-  by_rows, by_vocab = PartitionSpec(rows or None), PartitionSpec(vocab or None)
-  return jax.shard_map(
-    add,
-    mesh=mesh,
-    in_specs=(by_vocab, by_rows, by_rows),
-    out_specs=by_vocab,
-    check_vma=False,  # Nothing is differentiated through it.
-  )(d_table, tokens, d_x)
-
-
 def layer_inputs(
   cfg: ModelConfig,
   params: Params,
@@ -277,9 +193,7 @@ def layer_inputs(
 ) -> jax.Array | None:
   """What each layer gets of its own, if cfg.layer_input_dim: [N, B, L, E].
 
-  Args:
-    cfg, params, tokens, mesh: see `forward`.
-    x: [B, L, D], `embed` of the tokens.
+  `x` is `embedding.embed` of the tokens; for the other arguments see `forward`.
   """
   if not cfg.layer_input_dim:
     return None
@@ -291,7 +205,9 @@ def layer_inputs(
     y.reshape(dims['BLNE']), params['layer_input_norm'], cfg.norm_offset
   )
   table = params['layer_input_embedding']
-  own = embed(table, tokens, x.dtype, mesh, dims.E).reshape(dims['BLNE'])
+  own = embedding.embed(table, tokens, x.dtype, mesh, dims.E).reshape(
+    dims['BLNE']
+  )
   return jnp.moveaxis((y + own) * 2**-0.5, 2, 0)
 
 
@@ -320,7 +236,7 @@ def forward(
     remat: what the backward pass recomputes, a key of REMAT.
     implementation: of attention, a name in mt/gemma/fused.py.
     mesh: of several devices, see mt/gemma/sharding.py.
-    embedded: [B, L, D], `embed` of the tokens, if it is there already.
+    embedded: [B, L, D], embedding.embed of the tokens, if it is there already.
 
   Returns:
     [B, L, D], after the final norm.
@@ -332,63 +248,24 @@ def forward(
   chex.assert_shape(params['embedding'], dims['VD'])
   x = embedded
   if x is None:
-    x = embed(params['embedding'], tokens, dtype, mesh)
+    x = embedding.embed(params['embedding'], tokens, dtype, mesh)
   chex.assert_shape(x, dims['BLD'])
   x = sharding.constrain(x, mesh, _ACTIVATIONS)
   inputs = layer_inputs(cfg, params, tokens, x, mesh)
   shared = {}  # Kind of layer -> keys and values of the last that has any.
+
+  def make_layer(cfg):
+    attend = fused.make_attend(cfg, implementation, segment_ids, mesh)
+    rope = attention.rope_tables(cfg, positions)
+    layer = functools.partial(_layer, cfg, attend, rope, shared, mesh)
+    return REMAT[remat](layer)
+
   for group in cfg.groups():
-    turns, layers = [], []
-    for stack in group:
-      scanned = params[stack.name], attention.layer_kinds(stack.cfg)[1], inputs
-      if inputs is not None:
-        scanned = *scanned[:2], inputs[np.array(stack.layers)]
-      if stack.turn > 1:
-        split = functools.partial(_split_leading, stack.turn)
-        scanned = jax.tree.map(split, scanned)
-      layers.append(scanned)
-      attend = fused.make_attend(stack.cfg, implementation, segment_ids, mesh)
-      rope = attention.rope_tables(stack.cfg, positions)
-      layer_fn = _make_layer(stack.cfg, attend, rope, shared, mesh)
-      turns.append((stack.turn, REMAT[remat](layer_fn)))
     kept = {}
     if cfg.sharing_layers and not shared:
-      kept = {s.cfg.attention: _no_kv(s.cfg, x) for s in group}
-
-    def period(carry, layers, turns=turns):
-      for (turn, layer_fn), scanned in zip(turns, layers, strict=True):
-        if turn > 1:
-          carry, _ = lax.scan(layer_fn, carry, scanned)
-        else:
-          carry, _ = layer_fn(carry, scanned)
-      return carry, None
-
-    (x, shared), _ = lax.scan(period, (x, kept), layers)
+      kept = {stack.cfg.attention: _no_kv(stack.cfg, x) for stack in group}
+    x, shared = _scan(group, params, (x, kept), inputs, make_layer)
   return rms_norm(x, params['final_norm'], cfg.norm_offset)
-
-
-def _make_layer(cfg, attend, rope, shared, mesh):
-  """A step of the scan over the layers of a stack.
-
-  It carries x and, by the kind of layer, the keys and values that later layers
-  share: none in most models.
-  """
-
-  def layer_fn(carry, per_layer):
-    (x, kept), (layer, kind, layer_input) = carry, per_layer
-    if len(cfg.attention) == 1:
-      kind = 'LG'.index(cfg.attention)  # Nothing is computed for the other.
-    sin, cos = (table[kind] for table in rope)
-
-    def attend_to(q, *kv):
-      kv = kv or shared[cfg.attention]
-      return attend(q, *kv, kind), kv
-
-    x, kv = block(cfg, layer, x, sin, cos, attend_to, layer_input)
-    kept = {k: kv if k == cfg.attention else old for k, old in kept.items()}
-    return (sharding.constrain(x, mesh, _ACTIVATIONS), kept), None
-
-  return layer_fn
 
 
 def _no_kv(cfg, x):
@@ -396,5 +273,43 @@ def _no_kv(cfg, x):
   return zeros, zeros
 
 
-def _split_leading(size, x):
-  return x.reshape(-1, size, *x.shape[1:])
+def _layer(cfg, attend, rope, shared, mesh, carry, per_layer):
+  """A step of a scan over the layers of a stack.
+
+  It carries x and, by the kind of layer, the keys and values that later layers
+  share: none in most models.
+  """
+  (x, kept), (layer, kind, layer_input) = carry, per_layer
+  if len(cfg.attention) == 1:
+    kind = 'LG'.index(cfg.attention)  # Nothing is computed for the other.
+  sin, cos = (table[kind] for table in rope)
+
+  def attend_to(q, *kv):
+    kv = kv or shared[cfg.attention]
+    return attend(q, *kv, kind), kv
+
+  x, kv = block(cfg, layer, x, sin, cos, attend_to, layer_input)
+  kept = {k: kv if k == cfg.attention else old for k, old in kept.items()}
+  return (sharding.constrain(x, mesh, _ACTIVATIONS), kept), None
+
+
+def _scan(group, params, carry, inputs, make_layer):
+  """Through the layers of a group, whose stacks take turns."""
+  layers = [make_layer(stack.cfg) for stack in group]
+
+  def of_layers(stack):
+    own = None if inputs is None else inputs[np.array(stack.layers)]
+    xs = params[stack.name], attention.layer_kinds(stack.cfg)[1], own
+    if stack.turn == 1:
+      return xs
+    return jax.tree.map(lambda x: x.reshape(-1, stack.turn, *x.shape[1:]), xs)
+
+  def period(carry, scanned):
+    for stack, layer, xs in zip(group, layers, scanned, strict=True):
+      if stack.turn > 1:
+        carry, _ = lax.scan(layer, carry, xs)
+      else:
+        carry, _ = layer(carry, xs)
+    return carry, None
+
+  return lax.scan(period, carry, [of_layers(stack) for stack in group])[0]

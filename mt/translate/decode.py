@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mt.gemma import attention
+from mt.gemma import embedding
 from mt.gemma import lora
 from mt.gemma import model
 from mt.gemma import parameters
@@ -150,7 +151,7 @@ def extend(
   chex.assert_shape(slot, dims['B'])
   distance = positions[:, :, None] - key_positions
   chex.assert_shape(distance, dims['BLS'])
-  x = model.embed(params['embedding'], tokens, cache['k'][0].dtype)
+  x = embedding.embed(params['embedding'], tokens, cache['k'][0].dtype)
   windows, kinds = attention.layer_kinds(cfg)
   cache = {k: list(v) for k, v in cache.items()}
   write = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=1))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mt.gemma import attention
+from mt.gemma import embedding
 from mt.gemma import model
 from mt.gemma import parameters
 from tests.fixtures import gemma_oracle
@@ -256,12 +257,14 @@ def test_gradient_of_the_embedding_is_autodiffs():
   tokens = np.array([[3, 0, 3, 10], [9, 3, 1, 0]])
 
   def total(table):
-    return jnp.sum(model.embed(table, tokens, jnp.float32) * d_x)
+    return jnp.sum(embedding.embed(table, tokens, jnp.float32) * d_x)
 
-  got = model.add_embed_grad(jnp.asarray(before), tokens, d_x, None)
+  got = embedding.add_grad(jnp.asarray(before), tokens, d_x, None)
   np.testing.assert_allclose(got, before + jax.grad(total)(table), rtol=1e-5)
   np.testing.assert_allclose(
-    model.embed(table, tokens, jnp.float32), table[tokens] * 6**0.5, rtol=1e-6
+    embedding.embed(table, tokens, jnp.float32),
+    table[tokens] * 6**0.5,
+    rtol=1e-6,
   )
 
 
@@ -277,7 +280,7 @@ _ONE_KEY = np.zeros((2, 3, 1, 8), np.float32)
     (lambda f: f(_INT, _INT[0], _INT), 'shape'),
     (lambda f: f(_INT, _INT, _INT[:, :2]), 'shape'),
     (lambda f: f(_INT * 1.0, _INT, _INT), 'type'),
-    (lambda _: model.embed(_HEADS[0, 0], _INT[0], jnp.float32), 'rank'),
+    (lambda _: embedding.embed(_HEADS[0, 0], _INT[0], jnp.float32), 'rank'),
     (lambda _: model.rms_norm(jnp.ones((2, 8)), jnp.ones(7), 1.0), 'suffix'),
     (lambda _: attention.apply_rope(_HEADS, _HEADS, _HEADS[..., 0]), 'shape'),
     (lambda _: attention.rope_tables(FAMILIES['gemma3'], _INT[0]), 'rank'),

@@ -11,6 +11,7 @@ import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors import numpy as safetensors_numpy
 
@@ -18,12 +19,12 @@ from mt.data import tokenizer
 from mt.gemma import attention
 from mt.gemma import model
 from mt.gemma import parameters
+from mt.gemma import sizes
 from mt.translate import batching
 from mt.translate import decode
 from mt.translate import search
 from mt.weights import flax
 from mt.weights import flax_out
-from mt.weights import flax_store
 from mt.weights import hf
 from mt.weights import hf_tokenizer
 from tests.fixtures import gguf_fixture
@@ -226,21 +227,88 @@ def test_what_is_not_computed_is_refused(tmp_path, change, words):
   refusal(lambda: hf_fixture.load(tmp_path / 'a'), path, *words)
 
 
-def test_the_flax_layout_is_refused(tmp_path):
+# Google's own layout.
+
+
+def _layer_arrays(cfg, layer):
+  """The arrays of a layer, as gemma/gm/nn/gemma4/_modules.py has them."""
+
+  def heads(x, of):  # [D, heads * A] -> [heads, D, A]
+    return np.asarray(x).reshape(24, of, cfg.head_dim).transpose(1, 0, 2)
+
+  kv_heads = cfg.num_kv_heads
+  out = {
+    'pre_attention_norm/scale': layer['attn_norm'],
+    'post_attention_norm/scale': layer['post_attn_norm'],
+    'pre_ffw_norm/scale': layer['ffw_norm'],
+    'post_ffw_norm/scale': layer['post_ffw_norm'],
+    'skip_scale': layer['scale'],
+    'attn/query_norm/scale': layer['q_norm'],
+    'attn/key_norm/scale': layer.get('k_norm', np.ones(cfg.head_dim)),
+    'attn/q_einsum/w': heads(layer['q'], 4),
+    'attn/attn_vec_einsum/w': layer['o'].reshape(4, cfg.head_dim, 24),
+    'mlp/gating_einsum/w': np.stack([layer['gate'].T, layer['up'].T]),
+    'mlp/linear/w': layer['down'],
+  }
+  k = heads(layer.get('k', np.ones((24, kv_heads * cfg.head_dim))), kv_heads)
+  if cfg.keys_are_values:
+    out['attn/k_einsum/w'] = k
+  else:
+    v = heads(layer['v'], kv_heads) if 'v' in layer else k
+    out['attn/kv_einsum/w'] = np.stack([k, v])
+  if cfg.layer_input_dim:
+    out |= {
+      'per_layer_input_gate/w': layer['input_gate'],
+      'per_layer_projection/w': layer['input_proj'],
+      'post_per_layer_input_norm/scale': layer['post_input_norm'],
+    }
+  return out
+
+
+@pytest.mark.parametrize('name', SHAPES)
+def test_an_orbax_checkpoint_is_read(tmp_path, monkeypatch, name):
+  cfg, params = SHAPES[name], tiny_gemma4.params(SHAPES[name])
+  monkeypatch.setattr(sizes, 'SIZES', sizes.SIZES | {'tiny': cfg})
+  flat = {
+    'embedder/input_embedding': params['embedding'],
+    'final_norm/scale': params['final_norm'],
+    'embedder/audio_input_projection/w': np.ones(3),
+  }
+  if cfg.layer_input_dim:
+    e = (cfg.num_layers, cfg.layer_input_dim)
+    flat |= {
+      'embedder/per_layer_embeddings': params['layer_input_embedding'].reshape(
+        400, *e
+      ),
+      'embedder/per_layer_model_projection/w': params[
+        'layer_input_proj'
+      ].reshape(24, *e),
+      'embedder/per_layer_projection_norm/scale': params['layer_input_norm'],
+    }
+  for stack in cfg.stacks():
+    for i, n in enumerate(stack.layers):
+      layer = {k: x[i] for k, x in params[stack.name].items()}
+      arrays = _layer_arrays(stack.cfg, layer)
+      flat |= {f'layer_{n}/{k}': x for k, x in arrays.items()}
+  tree = {}  # Flat, but for the last part of a name.
+  for key, x in flat.items():
+    module, _, last = f'transformer/{key}'.rpartition('/')
+    tree.setdefault(module, {})[last] = jnp.asarray(x, jnp.float32)
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'checkpoint', tree)
+  checkpoint = flax.open_checkpoint(tmp_path / 'checkpoint')
+  assert flax.read_config(checkpoint) == cfg
+  read = flax.read_params(checkpoint, cfg, jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, read, params)
+
+
+def test_the_flax_layout_is_not_written(tmp_path):
   cfg = SHAPES['12b']
   tok = tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
   refusal(
     lambda: flax_out.write(tmp_path, cfg, tiny_gemma4.params(cfg), tok),
     'Gemma 4',
     '--to=hf',
-  )
-  names = {'embedder.input_embedding': '', 'layer_0.skip_scale': ''}
-  store = flax_store.Store(tmp_path, {}, None, False)
-  refusal(
-    lambda: flax.read_config(flax.Checkpoint(store, names)),
-    tmp_path,
-    'Gemma 4',
-    'Hugging Face',
   )
 
 
