@@ -30,6 +30,7 @@ SIZES = (
   'gemma1_2b', 'gemma1_7b',
   'gemma2_2b', 'gemma2_9b', 'gemma2_27b',
   'gemma3_270m', 'gemma3_1b', 'gemma3_4b', 'gemma3_12b', 'gemma3_27b',
+  'gemma4_e2b', 'gemma4_e4b', 'gemma4_12b', 'gemma4_31b',
   'debug',
 )  # fmt: skip
 REMAT = ('none', 'dots', 'narrow', 'full')
@@ -55,8 +56,8 @@ KNOBS = (
     gemma3-4b-it, …), with /VERSION to pin it; `hf:` and a name of the Hugging
     Face hub (google/gemma-3-270m), with @REVISION to pin it, or of a GGUF file
     there (OWNER/MODEL/FILE.gguf); the path of a .gguf file, of a Hugging Face
-    folder, or of a folder with a Flax (Orbax) checkpoint; or `random`. Gemma 1,
-    2 and 3 in each form.
+    folder, or of a folder with a Flax (Orbax) checkpoint; or `random`. Gemma 1
+    to 4 in each form.
     """),
   knob('weights.size', 'debug', one_of(*SIZES), """
     A name out of mt/gemma/sizes.py: of `random` weights, and for `train.py

@@ -17,6 +17,8 @@ formatting and system instructions"), and the learned part ends with
   PROMPT<end_of_turn>
   <start_of_turn>model
   TARGET<end_of_turn>
+
+With a tokenizer of Gemma 4 the two pieces are <|turn> and <turn|>.
 """
 
 from collections.abc import Sequence
@@ -34,6 +36,8 @@ from mt.data import lines
 from mt.data import tokenizer
 
 START_OF_TURN, END_OF_TURN = '<start_of_turn>', '<end_of_turn>'
+# Of Gemma 1 to 3, and of Gemma 4.
+TURNS = ((START_OF_TURN, END_OF_TURN), ('<|turn>', '<turn|>'))
 
 _TARGET = '\0'  # Stands for the target after its prefix; no text has it.
 
@@ -105,19 +109,35 @@ def from_config(config: ml_collections.ConfigDict) -> Template:
   return Template(prompt, t.target_prefix, t.target_bos, t.chat)
 
 
-def prompt_text(template: Template) -> str:
+def prompt_text(template: Template, turns: tuple[str, str] = TURNS[0]) -> str:
   """All text that precedes the target, with {source} in it."""
   if not template.chat:
     return template.prompt
-  turn = f'{START_OF_TURN}user\n{template.prompt}{END_OF_TURN}\n'
-  return f'{turn}{START_OF_TURN}model\n'
+  start, end = turns
+  return f'{start}user\n{template.prompt}{end}\n{start}model\n'
+
+
+def turns_of(tok: tokenizer.Tokenizer, template: Template) -> tuple[str, str]:
+  """The pieces that a turn begins and ends with, in a chat.
+
+  Raises:
+    errors.UserError: a chat template, but the tokenizer knows no turns.
+  """
+  for turns in TURNS:
+    if not template.chat or set(turns) <= tok.controls.keys():
+      return turns
+  raise errors.UserError(
+    f'template.chat needs a tokenizer with the pieces {START_OF_TURN} and '
+    f"{END_OF_TURN}; take Gemma's own, or set template.chat=False."
+  )
 
 
 def prompt_ids(
   source: str, tok: tokenizer.Tokenizer, template: Template
 ) -> list[int]:
   """What precedes the target, in training and in translation alike."""
-  (ids,) = _fill_in(prompt_text(template), '{source}', [source], tok)
+  pattern = prompt_text(template, turns_of(tok, template))
+  (ids,) = _fill_in(pattern, '{source}', [source], tok)
   return [tok.bos_id, *ids]
 
 
@@ -143,16 +163,11 @@ def end_id(tok: tokenizer.Tokenizer, template: Template) -> int:
   """The token that ends a target.
 
   Raises:
-    errors.UserError: a chat template, but the tokenizer knows no turns.
+    errors.UserError: see turns_of.
   """
   if not template.chat:
     return tok.eos_id
-  if not {START_OF_TURN, END_OF_TURN} <= tok.controls.keys():
-    raise errors.UserError(
-      f'template.chat needs a tokenizer with the pieces {START_OF_TURN} and '
-      f"{END_OF_TURN}; take Gemma's own, or set template.chat=False."
-    )
-  return tok.controls[END_OF_TURN]
+  return tok.controls[turns_of(tok, template)[1]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,10 +200,11 @@ def encode(
   """Tokenises pairs, whatever their length.
 
   Raises:
-    errors.UserError: see end_id.
+    errors.UserError: see turns_of.
   """
   sources = [p.source for p in pairs]
-  prompts = _fill_in(prompt_text(template), '{source}', sources, tok)
+  pattern = prompt_text(template, turns_of(tok, template))
+  prompts = _fill_in(pattern, '{source}', sources, tok)
   pattern = template.target_prefix + _TARGET
   targets = _fill_in(pattern, _TARGET, [p.target for p in pairs], tok)
   start = [tok.bos_id] if template.target_bos else []

@@ -20,11 +20,11 @@ from mt.base import foreign
 # SentencePiece's types of pieces.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # What a template writes, and a model ends its turn with.
-TURNS = ('<start_of_turn>', '<end_of_turn>')
-_ENDS = ('<eos>', '<end_of_turn>')
+TURNS = ('<start_of_turn>', '<end_of_turn>', '<|turn>', '<turn|>')
+_ENDS = ('<eos>', '<end_of_turn>', '<turn|>')
 
 # What stands for something else than its characters: in brackets, but no HTML.
-_is_control = re.compile(
+_in_brackets = re.compile(
   r'(?!</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong'
   r'|em|b|i|u|s|sub|sup|code|a|html|body|img|span|bbox|ul|li|div|iframe|footer'
   r')>)(?:<.+>|\[.+\])'
@@ -93,7 +93,7 @@ def from_proto(proto: bytes, where: str) -> Tokenizer:
     controls = {
       p.piece: i
       for i, p in enumerate(model.pieces)
-      if (p.type == USER_DEFINED and _is_control(p.piece)) or p.piece in TURNS
+      if (p.type == USER_DEFINED and _in_brackets(p.piece)) or p.piece in TURNS
     }
     for i in controls.values():
       model.pieces[i].type = CONTROL

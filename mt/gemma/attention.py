@@ -20,7 +20,7 @@ def layer_kinds(cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
 
   The second is an index into the tables of `rope_tables`.
   """
-  kinds = [cfg.attention[i % len(cfg.attention)] for i in range(cfg.num_layers)]
+  kinds = [cfg.kind(n) for n in range(cfg.num_layers)]
   window = {'L': cfg.window or _GLOBAL_WINDOW, 'G': _GLOBAL_WINDOW}
   return (
     jnp.array([window[k] for k in kinds], jnp.int32),
@@ -41,13 +41,12 @@ def rope_tables(
   """
   chex.assert_rank(positions, 2)
   exponent = jnp.arange(cfg.head_dim // 2, dtype=jnp.float32)
+  turned = exponent < int(cfg.rope_part_global * cfg.head_dim // 2)
   exponent = exponent * 2 / cfg.head_dim
-  rates = jnp.stack(
-    [
-      cfg.rope_base_local**-exponent,
-      cfg.rope_base_global**-exponent / cfg.rope_scale_global,
-    ]
-  )
+  rates = cfg.rope_base_global**-exponent / cfg.rope_scale_global
+  if cfg.rope_part_global < 1.0:
+    rates = jnp.where(turned, rates, 0.0)
+  rates = jnp.stack([cfg.rope_base_local**-exponent, rates])
   angles = positions[..., None].astype(jnp.float32) * rates[:, None, None]
   return jnp.sin(angles), jnp.cos(angles)
 

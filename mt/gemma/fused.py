@@ -10,6 +10,8 @@ memory, forward or backward:
            one of [B, L, L] booleans that Triton's backward pass makes.
   splash   TPUs: JAX's own kernel, with segment ids and static windows
 
+Heads of more than 256, which Gemma 4 has in its global layers, are left to xla.
+
 cuDNN's attention is left out: through JAX it takes a mask as a dense bias, and
 without one it would see over the borders of segments.
 """
@@ -34,6 +36,7 @@ IMPLEMENTATIONS = ('xla', 'tokamax', 'splash')
 # (q [B, L, H, A], k, v [B, L, K, A], kind of layer) -> [B, L, H * A]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
+_WIDEST_HEAD = 256  # Of a fused kernel.
 _SPLASH_BLOCK = 512  # Most queries and keys in a block; 128 at least.
 
 
@@ -52,6 +55,12 @@ def make_attend(
     mesh: of several devices, see mt/gemma/sharding.py.
   """
   chex.assert_rank(segment_ids, 2)
+  if implementation != 'xla' and cfg.head_dim > _WIDEST_HEAD:
+    journal.say(
+      f'note: attention is xla in layers with heads of {cfg.head_dim}: '
+      f'{implementation} takes {_WIDEST_HEAD} at most'
+    )
+    implementation = 'xla'
   if implementation == 'splash':
     return lambda q, k, v, kind: _on_mesh(
       cfg, mesh, functools.partial(_splash, cfg), q, k, v, segment_ids, kind

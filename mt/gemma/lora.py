@@ -20,12 +20,12 @@ from mt.gemma import sizes
 Flat = dict[str, jax.Array]  # Frozen matrices may be quantize.Quantized.
 
 # Names for what is asked for most; anything else is a pattern of paths.
-_PATTERNS = {'all': '.*', 'blocks': '(?!embedding).*'}
+_PATTERNS = {'all': '.*', 'blocks': '(?!.*embedding).*'}
 
 
 def targets(cfg: sizes.ModelConfig) -> list[str]:
   """The matrices that may have low-rank factors."""
-  return [p.name for p in parameters.table(cfg) if p.lora]
+  return list(dict.fromkeys(p.name for p in parameters.table(cfg) if p.lora))
 
 
 def partition(
@@ -42,7 +42,7 @@ def partition(
   Args:
     cfg: the model's shape.
     params: of the model, as loaded.
-    parts: 'all'; 'blocks' (everything but the embedding); 'lora' (float32
+    parts: 'all'; 'blocks' (everything but embeddings); 'lora' (float32
       factors of `rank` on matrices of the blocks, the rest frozen); or a
       regular expression for the whole path of what is trained.
     rank: R.
@@ -60,14 +60,14 @@ def partition(
     trained = {k: v for k, v in flat.items() if k in chosen}
     return trained, {k: v for k, v in flat.items() if k not in chosen}
   chosen = _fitting('train.lora_targets', on, targets(cfg))
-  keys = jax.random.split(key, len(targets(cfg)))
+  rows = [p for p in parameters.table(cfg) if p.lora]
   factors = {}
-  for k, name in zip(keys, targets(cfg), strict=True):
-    if name in chosen:
-      n, fan_in, fan_out = flat[f'layers/{name}'].shape
+  for k, row in zip(jax.random.split(key, len(rows)), rows, strict=True):
+    if row.name in chosen:
+      n, fan_in, fan_out = flat[row.path].shape
       a = jax.random.normal(k, (n, fan_in, rank), jnp.float32) * fan_in**-0.5
-      factors[f'layers/{name}_lora_a'] = a
-      factors[f'layers/{name}_lora_b'] = jnp.zeros((n, rank, fan_out))
+      factors[f'{row.path}_lora_a'] = a
+      factors[f'{row.path}_lora_b'] = jnp.zeros((n, rank, fan_out))
   return factors, flat
 
 
@@ -104,14 +104,14 @@ def fold(params: parameters.Params) -> parameters.Params:
   Args:
     params: as `merge` returns them.
   """
-  layers = params['layers']
-  out = {k: v for k, v in layers.items() if '_lora_' not in k}
-  for name in out:
-    if f'{name}_lora_a' in layers:
-      w, a, b = layers[name], layers[f'{name}_lora_a'], layers[f'{name}_lora_b']
+  flat = parameters.flatten(params)
+  out = {k: v for k, v in flat.items() if '_lora_' not in k}
+  for path, w in out.items():
+    if f'{path}_lora_a' in flat:
+      a, b = flat[f'{path}_lora_a'], flat[f'{path}_lora_b']
       chex.assert_equal_shape_prefix([w, a, b], 1)
-      out[name] = _fold_stack(w, a, b)
-  return params | {'layers': out}
+      out[path] = _fold_stack(w, a, b)
+  return parameters.unflatten(out)
 
 
 @jax.jit

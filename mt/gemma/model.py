@@ -1,9 +1,10 @@
-"""Gemma 1, 2 and 3 text models as pure functions over a plain pytree.
+"""Gemma 1 to 4 text models as pure functions over a plain pytree.
 
 The parameters are those of the table in mt/gemma/parameters.py, the letters of
 all shapes those of mt/gemma/sizes.py. The layers are stacked and go through one
 `lax.scan`, so that the compile time does not grow with depth. The tests compare
-values and gradients with the modules of the `gemma` package.
+values and gradients with the modules of the `gemma` package, and those of
+Gemma 4 with transformers.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec
+import numpy as np
 
 from mt.gemma import attention
+from mt.gemma import embedding
 from mt.gemma import fused
 from mt.gemma import quantize
 from mt.gemma import sharding
@@ -28,43 +30,45 @@ from mt.gemma.sizes import ModelConfig
 # What of a layer's forward pass is kept for the backward pass: everything; the
 # results of products with weights; what goes into the layer and the result of
 # `down`; only the former.
+_checkpoint = functools.partial(
+  jax.checkpoint,
+  prevent_cse=False,  # Not needed inside a scan.
+)
+_policies = jax.checkpoint_policies
 REMAT = {
   'none': lambda layer: layer,
   'dots': functools.partial(
-    jax.checkpoint,
-    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    prevent_cse=False,  # Not needed inside a scan.
+    _checkpoint, policy=_policies.dots_with_no_batch_dims_saveable
   ),
   'narrow': functools.partial(
-    jax.checkpoint,
-    policy=jax.checkpoint_policies.save_only_these_names('narrow'),
-    prevent_cse=False,
+    _checkpoint, policy=_policies.save_only_these_names('narrow')
   ),
-  'full': functools.partial(jax.checkpoint, prevent_cse=False),
+  'full': _checkpoint,
 }
-
-# Under `none` too, norms and GeGLU are computed again from their arguments: no
-# slower, and 1.0 GB less for four rows of the 270M (docs/measurements.md).
-_from_arguments = functools.partial(jax.checkpoint, prevent_cse=False)
 
 _ACTIVATIONS = ('rows', 'length', 'width')
 
 
-@_from_arguments
-def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-  """x / rms(x) * (1 + scale) over the last axis, computed in float32.
+# Under `none` too, norms and GeGLU are computed again from their arguments: no
+# slower, and 1.0 GB less for four rows of the 270M (docs/measurements.md).
+@functools.partial(_checkpoint, static_argnums=2)
+def rms_norm(x: jax.Array, scale: jax.Array | None, offset: float) -> jax.Array:
+  """x / rms(x) * (offset + scale) over the last axis, computed in float32.
 
   Args:
     x: [..., D].
-    scale: [D].
+    scale: [D], or None for a factor of 1.
+    offset: ModelConfig.norm_offset.
   """
-  chex.assert_equal_shape_suffix([x, scale], 1)
   y = x.astype(jnp.float32)
   y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6)
-  return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+  if scale is not None:
+    chex.assert_equal_shape_suffix([x, scale], 1)
+    y = y * (offset + scale.astype(jnp.float32))
+  return y.astype(x.dtype)
 
 
-@_from_arguments
+@_checkpoint
 def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
   """gelu(gate) * up, the tanh form of GELU (arXiv 1606.08415, 2002.05202)."""
   chex.assert_equal_shape([gate, up])
@@ -125,18 +129,21 @@ def block(
   x: jax.Array,
   sin: jax.Array,
   cos: jax.Array,
-  attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]],
+  attend: Callable[..., tuple[jax.Array, Any]],
+  layer_input: jax.Array | None = None,
   dense: Callable[[Params, str, jax.Array], jax.Array] = dense,
 ) -> tuple[jax.Array, Any]:
   """One transformer layer.
 
   Args:
-    cfg: the model's shape.
+    cfg: the shape of the layers of its stack.
     layer: the parameters of this layer, without the leading axis N.
     x: [B, L, D].
     sin, cos: [B, L, A / 2] float32, of this layer's kind.
     attend: (q [B, L, H, A], k, v [B, L, K, A]) -> ([B, L, H * A], extra); where
-      training masks, and decoding reads and writes its cache.
+      training masks, and decoding reads and writes its cache. Of a layer that
+      has no keys and values, (q).
+    layer_input: [B, L, E], its own, if cfg.layer_input_dim.
     dense: (layer, name of a matrix, [B, L, in]) -> [B, L, out].
 
   Returns:
@@ -145,104 +152,68 @@ def block(
   dims = cfg.dims()
   dims['BL'] = x.shape[:2]
   chex.assert_shape(x, dims['BLD'])
-  y = rms_norm(x, layer['attn_norm'])
+
+  def norm(name, x):
+    return rms_norm(x, layer[name], cfg.norm_offset)
+
+  y = norm('attn_norm', x)
   q = dense(layer, 'q', y).reshape(dims['BLHA'])
-  k = dense(layer, 'k', y).reshape(dims['BLKA'])
-  v = dense(layer, 'v', y).reshape(dims['BLKA'])
   if cfg.qk_norm:
-    q, k = rms_norm(q, layer['q_norm']), rms_norm(k, layer['k_norm'])
-  q = attention.apply_rope(q, sin, cos) * cfg.query_scale
-  k = attention.apply_rope(k, sin, cos)
-  y, extra = attend(q, k, v)
+    q = norm('q_norm', q)
+  qkv = [attention.apply_rope(q, sin, cos) * cfg.query_scale]
+  if not cfg.sharing_layers:
+    k = v = dense(layer, 'k', y).reshape(dims['BLKA'])
+    if not cfg.keys_are_values:
+      v = dense(layer, 'v', y).reshape(dims['BLKA'])
+    if cfg.qk_norm:
+      k = norm('k_norm', k)
+    if cfg.value_norm:
+      v = rms_norm(v, None, 0.0)
+    qkv += attention.apply_rope(k, sin, cos), v
+  y, extra = attend(*qkv)
   y = dense(layer, 'o', y)
   if cfg.post_norms:
-    y = rms_norm(y, layer['post_attn_norm'])
+    y = norm('post_attn_norm', y)
   x = x + y
-  y = rms_norm(x, layer['ffw_norm'])
+  y = norm('ffw_norm', x)
   y = geglu(dense(layer, 'gate', y), dense(layer, 'up', y))
   y = checkpoint_name(dense(layer, 'down', y), 'narrow')
   if cfg.post_norms:
-    y = rms_norm(y, layer['post_ffw_norm'])
-  return x + y, extra
+    y = norm('post_ffw_norm', y)
+  x = x + y
+  if cfg.layer_input_dim:
+    y = geglu(dense(layer, 'input_gate', x), layer_input)
+    x = x + norm('post_input_norm', dense(layer, 'input_proj', y))
+  if cfg.layer_scale:
+    x = x * layer['scale'].astype(x.dtype)
+  return x, extra
 
 
-def embed(
-  table: jax.Array,
+def layer_inputs(
+  cfg: ModelConfig,
+  params: Params,
   tokens: jax.Array,
-  dtype: jnp.dtype,
+  x: jax.Array,
   mesh: Mesh | None = None,
-) -> jax.Array:
-  """Token vectors times sqrt(D): [V, D], [B, L] int32 -> [B, L, D]."""
-  chex.assert_rank([table, tokens], 2)
-  scale = jnp.sqrt(float(table.shape[-1])).astype(dtype)
-  vocab = sharding.split_over(mesh, 'vocab', table.shape[0])
-  if not vocab:
-    return table[tokens].astype(dtype) * scale
-  rows = sharding.split_over(mesh, 'rows', tokens.shape[0])
-  shared = tuple(a for a in vocab if a in rows)
-  others = tuple(a for a in vocab if a not in rows)
+) -> jax.Array | None:
+  """What each layer gets of its own, if cfg.layer_input_dim: [N, B, L, E].
 
-  def look_up(part, tokens):
-    # The table stays where it is. Each device looks for the tokens of all who
-    # share its rows; one of them finds a token, all others add zeros.
-    if shared:
-      tokens = lax.all_gather(tokens, shared, tiled=True)
-    at = tokens - lax.axis_index(vocab) * part.shape[0]
-    here = (at >= 0) & (at < part.shape[0])
-    x = part[jnp.where(here, at, 0)].astype(dtype)
-    x = jnp.where(here[..., None], x, 0)
-    if shared:
-      x = lax.psum_scatter(x, shared, tiled=True)
-    return lax.psum(x, others)
-
-  look_up = jax.shard_map(
-    look_up,
-    mesh=mesh,
-    in_specs=(PartitionSpec(vocab), PartitionSpec(rows)),
-    out_specs=PartitionSpec(rows),
-  )
-  return look_up(table, tokens) * scale
-
-
-def add_embed_grad(
-  d_table: jax.Array, tokens: jax.Array, d_x: jax.Array, mesh: Mesh | None
-) -> jax.Array:
-  """Adds the gradient of `embed` to one that is there, in its memory.
-
-  Args:
-    d_table: [V, D], so far.
-    tokens: [B, L] int32.
-    d_x: [B, L, D], gradient of the token vectors.
-    mesh: as in `embed`.
-
-  Returns:
-    [V, D].
+  `x` is `embedding.embed` of the tokens; for the other arguments see `forward`.
   """
-  dims = chex.Dimensions()
-  dims['VD'], dims['BL'] = d_table.shape, tokens.shape
-  chex.assert_shape(d_x, dims['BLD'])
-  d_x = d_x * jnp.sqrt(float(dims.D)).astype(d_x.dtype)
-  vocab = sharding.split_over(mesh, 'vocab', dims.V)
-  rows = sharding.split_over(mesh, 'rows', dims.B)
-
-  def add(part, tokens, d_x):
-    if rows:
-      tokens = lax.all_gather(tokens, rows, tiled=True)
-      d_x = lax.all_gather(d_x, rows, tiled=True)
-    at = tokens - (lax.axis_index(vocab) * len(part) if vocab else 0)
-    at = jnp.where((at >= 0) & (at < len(part)), at, len(part))
-    return part.at[at].add(d_x.astype(part.dtype), mode='drop')
-
-  if mesh is None:
-    return add(d_table, tokens, d_x)
-  by_rows, by_vocab = PartitionSpec(rows or None), PartitionSpec(vocab or None)
-  return jax.shard_map(
-    add,
-    mesh=mesh,
-    in_specs=(by_vocab, by_rows, by_rows),
-    out_specs=by_vocab,
-    check_vma=False,  # Nothing is differentiated through it.
-  )(d_table, tokens, d_x)
+  if not cfg.layer_input_dim:
+    return None
+  dims = cfg.dims()
+  dims['BL'] = tokens.shape
+  chex.assert_shape(x, dims['BLD'])
+  y = dense(params, 'layer_input_proj', x) * dims.D**-0.5
+  y = rms_norm(
+    y.reshape(dims['BLNE']), params['layer_input_norm'], cfg.norm_offset
+  )
+  table = params['layer_input_embedding']
+  own = embedding.embed(table, tokens, x.dtype, mesh, dims.E).reshape(
+    dims['BLNE']
+  )
+  return jnp.moveaxis((y + own) * 2**-0.5, 2, 0)
 
 
 def forward(
@@ -270,7 +241,7 @@ def forward(
     remat: what the backward pass recomputes, a key of REMAT.
     implementation: of attention, a name in mt/gemma/fused.py.
     mesh: of several devices, see mt/gemma/sharding.py.
-    embedded: [B, L, D], `embed` of the tokens, if it is there already.
+    embedded: [B, L, D], embedding.embed of the tokens, if it is there already.
 
   Returns:
     [B, L, D], after the final norm.
@@ -280,22 +251,70 @@ def forward(
   chex.assert_shape([tokens, positions, segment_ids], dims['BL'])
   chex.assert_type([tokens, positions, segment_ids], int)
   chex.assert_shape(params['embedding'], dims['VD'])
-  rope = attention.rope_tables(cfg, positions)
-  attend = fused.make_attend(cfg, implementation, segment_ids, mesh)
-
-  def layer_fn(x, per_layer):
-    layer, kind = per_layer
-    sin, cos = (table[kind] for table in rope)
-    x, _ = block(
-      cfg, layer, x, sin, cos, lambda q, k, v: (attend(q, k, v, kind), None)
-    )
-    return sharding.constrain(x, mesh, _ACTIVATIONS), None
-
   x = embedded
   if x is None:
-    x = embed(params['embedding'], tokens, dtype, mesh)
+    x = embedding.embed(params['embedding'], tokens, dtype, mesh)
   chex.assert_shape(x, dims['BLD'])
   x = sharding.constrain(x, mesh, _ACTIVATIONS)
-  per_layer = params['layers'], attention.layer_kinds(cfg)[1]
-  x, _ = lax.scan(REMAT[remat](layer_fn), x, per_layer)
-  return rms_norm(x, params['final_norm'])
+  inputs = layer_inputs(cfg, params, tokens, x, mesh)
+  shared = {}  # Kind of layer -> keys and values of the last that has any.
+
+  def make_layer(cfg):
+    attend = fused.make_attend(cfg, implementation, segment_ids, mesh)
+    rope = attention.rope_tables(cfg, positions)
+    layer = functools.partial(_layer, cfg, attend, rope, shared, mesh)
+    return REMAT[remat](layer)
+
+  for group in cfg.groups():
+    kept = {}
+    if cfg.sharing_layers and not shared:
+      kept = {stack.cfg.attention: _no_kv(stack.cfg, x) for stack in group}
+    x, shared = _scan(group, params, (x, kept), inputs, make_layer)
+  return rms_norm(x, params['final_norm'], cfg.norm_offset)
+
+
+def _no_kv(cfg, x):
+  zeros = jnp.zeros((*x.shape[:2], cfg.num_kv_heads, cfg.head_dim), x.dtype)
+  return zeros, zeros
+
+
+def _layer(cfg, attend, rope, shared, mesh, carry, per_layer):
+  """A step of a scan over the layers of a stack.
+
+  It carries x and, by the kind of layer, the keys and values that later layers
+  share: none in most models.
+  """
+  (x, kept), (layer, kind, layer_input) = carry, per_layer
+  if len(cfg.attention) == 1:
+    kind = 'LG'.index(cfg.attention)  # Nothing is computed for the other.
+  sin, cos = (table[kind] for table in rope)
+
+  def attend_to(q, *kv):
+    kv = kv or shared[cfg.attention]
+    return attend(q, *kv, kind), kv
+
+  x, kv = block(cfg, layer, x, sin, cos, attend_to, layer_input)
+  kept = {k: kv if k == cfg.attention else old for k, old in kept.items()}
+  return (sharding.constrain(x, mesh, _ACTIVATIONS), kept), None
+
+
+def _scan(group, params, carry, inputs, make_layer):
+  """Through the layers of a group, whose stacks take turns."""
+  layers = [make_layer(stack.cfg) for stack in group]
+
+  def of_layers(stack):
+    own = None if inputs is None else inputs[np.array(stack.layers)]
+    xs = params[stack.name], attention.layer_kinds(stack.cfg)[1], own
+    if stack.turn == 1:
+      return xs
+    return jax.tree.map(lambda x: x.reshape(-1, stack.turn, *x.shape[1:]), xs)
+
+  def period(carry, scanned):
+    for stack, layer, xs in zip(group, layers, scanned, strict=True):
+      if stack.turn > 1:
+        carry, _ = lax.scan(layer, carry, xs)
+      else:
+        carry, _ = layer(carry, xs)
+    return carry, None
+
+  return lax.scan(period, carry, [of_layers(stack) for stack in group])[0]

@@ -1,9 +1,11 @@
 """The table of parameters: one row says all there is to know of a weight.
 
 Everything under `layers/` is stacked on a leading axis N, so that one
-`lax.scan` goes through the layers. Norm weights are stored as the published
-checkpoints do: the factor is 1 + w. A matrix `m` may have low-rank partners
-`m_lora_a` [N, in, R] and `m_lora_b` [N, R, out], see mt/gemma/lora.py.
+`lax.scan` goes through the layers; Gemma 4 has a stack for each shape of its
+layers, see ModelConfig.groups. Norm weights are stored as the published
+checkpoints do: the factor is 1 + w, in Gemma 4 w. A matrix `m` may have
+low-rank partners `m_lora_a` [N, in, R] and `m_lora_b` [N, R, out], see
+mt/gemma/lora.py.
 
 A new matrix is a row here and the line in mt/gemma/model.py that uses it. Its
 shape, initial values, place on a mesh, LoRA factors, and its way in and out of
@@ -32,11 +34,11 @@ class Parameter:
     shape: its dimension letters, see mt/gemma/sizes.py; (HA) is one axis.
     axes: the logical axis of each dimension, for mt/gemma/sharding.py.
     gguf: its name in a GGUF file; of a layer's, what follows `blk.N.`. Norms
-      have 1 added there.
+      have ModelConfig.norm_offset added there.
     hf: its name in a Hugging Face folder, without `model.` and `.weight`; of a
       layer's, what follows `layers.N.`.
     lora: whether it may have low-rank factors.
-    init: `normal`, with variance 1 / fan-in, or `zeros`.
+    init: `normal`, with variance 1 / fan-in, `zeros` or `ones`.
     published: whether checkpoints have it. What a fork has added begins with
       its initial values where the checkpoint lacks it.
   """
@@ -56,25 +58,74 @@ class Parameter:
     return self.path.rpartition('/')[2]
 
   @property
+  def stack(self) -> str:
+    """The name of its stack; '' where it is no layer's."""
+    return self.path.rpartition('/')[0]
+
+  @property
   def stacked(self) -> bool:
     """Whether there is one in each layer."""
-    return self.path.startswith('layers/')
+    return bool(self.stack)
 
   @property
   def norm(self) -> bool:
-    """Whether it is the scale of an RMSNorm."""
+    """Whether it is the scale of an RMSNorm, or of a layer."""
     return self.axes[-1] == 'norm'
 
   @property
   def transposed(self) -> bool:
     """Whether GGUF and Hugging Face have it as [out, in]."""
-    return self.stacked and not self.norm
+    return not self.norm and self.axes[0] != 'vocab'
 
 
 def table(cfg: sizes.ModelConfig) -> tuple[Parameter, ...]:
   """All parameters of a model, in the order of the tree's leaves."""
+  p, init = Parameter, _norm_init(cfg)
+  rows = [
+    p('embedding', 'VD', ('vocab', 'width'), 'token_embd', 'embed_tokens'),
+    p('final_norm', 'D', ('norm',), 'output_norm', 'norm', init=init),
+  ]
+  if cfg.layer_input_dim:
+    rows += [
+      p(
+        'layer_input_embedding',
+        'V(NE)',
+        ('vocab', 'width'),
+        'per_layer_token_embd',
+        'embed_tokens_per_layer',
+      ),
+      p(
+        'layer_input_proj',
+        'D(NE)',
+        ('embed', 'width'),
+        'per_layer_model_proj',
+        'per_layer_model_projection',
+      ),
+      p(
+        'layer_input_norm',
+        'E',
+        ('norm',),
+        'per_layer_proj_norm',
+        'per_layer_projection_norm',
+        init=init,
+      ),
+    ]
+  for stack in cfg.stacks():
+    for row in _layer_rows(stack.cfg):
+      rows.append(dataclasses.replace(row, path=f'{stack.name}/{row.path}'))
+  return tuple(rows)
+
+
+def _norm_init(cfg):
+  return 'zeros' if cfg.norm_offset else 'ones'
+
+
+def _layer_rows(cfg):
+  """Of the layers of a stack."""
   p = Parameter
-  norm = functools.partial(Parameter, axes=('layers', 'norm'), init='zeros')
+  norm = functools.partial(
+    Parameter, axes=('layers', 'norm'), init=_norm_init(cfg)
+  )
   to_heads = ('layers', 'embed', 'heads')
   to_kv_heads = ('layers', 'embed', 'kv_heads')
   to_ffw = ('layers', 'embed', 'ffw')
@@ -83,25 +134,23 @@ def table(cfg: sizes.ModelConfig) -> tuple[Parameter, ...]:
   if not cfg.post_norms:
     ffw_norm = 'post_attention_layernorm'
   rows = [
-    p('embedding', 'VD', ('vocab', 'width'), 'token_embd', 'embed_tokens'),
-    p('final_norm', 'D', ('norm',), 'output_norm', 'norm', init='zeros'),
-    norm('layers/attn_norm', 'ND', gguf='attn_norm', hf='input_layernorm'),
-    p('layers/q', 'ND(HA)', to_heads, 'attn_q', 'self_attn.q_proj', True),
-    p('layers/k', 'ND(KA)', to_kv_heads, 'attn_k', 'self_attn.k_proj', True),
-    p('layers/v', 'ND(KA)', to_kv_heads, 'attn_v', 'self_attn.v_proj', True),
+    norm('attn_norm', 'ND', gguf='attn_norm', hf='input_layernorm'),
+    p('q', 'ND(HA)', to_heads, 'attn_q', 'self_attn.q_proj', True),
+    p('k', 'ND(KA)', to_kv_heads, 'attn_k', 'self_attn.k_proj', True),
+    p('v', 'ND(KA)', to_kv_heads, 'attn_v', 'self_attn.v_proj', True),
     p(
-      'layers/o',
+      'o',
       'N(HA)D',
       ('layers', 'heads', 'embed'),
       'attn_output',
       'self_attn.o_proj',
       True,
     ),
-    norm('layers/ffw_norm', 'ND', gguf='ffn_norm', hf=ffw_norm),
-    p('layers/gate', 'NDF', to_ffw, 'ffn_gate', 'mlp.gate_proj', True),
-    p('layers/up', 'NDF', to_ffw, 'ffn_up', 'mlp.up_proj', True),
+    norm('ffw_norm', 'ND', gguf='ffn_norm', hf=ffw_norm),
+    p('gate', 'NDF', to_ffw, 'ffn_gate', 'mlp.gate_proj', True),
+    p('up', 'NDF', to_ffw, 'ffn_up', 'mlp.up_proj', True),
     p(
-      'layers/down',
+      'down',
       'NFD',
       ('layers', 'ffw', 'embed'),
       'ffn_down',
@@ -112,13 +161,13 @@ def table(cfg: sizes.ModelConfig) -> tuple[Parameter, ...]:
   if cfg.post_norms:
     rows += [
       norm(
-        'layers/post_attn_norm',
+        'post_attn_norm',
         'ND',
         gguf='post_attention_norm',
         hf='post_attention_layernorm',
       ),
       norm(
-        'layers/post_ffw_norm',
+        'post_ffw_norm',
         'ND',
         gguf='post_ffw_norm',
         hf='post_feedforward_layernorm',
@@ -126,31 +175,74 @@ def table(cfg: sizes.ModelConfig) -> tuple[Parameter, ...]:
     ]
   if cfg.qk_norm:
     rows += [
-      norm('layers/q_norm', 'NA', gguf='attn_q_norm', hf='self_attn.q_norm'),
-      norm('layers/k_norm', 'NA', gguf='attn_k_norm', hf='self_attn.k_norm'),
+      norm('q_norm', 'NA', gguf='attn_q_norm', hf='self_attn.q_norm'),
+      norm('k_norm', 'NA', gguf='attn_k_norm', hf='self_attn.k_norm'),
     ]
-  return tuple(rows)
+  if cfg.layer_input_dim:
+    rows += [
+      p(
+        'input_gate',
+        'NDE',
+        ('layers', 'embed', 'width'),
+        'inp_gate',
+        'per_layer_input_gate',
+        True,
+      ),
+      p(
+        'input_proj',
+        'NED',
+        ('layers', 'width', 'embed'),
+        'proj',
+        'per_layer_projection',
+        True,
+      ),
+      norm(
+        'post_input_norm',
+        'ND',
+        gguf='post_norm',
+        hf='post_per_layer_input_norm',
+      ),
+    ]
+  if cfg.layer_scale:
+    rows.append(
+      Parameter(
+        'scale',
+        'N1',
+        ('layers', 'norm'),
+        'layer_output_scale',
+        'layer_scalar',
+        init='ones',
+      )
+    )
+  absent = ('k', 'v', 'k_norm') if cfg.sharing_layers else ()
+  if cfg.keys_are_values:
+    absent += ('v',)
+  return [row for row in rows if row.path not in absent]
 
 
 def unflatten(flat: dict[str, Any]) -> Params:
   """{'layers/q': x, …} -> {'layers': {'q': x}, …}."""
-  tree = {'layers': {}}
+  tree = {}
   for path, leaf in flat.items():
-    place = tree['layers'] if path.startswith('layers/') else tree
-    place[path.removeprefix('layers/')] = leaf
+    stack, _, name = path.rpartition('/')
+    place = tree.setdefault(stack, {}) if stack else tree
+    place[name] = leaf
   return tree
 
 
 def flatten(tree: Params) -> dict[str, Any]:
   """The inverse of `unflatten`."""
-  flat = {k: v for k, v in tree.items() if k != 'layers'}
-  return flat | {f'layers/{k}': v for k, v in tree['layers'].items()}
+  flat = {}
+  for name, x in tree.items():
+    inner = x.items() if isinstance(x, dict) else ()
+    flat |= {f'{name}/{k}': v for k, v in inner} or {name: x}
+  return flat
 
 
 def shapes(cfg: sizes.ModelConfig) -> dict[str, tuple[int, ...]]:
   """Path -> shape of every parameter."""
-  dims = cfg.dims()
-  return {p.path: dims[p.shape] for p in table(cfg)}
+  dims = {s.name: s.cfg.dims() for s in cfg.stacks()} | {'': cfg.dims()}
+  return {p.path: dims[p.stack][p.shape] for p in table(cfg)}
 
 
 def init(
@@ -171,8 +263,11 @@ def initial(
   dtype: jnp.dtype = jnp.float32,
 ) -> chex.Array:
   """The initial values of one parameter."""
-  shape = cfg.dims()[row.shape]
-  if row.init == 'zeros':
-    return jnp.zeros(shape, dtype)
-  fan_in = shape[-2] if row.stacked else shape[-1]
+  shape = shapes(cfg)[row.path]
+  if row.init != 'normal':
+    return jnp.full(shape, row.init == 'ones', dtype)
+  if row.path == 'layer_input_embedding':
+    fan_in = cfg.layer_input_dim
+  else:
+    fan_in = shape[-2] if row.transposed else shape[-1]
   return jax.random.normal(key, shape, dtype) * fan_in**-0.5

@@ -154,8 +154,8 @@ def of_parameter(
   """Of what has the path and the shape of a parameter or a low-rank factor.
 
   So of the optimizer's averages, of EMA, and of a quantised matrix's numbers
-  and scales as well. Norms, and whatever has
-  another shape (Adafactor's averages, say), are whole on every device.
+  and scales as well. Norms, and whatever has another shape (Adafactor's
+  averages, say), are whole on every device.
 
   Args:
     cfg: the model's shape.
@@ -174,6 +174,8 @@ def of_parameter(
     axes = ('layers', 'rank', axes[2])
   if len(shape) != len(axes):
     return whole(mesh)
+  stack = rows[matrix].stack
+  cfg = next((s.cfg for s in cfg.stacks() if s.name == stack), cfg)
   heads = {'heads': cfg.num_heads, 'kv_heads': cfg.num_kv_heads}
   units = [
     math.gcd(heads.get(a, n), n) for a, n in zip(axes, shape, strict=True)

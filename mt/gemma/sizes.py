@@ -3,12 +3,15 @@
 Dimension letters, used in every shape and every assertion of this project:
   B batch rows, L tokens in a row, S cache slots, D model width, H query heads,
   K key/value heads, G = H / K query heads per key/value head, A head width,
-  F feed-forward width, V vocabulary, N layers, R LoRA rank, T targets.
+  F feed-forward width, V vocabulary, N layers, R LoRA rank, T targets,
+  E width of a layer's own input.
 
 Sources: Gemma (arXiv 2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786)
-and the configurations published with their checkpoints.
+and the configurations published with their checkpoints; for Gemma 4 also
+google-deepmind/gemma, gemma/gm/nn/gemma4.
 """
 
+from collections.abc import Iterator
 import dataclasses
 
 import chex
@@ -35,8 +38,22 @@ class ModelConfig:
     rope_scale_global: positions are divided by it in global layers.
     attn_softcap: attention logits become cap * tanh(logits / cap).
     final_softcap: the same for the output logits.
-    qk_norm: RMSNorm on queries and keys (Gemma 3).
-    post_norms: RMSNorm after attention and feed-forward (Gemma 2 and 3).
+    qk_norm: RMSNorm on queries and keys (from Gemma 3 on).
+    post_norms: RMSNorm after attention and feed-forward (from Gemma 2 on).
+    norm_offset: the factor of a norm is its weight plus this.
+
+  Gemma 4 has besides:
+    value_norm: RMSNorm without a weight on values.
+    layer_scale: what leaves a layer is multiplied by a weight of the layer.
+    global_head_dim: A of global layers, whose shape is then another; None where
+      all layers have one shape.
+    global_kv_heads: K of global layers.
+    keys_are_values: values are the keys before their norm, in global layers.
+    rope_part_global: of a head in global layers, how much RoPE turns.
+    sharing_layers: so many of the last layers have no keys and values: they see
+      those of the last layer of their kind that has.
+    sharing_hidden_dim: F of these.
+    layer_input_dim: E; 0 where layers have no input of their own.
   """
 
   vocab_size: int
@@ -56,6 +73,63 @@ class ModelConfig:
   final_softcap: float | None = None
   qk_norm: bool = False
   post_norms: bool = False
+  norm_offset: float = 1.0
+  value_norm: bool = False
+  layer_scale: bool = False
+  global_head_dim: int | None = None
+  global_kv_heads: int | None = None
+  keys_are_values: bool = False
+  rope_part_global: float = 1.0
+  sharing_layers: int = 0
+  sharing_hidden_dim: int | None = None
+  layer_input_dim: int = 0
+
+  def groups(self) -> tuple[tuple['Stack', ...], ...]:
+    """The layers in order: of each group, its stacks take turns.
+
+    Gemma 1 to 3 are one stack. Gemma 4 is periods of local layers and a global
+    one; those that share keys and values are a group of their own.
+    """
+    if self.global_head_dim is None:
+      return ((Stack('layers', tuple(range(self.num_layers)), 1, self),),)
+    own = self.num_layers - self.sharing_layers
+    groups = [self._group('', range(own))]
+    if self.sharing_layers:
+      groups.append(self._group('_sharing', range(own, self.num_layers)))
+    return tuple(groups)
+
+  def _group(self, suffix, numbers):
+    local = {'keys_are_values': False}
+    global_ = {
+      'head_dim': self.global_head_dim,
+      'num_kv_heads': self.global_kv_heads or self.num_kv_heads,
+    }
+    stacks = []
+    for kind, name, shape in ('L', 'local', local), ('G', 'global', global_):
+      layers = tuple(n for n in numbers if self.kind(n) == kind)
+      shape |= {'num_layers': len(layers), 'attention': kind}
+      shape |= {'global_head_dim': None, 'global_kv_heads': None}
+      shape['sharing_layers'] = len(layers) if suffix else 0
+      if suffix and self.sharing_hidden_dim:
+        shape['hidden_dim'] = self.sharing_hidden_dim
+      cfg = dataclasses.replace(self, **shape)
+      turn = self.attention.count(kind)
+      stacks.append(Stack(name + suffix, layers, turn, cfg))
+    return tuple(stacks)
+
+  def stacks(self) -> Iterator['Stack']:
+    """All stacks, one after the other."""
+    return (stack for group in self.groups() for stack in group)
+
+  def kind(self, layer: int) -> str:
+    """'L' or 'G'."""
+    return self.attention[layer % len(self.attention)]
+
+  def kv_layer(self, layer: int) -> int:
+    """The layer whose keys and values a layer sees."""
+    own = self.num_layers - self.sharing_layers
+    same = (n for n in range(own)[::-1] if self.kind(n) == self.kind(layer))
+    return layer if layer < own else next(same)
 
   def dims(self) -> chex.Dimensions:
     """The sizes that the model fixes, by letter; others are set on the way.
@@ -71,7 +145,25 @@ class ModelConfig:
       H=self.num_heads,
       K=self.num_kv_heads,
       A=self.head_dim,
+      E=self.layer_input_dim,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+  """Layers of one shape: their parameters have a common leading axis.
+
+  Attributes:
+    name: where they lie in the tree of parameters.
+    layers: their numbers in the model.
+    turn: how many of them follow each other, before the next stack's turn.
+    cfg: the shape of a model of these layers alone.
+  """
+
+  name: str
+  layers: tuple[int, ...]
+  turn: int
+  cfg: ModelConfig
 
 
 def _gemma1(layers, width, hidden, heads, kv_heads):
@@ -119,6 +211,33 @@ def _gemma3(
   )
 
 
+def _gemma4(
+  layers, width, heads, kv_heads, window, attention='LLLLLG', **shape
+):
+  return ModelConfig(
+    262_144,
+    layers,
+    width,
+    4 * width,
+    heads,
+    kv_heads,
+    256,
+    1.0,
+    attention=attention,
+    window=window,
+    rope_base_global=1_000_000.0,
+    final_softcap=30.0,
+    qk_norm=True,
+    post_norms=True,
+    norm_offset=0.0,
+    value_norm=True,
+    layer_scale=True,
+    global_head_dim=512,
+    rope_part_global=0.25,
+    **shape,
+  )
+
+
 SIZES: dict[str, ModelConfig] = {
   'gemma1_2b': _gemma1(18, 2048, 16_384, 8, 1),
   'gemma1_7b': _gemma1(28, 3072, 24_576, 16, 16),
@@ -130,6 +249,26 @@ SIZES: dict[str, ModelConfig] = {
   'gemma3_4b': _gemma3(34, 2560, 10_240, 8, 4, 256, 256, 1024, 8.0),
   'gemma3_12b': _gemma3(48, 3840, 15_360, 16, 8, 256, 256, 1024, 8.0),
   'gemma3_27b': _gemma3(62, 5376, 21_504, 32, 16, 128, 168, 1024, 8.0),
+  'gemma4_e2b': _gemma4(
+    35,
+    1536,
+    8,
+    1,
+    512,
+    'LLLLG',
+    sharing_layers=20,
+    sharing_hidden_dim=12_288,
+    layer_input_dim=256,
+  ),
+  'gemma4_e4b': _gemma4(
+    42, 2560, 8, 2, 512, sharing_layers=18, layer_input_dim=256
+  ),
+  'gemma4_12b': _gemma4(
+    48, 3840, 16, 8, 1024, global_kv_heads=1, keys_are_values=True
+  ),
+  'gemma4_31b': _gemma4(
+    60, 5376, 32, 16, 1024, global_kv_heads=4, keys_are_values=True
+  ),
   # Random weights only: for tests and configs/debug.py.
   'debug': ModelConfig(
     512,

@@ -36,8 +36,8 @@ def make_schedule(
 
 
 def decayed(flat: dict) -> dict[str, bool]:
-  """Which parameters weight decay pulls to zero: all but the norms."""
-  return {name: 'norm' not in name for name in flat}
+  """Which parameters weight decay pulls to zero: all but norms and scales."""
+  return {k: not ('norm' in k or k.endswith('/scale')) for k in flat}
 
 
 def make_optimizer(

@@ -253,13 +253,16 @@ def needed(
   if train.parts not in ('all', 'blocks', 'lora'):
     return total
   rows = train.batch_size // train.micro_batches // programs.row_shards(mesh)
-  width = cfg.embed_dim
-  if train.remat == 'narrow':
-    width += cfg.embed_dim
-  elif train.remat != 'full':
-    width += cfg.embed_dim + cfg.num_heads * cfg.head_dim + cfg.hidden_dim
+  width = 0  # Of all layers together.
+  for stack in cfg.stacks():
+    c, one = stack.cfg, cfg.embed_dim
+    if train.remat == 'narrow':
+      one += c.embed_dim
+    elif train.remat != 'full':
+      one += c.embed_dim + c.num_heads * c.head_dim + c.hidden_dim
+    width += c.num_layers * one
   item = 2 if train.dtype == 'bfloat16' else 4
-  return total + rows * config.data.length * cfg.num_layers * width * item
+  return total + rows * config.data.length * width * item
 
 
 def check_memory(

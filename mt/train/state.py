@@ -117,7 +117,7 @@ def split_params(
     key=key,
   )
 
-  matrices = {f'layers/{name}' for name in lora.targets(cfg)}
+  matrices = {p.path for p in parameters.table(cfg) if p.lora}
   if train.frozen_dtype in quantize.BITS and not matrices & parts[1].keys():
     raise errors.UserError(
       f'train.frozen_dtype is {train.frozen_dtype!r}, but '

@@ -16,6 +16,7 @@ import ml_collections
 import optax
 
 from mt.base import compiling
+from mt.gemma import embedding
 from mt.gemma import lora
 from mt.gemma import loss
 from mt.gemma import model
@@ -65,7 +66,7 @@ def batch_nll(
     weights: [B, L] float32.
     train: `config.train`, for dtype and remat.
     mesh: of several devices, see mt/gemma/sharding.py.
-    embedded: model.embed of the tokens, if it is there already.
+    embedded: embedding.embed of the tokens, if it is there already.
     smoothing: of the labels.
   """
   dims = chex.Dimensions()
@@ -128,12 +129,12 @@ def gradients(
 
   table = (frozen | trained)['embedding']
   dtype = jnp.dtype(train.dtype)
-  embedded = model.embed(table, batch['tokens'], dtype, mesh)
+  embedded = embedding.embed(table, batch['tokens'], dtype, mesh)
   (grads, d_embedded), nll = jax.grad(
     weighted_nll, argnums=(0, 1), has_aux=True
   )(trained, embedded)
   if 'embedding' in trained:
-    grads['embedding'] = model.add_embed_grad(
+    grads['embedding'] = embedding.add_grad(
       grads['embedding'], batch['tokens'], d_embedded, mesh
     )
   return grads, nll

@@ -36,20 +36,25 @@ def useful_flops(
   inside = batch['segment_ids'] > 0
   chex.assert_rank(inside, 2)
   of_token = sum(6 * x.size for path, x in trained.items() if '_lora_' in path)
-  for path, shape in parameters.shapes(cfg).items():
-    if path.startswith('layers/'):
-      of_token += (6 if path in trained else 4) * math.prod(shape)
+  shapes = parameters.shapes(cfg)
+  for row in parameters.table(cfg):
+    if row.stacked or row.path == 'layer_input_proj':
+      factor = 6 if row.path in trained else 4
+      of_token += factor * math.prod(shapes[row.path])
   of_target = 6 if 'embedding' in trained else 4
   of_target *= cfg.vocab_size * cfg.embed_dim
   keys = jnp.where(inside, batch['positions'] + 1, 0).astype(jnp.float32)
   pairs = {'G': jnp.sum(keys)}
   pairs['L'] = jnp.sum(jnp.minimum(keys, cfg.window or math.inf))
-  kinds = [cfg.attention[i % len(cfg.attention)] for i in range(cfg.num_layers)]
-  of_pair = 12.0 * cfg.num_heads * cfg.head_dim
+  of_pairs = sum(
+    12.0 * stack.cfg.num_heads * stack.cfg.head_dim * pairs[cfg.kind(n)]
+    for stack in cfg.stacks()
+    for n in stack.layers
+  )
   return (
     float(of_token) * jnp.sum(inside)
     + float(of_target) * jnp.sum(batch['target_mask'])
-    + of_pair * sum(kinds.count(kind) * n for kind, n in pairs.items())
+    + of_pairs
   )
 
 

@@ -130,9 +130,9 @@ def insert(
   settings: Settings, batch: Batch, group: Group, new: decode_lib.Cache
 ) -> Batch:
   """The batch, which is consumed, with a group that `prefill` has read."""
-  (cache, state), dims = batch, settings.cfg.dims()
+  (cache, state), dims = batch, chex.Dimensions()
   dims['GP'], dims.T = group.tokens.shape, state.dims().T
-  chex.assert_shape(jax.tree.leaves(new), dims['GKPA'])
+  chex.assert_shape(jax.tree.leaves(new), (dims.G, None, dims.P, None))
   last = group.tokens[jnp.arange(dims.G), group.lengths - 1]
   begun = search_lib.start(
     settings.search, group.numbers, last, group.lengths, group.limits, dims.T

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mt.gemma import attention
+from mt.gemma import embedding
 from mt.gemma import lora
 from mt.gemma import model
 from mt.gemma import parameters
@@ -24,7 +25,8 @@ from mt.gemma import quantize
 from mt.gemma import sharding
 from mt.gemma import sizes
 
-Cache = dict[str, tuple[jax.Array, ...]]  # k, v per layer: [B, K, S, A].
+# k, v [B, K, S, A] of each layer that has its own.
+Cache = dict[str, tuple[jax.Array, ...]]
 CACHE_AXES = ('rows', 'kv_heads', 'slots', 'head')
 _HIDDEN = 2**30  # A position after all others.
 
@@ -32,7 +34,7 @@ _HIDDEN = 2**30  # A position after all others.
 def unstack(
   params: parameters.Params, dtype: jnp.dtype | None = None
 ) -> parameters.Params:
-  """Layers as a tuple of dicts, their matrices [out, in] and of this dtype.
+  """Stacks as tuples of layers, their matrices [out, in] and of this dtype.
 
   A decoding step is bound by reading the weights: it would copy slices of
   stacked arrays, and convert matrices that are not of the activations' dtype.
@@ -42,12 +44,14 @@ def unstack(
 
   Quantised matrices stay what they are, [in, out], with their factors.
   """
-  embedding, layers = params['embedding'], params['layers']
-  numbers = np.arange(len(layers['attn_norm']), dtype=np.int32)
-  return params | {
-    'embedding': embedding.astype(dtype or embedding.dtype),
-    'layers': tuple(split_layer(layers, n, dtype) for n in numbers),
-  }
+  out = {}
+  for name, x in params.items():
+    if isinstance(x, dict):
+      numbers = np.arange(len(x['attn_norm']), dtype=np.int32)
+      out[name] = tuple(split_layer(x, n, dtype) for n in numbers)
+    else:  # Norms are vectors, and computed in float32.
+      out[name] = x.astype(dtype or x.dtype) if x.ndim > 1 else x
+  return out
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -117,9 +121,14 @@ def empty_cache(
   Heads come first, as products want them: a GPU's compiler would have a copy of
   another order beside it.
   """
-  shape = rows, cfg.num_kv_heads, slots, cfg.head_dim
-  layers = range(cfg.num_layers)
-  return {x: tuple(jnp.zeros(shape, dtype) for _ in layers) for x in 'kv'}
+  layers = {n: stack.cfg for stack in cfg.stacks() for n in stack.layers}
+  own = [layers[n] for n in sorted(layers) if not layers[n].sharing_layers]
+  return {
+    x: tuple(
+      jnp.zeros((rows, c.num_kv_heads, slots, c.head_dim), dtype) for c in own
+    )
+    for x in 'kv'
+  }
 
 
 def extend(
@@ -151,30 +160,44 @@ def extend(
   dims['BL'], dims['__S_'] = tokens.shape, cache['k'][0].shape
   chex.assert_shape(positions, dims['BL'])
   chex.assert_shape(slot, dims['B'])
-  chex.assert_shape(jax.tree.leaves(cache), dims['BKSA'])
   distance = positions[:, :, None] - key_positions
   chex.assert_shape(distance, dims['BLS'])
+  x = embedding.embed(params['embedding'], tokens, cache['k'][0].dtype)
   windows, kinds = attention.layer_kinds(cfg)
-  sin, cos = attention.rope_tables(cfg, positions)
-  keys, values = list(cache['k']), list(cache['v'])
+  cache = {k: list(v) for k, v in cache.items()}
   write = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=1))
-  x, dense = model.embed(params['embedding'], tokens, keys[0].dtype), _dense
-  if mesh is not None:
-    dense = functools.partial(_dense_on_mesh, cfg, mesh)
-  for n, layer in enumerate(params['layers']):
 
-    def attend(q, k, v, n=n):
-      for cache, new in (keys, k), (values, v):
-        new = sharding.constrain(new.swapaxes(1, 2), mesh, CACHE_AXES)
-        cache[n] = write(cache[n], new, slot)
-      mask = (distance >= 0) & (distance < windows[n])
-      k, v = keys[n].swapaxes(1, 2), values[n].swapaxes(1, 2)
-      return attention.attend(cfg, q, k, v, mask), None
+  def attend(n, layer_cfg, q, *new):
+    at = cfg.kv_layer(n)
+    for which, x in zip('kv', new, strict=False):
+      x = sharding.constrain(x.swapaxes(1, 2), mesh, CACHE_AXES)
+      cache[which][n] = write(cache[which][n], x, slot)
+    mask = (distance >= 0) & (distance < windows[n])
+    k, v = (cache[which][at].swapaxes(1, 2) for which in 'kv')
+    return attention.attend(layer_cfg, q, k, v, mask), None
 
-    kind = kinds[n]
-    x, _ = model.block(cfg, layer, x, sin[kind], cos[kind], attend, dense)
-  cache = {'k': tuple(keys), 'v': tuple(values)}
-  return model.rms_norm(x, params['final_norm']), cache
+  layers = {}
+  for stack in cfg.stacks():
+    sin, cos = attention.rope_tables(stack.cfg, positions)
+    for n, layer in zip(stack.layers, params[stack.name], strict=True):
+      layers[n] = stack.cfg, layer, (sin[kinds[n]], cos[kinds[n]])
+  inputs = model.layer_inputs(cfg, params, tokens, x)
+  for n in range(dims.N):
+    layer_cfg, layer, rope = layers[n]
+    dense = _dense
+    if mesh is not None:
+      dense = functools.partial(_dense_on_mesh, layer_cfg, mesh)
+    x, _ = model.block(
+      layer_cfg,
+      layer,
+      x,
+      *rope,
+      functools.partial(attend, n, layer_cfg),
+      None if inputs is None else inputs[n],
+      dense,
+    )
+  x = model.rms_norm(x, params['final_norm'], cfg.norm_offset)
+  return x, {k: tuple(v) for k, v in cache.items()}
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'dtype', 'chunk'))

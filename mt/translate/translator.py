@@ -97,7 +97,7 @@ class Translator:
       on_progress: see Progress.
       first: the number of the first text, on which its samples depend.
     """
-    if not isinstance(params['layers'], tuple):
+    if any(isinstance(x, dict) for x in params.values()):
       params = decode.unstack(params, self.settings.dtype)
     full = [i for i, text in enumerate(texts) if text.strip()]
     prompts = [self._prompt(text, first + i) for i, text in enumerate(texts)]

@@ -1,4 +1,4 @@
-"""Google's own Flax checkpoints of Gemma 1, 2 and 3, read.
+"""Google's own Flax checkpoints of Gemma 1 to 4, read.
 
 They lie in Orbax folders (mt/weights/flax_store.py) as a tree of single layers,
 either `flat` (transformer/layer_0/attn/q_einsum and so on, as published and
@@ -12,7 +12,16 @@ as gemma.params saves it) or `nested`, with or without a vision tower:
   layer_N/{pre_attention,post_attention,pre_ffw,post_ffw}_norm/scale [D]
   layer_N/attn/{_query,_key}_norm/scale [A]
 
-Source: gemma/modules.py, params.py and transformer.py of gemma 3.0.2. A
+Gemma 4 calls the last two query_norm and key_norm, has k_einsum [K, D, A] where
+values are keys, and besides:
+
+  layer_N/per_layer_input_gate [D, E]       layer_N/per_layer_projection [E, D]
+  layer_N/post_per_layer_input_norm [D]     layer_N/skip_scale [1]
+  embedder/per_layer_embeddings [V, N, E]   and per_layer_projection_norm [E]
+  embedder/per_layer_model_projection [D, N, E]
+
+Source: gemma/modules.py, params.py and transformer.py of gemma 3.0.2; for Gemma
+4 google-deepmind/gemma, gemma/gm/nn/gemma4, and google/tunix, params.py. A
 checkpoint does not say which Gemma it is: its shapes do, as in the library's
 own `from_params`, and the rest comes from mt/gemma/sizes.py.
 """
@@ -49,6 +58,17 @@ _ARRAYS = {
   'gate': 'mlp.gating_einsum',
   'up': 'mlp.gating_einsum',
   'down': 'mlp.linear',
+  'scale': 'skip_scale',
+  'input_gate': 'per_layer_input_gate',
+  'input_proj': 'per_layer_projection',
+  'post_input_norm': 'post_per_layer_input_norm',
+}
+# Ours that is in no layer -> the array, and its dimensions.
+_WHOLE = {
+  'embedding': (EMBEDDING, 'VD'),
+  'layer_input_embedding': ('embedder.per_layer_embeddings', 'VNE'),
+  'layer_input_proj': ('embedder.per_layer_model_projection', 'DNE'),
+  'layer_input_norm': ('embedder.per_layer_projection_norm', 'E'),
 }
 # Array -> which of ours are stacked in it.
 PARTS = {
@@ -154,6 +174,7 @@ def open_checkpoint(folder: str | pathlib.Path) -> Checkpoint:
     if state or name.startswith(_OTHER_PARTS):
       continue
     short = name.removesuffix('.w').removesuffix('.scale')
+    short = re.sub(r'\.(query|key)_norm$', r'._\1_norm', short)
     if short in names:
       raise store.damaged(f'array {short} is there twice')
     names[short] = full
@@ -181,6 +202,7 @@ def read_config(ckpt: Checkpoint) -> sizes.ModelConfig:
     'head_dim': head_dim,
     'qk_norm': 'layer_0.attn._query_norm' in ckpt.names,
     'post_norms': 'layer_0.post_ffw_norm' in ckpt.names,
+    'layer_scale': 'layer_0.skip_scale' in ckpt.names,
   }
 
   def differences(item):
@@ -209,30 +231,41 @@ def places(cfg: sizes.ModelConfig, transposed: bool) -> list[load.Place]:
     cfg: the model's shape.
     transposed: whether the gating matrices are [F, D].
   """
-  dims, shapes = cfg.dims(), parameters.shapes(cfg)
+  shapes, out = parameters.shapes(cfg), []
+  stacks = {stack.name: stack for stack in cfg.stacks()}
+  for row in parameters.table(cfg):
+    if not row.stacked:
+      name, letters = _WHOLE.get(row.path, (row.path, row.shape))
+      out.append(load.Place(row, None, name, cfg.dims()[letters]))
+      continue
+    stack = stacks[row.stack]
+    arrays = _arrays(stack.cfg, transposed)
+    # What a fork has added is under our name, if at all.
+    name = _ARRAYS.get(row.name, row.name)
+    if row.name in PARTS['attn.qkv_einsum'] and 'attn.qkv_einsum' in arrays:
+      name = 'attn.qkv_einsum'
+    elif row.name == 'k' and 'attn.k_einsum' in arrays:
+      name = 'attn.k_einsum'
+    shape = arrays.get(name, shapes[row.path][1:])
+    for i, n in enumerate(stack.layers):
+      out.append(load.Place(row, i, f'layer_{n}.{name}', shape))
+  return out
+
+
+def _arrays(cfg, transposed):
+  """Shapes of arrays that are not as ours, in the layers of a stack."""
+  dims = cfg.dims()
   arrays = {
-    'attn.qkv_einsum': (3, *dims['HDA']),
     'attn.q_einsum': dims['HDA'],
     'attn.kv_einsum': (2, *dims['KDA']),
     'attn.attn_vec_einsum': dims['HAD'],
     'mlp.gating_einsum': (2, *dims['FD' if transposed else 'DF']),
   }
-  out = []
-  for row in parameters.table(cfg):
-    if not row.stacked:
-      name = EMBEDDING if row.path == 'embedding' else row.path
-      out.append(load.Place(row, None, name, shapes[row.path]))
-      continue
-    # What a fork has added is under our name, if at all.
-    name = _ARRAYS.get(row.name, row.name)
-    if row.name in PARTS['attn.qkv_einsum'] and cfg.num_heads == (
-      cfg.num_kv_heads
-    ):
-      name = 'attn.qkv_einsum'
-    shape = arrays.get(name, shapes[row.path][1:])
-    for i in range(cfg.num_layers):
-      out.append(load.Place(row, i, f'layer_{i}.{name}', shape))
-  return out
+  if cfg.keys_are_values:
+    arrays['attn.k_einsum'] = dims['KDA']
+  elif cfg.num_heads == cfg.num_kv_heads and not cfg.layer_scale:
+    arrays['attn.qkv_einsum'] = (3, *dims['HDA'])
+  return arrays
 
 
 def read_params(
@@ -263,8 +296,18 @@ def read_params(
       return x.transpose(1, 0, 2).reshape(cfg.embed_dim, -1)
     if ours == 'o':
       return x.reshape(-1, cfg.embed_dim)
+    if place.row.path in _WHOLE:
+      return x.reshape(len(x), -1) if x.ndim > 1 else x
     return x.T if transposed and ours in ('gate', 'up') else x
 
-  found = {name: ckpt.open(name).shape for name in ckpt.names}
+  # Checkpoints have what layers that share keys and values never read.
+  unread = tuple(
+    f'layer_{n}.attn.{x}'
+    for n in range(cfg.num_layers - cfg.sharing_layers, cfg.num_layers)
+    for x in ('kv_einsum', 'k_einsum', '_key_norm')
+  )
+  found = {
+    name: ckpt.open(name).shape for name in ckpt.names if name not in unread
+  }
   wanted = places(cfg, transposed)
   return load.read(cfg, ckpt.store.path, wanted, found, get, key)

@@ -8,6 +8,7 @@ import chex
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mt.base import errors
 from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
@@ -34,9 +35,14 @@ def write(
     dtype: of the arrays on disk; 'bfloat16' is what Google publishes.
 
   Raises:
+    errors.UserError: a Gemma 4.
     OSError: the disk is full or not writable.
   """
   chex.assert_shape(params['embedding'], cfg.dims()['VD'])
+  if cfg.global_head_dim:
+    raise errors.UserError(
+      "--to=gemma: Gemma 4 is not written in Google's own layout; use --to=hf."
+    )
   (folder / 'tokenizer.model').write_bytes(tok.proto)
   tree = {}
   for (path, last), x in _leaves(cfg, params):

@@ -1,8 +1,9 @@
 """GGUF -> the model's shape, its parameters and its tokenizer.
 
-Architectures gemma, gemma2 and gemma3, named as llama.cpp names them; see
-mt/weights/gguf_file.py for the container. Matrices are stored as [out, in], and
-Gemma's norm weights with 1 added.
+Architectures gemma, gemma2, gemma3 and gemma4, named as llama.cpp names them;
+see mt/weights/gguf_file.py for the container. Matrices are stored as [out, in],
+and norm weights up to Gemma 3 with 1 added. Source: conversion/gemma.py of
+llama.cpp.
 """
 
 import functools
@@ -17,9 +18,11 @@ from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import gguf_file
+from mt.weights import hf_config
+from mt.weights import hf_tokenizer
 from mt.weights import load
 
-_PATTERNS = {'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG'}
+_PATTERNS = {'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG', 'gemma4': ''}
 _MAX_LAYERS = 1024  # Far above any real model.
 # Tensors of other parts: of vision, as Ollama has it in the same file, and
 # RoPE's factors, which no graph of these architectures reads.
@@ -43,6 +46,9 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
       one that asks for what mt/gemma/model.py does not compute.
   """
   arch = file.fields.get('general.architecture')
+  other = 'moe' if file.fields.get(f'{arch}.expert_count') else str(arch)
+  if other in hf_config.OTHERS:
+    raise errors.UserError(f'{file.path}: {hf_config.OTHERS[other]}')
   # str(): a damaged header may hold an array, which cannot be looked up.
   if str(arch) not in _PATTERNS:
     raise errors.UserError(
@@ -54,6 +60,8 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
       f'{file.path}: no tensor {_EMBEDDING}; the file is not a complete Gemma.'
     )
   get = functools.partial(_number, file, arch)
+  if arch == 'gemma4':
+    return _gemma4_config(file, get)
   second, third = arch == 'gemma2', arch == 'gemma3'
   layers, width = get('block_count', high=_MAX_LAYERS), get('embedding_length')
   heads = get('attention.head_count')
@@ -144,6 +152,101 @@ def _check_meaning(file, arch, layers, head_dim):
       )
 
 
+def _gemma4_config(file, get):
+  """The shape of a Gemma 4, whose header has some numbers for each layer."""
+  layers, fields = get('block_count', high=_MAX_LAYERS), file.fields
+
+  def bad(key, expected):
+    value = str(fields.get(f'gemma4.{key}'))[:60]
+    return errors.UserError(
+      f'{file.path}: gemma4.{key} is {value}, {expected} expected; the GGUF '
+      'header is damaged or of a model not known here.'
+    )
+
+  def each(key):  # Its value in each layer; one number is of all.
+    value = fields.get(f'gemma4.{key}')
+    if not isinstance(value, np.ndarray):
+      return [get(key)] * layers
+    if len(value) != layers or min(value) < 1:
+      raise bad(key, f'{layers} numbers')
+    return value.tolist()
+
+  local = fields.get('gemma4.attention.sliding_window_pattern')
+  kinds = ''.join('GL'[bool(x)] for x in np.ravel(local))
+  period = kinds.find('G') + 1
+  sharing = fields.get('gemma4.attention.shared_kv_layers', 0)
+  if (
+    not isinstance(sharing, int)
+    or period < 2
+    or kinds != (kinds[:period] * layers)[:layers]
+    or layers % period
+    or sharing % period
+    or not 0 <= sharing < layers
+  ):
+    raise bad('attention.sliding_window_pattern', 'whole periods of layers')
+  kv_heads, hidden = (
+    each('attention.head_count_kv'),
+    each('feed_forward_length'),
+  )
+  own, last = period - 1, layers - 1
+  by_kind = [kv_heads[own if k == 'G' else 0] for k in kinds]
+  by_part = [
+    hidden[last if n >= layers - sharing else 0] for n in range(layers)
+  ]
+  if kv_heads != by_kind or hidden != by_part:
+    raise bad('feed_forward_length', 'one number for each kind of layer')
+  width = fields.get('gemma4.embedding_length_per_layer_input', 0)
+  head_dim = get('attention.key_length')
+  return sizes.ModelConfig(
+    vocab_size=file.tensors[_EMBEDDING].shape[0],
+    num_layers=layers,
+    embed_dim=get('embedding_length'),
+    hidden_dim=hidden[0],
+    num_heads=get('attention.head_count'),
+    num_kv_heads=kv_heads[0],
+    head_dim=get('attention.key_length_swa'),
+    query_scale=1.0,
+    attention=kinds[:period],
+    window=get('attention.sliding_window'),
+    rope_base_local=get('rope.freq_base_swa', 1e4, float),
+    rope_base_global=get('rope.freq_base', 1e6, float),
+    final_softcap=(
+      get(_FINAL_CAP, None, float) if f'gemma4.{_FINAL_CAP}' in fields else None
+    ),
+    qk_norm=True,
+    post_norms=True,
+    norm_offset=0.0,
+    value_norm=True,
+    layer_scale=True,
+    global_head_dim=head_dim,
+    global_kv_heads=None if kv_heads[own] == kv_heads[0] else kv_heads[own],
+    keys_are_values=f'blk.{own}.attn_v.weight' not in file.tensors,
+    rope_part_global=_turned_part(file, head_dim),
+    sharing_layers=sharing,
+    sharing_hidden_dim=None if hidden[last] == hidden[0] else hidden[last],
+    layer_input_dim=width,
+  )
+
+
+def _turned_part(file, head_dim):
+  """Of a global head; what divides the other rates leaves nothing of them."""
+  name = 'rope_freqs.weight'
+  factors = np.zeros(0)
+  if name in file.tensors:
+    factors = gguf_file.read_tensor(file, name)
+  turned = int(np.sum(factors == 1.0))
+  if (
+    factors.shape != (head_dim // 2,)
+    or not turned
+    or not (np.all(factors[:turned] == 1) and np.all(factors[turned:] > 1e20))
+  ):
+    raise errors.UserError(
+      f'{file.path}: {name} does not say which part of a head RoPE turns; '
+      'convert the model again with a current llama.cpp.'
+    )
+  return turned / len(factors)
+
+
 def read_params(
   file: gguf_file.GGUFFile, cfg: sizes.ModelConfig, key: chex.PRNGKey
 ) -> parameters.Params:
@@ -163,21 +266,27 @@ def read_params(
     return f'{"" if layer is None else f"blk.{layer}."}{row.gguf}.weight'
 
   def get(place):
-    if place.row.path == 'embedding':
-      # The largest of all, in parts: no second one in float32.
-      rows = max(1, _AT_ONCE // cfg.embed_dim)
+    if not (place.row.norm or place.row.transposed):
+      # Embeddings, the largest of all, in parts: no second one in float32.
+      rows = max(1, _AT_ONCE // place.shape[1])
       return (
         gguf_file.read_tensor(file, place.name, i, i + rows)
         for i in range(0, cfg.vocab_size, rows)
       )
     x = gguf_file.read_tensor(file, place.name)
-    x = x - 1.0 if place.row.norm else x
+    x = x - cfg.norm_offset if place.row.norm else x
     return x.T if place.row.transposed else x
 
+  # Files have what layers that share keys and values never read.
+  unread = tuple(
+    f'blk.{n}.attn_{x}'
+    for n in range(cfg.num_layers - cfg.sharing_layers, cfg.num_layers)
+    for x in ('k', 'v')
+  )
   found = {
     n: t.shape
     for n, t in file.tensors.items()
-    if not n.startswith(_OTHER_PARTS)
+    if not n.startswith((*_OTHER_PARTS, *unread))
   }
   if _HEAD in found:
     read = functools.partial(gguf_file.read_tensor, file)
@@ -200,6 +309,8 @@ def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:
     file.fields.get(f'tokenizer.ggml.{key}')
     for key in ('model', 'tokens', 'scores', 'token_type')
   )
+  if str(kind) == 'gemma4':
+    return _gemma4_tokenizer(file, pieces, types)
   if (
     str(kind) != 'llama'
     or not isinstance(pieces, list)
@@ -219,15 +330,7 @@ def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:
     and _NO_PIECE.fullmatch(pieces[n - 1])
   ):
     n -= 1  # A row without a piece.
-  ids = [
-    file.fields.get(f'tokenizer.ggml.{name}_token_id', default)
-    for default, name in enumerate(('padding', 'eos', 'bos', 'unknown'))
-  ]
-  if not all(isinstance(i, int) and 0 <= i < n for i in ids):
-    raise errors.UserError(
-      f'{file.path}: pad, EOS, BOS, unknown ids are {str(ids)[:80]}, numbers '
-      f'below {n:,} expected; the file is damaged.'
-    )
+  ids = _roles(file, n)
   proto = sp_pb2.ModelProto()
   rows = zip(pieces[:n], scores[:n].tolist(), types[:n].tolist(), strict=True)
   for i, (piece, score, type_) in enumerate(rows):
@@ -259,3 +362,40 @@ def _piece_type(text, type_, i, ids):
     return tokenizer.CONTROL
   special = type_ in (tokenizer.CONTROL, tokenizer.UNKNOWN)
   return tokenizer.USER_DEFINED if special else type_
+
+
+def _roles(file, n):
+  """Ids of pad, EOS, BOS and the unknown piece."""
+  ids = [
+    file.fields.get(f'tokenizer.ggml.{name}_token_id', default)
+    for default, name in enumerate(('padding', 'eos', 'bos', 'unknown'))
+  ]
+  if not all(isinstance(i, int) and 0 <= i < n for i in ids):
+    raise errors.UserError(
+      f'{file.path}: pad, EOS, BOS, unknown ids are {str(ids)[:80]}, numbers '
+      f'below {n:,} expected; the file is damaged.'
+    )
+  return ids
+
+
+def _gemma4_tokenizer(file, pieces, types):
+  """Gemma 4 has merges in place of scores, as a tokenizer.json has."""
+  merges = file.fields.get('tokenizer.ggml.merges')
+  if (
+    not isinstance(pieces, list)
+    or not isinstance(merges, list)
+    or getattr(types, 'shape', None) != (len(pieces),)
+  ):
+    raise errors.UserError(
+      f'{file.path}: pieces with a type each, and merges, expected; set '
+      'weights.tokenizer to a tokenizer.json.'
+    )
+  pieces = [p.decode(errors='replace') for p in pieces]
+  ranks = {}
+  for rank, merge in enumerate(merges):
+    ranks.setdefault(merge.decode(errors='replace').replace(' ', '', 1), rank)
+  kinds = (tokenizer.CONTROL, tokenizer.USER_DEFINED)
+  symbols = set(np.flatnonzero(np.isin(types, kinds)))
+  ids = zip(hf_tokenizer.ROLES, _roles(file, len(pieces)), strict=True)
+  roles = {role: pieces[i] for role, i in ids}
+  return hf_tokenizer.build(file.path, pieces, symbols, ranks, roles)

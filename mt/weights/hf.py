@@ -1,8 +1,8 @@
-"""Hugging Face folders of Gemma 1, 2 and 3: in and out.
+"""Hugging Face folders of Gemma 1 to 4: in and out.
 
 A folder has config.json, one or several .safetensors files and a tokenizer.
 Matrices are stored as [out, in], norm weights without the 1 added. Of the
-multimodal Gemma 3 the text model is read, whatever the prefix of its names; the
+multimodal ones the text model is read, whatever the prefix of its names; the
 vision tower is not touched. Pickles (pytorch_model.bin) are refused.
 
 Files: github.com/huggingface/safetensors#format; names: transformers,
@@ -36,7 +36,8 @@ _EMBEDDING = 'embed_tokens.weight'
 # Tensors of other parts, and the RoPE rates of old files, which follow from
 # config.json.
 _OTHER_PARTS = re.compile(
-  r'(model\.)?(vision_tower|multi_modal_projector)\..*|.*rotary_emb\.inv_freq'
+  r'(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision'
+  r'|embed_audio)\..*|.*rotary_emb\.inv_freq'
 )
 _HEADS = ('lm_head.weight', 'language_model.lm_head.weight')
 _DTYPES = ('F32', 'BF16', 'F16')
@@ -49,7 +50,8 @@ def _places(cfg, prefix) -> list[load.Place]:
 
   def name(row, layer):
     at = '' if layer is None else f'layers.{layer}.'
-    return f'{prefix}{at}{row.hf}.weight'
+    # A layer's scale is no parameter of theirs, but a buffer.
+    return f'{prefix}{at}{row.hf}{"" if row.shape == "N1" else ".weight"}'
 
   return load.places(cfg, name)
 
@@ -211,9 +213,17 @@ def _unreadable(path, e):
 
 def _shapes(folder):
   """Name -> shape of the text model's tensors, none of them quantised."""
-  out = {}
+  out, cfg = {}, folder.config
+  own = cfg.num_layers - cfg.sharing_layers
+  # Published files have what layers that share keys and values never read.
+  unread = tuple(
+    f'{folder.prefix}layers.{n}.self_attn.{x}'
+    for n in range(own, cfg.num_layers)
+    for x in ('k_', 'v_')
+  )
   for name, (opened, path) in folder.tensors.items():
-    if _OTHER_PARTS.fullmatch(name) or name in _HEADS:
+    other = _OTHER_PARTS.fullmatch(name) or name.startswith(unread)
+    if other or name in _HEADS:
       continue
     header = opened.get_slice(name)
     if header.get_dtype() not in _DTYPES:

@@ -1,10 +1,15 @@
 """Hugging Face's config.json <-> the model's shape.
 
-Fields: transformers, configuration_gemma.py, _gemma2.py and _gemma3.py. Both
-ways of writing RoPE are read, `rope_theta` with `rope_scaling` (version 4) and
-`rope_parameters` (version 5); the first is written, which both versions read.
+Fields: transformers, configuration_gemma.py, _gemma2.py, _gemma3.py and
+_gemma4.py. Both ways of writing RoPE are read, `rope_theta` with `rope_scaling`
+(version 4) and `rope_parameters` (version 5); the first is written, which both
+versions read. Gemma 4, which version 4 does not know, has the second alone; the
+shape of its global layers is in `global_head_dim` and
+`num_global_key_value_heads`, as published and written here, or in
+`per_layer_config`, as version 5.24 writes it.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -40,6 +45,29 @@ _DEFAULTS = {
     'sliding_window': 4096,
     'rope_theta': 1_000_000.0,
   },
+  'gemma4_text': {
+    'vocab_size': 262_144,
+    'num_attention_heads': 8,
+    'num_key_value_heads': 4,
+    'sliding_window': 512,
+    'hidden_size_per_layer_input': 256,
+    'vocab_size_per_layer_input': 262_144,
+  },
+  'gemma4_unified_text': {
+    'vocab_size': 262_144,
+    'num_attention_heads': 8,
+    'num_key_value_heads': 4,
+    'sliding_window': 1024,
+    'hidden_size_per_layer_input': 0,
+  },
+}
+_GEMMA4_ROPE = {
+  'sliding_attention': {'rope_type': 'default', 'rope_theta': 10_000.0},
+  'full_attention': {
+    'rope_type': 'proportional',
+    'partial_rotary_factor': 0.25,
+    'rope_theta': 1_000_000.0,
+  },
 }
 _KINDS = {'sliding_attention': 'L', 'full_attention': 'G'}
 _OLD = 'rope_scaling'
@@ -50,7 +78,15 @@ _ONLY = {
   'hidden_act': (None, 'gelu', 'gelu_pytorch_tanh'),  # All mean the latter.
   'rms_norm_eps': (None, 1e-6),
   'attention_bias': (None, False),
-  'use_bidirectional_attention': (None, False),
+  'use_bidirectional_attention': (None, False, 'vision'),  # Text is causal.
+  'enable_moe_block': (None, False),
+}
+# Gemmas that are none of ours: what to take instead.
+OTHERS = {
+  'gemma3n': 'Gemma 3n is not supported; take its successor, Gemma 4 E2B or '
+  'E4B, or Gemma 3 4B.',
+  'moe': 'the mixture of experts of Gemma 4 (26B-A4B) is not supported; take '
+  'Gemma 4 12B or 31B.',
 }
 
 
@@ -87,6 +123,8 @@ def read(path: pathlib.Path) -> sizes.ModelConfig:
       variant of Gemma that mt/gemma/model.py does not compute.
   """
   kind, fields = _text_fields(path)
+  if fields.get('enable_moe_block'):
+    raise errors.UserError(f'{path}: {OTHERS["moe"]}')
   bad = functools.partial(_bad, path, fields)
   number = functools.partial(_number, path, fields)
   for key, allowed in _ONLY.items():
@@ -94,16 +132,18 @@ def read(path: pathlib.Path) -> sizes.ModelConfig:
       raise bad(key, str(allowed[-1]))
   layers = number('num_hidden_layers', high=_MAX_LAYERS)
   head_dim = query_dim = number('head_dim', 256)
-  caps = {'attn_softcap': None, 'final_softcap': None}
+  caps, fourth = {'attn_softcap': None, 'final_softcap': None}, _is_4(kind)
   if kind != 'gemma':
-    query_dim = number('query_pre_attn_scalar', 256, float)
+    query_dim = 1.0
+    if not fourth:
+      query_dim = number('query_pre_attn_scalar', 256, float)
     for ours, key in zip(
       caps, ('attn_logit_softcapping', 'final_logit_softcapping'), strict=True
     ):
       if fields.get(key) is not None:
         caps[ours] = number(key, kind=float)
-  local, global_, scale = _rope(path, kind, fields)
-  return sizes.ModelConfig(
+  local, global_, scale, part = _rope(path, kind, fields)
+  cfg = sizes.ModelConfig(
     vocab_size=number('vocab_size'),
     num_layers=layers,
     embed_dim=number('hidden_size'),
@@ -117,10 +157,81 @@ def read(path: pathlib.Path) -> sizes.ModelConfig:
     rope_base_local=local,
     rope_base_global=global_,
     rope_scale_global=scale,
-    qk_norm=kind == 'gemma3_text',
+    qk_norm=fourth or kind == 'gemma3_text',
     post_norms=kind != 'gemma',
     **caps,
   )
+  if not fourth:
+    return cfg
+  cfg = dataclasses.replace(cfg, rope_part_global=part)
+  return _gemma4(cfg, fields, number, bad)
+
+
+def _is_4(kind):
+  return kind.startswith('gemma4')
+
+
+def _gemma4(cfg, fields, number, bad):
+  """What Gemma 4 has besides."""
+
+  def amount(key, high):  # 0 is one, too.
+    return number(key, high=high) if fields.get(key) else 0
+
+  sharing = amount('num_kv_shared_layers', cfg.num_layers)
+  period = len(cfg.attention)
+  if cfg.attention != 'L' * (period - 1) + 'G' or period == 1:
+    raise bad('layer_types', 'periods of sliding layers and a full one')
+  if cfg.num_layers % period or sharing % period:
+    raise bad('num_kv_shared_layers', f'whole periods of {period} layers')
+  width = amount('hidden_size_per_layer_input', 2**31)
+  if width and number('vocab_size_per_layer_input') != cfg.vocab_size:
+    raise bad('vocab_size_per_layer_input', f'{cfg.vocab_size}, as vocab_size,')
+  same = bool(fields.get('attention_k_eq_v'))
+  head_dim, kv_heads = _global_shape(cfg, fields, number, bad)
+  if kv_heads not in (None, cfg.num_kv_heads) and not same:
+    raise bad('attention_k_eq_v', 'true, as global layers have other heads,')
+  doubled = sharing and fields.get('use_double_wide_mlp')
+  return dataclasses.replace(
+    cfg,
+    norm_offset=0.0,
+    value_norm=True,
+    layer_scale=True,
+    global_head_dim=head_dim,
+    global_kv_heads=kv_heads if same else None,
+    keys_are_values=same,
+    sharing_layers=sharing,
+    sharing_hidden_dim=2 * cfg.hidden_dim if doubled else None,
+    layer_input_dim=width,
+  )
+
+
+def _global_shape(cfg, fields, number, bad):
+  """(A, K or None) of global layers, in either of the two ways."""
+  kv_heads = fields.get('num_global_key_value_heads')
+  if kv_heads is not None:
+    kv_heads = number('num_global_key_value_heads')
+  layers = fields.get('per_layer_config')
+  if layers is None:
+    return number('global_head_dim', 512), kv_heads
+  wanted = {n for n in range(cfg.num_layers) if cfg.kind(n) == 'G'}
+  expected = 'the same head_dim and num_key_value_heads of all global layers'
+  try:
+    found = {int(n): dict(shape) for n, shape in layers.items()}
+    first = found[min(wanted)]
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    raise bad('per_layer_config', expected) from e
+  shape = first.get('head_dim', cfg.head_dim), first.get('num_key_value_heads')
+  whole = all(type(x) is int and x > 0 for x in shape if x is not None)
+  known = {'head_dim', 'num_key_value_heads'}
+  if (
+    found != dict.fromkeys(wanted, first)
+    or not (whole and shape[0])
+    or first.keys() - known
+    or fields.get('global_head_dim') not in (None, shape[0])
+    or kv_heads not in (None, shape[1])
+  ):
+    raise bad('per_layer_config', expected)
+  return shape
 
 
 def _text_fields(path):
@@ -130,6 +241,8 @@ def _text_fields(path):
   kind = fields.get('model_type') if isinstance(fields, dict) else None
   if kind == 'gemma3' and fields is whole:
     fields, kind = {}, 'gemma3_text'  # All of it left to the defaults.
+  if str(kind).startswith('gemma3n'):
+    raise errors.UserError(f'{path}: {OTHERS["gemma3n"]}')
   if str(kind) not in _DEFAULTS:
     raise errors.UserError(
       f'{path}: model_type {str(kind)[:40]!r} found, one of '
@@ -162,9 +275,11 @@ def _number(path, fields, key, default=None, kind=int, high=2**31):
 
 
 def _rope(path, kind, fields):
-  """(base of local layers, base of global layers, factor of global layers)."""
-  old, new = fields.get('rope_scaling'), fields.get('rope_parameters')
-  third, key = kind == 'gemma3_text', 'rope_parameters' if new else _OLD
+  """Bases of local and of global layers; factor and part of global ones."""
+  old = fields.get('rope_scaling')
+  new = fields.get('rope_parameters') or (_GEMMA4_ROPE if _is_4(kind) else None)
+  both = kind not in ('gemma', 'gemma2')  # Two kinds of layers, two of RoPE.
+  key = 'rope_parameters' if new else _OLD
   if old and new and old != new:
     raise _bad(path, fields, key, f'the same as {_OLD}, or one of them')
   base = _number(path, fields, 'rope_theta', 10_000.0, float)
@@ -174,27 +289,31 @@ def _rope(path, kind, fields):
     if not isinstance(value, dict):
       raise _bad(path, fields, key, 'an object')
     types = {value.get(k) for k in ('rope_type', 'type')} - {None}
-    if types - {'default', 'linear'} or len(types) > 1:
-      raise _bad(path, fields, key, 'a rope_type of default or linear')
+    known = ('default', 'linear', 'proportional')[: 3 if _is_4(kind) else 2]
+    if types - {*known} or len(types) > 1:
+      raise _bad(path, fields, key, f'a rope_type of {" or ".join(known)}')
     base = _number(path, value, 'rope_theta', base, float)
     factor = _number(path, value, 'factor', 1.0, float)
     if factor != 1.0 and types != {'linear'}:
       raise _bad(path, fields, key, 'a rope_type of linear with a factor')
-    if value.get('partial_rotary_factor', 1.0) != 1.0:
+    part = value.get('partial_rotary_factor', 1.0)
+    if types != {'proportional'} and part != 1.0:
       raise _bad(path, fields, key, 'no partial_rotary_factor')
-    return base, factor
+    if type(part) not in (int, float) or not 0 < part <= 1:
+      raise _bad(path, value, 'partial_rotary_factor', 'a part of 1')
+    return base, factor, part
 
-  if third and new:
+  if both and new:
     if not isinstance(new, dict) or new.keys() - _KINDS:
       raise _bad(path, fields, key, f'an object of {", ".join(_KINDS)}')
     local = read(new.get('sliding_attention'), 10_000.0)
     global_ = read(new.get('full_attention'), base)
-  elif third:
+  elif both:
     base_local = _number(path, fields, 'rope_local_base_freq', 10_000.0, float)
-    local, global_ = (base_local, 1.0), read(old, base)
+    local, global_ = (base_local, 1.0, 1.0), read(old, base)
   else:
     local = global_ = read(new or old, base)
-  if local[1] != 1.0:
+  if local[1:] != (1.0, 1.0):
     raise _bad(path, fields, key, 'no scaling of sliding_attention')
   return local[0], *global_
 
@@ -218,7 +337,9 @@ def _attention(kind, fields, layers, number, bad):
 
 
 def kind_of(cfg: sizes.ModelConfig) -> str:
-  """The `model_type` of a shape: gemma, gemma2 or gemma3_text."""
+  """The `model_type` of a shape: gemma, gemma2, gemma3_text, gemma4_text."""
+  if cfg.global_head_dim:
+    return 'gemma4_text'
   if cfg.qk_norm:
     return 'gemma3_text'
   return 'gemma2' if cfg.post_norms else 'gemma'
@@ -239,7 +360,7 @@ def write(
     ids: `pad_token_id`, `bos_token_id`, `eos_token_id`.
   """
   kind = kind_of(cfg)
-  name = {'gemma': 'Gemma', 'gemma2': 'Gemma2', 'gemma3_text': 'Gemma3'}[kind]
+  name = kind.removesuffix('_text').capitalize()
   bfloat16 = dtype == ml_dtypes.bfloat16
   fields = {
     'architectures': [f'{name}ForCausalLM'],
@@ -283,7 +404,33 @@ def write(
         'rope_scaling': {'rope_type': 'linear', 'factor': factor},
         'max_position_embeddings': 131_072,
       }
+  if kind == 'gemma4_text':
+    fields = _gemma4_fields(fields, cfg)
   path.write_text(json.dumps(fields, indent=2) + '\n', encoding='utf-8')
+
+
+def _gemma4_fields(fields, cfg):
+  dead = 'rope_theta', 'query_pre_attn_scalar', 'attn_logit_softcapping'
+  local, global_ = _GEMMA4_ROPE.values()
+  local = local | {'rope_theta': cfg.rope_base_local}
+  global_ = global_ | {
+    'rope_theta': cfg.rope_base_global,
+    'partial_rotary_factor': cfg.rope_part_global,
+  }
+  if cfg.rope_scale_global != 1.0:
+    global_['factor'] = cfg.rope_scale_global
+  return {k: v for k, v in fields.items() if k not in dead} | {
+    'max_position_embeddings': 131_072,
+    'rope_parameters': {'sliding_attention': local, 'full_attention': global_},
+    'global_head_dim': cfg.global_head_dim,
+    'num_global_key_value_heads': cfg.global_kv_heads,
+    'attention_k_eq_v': cfg.keys_are_values,
+    'num_kv_shared_layers': cfg.sharing_layers,
+    'use_double_wide_mlp': cfg.sharing_hidden_dim is not None,
+    'hidden_size_per_layer_input': cfg.layer_input_dim,
+    'vocab_size_per_layer_input': cfg.vocab_size,
+    'enable_moe_block': False,
+  }
 
 
 def _tidy(x):

@@ -5,6 +5,9 @@ fills it: BPE over characters with byte fallback, the merges in the order of the
 scores, and the symbols that are never split as added tokens.
 """
 
+from collections.abc import Container
+from collections.abc import Mapping
+from collections.abc import Sequence
 import functools
 import json
 import pathlib
@@ -18,7 +21,7 @@ from mt.weights import hf_config
 
 _SPACE = '\u2581'
 _BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
-_ROLES = ('pad', 'eos', 'bos', 'unk')
+ROLES = ('pad', 'eos', 'bos', 'unk')
 
 
 def read_folder(folder: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
@@ -59,10 +62,10 @@ def _with_roles(tok, folder):
   spm = tok.spm
   own = [tok.pad_id, tok.eos_id, tok.bos_id, spm.unk_id()]
   names = _role_pieces(folder, spm.id_to_piece(spm.unk_id()))
-  ids = [spm.piece_to_id(names[role]) for role in _ROLES]
+  ids = [spm.piece_to_id(names[role]) for role in ROLES]
   ids = [
     i if spm.id_to_piece(i) == names[role] else mine
-    for role, i, mine in zip(_ROLES, ids, own, strict=True)
+    for role, i, mine in zip(ROLES, ids, own, strict=True)
   ]
   if ids == own:
     return tok
@@ -121,6 +124,29 @@ def read(path: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
   bad = functools.partial(_bad, path)
   model, pieces, symbols, ranks = _parse(path, rows, bad)
   roles = _role_pieces(path.parent, model.get('unk_token'))
+  return build(path, pieces, symbols, ranks, roles)
+
+
+def build(
+  path: pathlib.Path,
+  pieces: Sequence[str],
+  symbols: Container[int],
+  ranks: Mapping[str, int],
+  roles: Mapping[str, str],
+) -> tokenizer.Tokenizer:
+  """A SentencePiece model that does what these merges do.
+
+  Args:
+    path: of the file, for messages.
+    pieces: by id.
+    symbols: ids of pieces that are never split.
+    ranks: of the first merge that makes a piece.
+    roles: pad, eos, bos and unk -> piece.
+
+  Raises:
+    errors.UserError: a piece is no text, or a special one is missing.
+  """
+  bad = functools.partial(_bad, path)
   proto = sp_pb2.ModelProto()
   for i, piece in enumerate(pieces):
     score, rank = 0.0, ranks.get(piece)
@@ -150,9 +176,9 @@ def read(path: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
     except ValueError as e:  # A lone surrogate: UnicodeEncodeError.
       raise bad(f'piece {i} is {piece[:40]!r}, no UTF-8') from e
   ids = {role: pieces.index(p) for role, p in roles.items() if p in pieces}
-  if len(ids) != len(_ROLES):
+  if len(ids) != len(ROLES):
     raise bad(f'of pad, EOS, BOS, unknown only {sorted(ids)} found')
-  tokenizer.set_gemma_spec(proto, [ids[role] for role in _ROLES])
+  tokenizer.set_gemma_spec(proto, [ids[role] for role in ROLES])
   return tokenizer.from_proto(proto.SerializeToString(), str(path))
 
 
@@ -204,7 +230,7 @@ def _role_pieces(folder, unknown):
   out = {}
   config = folder / 'tokenizer_config.json'
   fields = hf_config.read_json(config) if config.exists() else {}
-  for role in _ROLES:
+  for role in ROLES:
     value = fields.get(f'{role}_token')
     if isinstance(value, dict):
       value = value.get('content')

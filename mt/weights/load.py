@@ -34,7 +34,7 @@ class Place:
 
   Attributes:
     row: its row in the table of parameters.
-    layer: which of the layers it belongs to; None where it is not stacked.
+    layer: which of its stack it belongs to; None where it is not stacked.
     name: of the file's tensor. In Flax checkpoints several share one.
     shape: of the file's tensor.
   """
@@ -53,14 +53,15 @@ def places(
 
   Args:
     cfg: the model's shape.
-    name: (row, layer or None) -> name in the file.
+    name: (row, number of the layer in the model, or None) -> name in the file.
   """
   shapes, out = parameters.shapes(cfg), []
+  layers = {stack.name: stack.layers for stack in cfg.stacks()}
   for row in parameters.table(cfg):
     shape = shapes[row.path][1:] if row.stacked else shapes[row.path]
     shape = shape[::-1] if row.transposed else shape
-    for layer in range(cfg.num_layers) if row.stacked else [None]:
-      out.append(Place(row, layer, name(row, layer), shape))
+    for i, n in enumerate(layers.get(row.stack, [None])):
+      out.append(Place(row, i if row.stacked else None, name(row, n), shape))
   return out
 
 

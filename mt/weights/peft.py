@@ -56,7 +56,8 @@ class Adapter:
   def targets(self) -> list[str]:
     """The matrices that have factors."""
     paths = (k for k in self.factors if k.endswith('_lora_a'))
-    return [k[len('layers/') : -len('_lora_a')] for k in paths]
+    names = (k.rpartition('/')[2].removesuffix('_lora_a') for k in paths)
+    return list(dict.fromkeys(names))
 
 
 def read(folder: pathlib.Path, cfg: sizes.ModelConfig) -> Adapter:
@@ -104,15 +105,14 @@ def _stacked(path, cfg, rank):
     prefixes.add(prefix)
     found[module, letter, int(layer)] = name
   shapes, out = parameters.shapes(cfg), {}
+  layers = {stack.name: stack.layers for stack in cfg.stacks()}
+  modules = {module for module, _, _ in found}
   for row in parameters.table(cfg):
-    modules = {module for module, _, _ in found}
     if not row.lora or row.hf not in modules:
       continue
     _, fan_in, fan_out = shapes[row.path]
     for letter, shape in ('A', (rank, fan_in)), ('B', (fan_out, rank)):
-      names = [
-        found.pop((row.hf, letter, i), '') for i in range(cfg.num_layers)
-      ]
+      names = [found.pop((row.hf, letter, i), '') for i in layers[row.stack]]
       xs = [hf.read_tensor(opened, path, n) for n in names if n]
       if len(xs) != len(names) or any(x.shape != shape for x in xs):
         raise errors.UserError(
@@ -158,11 +158,12 @@ def write(
     for row in parameters.table(cfg)
     if f'{row.path}_lora_a' in trained  # Not all may be trained.
   ]
+  layers = {stack.name: stack.layers for stack in cfg.stacks()}
   tensors = {}
   for row in rows:
     for letter in 'AB':
       stacked = np.asarray(trained[f'{row.path}_lora_{letter.lower()}'])
-      for i, x in enumerate(stacked):
+      for i, x in zip(layers[row.stack], stacked, strict=True):
         module = f'base_model.model.model.layers.{i}.{row.hf}'
         tensors[f'{module}.lora_{letter}.weight'] = x.T.astype(dtype)
   hf.save(folder / _TENSORS, tensors)

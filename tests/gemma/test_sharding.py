@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import debug
+from mt.gemma import embedding
 from mt.gemma import loss
 from mt.gemma import model
 from mt.gemma import parameters
@@ -318,7 +319,7 @@ def test_gradient_of_the_look_up_is_the_one_of_one_device(shape, v):
     _put(mesh, tokens, 'rows', 'length'),
     _put(mesh, d_x, 'rows', 'length', 'width'),
   )
-  got = jit(functools.partial(model.add_embed_grad, mesh=mesh))(*args)
+  got = jit(functools.partial(embedding.add_grad, mesh=mesh))(*args)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   assert got.sharding.is_equivalent_to(args[0].sharding, 2)
 

@@ -66,6 +66,22 @@ _PUBLISHED = {
     (_V3, 62, 5376, 21504, 32, 16, 128, 168),
     (1024, 10_000, 1_000_000, 8, None, None),
   ),
+  'gemma4_e2b': (
+    (_V3, 35, 1536, 6144, 8, 1, 256, 1),
+    (512, 10_000, 1_000_000, 1, None, 30),
+  ),
+  'gemma4_e4b': (
+    (_V3, 42, 2560, 10240, 8, 2, 256, 1),
+    (512, 10_000, 1_000_000, 1, None, 30),
+  ),
+  'gemma4_12b': (
+    (_V3, 48, 3840, 15360, 16, 8, 256, 1),
+    (1024, 10_000, 1_000_000, 1, None, 30),
+  ),
+  'gemma4_31b': (
+    (_V3, 60, 5376, 21504, 32, 16, 256, 1),
+    (1024, 10_000, 1_000_000, 1, None, 30),
+  ),
 }
 # name: embedding, the rest.
 _PAPER_EXACT = {
@@ -133,16 +149,17 @@ def test_the_numbers_are_the_published_ones(name):
   )
   generation = int(name[5])
   assert cfg.post_norms == (generation > 1)
-  assert cfg.qk_norm == (generation == 3)
+  assert cfg.qk_norm == (generation >= 3)
 
 
 @pytest.mark.parametrize('name', _PUBLISHED)
 def test_global_layers_stand_where_they_should(name):
-  # Gemma 2 begins with a local layer, and every second one is global; in
-  # Gemma 3 every sixth is.
+  # Gemma 2 begins with a local layer, and every second one is global; from
+  # Gemma 3 on every sixth is, in the E2B every fifth.
   cfg = sizes.SIZES[name]
   windows, _ = attention.layer_kinds(cfg)
-  every = {'1': 1, '2': 2, '3': 6}[name[5]]
+  every = {'1': 1, '2': 2, '3': 6, '4': 6}[name[5]]
+  every = 5 if name == 'gemma4_e2b' else every
   expected = [(i + 1) % every == 0 for i in range(cfg.num_layers)]
   np.testing.assert_array_equal(windows > 100_000, expected)
   if every > 1:
@@ -173,6 +190,20 @@ def test_parameters_are_those_of_the_checkpoint(name):
   assert count == total
 
 
+# In billions; ai.google.dev/gemma/docs/core/model_card_4 counts the towers of
+# vision and audio, 0.45, and calls those that are no look-up effective.
+@pytest.mark.parametrize(
+  ('name', 'effective', 'everything'),
+  [('gemma4_e2b', 2.3, 5.1), ('gemma4_e4b', 4.5, 8.0)],
+)
+def test_parameters_of_gemma_4(name, effective, everything):
+  cfg = sizes.SIZES[name]
+  total = sum(_count(cfg)) / 1e9
+  looked_up = math.prod(parameters.shapes(cfg)['layer_input_embedding']) / 1e9
+  assert total + 0.45 == pytest.approx(everything, abs=0.1)
+  assert total - looked_up == pytest.approx(effective, abs=0.15)
+
+
 @pytest.fixture(scope='module')
 def package_configs():
   """TransformerConfig of the `gemma` package, behind imports it never uses."""
@@ -184,9 +215,14 @@ def package_configs():
     yield transformer.TransformerConfig
 
 
-# The package (3.0.2) is older than the 270M.
+# The package (3.0.2) is older than the 270M and Gemma 4.
 @pytest.mark.parametrize(
-  'name', [n for n in sizes.SIZES if n not in ('debug', 'gemma3_270m')]
+  'name',
+  [
+    name
+    for name, cfg in sizes.SIZES.items()
+    if name not in ('debug', 'gemma3_270m') and not cfg.global_head_dim
+  ],
 )
 def test_sizes_are_the_packages(name, package_configs):
   """Counts do not tell a wrong window, scale, base or cap."""

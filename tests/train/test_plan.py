@@ -262,6 +262,8 @@ def test_on_is_of_a_plan_alone():
     ('kaggle:google/gemma-2/flax/gemma2-27b', 'gemma2_27b'),
     ('kaggle:google/gemma-3/flax/gemma3-4b-it', 'gemma3_4b'),
     ('/some/where/gemma-3-12b-pt', 'gemma3_12b'),
+    ('/some/where/gemma-4-E2B-it', 'gemma4_e2b'),
+    ('gemma-4-31b-it.gguf', 'gemma4_31b'),
     ('gemma-7b.gguf', 'gemma1_7b'),
   ],
 )

@@ -9,6 +9,7 @@ import numpy as np
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.translate import decode
+from tests.fixtures import tiny_gemma4
 
 VOCAB = 96
 _GEMMA1 = sizes.ModelConfig(
@@ -40,7 +41,13 @@ _GEMMA3 = dataclasses.replace(
   qk_norm=True,
   post_norms=True,
 )
-FAMILIES = {'gemma1': _GEMMA1, 'gemma2': _GEMMA2, 'gemma3': _GEMMA3}
+FAMILIES = {
+  'gemma1': _GEMMA1,
+  'gemma2': _GEMMA2,
+  'gemma3': _GEMMA3,
+  'gemma4_e2b': tiny_gemma4.SHAPES['e2b'],
+  'gemma4_12b': tiny_gemma4.SHAPES['12b'],
+}
 
 
 @functools.cache
@@ -55,11 +62,12 @@ def stacked(name='gemma3'):
 
   def draw(path, shape):
     key = path[-1].key
-    if 'norm' in key:
+    if 'norm' in key or key == 'scale':
       mean = 8.0 if key.startswith('post_') else 0.0
+      mean += 1.0 - FAMILIES[name].norm_offset
       return rng.normal(mean, 0.3, shape).astype(np.float32)
     std = shape[-1 if key == 'embedding' else -2] ** -0.5
-    std *= 10.0 if key in ('o', 'down') else 1.0
+    std *= 10.0 if key in ('o', 'down', 'input_proj') else 1.0
     return rng.normal(scale=std, size=shape).astype(np.float32)
 
   return jax.tree.map_with_path(

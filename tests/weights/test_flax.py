@@ -417,7 +417,7 @@ def test_gating_is_transposed_as_the_library_has_it():
   """gemma/transformer.py 3.0.2, transpose_gating_einsum."""
   plain = {'gemma1_2b', 'gemma1_7b', 'gemma2_2b'}
   for name, cfg in sizes.SIZES.items():
-    if not name.startswith('tiny'):
+    if not name.startswith(('tiny', 'gemma4')):
       assert flax_out.is_transposed(cfg) == (name not in plain), name
 
 

@@ -200,7 +200,8 @@ def test_the_config_is_read_and_not_assumed(tmp_path, arch, config, change):
   ('arch', 'config', 'words'),
   [
     ('gemma3', {'model_type': 'llama'}, ("'llama'", 'Gemma only')),
-    ('gemma3', {'model_type': 'gemma3n'}, ("'gemma3n'",)),
+    ('gemma3', {'model_type': 'gemma3n'}, ('Gemma 3n', 'Gemma 4 E2B')),
+    ('gemma3', {'model_type': 'gemma3n_text'}, ('Gemma 3n', 'Gemma 3 4B')),
     ('gemma3', {'model_type': ['gemma']}, ('model_type',)),
     ('gemma3', {'text_config': 'x'}, ('model_type',)),
     ('gemma3', {'hidden_size': None}, ('hidden_size',)),
