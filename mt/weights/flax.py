@@ -41,7 +41,10 @@ from mt.weights import load
 
 _PREFIXES = ('', 'transformer.', 'params.', 'params.transformer.')
 # Vision.
-_OTHER_PARTS = ('embedder.mm_', 'vision_encoder.', 'SigLiPFromPatches_0.')
+_OTHER_PARTS = (
+  *('embedder.mm_', 'embedder.audio_', 'SigLiPFromPatches_0.'),
+  *('vision_encoder.', 'audio_encoder.'),
+)
 EMBEDDING = 'embedder.input_embedding'
 # Our name of a weight in a layer -> the array that it is, or is a part of.
 _ARRAYS = {

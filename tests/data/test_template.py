@@ -165,7 +165,7 @@ def test_the_prompt_of_translategemma():
   """Golden: as ollama.com/library/translategemma shows it."""
   config = _config(prompt='translategemma', chat=True, target_prefix='')
   config.data.pair = 'en-pt_BR'
-  text = template_lib.prompt_text('Hello', template_lib.from_config(config))
+  text = template_lib.prompt_text(template_lib.from_config(config))
   assert text == (
     '<start_of_turn>user\nYou are a professional English (en) to Portuguese '
     '(pt-BR) translator. Your goal is to accurately convey the meaning and '
@@ -173,7 +173,7 @@ def test_the_prompt_of_translategemma():
     'grammar, vocabulary, and cultural sensitivities.\nProduce only the '
     'Portuguese translation, without any additional explanations or '
     'commentary. Please translate the following English text into '
-    'Portuguese:\n\n\nHello<end_of_turn>\n<start_of_turn>model\n'
+    'Portuguese:\n\n\n{source}<end_of_turn>\n<start_of_turn>model\n'
   )
   config.data.pair = 'zh_Hans-fil'
   prompt = template_lib.from_config(config).prompt

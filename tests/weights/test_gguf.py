@@ -254,7 +254,8 @@ def _header_of(name, **more):
   )
 
 
-_PUBLISHED = [n for n in sizes.SIZES if n != 'debug']
+# Gemma 4 has headers of its own: tests/weights/test_gemma4.py.
+_PUBLISHED = [n for n in sizes.SIZES if not n.startswith(('debug', 'gemma4'))]
 
 
 @pytest.mark.parametrize('name', _PUBLISHED)
@@ -780,7 +781,7 @@ def test_a_role_leaves_a_piece_as_it_is(tmp_path, pair, roles, kind):
   }
   types = gguf_fixture.vocabulary(gguf_fixture.train_proto())
   types = types['tokenizer.ggml.token_type']
-  for turn in tokenizer.TURNS:
+  for turn in tokenizer.TURNS[:2]:
     types[_id(turn)] = kind
   write(path, fields=fields | {'tokenizer.ggml.token_type': types})
   tok = weights_gguf.read_tokenizer(gguf_file.open_gguf(path))
@@ -789,7 +790,7 @@ def test_a_role_leaves_a_piece_as_it_is(tmp_path, pair, roles, kind):
   assert tok.end_ids >= {tok.eos_id, _id('<eos>'), _id('<end_of_turn>')}
   for text in ('<start_of_turn>user\nHi<end_of_turn>', *nasty.TEXTS):
     assert tok.encode(text) == pair[1].encode(text)
-  assert _id('<end_of_turn>') in tok.encode('a<end_of_turn>')
+  assert tok.controls['<end_of_turn>'] == _id('<end_of_turn>')
   assert _id('<eos>') not in tok.encode('a<eos>')  # No text has it.
   again = tokenizer.from_proto(tok.proto, 'x')  # As a run leaves it.
   assert (again.pad_id, again.eos_id) == (tok.pad_id, tok.eos_id)

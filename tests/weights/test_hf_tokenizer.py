@@ -370,7 +370,10 @@ def test_tokens_of_tokenizer_json_alone_are_read(
   change(content)
   (folder / 'tokenizer.json').write_text(json.dumps(content))
   assert original.encode(text) != [id_]
-  assert hf_tokenizer.read_folder(folder, 464).encode(text) == [id_]
+  tok = hf_tokenizer.read_folder(folder, 464)
+  # One in brackets is for templates, not for texts.
+  found = [tok.controls[text]] if text == '<2fr>' else tok.encode(text)
+  assert found == [id_]
 
 
 def _add_token(content, text, id_):
