@@ -17,6 +17,7 @@ import zlib
 
 import chex
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
@@ -29,7 +30,6 @@ from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.train import machine
 from mt.train import manifest
-from mt.train import plan
 from mt.train import state as state_lib
 from mt.weights import pretrained
 
@@ -113,6 +113,8 @@ def save(
     errors.UserError: the disk is full or not writable, or a number of the
       state is not finite: it would take the place of a good one.
   """
+  from mt.train import plan  # Here: who only reads has no need of it.
+
   wait(manager)
   if not jax.device_get(state_lib.all_finite(state)):
     raise errors.UserError(
@@ -123,6 +125,12 @@ def save(
   arrays = _arrays(state)
   need = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _SLACK
   manifest.check_space(pathlib.Path(manager.directory), need)
+  # Orbax copies from an accelerator before it returns. A CPU's arrays it reads
+  # where they are, and a step would take twice the time of this to copy them.
+  on_cpu = jax.default_backend() == 'cpu'
+  no_room = on_cpu and plan.available() < 2 * need
+  if on_cpu and not no_room:
+    arrays = _copied(arrays)
   args = ocp.args.Composite(
     data=ocp.args.JsonSave({'state': data_state}),
     identity=ocp.args.JsonSave(who),
@@ -133,10 +141,13 @@ def save(
     manager.save(state.at, args=args, metrics=metrics)
   except _WRITING as e:
     raise _cannot_save(manager, state.at, e) from e
-  # Orbax copies from an accelerator before it returns. A CPU's arrays it reads
-  # where they are, and the next step has XLA copy those that it would donate.
-  if jax.default_backend() == 'cpu' and plan.available() < 2 * need:
+  if no_room:
     wait(manager)
+
+
+@jax.jit
+def _copied(arrays):
+  return jax.tree.map(jnp.copy, arrays)
 
 
 def wait(manager: ocp.CheckpointManager) -> None:

@@ -14,6 +14,7 @@ from mt.base import errors
 from mt.train import checkpoint
 from mt.train import loop
 from mt.train import manifest
+from mt.train import plan
 from mt.train import run as run_lib
 from mt.train import state as state_lib
 from tests.runs import folders
@@ -92,8 +93,11 @@ def test_a_step_goes_on_while_a_checkpoint_is_written(state, gate, tmp_path):
     state = _step(state)
     want = jax.tree.map(np.array, state.trained)
     _save(manager, state)
-    for _ in range(3):
-      state = _step(state)  # Where it was saved from is written over.
+    for _ in range(3):  # What was saved is written over, in place.
+      places = {x.unsafe_buffer_pointer() for x in state.trained.values()}
+      state = _step(state)
+      now = {x.unsafe_buffer_pointer() for x in state.trained.values()}
+      assert now == places
     checkpoint.check_written(manager)
     assert manifest.steps(tmp_path / 'checkpoints') == [1]
     gate.set()
@@ -127,7 +131,7 @@ def test_what_fails_in_the_background_is_said(state, tmp_path, monkeypatch):
 def test_without_memory_for_a_copy_the_write_is_waited_for(
   state, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(checkpoint.plan, 'available', lambda: 0)
+  monkeypatch.setattr(plan, 'available', lambda: 0)
   with checkpoint.finished(checkpoint.open_manager(tmp_path)) as manager:
     _save(manager, state)
     assert not manager.is_saving_in_progress()
