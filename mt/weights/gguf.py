@@ -20,6 +20,10 @@ from mt.weights import gguf_file
 from mt.weights import load
 
 _PATTERNS = {'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG'}
+# The published ones, by what tells them apart.
+_GEMMA3 = {
+  (s.num_layers, s.embed_dim): s for s in sizes.SIZES.values() if s.qk_norm
+}
 _MAX_LAYERS = 1024  # Far above any real model.
 # Tensors of other parts: of vision, as Ollama has it in the same file, and
 # RoPE's factors, which no graph of these architectures reads.
@@ -64,12 +68,12 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
   base = get('rope.global.freq_base', 1e6 if third else 1e4, float)
   base = get('rope.freq_base', base, float)
   local = get('rope.local.freq_base', 1e4, float)
-  known = _published_gemma3(layers, width) if third else None
+  known = _GEMMA3.get((layers, width)) if third else None
   factor = known.rope_scale_global if known else 1.0
   factor = get('rope.scaling.factor', factor, float)
   if file.fields.get(f'{arch}.rope.scaling.type') == 'none':
     factor = 1.0
-  final_cap = f'{arch}.final_logit_softcapping' in file.fields and not known
+  final_cap = file.fields.get(f'{arch}.{_FINAL_CAP}') and not known
   return sizes.ModelConfig(
     vocab_size=file.tensors[_EMBEDDING].shape[0],
     num_layers=layers,
@@ -105,24 +109,18 @@ def _number(file, arch, key, default=None, kind=int, high=2**31):
   return kind(value)
 
 
-def _published_gemma3(layers, width):
-  return next(
-    (
-      size
-      for size in sizes.SIZES.values()
-      if (size.num_layers, size.embed_dim, size.qk_norm)
-      == (layers, width, True)
-    ),
-    None,
-  )
-
-
 def _check_meaning(file, arch, layers, head_dim):
   """Refuses keys that stand for another function than mt/gemma/model.py's."""
   pattern = _PATTERNS[arch]
   local = [pattern[i % len(pattern)] == 'L' for i in range(layers)]
   third = arch == 'gemma3'
+  bases = [
+    file.fields.get(f'{arch}.rope.freq_base{which}') for which in ('', '_swa')
+  ]
   allowed = {
+    # Ollama's names for these.
+    'rope.global.freq_base': bases[0] and (bases[0],),
+    'rope.local.freq_base': bases[1] and (bases[1],),
     'rope.scaling.type': ('linear', 'none'),
     'rope.dimension_count': (head_dim,),
     'attention.value_length': (head_dim,),
