@@ -20,10 +20,6 @@ from mt.weights import gguf_file
 from mt.weights import load
 
 _PATTERNS = {'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG'}
-# The published ones, by what tells them apart.
-_GEMMA3 = {
-  (s.num_layers, s.embed_dim): s for s in sizes.SIZES.values() if s.qk_norm
-}
 _MAX_LAYERS = 1024  # Far above any real model.
 # Tensors of other parts: of vision, as Ollama has it in the same file, and
 # RoPE's factors, which no graph of these architectures reads.
@@ -68,7 +64,7 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
   base = get('rope.global.freq_base', 1e6 if third else 1e4, float)
   base = get('rope.freq_base', base, float)
   local = get('rope.local.freq_base', 1e4, float)
-  known = _GEMMA3.get((layers, width)) if third else None
+  known = _published_gemma3(layers, width) if third else None
   factor = known.rope_scale_global if known else 1.0
   factor = get('rope.scaling.factor', factor, float)
   if file.fields.get(f'{arch}.rope.scaling.type') == 'none':
@@ -107,6 +103,14 @@ def _number(file, arch, key, default=None, kind=int, high=2**31):
       'the model again.'
     )
   return kind(value)
+
+
+def _published_gemma3(layers, width):
+  for name, size in sizes.SIZES.items():
+    same = (size.num_layers, size.embed_dim) == (layers, width)
+    if same and name.startswith('gemma3'):  # Of the others some are as large.
+      return size
+  return None
 
 
 def _check_meaning(file, arch, layers, head_dim):
