@@ -28,6 +28,7 @@ The rest, by room:
 
 base, what every room stands on
   errors      one sentence for the person at the terminal
+  foreign     what a file is that was taken for another
   cli         flags, --help with every knob, exit codes
   accelerator which one is there, and whether JAX sees it
   cache       the folder of what is kept between runs
@@ -63,7 +64,8 @@ weights, pretrained ones in, trained ones out
   hf_config   config.json of a folder of Hugging Face's
   hf_tokenizer  its tokenizer.json
   hf          the same out of such a folder, and into one
-  peft        LoRA factors -> an adapter folder of PEFT's
+  peft        LoRA factors <-> an adapter folder of PEFT's
+  hub         models from the Hugging Face hub
   kaggle      checkpoints from Kaggle
   pretrained  `weights.source` -> model shape, tokenizer, parameters
 

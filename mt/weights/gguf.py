@@ -77,7 +77,7 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
   factor = get('rope.scaling.factor', factor, float)
   if file.fields.get(f'{arch}.rope.scaling.type') == 'none':
     factor = 1.0
-  final_cap = f'{arch}.final_logit_softcapping' in file.fields and not known
+  final_cap = file.fields.get(f'{arch}.{_FINAL_CAP}') and not known
   return sizes.ModelConfig(
     vocab_size=file.tensors[_EMBEDDING].shape[0],
     num_layers=layers,
@@ -114,15 +114,11 @@ def _number(file, arch, key, default=None, kind=int, high=2**31):
 
 
 def _published_gemma3(layers, width):
-  return next(
-    (
-      size
-      for size in sizes.SIZES.values()
-      if (size.num_layers, size.embed_dim, size.qk_norm)
-      == (layers, width, True)
-    ),
-    None,
-  )
+  for name, size in sizes.SIZES.items():
+    same = (size.num_layers, size.embed_dim) == (layers, width)
+    if same and name.startswith('gemma3'):  # Of the others some are as large.
+      return size
+  return None
 
 
 def _check_meaning(file, arch, layers, head_dim):
@@ -130,7 +126,13 @@ def _check_meaning(file, arch, layers, head_dim):
   pattern = _PATTERNS[arch]
   local = [pattern[i % len(pattern)] == 'L' for i in range(layers)]
   third = arch == 'gemma3'
+  bases = [
+    file.fields.get(f'{arch}.rope.freq_base{which}') for which in ('', '_swa')
+  ]
   allowed = {
+    # Ollama's names for these.
+    'rope.global.freq_base': bases[0] and (bases[0],),
+    'rope.local.freq_base': bases[1] and (bases[1],),
     'rope.scaling.type': ('linear', 'none'),
     'rope.dimension_count': (head_dim,),
     'attention.value_length': (head_dim,),

@@ -295,6 +295,8 @@ def test_a_header_as_ollama_writes_it():
     ('gemma3', 'rope.scaling.type', 'dynamic'),
     ('gemma3', 'rope.dimension_count', 8),
     ('gemma3', 'rope.scale_linear', 4.0),
+    ('gemma3', 'rope.global.freq_base', 1e4),
+    ('gemma3', 'rope.local.freq_base', 1e6),
     ('gemma3', 'attention.value_length', 8),
     ('gemma3', 'attention.layer_norm_rms_epsilon', 1e-5),
     ('gemma3', 'attention.sliding_window_pattern', 4),
