@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
+import sys
 import threading
 
 import chex
@@ -98,7 +99,7 @@ class Store:
       with contextlib.suppress(errors.UserError):
         self._read(number)
 
-    threading.Thread(target=make, daemon=True).start()
+    threading.Thread(target=make).start()
 
   def recall(self, what: Hashable) -> list[int]:
     """Numbers that `keep` was given, or none."""
@@ -139,6 +140,9 @@ class Store:
   def _write(self, path, members):
     usable, parts, unusable = [], [], {}
     for at in range(0, len(members), _CHUNK):
+      # SentencePiece's own threads do not survive the end of the process.
+      if not threading.main_thread().is_alive():
+        sys.exit()
       looked = self.bitext.look(members[at : at + _CHUNK])
       usable.append((looked.usable + at).astype(np.int32))
       parts.append(template_lib.encode(looked.pairs, self.tok, self.template))

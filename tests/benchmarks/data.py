@@ -2,14 +2,18 @@
 
 python -m tests.benchmarks.data [a source in MTNT's layout, a tokenizer.model]
 python -m tests.benchmarks.data million FILE.tsv [millions of pairs]
+python -m tests.benchmarks.data start FILE.tsv TOKENIZER.model
 
-The second command writes a text of so many pairs, made of the sample's, to try
-a run with: see BUILD_NOTES.md.
+The second command writes a text of so many pairs, made of the sample's; the
+third opens one and takes its first batch. Give it twice: the second start finds
+the index and the tokens of the first.
 """
 
+import contextlib
 import os
 import pathlib
 import random
+import resource
 import sys
 import tempfile
 import time
@@ -18,8 +22,12 @@ import jax
 import numpy as np
 
 from configs import gemma3_270m
+from mt.data import batches
+from mt.data import bitext
 from mt.data import corpus
 from mt.data import splits
+from mt.data import store
+from mt.data import template
 from mt.data import tokenizer
 from mt.weights import pretrained
 
@@ -35,6 +43,22 @@ def write_millions(path, number):
       _, source, target = rng.choice(rows)
       f.write(f'{i}\t{source} {i}\t{target} {i}\n')
   print(f'{path}: {os.path.getsize(path) / 1e6:.0f} MB')
+
+
+def start(path, model):
+  """Seconds to open a text and to its first batch, and the most memory."""
+  tok, begin = tokenizer.from_file(model), time.perf_counter()
+  text = bitext.open_bitext([path], 'en-fr', max_bad_fraction=0.01)
+  opened = time.perf_counter()
+  prompt = template.Template('English: {source}\nFrench:', ' ')
+  rows = batches.Rows(store.open_store(text, tok, prompt), 256, 0)
+  with contextlib.closing(batches.TrainBatches([rows], [1], 8, 100)) as train:
+    next(train)
+  most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  print(
+    f'{len(text):,} lines: opened after {opened - begin:.2f} s, first batch '
+    f'after {time.perf_counter() - begin:.2f} s, {most / 1e6:.2f} GB'
+  )
 
 
 def main(source='sample', model=''):
@@ -73,5 +97,7 @@ def main(source='sample', model=''):
 if __name__ == '__main__':
   if sys.argv[1:2] == ['million']:
     write_millions(pathlib.Path(sys.argv[2]), int((sys.argv[3:] or [5])[0]))
+  elif sys.argv[1:2] == ['start']:
+    start(*sys.argv[2:])
   else:
     main(*sys.argv[1:])

@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import os
+import threading
 import time
+import types
 import zlib
 
 import numpy as np
@@ -177,6 +179,15 @@ def test_the_next_block_is_made_ahead_and_rows_are_kept(tmp_path, monkeypatch):
   other = batches.Rows(opened, 60, 0)
   assert other[last]['tokens'].shape == (60,)
   assert other._first_rows[:5] != again._first_rows[:5]
+
+
+def test_a_block_is_given_up_when_the_process_ends(tmp_path, monkeypatch):
+  opened = _open(_text(tmp_path))
+  over = types.SimpleNamespace(is_alive=lambda: False)
+  monkeypatch.setattr(threading, 'main_thread', lambda: over)
+  with pytest.raises(SystemExit):
+    opened.block(0)
+  assert not _files(opened)
 
 
 # Whose blocks they are.
