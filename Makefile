@@ -31,7 +31,7 @@ endif
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2
 
 .PHONY: train plan test test-real test-heavy test-transformers \
-  test-accelerators bench lint lock chaos soak accelerator
+  test-accelerators comet test-comet bench lint lock chaos soak accelerator
 
 train: $(INSTALLED)
 	$(BIN)/python train.py --config=$(CONFIG) $(ARGS)
@@ -65,6 +65,12 @@ soak: .venv/installed
 
 test-transformers: .venv/installed .venv-transformers/installed
 	$(BIN)/python -m pytest -m transformers $(ARGS)
+
+# For mt.evaluate --comet=MODEL, and its test.
+comet: .venv-comet/installed
+
+test-comet: .venv/installed .venv-comet/installed
+	$(BIN)/python -m pytest -m comet $(ARGS)
 
 # Speed against the others: an hour. ARGS="--rounds=1 --steps=3 --only=ours,hf"
 bench: .venv/installed .venv-bench/installed .venv-tunix/installed
@@ -128,6 +134,11 @@ lock: .venv/installed
 .venv-transformers/installed: tests/requirements-transformers.txt
 	$(PYTHON) -m venv .venv-transformers
 	.venv-transformers/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+.venv-comet/installed: requirements-comet.txt
+	$(PYTHON) -m venv .venv-comet
+	.venv-comet/bin/python -m pip install --quiet -r $<
 	@touch $@
 
 # llama.cpp is compiled: ten minutes, and the bench does without it if it fails.

@@ -35,6 +35,7 @@ from mt.base import journal
 from mt.base import run_folder
 from mt.data import corpus
 from mt.evaluate import cached
+from mt.evaluate import comet
 from mt.evaluate import comparison
 from mt.evaluate import noise
 from mt.evaluate import report
@@ -121,6 +122,7 @@ def evaluate(
   pairs: int | None = None,
   which: str = '',
   data: Mapping[str, Any] | None = None,
+  comet_model: str = '',
 ) -> dict[str, Any]:
   """Scores one of a run's checkpoints, and leaves W/evaluation/SPLIT.json.
 
@@ -128,6 +130,7 @@ def evaluate(
     workdir, split, pairs, which, data: see translate_split.
     against: the folder of another run, to compare with: with its best
       checkpoint, or its last where there is no best one.
+    comet_model: see mt/evaluate/comet.py; '' for scores without COMET.
 
   Returns:
     What SPLIT.json holds.
@@ -135,7 +138,9 @@ def evaluate(
   Raises:
     errors.UserError: the runs have other sentences.
   """
-  own = translate_split(workdir, split, pairs, which, data)
+  if comet_model:
+    comet.find()  # Before minutes go into translating.
+  own, other = translate_split(workdir, split, pairs, which, data), None
   out = {
     'text': (data or {}).get(split, split),
     'step': own.step,
@@ -159,8 +164,27 @@ def evaluate(
         other.hypotheses, own.hypotheses, own.references, own.languages[1]
       ),
     }
-  files.write_json(workdir / 'evaluation' / f'{own.name}.json', out)
+  path = workdir / 'evaluation' / f'{own.name}.json'
+  files.write_json(path, out)
+  if comet_model:
+    add_comet(out, comet_model, own, other)
+    files.write_json(path, out)
   return out
+
+
+def add_comet(
+  result: dict[str, Any], model: str, own: Evaluated, other: Evaluated | None
+) -> None:
+  """Adds COMET to what `evaluate` returns; `other` is the run compared with."""
+  texts = own.sources, own.hypotheses, own.references
+  found, signature = comet.segments(model, *texts)
+  result['scores']['comet'] = round(float(found.mean()), 2)
+  result['scores']['comet_signature'] = signature
+  if other:
+    texts = other.sources, other.hypotheses, other.references
+    baseline, _ = comet.segments(model, *texts)
+    row = comet.compare(baseline, found, signature)
+    result['against']['scores']['comet'] = row
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -215,7 +239,8 @@ def main(argv):
         'the text that --data names.'
       )
   result = evaluate(
-    workdir, given.split, against, given.pairs, given.checkpoint, data
+    *(workdir, given.split, against, given.pairs, given.checkpoint, data),
+    comet_model=given.comet,
   )
   report.write(workdir)
   print(describe(result))
@@ -231,6 +256,9 @@ if __name__ == '__main__':
   flags.DEFINE_list('columns', [], "Of --data; without it the run's.")
   flags.DEFINE_string(
     'against', '', 'Folder of another run, compared by paired bootstrap.'
+  )
+  flags.DEFINE_string(
+    'comet', '', 'Score with COMET too: the path of a .ckpt, or a name.'
   )
   flags.DEFINE_integer(
     'pairs',

@@ -36,20 +36,16 @@ def page(workdirs: Sequence[pathlib.Path]) -> str:
   if len(set(names)) < len(names):
     names = [str(w) for w in workdirs]
   configs = [files.read_json(w / 'config.json') for w in workdirs]
-  out, texts = (
-    [report.top('Runs compared'), '<h2>Scores</h2>', report.ABOUT_BOOTSTRAP],
-    [],
-  )
+  tables, texts = [], []
   languages = configs[0]['data']['pair'].lower().split('-')
   for split in ('valid', 'test'):
     made = dict(zip(names, (_made(w, split) for w in workdirs), strict=True))
-    if made[names[0]] is None:
-      out.append(
-        f'<p class="dim">{split}: {html.escape(names[0])} has no scores</p>'
-      )
-      continue
-    out.append(_compared(split, made, languages[1]))
-    texts += _differing(split, made, languages)
+    if made[names[0]] is not None:
+      tables.append(_compared(split, made, languages[1]))
+      texts += _differing(split, made, languages)
+  none = f'<p class="dim">{html.escape(names[0])} has no scores yet.</p>'
+  out = [report.top('Runs compared'), '<h2>Scores</h2>']
+  out += [report.ABOUT_BOOTSTRAP, *(tables or [none])]
   out += ['<h2>Curves</h2>', _curves_of_all(names, workdirs)]
   out += ['<h2>Config that differs</h2>', _configs(names, configs), *texts]
   return '\n'.join([*out, '</body></html>\n'])
@@ -114,9 +110,9 @@ def _configs(names, configs) -> str:
       found[knob] = [run_folder.flat(c).get(knob) for c in configs]
   rows = []
   for knob, values in sorted(found.items()):
-    cells = [
-      report.code(v) if v == values[0] else f'<mark>{report.code(v)}</mark>'
-      for v in values
-    ]
-    rows.append((report.code(knob), *cells))
+    cells = [report.code(knob)]
+    for value in values:
+      cell = report.code(value)
+      cells.append(cell if value == values[0] else f'<mark>{cell}</mark>')
+    rows.append(cells)
   return report.table(('knob', *map(html.escape, names)), rows)

@@ -1,6 +1,6 @@
 """BLEU, chrF and chrF++, as sacreBLEU has them: of all, by noise, of two.
 
-Nothing else computes a score. Texts are compared in Unicode's NFC: é is one
+Nothing else computes them. Texts are compared in Unicode's NFC: é is one
 character, however it was typed. BLEU's words are those of the target language:
 
   ja            MeCab's (sacreBLEU's extra `ja`), else characters
@@ -27,7 +27,7 @@ from sacrebleu import utils as sacrebleu_utils
 from mt.evaluate import noise
 
 NAMES = {'bleu': 'BLEU', 'bleu_intl': 'BLEU intl'}
-NAMES |= {'chrf': 'chrF', 'chrf++': 'chrF++'}
+NAMES |= {'chrf': 'chrF', 'chrf++': 'chrF++', 'comet': 'COMET'}
 NO_CLASS = 'none of these'
 _RESAMPLES = 1000
 _MECAB = {

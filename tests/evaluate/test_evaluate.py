@@ -262,7 +262,17 @@ def test_the_lines_of_the_command():
   assert '(-8.33, p = ' in shown[-2] and 'seed:12345' in shown[-2]
 
 
+def test_runs_are_compared_on_one_page(run, tmp_path):
+  other = shutil.copytree(run, tmp_path / 'other')
+  done = _command('--report', run, other)
+  assert done.returncode == 0, done.stderr
+  page = (run / 'comparison.html').read_text(encoding='utf-8')
+  assert 'valid: other against run' in page and 'test: other' in page
+
+
 def test_a_bad_flag_ends_in_one_line():
+  done = _command('--workdir=W', 'word')
+  assert done.returncode == 2 and "'word' is no flag" in done.stderr
   done = _command('--workdir=W')
   assert done.returncode == 2 and done.stdout == ''
   assert done.stderr.count('\n') == 1, done.stderr
