@@ -177,7 +177,8 @@ KNOBS = (
     """),
   knob('template.chat', False, ANY, """
     For instruction-tuned models: the prompt as a user's turn, the target as the
-    model's, which <end_of_turn> ends. target_prefix must be '' then.
+    model's, which <end_of_turn> ends, in Gemma 4 <turn|>. target_prefix must be
+    '' then.
     """),
 
   # --- train: what a step is --------------------------------------------------
@@ -194,10 +195,10 @@ KNOBS = (
     rows, and the same step as in one go.
     """, 'free'),
   knob('train.parts', 'lora', TEXT, """
-    What is trained: `all` weights; the `blocks` (all but the embedding);
-    `lora`, low-rank factors beside matrices of the blocks; or a regular
-    expression for paths such as embedding, final_norm, layers/q
-    (mt/gemma/parameters.py).
+    What is trained: `all` weights; the `blocks` (all but embeddings); `lora`,
+    low-rank factors beside matrices of the blocks; or a regular expression for
+    paths such as embedding, final_norm, layers/q; in Gemma 4 local/q, global/q
+    and so on (mt/gemma/parameters.py).
     """),
   knob('train.lora_rank', 16, at_least(1), """
     Width of the low-rank factors.
@@ -207,7 +208,7 @@ KNOBS = (
     """),
   knob('train.lora_targets', '.*', TEXT, """
     Which matrices get factors: a regular expression for q, k, v, o, gate, up,
-    down.
+    down; in Gemma 4 E2B and E4B input_gate and input_proj, too.
     """),
   # `auto` and 0 are chosen for the machine when a run starts, which says them
   # and writes them into its config.json; see mt/train/machine.py.
