@@ -89,12 +89,12 @@ def claim(
   Returns the config of the last start, None where there was none. A folder
   without a checkpoint is anybody's: that start came to nothing.
   """
-  path, config = workdir / 'config.json', _absolute(config)
+  path, config = workdir / 'config.json', absolute(config)
   saved = (workdir / 'checkpoints').glob('*step_*')  # Damaged ones too.
   if all('tmp' in path.name for path in saved):
     for name in ('config.json', 'tokenizer.model'):
       files.remove(workdir / name)
-  before = read_config(workdir) if path.exists() else None
+  before = absolute(read_config(workdir)) if path.exists() else None
   if before is not None:
     _check_same(workdir, before, config)
   files.write_json(path, config.to_dict())
@@ -104,7 +104,7 @@ def claim(
 
 def _check_same(workdir, before, config):
   """Refuses a config with which the run there cannot go on."""
-  old = _absolute(before).to_dict()
+  old = before.to_dict()
   resume = {k.path: k.resume for k in default.KNOBS}
   for path, was, now in differences(old, config.to_dict()):
     scored = old['eval']['translate_every'] and resume[path] == 'same_if_scored'
@@ -115,7 +115,7 @@ def _check_same(workdir, before, config):
       )
 
 
-def _absolute(config):
+def absolute(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """A config whose weights are found from any folder."""
   config = config.copy_and_resolve_references()
   for name in _PATHS:

@@ -55,7 +55,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> None:
   started, workdir = time.monotonic(), pathlib.Path(folder)
   journal.say(accelerator.describe())
   settings.check(config)
-  asked, config = config, machine.here(config)
+  asked, config = config, run_folder.absolute(machine.here(config))
   machine.say_chosen(asked, config)
   machine.check_attention(config, jax.default_backend())
   machine.check_deterministic(config, jax.default_backend())
