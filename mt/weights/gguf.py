@@ -77,7 +77,7 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
   factor = get('rope.scaling.factor', factor, float)
   if file.fields.get(f'{arch}.rope.scaling.type') == 'none':
     factor = 1.0
-  final_cap = file.fields.get(f'{arch}.{_FINAL_CAP}') and not known
+  final_cap = str(file.fields.get(f'{arch}.{_FINAL_CAP}', 0.0)) != '0.0'
   return sizes.ModelConfig(
     vocab_size=file.tensors[_EMBEDDING].shape[0],
     num_layers=layers,
@@ -94,7 +94,9 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
     rope_scale_global=factor,
     attn_softcap=get(_CAP, 50.0, float) if second else None,
     final_softcap=(
-      get(_FINAL_CAP, 30.0, float) if second or final_cap else None
+      get(_FINAL_CAP, 30.0, float)
+      if second or (final_cap and not known)
+      else None
     ),
     qk_norm=third,
     post_norms=second or third,
@@ -126,13 +128,15 @@ def _check_meaning(file, arch, layers, head_dim):
   pattern = _PATTERNS[arch]
   local = [pattern[i % len(pattern)] == 'L' for i in range(layers)]
   third = arch == 'gemma3'
-  bases = [
-    file.fields.get(f'{arch}.rope.freq_base{which}') for which in ('', '_swa')
-  ]
+
+  def same_as(key):  # An array is none; it is refused where it is read.
+    value = file.fields.get(f'{arch}.{key}')
+    return (value,) if isinstance(value, int | float) else None
+
   allowed = {
     # Ollama's names for these.
-    'rope.global.freq_base': bases[0] and (bases[0],),
-    'rope.local.freq_base': bases[1] and (bases[1],),
+    'rope.global.freq_base': same_as('rope.freq_base'),
+    'rope.local.freq_base': same_as('rope.freq_base_swa'),
     'rope.scaling.type': ('linear', 'none'),
     'rope.dimension_count': (head_dim,),
     'attention.value_length': (head_dim,),

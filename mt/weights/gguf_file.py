@@ -166,7 +166,7 @@ def open_gguf(path: str | pathlib.Path) -> GGUFFile:
     name: _tensor(h, name, shape, kind, start + offset)
     for name, shape, kind, offset in infos
   }
-  if fields.get('split.count', 1) != 1:
+  if str(fields.get('split.count', 1)) != '1':  # It may be an array.
     raise errors.UserError(
       f'{path}: one of {fields["split.count"]} files that make up the model; '
       'join them with llama.cpp: `llama-gguf-split --merge FIRST OUT.gguf`.'

@@ -483,6 +483,12 @@ def test_a_missing_key_is_refused(tmp_path, arch, key):
     ('gemma3.attention.key_length', 0.5),
     ('gemma3.attention.head_count', [4, 4]),
     ('gemma3.rope.freq_base', 'far'),
+    ('gemma3.rope.freq_base', [1e4, 1e6]),
+    ('gemma3.rope.scaling.type', ['linear', 'linear']),
+    ('gemma3.rope.scaling.factor', [8.0, 8.0]),
+    ('gemma3.final_logit_softcapping', [30.0, 30.0]),
+    ('gemma3.attention.value_length', [16, 16]),
+    ('split.count', [1, 1]),
   ],
   ids=lambda x: str(x)[:30],
 )
