@@ -28,6 +28,18 @@ def targets(cfg: sizes.ModelConfig) -> list[str]:
   return list(dict.fromkeys(p.name for p in parameters.table(cfg) if p.lora))
 
 
+def trained_paths(cfg: sizes.ModelConfig, parts: str) -> set[str]:
+  """Of the pretrained parameters those that are trained; for LoRA none.
+
+  Raises:
+    errors.UserError: parts is no pattern, or fits nothing.
+  """
+  if parts == 'lora':
+    return set()
+  paths, pattern = parameters.shapes(cfg), _PATTERNS.get(parts, parts)
+  return _fitting('train.parts', pattern, paths, "'all', 'blocks', 'lora'")
+
+
 def partition(
   cfg: sizes.ModelConfig,
   params: parameters.Params,
@@ -55,16 +67,15 @@ def partition(
   """
   flat = parameters.flatten(params)
   if parts != 'lora':
-    pattern = _PATTERNS.get(parts, parts)
-    chosen = _fitting('train.parts', pattern, flat, "'all', 'blocks', 'lora'")
+    chosen = trained_paths(cfg, parts)
     trained = {k: v for k, v in flat.items() if k in chosen}
     return trained, {k: v for k, v in flat.items() if k not in chosen}
   chosen = _fitting('train.lora_targets', on, targets(cfg))
   rows = [p for p in parameters.table(cfg) if p.lora]
-  factors = {}
+  shapes, factors = parameters.shapes(cfg), {}
   for k, row in zip(jax.random.split(key, len(rows)), rows, strict=True):
     if row.name in chosen:
-      n, fan_in, fan_out = flat[row.path].shape
+      n, fan_in, fan_out = shapes[row.path]
       a = jax.random.normal(k, (n, fan_in, rank), jnp.float32) * fan_in**-0.5
       factors[f'{row.path}_lora_a'] = a
       factors[f'{row.path}_lora_b'] = jnp.zeros((n, rank, fan_out))

@@ -212,14 +212,6 @@ def on_host(read: Callable[[], Any]) -> Any:
     return read()
 
 
-def to_device(tree: Any) -> Any:
-  """Moves what is on another device than the first one; without a mesh."""
-  first = jax.devices()[0]
-  return jax.tree.map(
-    lambda x: x if x.devices() == {first} else jax.device_put(x, first), tree
-  )
-
-
 def put(tree: Any, places: Any) -> Any:
   """Arrays of this host onto the mesh; every process has all of each.
 

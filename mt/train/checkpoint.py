@@ -10,7 +10,6 @@ which one is the best.
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import functools
 import pathlib
 from typing import Any
 import zlib
@@ -19,7 +18,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -40,9 +38,7 @@ _WRITING = (
 )  # What a full disk is; the second, tensorstore's.
 
 
-def identity(
-  source: pretrained.Source, params: parameters.Params
-) -> dict[str, Any]:
+def identity(source: pretrained.Source, fingerprint: int) -> dict[str, Any]:
   """What a checkpoint must agree with: the model, its weights, its tokenizer.
 
   Returns:
@@ -50,10 +46,7 @@ def identity(
     config, `fingerprint`, the CRC-32 of all pretrained parameters, and
     `tokenizer`, that of the tokenizer.
   """
-  crc = 0
-  for leaf in jax.tree.leaves(params):
-    crc = zlib.crc32(np.asarray(leaf), crc)
-  known = {'version': manifest.VERSION, 'fingerprint': crc}
+  known = {'version': manifest.VERSION, 'fingerprint': fingerprint}
   known['tokenizer'] = zlib.crc32(source.tokenizer.proto)
   return dataclasses.asdict(source.config) | known
 
@@ -322,16 +315,17 @@ def load_trained(
   manager = open_manager(workdir)
   manifest.check(pathlib.Path(manager.directory), at)
   config, source = open_source(workdir)
-  params = sharding.on_host(source.read)
-  check_identity(manager, at, identity(source, params))
   train = config.train.copy_and_resolve_references()
   train.frozen_dtype = 'float32' if exact else train.frozen_dtype
-  split = functools.partial(
-    state_lib.split_params, source.config, params, train, jax.random.key(0)
-  )
-  parts = sharding.on_host(split)
-  del params, split
-  trained, frozen = parts if exact else sharding.to_device(parts)
+
+  def read():
+    keep = state_lib.keeping(source.config, train)
+    params, fingerprint = source.read_kept(keep)
+    check_identity(manager, at, identity(source, fingerprint))
+    key = jax.random.key(0)
+    return state_lib.split_params(source.config, params, train, key)
+
+  trained, frozen = sharding.on_host(read) if exact else read()
   name = 'ema' if config.optim.ema_decay else 'trained'
   trained = _read(manager, at, {name: trained})[name]
   return config, source, trained, frozen

@@ -7,6 +7,7 @@ loop (mt/train/loop.py); the best state's translations, scores and report.
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import math
 import pathlib
 import time
 from typing import Any
@@ -31,6 +32,7 @@ from mt.evaluate import cached
 from mt.evaluate import report
 from mt.evaluate import samples
 from mt.evaluate import scores as scores_lib
+from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.train import checkpoint
 from mt.train import loop
@@ -123,12 +125,14 @@ def begin(
   texts, source = processes.first_then_others(open_inputs)
   plan.check_memory(source.config, config, mesh)
   data = splits.read(config, source.tokenizer, texts, mesh)
-  params = sharding.on_host(source.read)
+  cfg = source.config
+  keep = state_lib.keeping(cfg, config.train, mesh)
+  params, fingerprint = source.read_kept(keep)
+  number = sum(math.prod(shape) for shape in parameters.shapes(cfg).values())
   journal.say(
-    f'model: {config.weights.source}, {_millions(params)} parameters; '
+    f'model: {config.weights.source}, {number / 1e6:.1f}M parameters; '
     f'read after {time.monotonic() - started:.1f} s'
   )
-  cfg = source.config
   optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
   run = loop.Run(
     config=config,
@@ -137,18 +141,15 @@ def begin(
     eval_step=step.make_eval_step(cfg, config, mesh),
     translator=translator.from_config(config, source, mesh),
     data=data,
-    identity=checkpoint.identity(source, params),
+    identity=checkpoint.identity(source, fingerprint),
     checkpoints=checkpoint.open_manager(workdir, config.checkpoint.keep),
     recorder=None,
     mesh=mesh,
     started=started,
   )
-  state = sharding.on_host(
-    lambda: state_lib.init_state(
-      cfg, params, config, optimizer, jax.random.key(config.seed), mesh
-    )
+  state = state_lib.init_state(
+    cfg, params, config, optimizer, jax.random.key(config.seed), mesh
   )
-  state = state if mesh else sharding.to_device(state)
   journal.say(
     f'training: {config.train.parts}, {_millions(state.trained)} parameters, '
     f'{config.train.max_steps} steps'

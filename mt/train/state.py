@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 import ml_collections
 import optax
 
@@ -22,6 +23,7 @@ from mt.gemma import parameters
 from mt.gemma import quantize
 from mt.gemma import sharding
 from mt.gemma import sizes
+from mt.weights import kept
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +96,36 @@ def init_state(
   return TrainState(trained=trained, frozen=frozen, **rest(trained))
 
 
+def keeping(
+  cfg: sizes.ModelConfig,
+  train: ml_collections.ConfigDict,
+  mesh: Mesh | None = None,
+) -> kept.Keep:
+  """How a run keeps the pretrained parameters.
+
+  Of int8 and int4 are the frozen matrices of the layers, bfloat16 the rest.
+
+  Raises:
+    errors.UserError: there is no such matrix, or see lora.trained_paths.
+  """
+  trained, frozen = lora.trained_paths(cfg, train.parts), train.frozen_dtype
+  matrices = {p.path for p in parameters.table(cfg) if p.lora} - trained
+  if frozen in quantize.BITS and not matrices:
+    raise errors.UserError(
+      f'train.frozen_dtype is {frozen!r}, but train.parts={train.parts!r} '
+      'leaves no matrix of a layer frozen; bfloat16 or train.parts=lora '
+      'expected.'
+    )
+
+  def dtype(path):
+    if path in trained:
+      return 'float32'
+    few_bits = frozen in quantize.BITS and path not in matrices
+    return 'bfloat16' if few_bits else frozen
+
+  return kept.Keep({path: dtype(path) for path in parameters.shapes(cfg)}, mesh)
+
+
 def split_params(
   cfg: sizes.ModelConfig,
   params: parameters.Params,
@@ -103,11 +135,12 @@ def split_params(
 ) -> tuple[lora.Flat, lora.Flat]:
   """The parameters as (trained, frozen), each where and as it is kept.
 
-  Of int8 and int4 are the frozen matrices of the layers, bfloat16 the rest.
+  `params` may be so already (see `keeping`), or float32 and whole.
 
   Raises:
-    errors.UserError: there is no such matrix, or see lora.partition.
+    errors.UserError: see `keeping` and lora.partition.
   """
+  keep = keeping(cfg, train, mesh)
   parts = lora.partition(
     cfg,
     params,
@@ -117,29 +150,25 @@ def split_params(
     key=key,
   )
 
-  matrices = {p.path for p in parameters.table(cfg) if p.lora}
-  if train.frozen_dtype in quantize.BITS and not matrices & parts[1].keys():
-    raise errors.UserError(
-      f'train.frozen_dtype is {train.frozen_dtype!r}, but '
-      f'train.parts={train.parts!r} leaves no matrix of a layer frozen; '
-      'bfloat16 or train.parts=lora expected.'
-    )
-
-  def kept(path, x, dtype):
-    if dtype not in quantize.BITS:
-      x = x.astype(dtype)
-    elif path in matrices:
+  def as_kept(path, x):
+    dtype = keep.dtypes.get(path, 'float32')  # LoRA's factors are float32.
+    if isinstance(x, quantize.Quantized):
+      return x
+    if dtype in quantize.BITS:
       x = quantize.quantize(x, quantize.BITS[dtype])
-    else:
-      x = x.astype(jnp.bfloat16)
-    if mesh is None:
+    elif x.dtype != dtype:
+      x = x.astype(dtype)
+    if mesh is None or _is_on(x, mesh):
       return x
     return sharding.put(x, sharding.of_tree(cfg, mesh, {path: x})[path])
 
-  return tuple(
-    {k: kept(k, v, dtype) for k, v in flat.items()}
-    for flat, dtype in zip(parts, ('float32', train.frozen_dtype), strict=True)
-  )
+  return tuple({k: as_kept(k, v) for k, v in flat.items()} for flat in parts)
+
+
+def _is_on(x, mesh):
+  """Whether an array is on the mesh already."""
+  where = getattr(x, 'sharding', None)
+  return isinstance(where, NamedSharding) and where.mesh == mesh
 
 
 def model_params(

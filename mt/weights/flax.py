@@ -37,6 +37,7 @@ from mt.base import errors
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import flax_store
+from mt.weights import kept
 from mt.weights import load
 
 _PREFIXES = ('', 'transformer.', 'params.', 'params.transformer.')
@@ -272,15 +273,22 @@ def _arrays(cfg, transposed):
 
 
 def read_params(
-  ckpt: Checkpoint, cfg: sizes.ModelConfig, key: chex.PRNGKey
-) -> parameters.Params:
-  """The float32 parameters of a checkpoint, read array by array.
+  ckpt: Checkpoint,
+  cfg: sizes.ModelConfig,
+  key: chex.PRNGKey,
+  keep: kept.Keep = kept.FLOAT32,
+) -> tuple[parameters.Params, int]:
+  """The parameters of a checkpoint, read array by array.
 
   Args:
     ckpt: opened.
     cfg: its shape.
     key: of the initial values of what a fork has added and the checkpoint
       lacks.
+    keep: their format and place.
+
+  Returns:
+    The parameters, and the CRC-32 of all of them as float32.
 
   Raises:
     errors.UserError: an array is missing, damaged, too much, or its shape is
@@ -313,4 +321,4 @@ def read_params(
     name: ckpt.open(name).shape for name in ckpt.names if name not in unread
   }
   wanted = places(cfg, transposed)
-  return load.read(cfg, ckpt.store.path, wanted, found, get, key)
+  return load.read(cfg, ckpt.store.path, wanted, found, get, key, keep)

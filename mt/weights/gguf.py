@@ -20,6 +20,7 @@ from mt.gemma import sizes
 from mt.weights import gguf_file
 from mt.weights import hf_config
 from mt.weights import hf_tokenizer
+from mt.weights import kept
 from mt.weights import load
 
 _PATTERNS = {'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG', 'gemma4': ''}
@@ -254,14 +255,21 @@ def _turned_part(file, head_dim):
 
 
 def read_params(
-  file: gguf_file.GGUFFile, cfg: sizes.ModelConfig, key: chex.PRNGKey
-) -> parameters.Params:
-  """The float32 parameters of a GGUF file, read tensor by tensor.
+  file: gguf_file.GGUFFile,
+  cfg: sizes.ModelConfig,
+  key: chex.PRNGKey,
+  keep: kept.Keep = kept.FLOAT32,
+) -> tuple[parameters.Params, int]:
+  """The parameters of a GGUF file, read tensor by tensor.
 
   Args:
     file: opened.
     cfg: its shape.
     key: of the initial values of what a fork has added and the file lacks.
+    keep: their format and place.
+
+  Returns:
+    The parameters, and the CRC-32 of all of them as float32.
 
   Raises:
     errors.UserError: a tensor is missing, too much, or its shape is not the
@@ -298,7 +306,8 @@ def read_params(
     read = functools.partial(gguf_file.read_tensor, file)
     load.check_head(file.path, found, _HEAD, _EMBEDDING, read)
     del found[_HEAD]
-  return load.read(cfg, file.path, load.places(cfg, name), found, get, key)
+  wanted = load.places(cfg, name)
+  return load.read(cfg, file.path, wanted, found, get, key, keep)
 
 
 def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:

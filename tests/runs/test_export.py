@@ -28,6 +28,7 @@ from mt.train import optimizer as optimizer_lib
 from mt.train import state as state_lib
 from mt.train import warm_start
 from mt.translate import translator
+from mt.weights import kept
 from mt.weights import pretrained
 from tests.fixtures import flax_fixture
 from tests.fixtures import gguf_fixture
@@ -55,7 +56,7 @@ def write_run(
   run_folder.claim(folder, config)
   files.write(folder / 'tokenizer.model', tok_proto)
   _, opened = checkpoint.open_source(folder)
-  params = opened.read()
+  params, fingerprint = opened.read_kept(kept.FLOAT32)
   optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
   state = state_lib.init_state(
     opened.config, params, config, optimizer, jax.random.key(0)
@@ -70,7 +71,7 @@ def write_run(
     manager,
     dataclasses.replace(state, trained=trained),
     {},
-    checkpoint.identity(opened, params),
+    checkpoint.identity(opened, fingerprint),
   )
   manager.close()
   return folder

@@ -44,7 +44,7 @@ def known(monkeypatch):
 def _read(path):
   ckpt = flax.open_checkpoint(path)
   cfg = flax.read_config(ckpt)
-  return cfg, flax.read_params(ckpt, cfg, jax.random.key(0))
+  return cfg, flax.read_params(ckpt, cfg, jax.random.key(0))[0]
 
 
 @pytest.fixture(scope='module')
@@ -454,7 +454,7 @@ ckpt = flax.open_checkpoint(sys.argv[1])
 assert flax.read_config(ckpt) == cfg
 np.ones(2**20).sum()
 before = peak()
-params = flax.read_params(ckpt, cfg, jax.random.key(0))
+params = flax.read_params(ckpt, cfg, jax.random.key(0))[0]
 print(peak() - before, sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 

@@ -101,7 +101,7 @@ def _orbax_cases(folder, number, rng, ocdbt):
 
   def read():
     ckpt = flax.open_checkpoint(path)
-    return flax.read_params(ckpt, flax.read_config(ckpt), jax.random.key(0))
+    return flax.read_params(ckpt, flax.read_config(ckpt), jax.random.key(0))[0]
 
   cases = [(file, how) for how in range(6) for file in files]
   rng.shuffle(cases)

@@ -298,7 +298,7 @@ def test_an_orbax_checkpoint_is_read(tmp_path, monkeypatch, name):
     checkpointer.save(tmp_path / 'checkpoint', tree)
   checkpoint = flax.open_checkpoint(tmp_path / 'checkpoint')
   assert flax.read_config(checkpoint) == cfg
-  read = flax.read_params(checkpoint, cfg, jax.random.key(0))
+  read = flax.read_params(checkpoint, cfg, jax.random.key(0))[0]
   jax.tree.map(np.testing.assert_array_equal, read, params)
 
 

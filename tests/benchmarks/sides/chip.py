@@ -19,7 +19,6 @@ import numpy as np
 from mt.base import accelerator
 from mt.base import compiling
 from mt.gemma import parameters
-from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.train import machine
 from mt.train import optimizer as optimizer_lib
@@ -84,10 +83,9 @@ def _train(job):
   arrays = [read[name] for name in names]
   steps = [dict(zip(names, x, strict=True)) for x in zip(*arrays, strict=True)]
   optimizer = optimizer_lib.make_optimizer(config.optim, len(steps))
-  params = sharding.on_host(lambda: _params(job))
+  params = _params(job)
   key = jax.random.key(0)
   state = state_lib.init_state(cfg, params, config, optimizer, key)
-  state = sharding.to_device(state)
   del params
   compiled, rows = _compiled(cfg, config, optimizer, state, steps[0])
   seconds, losses, first = [], [], None

@@ -1,0 +1,92 @@
+"""Parameters are read into their format and place, a tensor at a time."""
+
+import dataclasses
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import debug
+from mt.gemma import parameters
+from mt.gemma import sharding
+from mt.gemma import sizes
+from mt.train import state as state_lib
+from mt.weights import kept
+from tests.fixtures.refusal import refusal
+
+CFG = dataclasses.replace(
+  sizes.SIZES['debug'], num_layers=2, vocab_size=96, num_kv_heads=2
+)
+
+
+def _config(**train):
+  config = debug.get_config()
+  config.train.update({'frozen_dtype': 'float32', **train})
+  return config
+
+
+def _params():
+  return parameters.init(CFG, jax.random.key(0))
+
+
+def _in_parts(monkeypatch):
+  """So small that each tensor goes in several pieces, the last one smaller."""
+  monkeypatch.setattr(kept, '_AT_ONCE', 500)
+
+
+@pytest.mark.parametrize('shape', [None, (2, 2, 2), (1, 8, 1), (1, 1, 8)])
+@pytest.mark.parametrize(
+  ('parts', 'dtype'),
+  [
+    ('all', 'float32'),
+    ('lora', 'bfloat16'),
+    ('lora', 'int8'),
+    ('lora', 'int4'),
+  ],
+)
+def test_what_is_read_is_what_is_split(monkeypatch, shape, parts, dtype):
+  """In the format and place that whole float32 parameters would have got."""
+  _in_parts(monkeypatch)
+  mesh = shape and sharding.make_mesh(
+    dict(zip(sharding.MESH_AXES, shape, strict=True))
+  )
+  train = _config(parts=parts, frozen_dtype=dtype).train
+  keep = state_lib.keeping(CFG, train, mesh)
+  made, fingerprint = kept.every(CFG, _params(), keep)
+  args = train, jax.random.key(1), mesh
+  found = state_lib.split_params(CFG, made, *args)
+  wanted = state_lib.split_params(CFG, _params(), *args)
+  assert jax.tree.structure(found) == jax.tree.structure(wanted)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    assert a.dtype == b.dtype and a.sharding.is_equivalent_to(
+      b.sharding, a.ndim
+    )
+    np.testing.assert_array_equal(a, b)
+  crc = 0
+  for leaf in jax.tree.leaves(_params()):
+    crc = zlib.crc32(np.asarray(leaf), crc)
+  assert fingerprint == crc  # Whatever the format and the mesh.
+
+
+def test_a_device_has_its_share_alone():
+  mesh = sharding.make_mesh({'data': 1, 'fsdp': 8, 'tensor': 1})
+  keep = state_lib.keeping(CFG, _config(parts='all').train, mesh)
+  made, _ = kept.every(CFG, _params(), keep)
+  for x in (made['embedding'], made['layers']['up']):
+    assert {s.data.size for s in x.addressable_shards} == {x.size // 8}
+
+
+def test_few_bits_need_something_frozen():
+  train = _config(parts='all', frozen_dtype='int4').train
+  refusal(lambda: state_lib.keeping(CFG, train), 'int4', 'train.parts')
+
+
+def test_parts_of_a_tensor_may_be_of_any_float_type(monkeypatch):
+  _in_parts(monkeypatch)
+  x = np.asarray(_params()['embedding'].astype(jnp.bfloat16))
+  halves = iter([x[:50], x[50:]])
+  found, crc = kept.one(CFG, 'embedding', [(None, halves)], kept.FLOAT32, 7)
+  np.testing.assert_array_equal(found, x.astype(np.float32))
+  assert crc == zlib.crc32(x.astype(np.float32), 7)
