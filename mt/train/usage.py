@@ -37,7 +37,7 @@ def useful_flops(
   chex.assert_rank(inside, 2)
   of_token = sum(6 * x.size for path, x in trained.items() if '_lora_' in path)
   for path, shape in parameters.shapes(cfg).items():
-    if 'embedding' not in path and path != 'final_norm':  # Looked up; small.
+    if path.startswith('layers/'):
       of_token += (6 if path in trained else 4) * math.prod(shape)
   of_target = 6 if 'embedding' in trained else 4
   of_target *= cfg.vocab_size * cfg.embed_dim
