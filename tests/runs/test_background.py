@@ -93,14 +93,16 @@ def test_a_step_goes_on_while_a_checkpoint_is_written(state, gate, tmp_path):
     state = _step(state)
     want = jax.tree.map(np.array, state.trained)
     _save(manager, state)
-    for _ in range(3):  # What was saved is written over, in place.
-      places = {x.unsafe_buffer_pointer() for x in state.trained.values()}
+    places = []
+    for _ in range(3):
+      arrays = state.trained.values()
+      places.append({x.unsafe_buffer_pointer() for x in arrays})
       state = _step(state)
-      now = {x.unsafe_buffer_pointer() for x in state.trained.values()}
-      assert now == places
     checkpoint.check_written(manager)
-    assert manifest.steps(tmp_path / 'checkpoints') == [1]
+    before = manifest.steps(tmp_path / 'checkpoints')
     gate.set()
+  assert places[0] == places[1] == places[2]  # What was saved is written over.
+  assert before == [1]
   assert manifest.steps(tmp_path / 'checkpoints') == [2]
   found = folders.arrays(tmp_path)
   for name, x in want.items():
