@@ -26,6 +26,9 @@ from configs.knobs import one_of
 # As in mt/gemma/sizes.py, mt/gemma/model.py, mt/data/faults.py and
 # mt/train/optimizer.py; a test compares them. This file imports none of them:
 # --help is to come at once.
+FAULTS = (
+  'duplicates', 'leaks', 'copies', 'script', 'entities', 'lengths', 'not_nfc',
+)  # fmt: skip
 SIZES = (
   'gemma1_2b', 'gemma1_7b',
   'gemma2_2b', 'gemma2_9b', 'gemma2_27b',
@@ -36,9 +39,6 @@ SIZES = (
 REMAT = ('none', 'dots', 'narrow', 'full')
 ATTENTION = ('xla', 'tokamax', 'splash')
 OPTIMIZERS = ('adamw', 'adafactor', 'sgd')
-FAULTS = (
-  'duplicates', 'leaks', 'copies', 'script', 'entities', 'lengths', 'not_nfc',
-)  # fmt: skip
 SCHEDULES = ('constant', 'linear', 'cosine')
 
 # A table: what a knob does stands under it.

@@ -14,6 +14,7 @@ from mt.data import lines
 from mt.data import template
 
 _MOST = 0.9  # Of the lines looked at; real text has its exceptions.
+_MANY = 10  # Sources that have not the same target by chance.
 _SIDES = ({'source', 'src'}, {'target', 'tgt', 'trg', 'translation'})
 _is_id = re.compile(r'(?=.*\d)\S{1,64}').fullmatch
 _is_number = re.compile(r'\d+').fullmatch
@@ -124,9 +125,14 @@ def _refuse_meaning(where, rows):
     )
   for column in (number - 2, number - 1):
     cells = {r[column] for r in rows}
-    same = len(rows) > 1 and len(cells) == 1 and _is_code(min(cells))
-    if same or (len(rows) > 1 and most(_is_number, column)):
-      what = 'the code of a language' if same else 'numbers'
+    what = ''
+    if len(rows) > 1 and most(_is_number, column):
+      what = 'numbers'
+    elif len(rows) > 1 and most(_is_code, column):
+      what = 'codes of languages'
+    elif len(cells) == 1 and len({r[number - 2] for r in rows}) >= _MANY:
+      what = 'the same in every line'
+    if what:
       raise errors.UserError(
         f'{where}: column {column + 1} holds {what} ({rows[0][column][:80]!r}),'
         f' but a text is expected in the last two of {number} columns; set '

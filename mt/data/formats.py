@@ -99,7 +99,7 @@ def open_plain(
       )
     return Plain(name, path, 'json')
   if quotes == 'csv' or (suffix == '.csv' and quotes != 'text'):
-    delimiter = ',' if suffix == '.csv' else '\t'
+    delimiter = _delimiter(head) if suffix == '.csv' else '\t'
     parts = ('csv', delimiter)
     path = _rewrite(path, parts, lambda f: _csv(name, path, delimiter, f))
     return Plain(name, path, 'cells')
@@ -163,6 +163,12 @@ def _unpack(opener, path, out):
     raise errors.UserError(
       f'{path}: damaged ({" ".join(str(e).split())}); fetch it again.'
     ) from e
+
+
+def _delimiter(head) -> str:
+  """A comma, or the semicolon of spreadsheets whose numbers have commas."""
+  first, *_ = head.split(b'\n')
+  return ';' if b';' in first and b',' not in first else ','
 
 
 def _csv(name, path, delimiter, out):

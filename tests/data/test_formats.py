@@ -46,6 +46,11 @@ def _json(rows):
   [
     ('.csv', _csv(PAIRS), {}),
     ('.csv', BOM + _csv([('n', 'f', 'e'), *PAIRS]), {'columns': ('f', 'e')}),
+    (
+      '.csv',
+      b'n;f;e\n' + _csv(PAIRS, delimiter=';'),
+      {'columns': ('f', 'e')},
+    ),
     ('.tsv', _csv(PAIRS, delimiter='\t'), {'quotes': 'csv'}),
     ('.jsonl', _json(PAIRS), {}),
     ('.ndjson', BOM + _json(PAIRS), {}),

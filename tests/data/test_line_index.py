@@ -73,7 +73,9 @@ def test_the_index_of_a_large_file_is_kept(tmp_path, monkeypatch, large):
 
 
 def test_of_a_large_text_a_sample_is_looked_at(tmp_path, monkeypatch):
-  path = write(tmp_path / 'x.tsv', ''.join(f'a {n}\tb\n' for n in range(99)))
+  path = write(
+    tmp_path / 'x.tsv', ''.join(f'a {n}\tb {n}\n' for n in range(99))
+  )
   monkeypatch.setattr(bitext, '_LOOK_AT_ALL', 98)
   monkeypatch.setattr(bitext, '_SAMPLE', 8)
   text = bitext.open_bitext([path], 'en-fr')
