@@ -16,7 +16,7 @@ import runpy, sys
 from absl import flags
 for name in ('mt.translate', 'mt.evaluate', 'mt.export', 'mt.data', 'train'):
   sys.argv = [name, '--help']
-  print('command', name)
+  print('####', name)
   try:
     runpy.run_module(name, run_name='__main__', alter_sys=True)
   except SystemExit as e:
@@ -33,7 +33,7 @@ def test_each_command_lists_its_own_flags():
     [sys.executable, '-c', _HELP], cwd=ROOT, capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr
-  _, *shown = done.stdout.split('command ')
+  _, *shown = done.stdout.split('#### ')
   shown = {text.split('\n')[0]: text for text in shown}
   expected = {
     'mt.translate': ('workdir', 'input', 'beam', 'n_best=1', 'top_p', 'json'),

@@ -31,8 +31,14 @@ _CALLS = {'eval', 'exec', 'compile', '__import__'}
 _OF_OS = re.compile(
   r'(exec|spawn)[lv]p?e?|posix_spawnp?|popen|system|startfile'
 )
-# Of the libraries that are loaded already, it calls malloc_trim.
-_ALLOWED = {'compiling.py': ['ctypes']}
+_ALLOWED = {
+  # Of the libraries that are loaded already, it calls malloc_trim.
+  'compiling.py': ['ctypes'],
+  # train.preempt_command, out of --config, never out of a run's folder.
+  'signals.py': ['subprocess', 'shell'],
+  # The project's own environment for COMET.
+  'comet.py': ['subprocess'],
+}
 _KEYWORDS = {'allow_pickle', 'shell', 'weights_only', 'trust_remote_code'}
 
 
