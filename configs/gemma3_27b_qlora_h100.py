@@ -7,5 +7,4 @@ def get_config():
   c = large.make_config('27b', 'lora')
   c.train.frozen_dtype = 'int4'
   c.train.batch_size = 32
-  c.train.micro_batches = 2
   return c

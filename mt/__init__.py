@@ -18,6 +18,7 @@ needs a look ahead:
   gemma/loss_chunk   a chunk of targets against the vocabulary
   gemma/loss         cross-entropy: its definition, and the same in chunks
   gemma/lora         all weights, a part, or LoRA: what is trained
+  gemma/quantize     frozen matrices in 8 or 4 bits
   train/state        what training changes, in one pytree
   train/step         gradients, accumulation, the two jitted steps
   train/loop         evaluate, save, next batch, step, log
