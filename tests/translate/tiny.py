@@ -45,7 +45,7 @@ FAMILIES = {
   'gemma1': _GEMMA1,
   'gemma2': _GEMMA2,
   'gemma3': _GEMMA3,
-  'gemma4_e2b': tiny_gemma4.SHAPES['e2b'],
+  'gemma4_e2b': dataclasses.replace(tiny_gemma4.SHAPES['e2b'], num_layers=6),
   'gemma4_12b': tiny_gemma4.SHAPES['12b'],
 }
 
@@ -64,7 +64,8 @@ def stacked(name='gemma3'):
     key = path[-1].key
     if 'norm' in key or key == 'scale':
       mean = 8.0 if key.startswith('post_') else 0.0
-      mean += 1.0 - FAMILIES[name].norm_offset
+      if not FAMILIES[name].norm_offset:
+        mean += 0.7 if key in ('q_norm', 'k_norm') else 1.0
       return rng.normal(mean, 0.3, shape).astype(np.float32)
     std = shape[-1 if key == 'embedding' else -2] ** -0.5
     std *= 10.0 if key in ('o', 'down', 'input_proj') else 1.0

@@ -227,7 +227,9 @@ def test_the_27b_scale_queries_by_width_over_heads(
   assert cfg.query_scale == query_dim**-0.5
 
 
-@pytest.mark.parametrize('name', [n for n in sizes.SIZES if n != 'debug'])
+@pytest.mark.parametrize(
+  'name', [n for n in sizes.SIZES if n[:6] in ('gemma1', 'gemma2', 'gemma3')]
+)
 def test_published_sizes_are_recognised(name):
   # No header has the scale of the queries: it follows from the other numbers.
   cfg, arch = sizes.SIZES[name], name.split('_')[0].replace('gemma1', 'gemma')
