@@ -65,10 +65,13 @@ def stacked(name='gemma3'):
     if 'norm' in key or key == 'scale':
       mean = 8.0 if key.startswith('post_') else 0.0
       if not FAMILIES[name].norm_offset:
-        mean += 0.7 if key in ('q_norm', 'k_norm') else 1.0
+        means = {'post': 8.0, 'q': 0.7, 'k': 0.7}
+        mean = means.get(key.split('_')[0], 1.0)
       return rng.normal(mean, 0.3, shape).astype(np.float32)
     std = shape[-1 if key == 'embedding' else -2] ** -0.5
     std *= 10.0 if key in ('o', 'down', 'input_proj') else 1.0
+    # Else whole tokens have no gate open, and the norm after it amplifies noise.
+    std *= 0.1 if key == 'input_gate' else 1.0
     return rng.normal(scale=std, size=shape).astype(np.float32)
 
   return jax.tree.map_with_path(
