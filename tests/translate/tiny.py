@@ -45,7 +45,7 @@ FAMILIES = {
   'gemma1': _GEMMA1,
   'gemma2': _GEMMA2,
   'gemma3': _GEMMA3,
-  'gemma4_e2b': tiny_gemma4.SHAPES['e2b'],
+  'gemma4_e2b': dataclasses.replace(tiny_gemma4.SHAPES['e2b'], num_layers=6),
   'gemma4_12b': tiny_gemma4.SHAPES['12b'],
 }
 
@@ -64,10 +64,14 @@ def stacked(name='gemma3'):
     key = path[-1].key
     if 'norm' in key or key == 'scale':
       mean = 8.0 if key.startswith('post_') else 0.0
-      mean += 1.0 - FAMILIES[name].norm_offset
+      if not FAMILIES[name].norm_offset:
+        means = {'post': 8.0, 'q': 0.7, 'k': 0.7}
+        mean = means.get(key.split('_')[0], 1.0)
       return rng.normal(mean, 0.3, shape).astype(np.float32)
     std = shape[-1 if key == 'embedding' else -2] ** -0.5
     std *= 10.0 if key in ('o', 'down', 'input_proj') else 1.0
+    # Else whole tokens have no gate open, and the norm after it amplifies noise.
+    std *= 0.1 if key == 'input_gate' else 1.0
     return rng.normal(scale=std, size=shape).astype(np.float32)
 
   return jax.tree.map_with_path(
