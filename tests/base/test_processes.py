@@ -78,6 +78,54 @@ def _two_processes(workdir):
   return [out for out, _ in ended]
 
 
+_AUTO = """
+import sys
+from mt.base import processes
+processes.start(sys.argv[1], 0, -1)
+print('got', processes.broadcast_from_first(1 / 3 + processes.is_first()))
+"""
+
+
+def _as_slurm(job, i):
+  return {
+    'SLURM_JOB_ID': str(job),
+    'SLURM_STEP_NODELIST': '127.0.0.1',
+    'SLURM_NTASKS': '2',
+    'SLURM_PROCID': str(i),
+    'SLURM_LOCALID': str(i),
+  }
+
+
+def _as_open_mpi(job, i):
+  return {
+    'OMPI_MCA_orte_hnp_uri': f'{job * 2**12}.0;tcp://127.0.0.1:1',
+    'OMPI_COMM_WORLD_SIZE': '2',
+    'OMPI_COMM_WORLD_RANK': str(i),
+    'OMPI_COMM_WORLD_LOCAL_RANK': str(i),
+  }
+
+
+@pytest.mark.parametrize('variables', [_as_slurm, _as_open_mpi])
+def test_a_cluster_says_who_they_are(variables):
+  """With --coordinator=auto, by the variables that a scheduler sets."""
+  port = int(_address().partition(':')[2])
+  job = port % 2**12  # JAX makes a port of it.
+  started = [
+    subprocess.Popen(
+      [sys.executable, '-c', _AUTO, 'auto'],
+      cwd=ROOT,
+      env=os.environ | variables(job, i),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  ended = [p.communicate(timeout=120) for p in started]
+  assert [p.returncode for p in started] == [0, 0], ended
+  assert all(f'got {4 / 3}\n' in out for out, _ in ended)  # Gloo speaks too.
+
+
 def _numbers(workdir, *kinds):
   return {
     (line['step'], kind): line[kind]

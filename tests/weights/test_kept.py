@@ -1,6 +1,11 @@
 """Parameters are read into their format and place, a tensor at a time."""
 
 import dataclasses
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 import zlib
 
 import jax
@@ -13,7 +18,9 @@ from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.train import state as state_lib
+from mt.weights import hf
 from mt.weights import kept
+from tests.fixtures import numbered_rows
 from tests.fixtures.refusal import refusal
 
 CFG = dataclasses.replace(
@@ -90,3 +97,72 @@ def test_parts_of_a_tensor_may_be_of_any_float_type(monkeypatch):
   found, crc = kept.one(CFG, 'embedding', [(None, halves)], kept.FLOAT32, 7)
   np.testing.assert_array_equal(found, x.astype(np.float32))
   assert crc == zlib.crc32(x.astype(np.float32), 7)
+
+
+# Of 2 GB in float32, whose largest tensor has 134 MB.
+_LARGE = dataclasses.replace(
+  CFG,
+  num_layers=5,
+  embed_dim=2048,
+  hidden_dim=16_384,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=64,
+  vocab_size=512,
+)
+
+_PROCESS = """
+import resource, sys
+from mt.base import processes
+processes.start(sys.argv[1], 2, int(sys.argv[2]))
+import jax
+from mt.gemma import sharding
+from mt.weights import kept
+from mt.weights import pretrained
+mesh = sharding.make_mesh({'data': 1, 'fsdp': 2, 'tensor': 1})
+source = pretrained.open_source(sys.argv[3], '', '', seed=0, texts=())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+params, crc = source.read_kept(kept.Keep(mesh=mesh))
+jax.block_until_ready(params)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+own = sum(s.data.nbytes for x in jax.tree.leaves(params)
+          for s in x.addressable_shards)
+print('got', crc, own, (after - before) * 1024)
+"""
+
+
+@pytest.mark.heavy
+def test_a_process_holds_its_share_and_one_tensor(tmp_path):
+  """Two processes read a checkpoint of 2 GB: 1.1 GB each."""
+  shapes = parameters.shapes(_LARGE)
+  params = parameters.unflatten(
+    {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+  )
+  tok = numbered_rows.sample_tokenizer()
+  hf.write(tmp_path, _LARGE, params, tok, np.float32)
+  size = sum(p.stat().st_size for p in tmp_path.glob('*.safetensors'))
+  assert size > 2e9
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{s.getsockname()[1]}'
+  env = os.environ | {'XLA_FLAGS': ''}
+  started = [
+    subprocess.Popen(
+      [sys.executable, '-c', _PROCESS, address, str(i), str(tmp_path)],
+      cwd=pathlib.Path(__file__).parents[2],
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  ended = [p.communicate(timeout=600) for p in started]
+  assert [p.returncode for p in started] == [0, 0], ended
+  lines = [next(x for x in o.splitlines() if 'got' in x) for o, _ in ended]
+  found = [[int(n) for n in line.split()[1:]] for line in lines]
+  assert found[0][0] == found[1][0]
+  tensor = 4 * _LARGE.embed_dim * _LARGE.hidden_dim
+  for _, own, grown in found:
+    assert own < 0.51 * size
+    assert grown < own + 1.5 * tensor, found
