@@ -14,6 +14,7 @@ needs a look ahead:
   gemma/sharding     arrays over a mesh; without one, it does nothing
   gemma/attention    masks, RoPE, softmax over packed rows
   gemma/fused        which kernel attention is: ours, or a fused one
+  gemma/embedding    token vectors, and the gradient of their look-up
   gemma/model        the forward pass
   gemma/loss_chunk   a chunk of targets against the vocabulary
   gemma/loss         cross-entropy: its definition, and the same in chunks
@@ -37,9 +38,13 @@ base, what every room stands on
   compiling   compile once, keep what was compiled
   processes   several processes of one run
   run_folder  the files of a run, and what a resume may change
+  screen      what a terminal cannot show ends no run
   journal     metrics.jsonl, progress bar, lines
   events      metrics for TensorBoard
-  signals     SIGINT and SIGTERM: save and leave
+  tracking    the same for Weights & Biases
+  recorder    all of these at once
+  profiling   a trace of some steps
+  signals     SIGTERM, SIGHUP, a cloud's notice, …: save and leave
 
 data, from parallel text to rows of tokens; `python -m mt.data` shows them
   formats     files as they lie on disk -> plain lines
@@ -50,6 +55,7 @@ data, from parallel text to rows of tokens; `python -m mt.data` shows them
   bitext      parallel text on disk: bad lines counted, pairs read by number
   tfds        MTNT as TFDS reads it
   mtnt        MTNT 1.1 fetched; archives unpacked
+  sacrebleu_sets  test sets by name
   corpus      `data.source` and its splits -> parallel texts
   tokenizer   SentencePiece: from a file, or trained
   store       tokenised pairs on disk, mapped into memory
@@ -57,6 +63,7 @@ data, from parallel text to rows of tokens; `python -m mt.data` shows them
 
 weights, pretrained ones in, trained ones out
   load        the checked loader: tensors of files -> the stacked pytree
+  kept        in which format, and where on a mesh
   gguf_file   GGUF header and tensors
   gguf        shape, tokenizer and parameters out of a GGUF file
   flax_store  the arrays of an Orbax folder, in and out
@@ -72,16 +79,20 @@ weights, pretrained ones in, trained ones out
 
 translate, text to text; `python -m mt.translate`
   batching    continuous batching: free rows are filled again
+  mbr         of several translations the one most like all of them
+  loops       translations that go round and round
   translator  text to text
 
 evaluate, how good that is; `python -m mt.evaluate`
   noise       what is noisy about a sentence: classes found by rules
   scores      BLEU and chrF: of all, by noise, of two systems
+  comet       COMET, in an environment of its own
   cached      translations that are there are not made again
   samples     sentences to read
   sentences   texts side by side with their differences marked
   chart       curves as SVG
   report      report.html: a run on one page
+  comparison  several runs on one page
 
 train, the run
   settings    impossible values in a config, refused early
@@ -89,7 +100,8 @@ train, the run
   optimizer   learning rate, SGD, AdamW, Adafactor, clipping
   manifest    damaged checkpoints found out and moved aside; their version
   checkpoint  Orbax: state and data position, and whose they are; the best
-  warm_start  the trained weights of another run, and nothing else of it
+  warm_start  the trained weights of another run, or an adapter's
+  usage       tokens/s, MFU, memory of a step
   targets     accelerators that are not here, for their compilers
   roofline    the time of a compiled program, kernel by kernel
   programs    all that a run compiles, from shapes alone
