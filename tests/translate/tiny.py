@@ -70,7 +70,7 @@ def stacked(name='gemma3'):
       return rng.normal(mean, 0.3, shape).astype(np.float32)
     std = shape[-1 if key == 'embedding' else -2] ** -0.5
     std *= 10.0 if key in ('o', 'down', 'input_proj') else 1.0
-    # Else tokens have no gate open, and the norm after it amplifies noise.
+    # Else some tokens open no gate, and the norm after it amplifies noise.
     std *= 0.1 if key == 'input_gate' else 1.0
     return rng.normal(scale=std, size=shape).astype(np.float32)
 
