@@ -71,7 +71,9 @@ def _assert_near(got, want, tolerance):
     assert np.linalg.norm(a - b) < tolerance * max(np.linalg.norm(b), 1)
 
 
-@pytest.mark.parametrize('name', ('e2b', '12b'))
+@pytest.mark.parametrize(
+  'name', ['e2b', pytest.param('12b', marks=pytest.mark.heavy)]
+)
 def test_packed_and_recomputed_is_alone_and_kept(name):
   found, want = _run(name, _PACKED, 'full'), _run(name, _ALONE, 'none')
   _assert_near(found, want, 2e-5)
