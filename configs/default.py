@@ -97,7 +97,13 @@ KNOBS = (
     'numbers above 0',
   ), """
     Each source's share of the rows, such as (3, 1); () for their numbers of
-    pairs.
+    pairs. With several directions a share for each of them in the first source,
+    then in the second, and so on.
+    """),
+  knob('data.temperature', 1.0, at_least(1), """
+    Without data.weights, a source or direction of n pairs has a share of
+    n^(1/temperature): 1 is by size; 5 gives small ones far more; 100 gives all
+    about the same.
     """),
   knob('data.valid', '', ANY, """
     What is validated on; '' takes that split of the first source.
@@ -110,7 +116,10 @@ KNOBS = (
   knob('data.pair', 'en-fr', LANGUAGES, """
     Source and target language, such as en-fr, or en-pt_BR with a region. MTNT
     has en-fr, fr-en, en-ja and ja-en. Where only the other direction's file is
-    there, it is read turned round.
+    there, it is read turned round. Several with commas between them, such as
+    en-fr,fr-en,en-ja, are learned at once; {pair} in the name of a file becomes
+    each of them, and a file without {pair} or {lang} is of the first one, or of
+    that and the same turned round.
     """),
   knob('data.columns', (), COLUMNS, """
     Where source and target stand in a .tsv or .csv: numbers from 1, such as

@@ -14,6 +14,9 @@ is not translated again. W/evaluation/ has then
 
 makes one page of several runs: comparison.html in the folder of the first.
 
+Of a run with several directions each is scored, as SPLIT-PAIR, and their mean
+is SPLIT; --pair names one.
+
 With --data=TEXT any text that data.source takes is scored instead, such as a
 file or sacrebleu:wmt24; SPLIT is then SPLIT-TEXT in these names.
 """
@@ -34,6 +37,7 @@ from mt.base import files
 from mt.base import journal
 from mt.base import run_folder
 from mt.data import corpus
+from mt.data import directions
 from mt.evaluate import cached
 from mt.evaluate import comet
 from mt.evaluate import comparison
@@ -62,6 +66,7 @@ def translate_split(
   pairs: int | None = None,
   which: str = '',
   data: Mapping[str, Any] | None = None,
+  pair: str = '',
 ) -> Evaluated:
   """Translates a split with a run's checkpoint, if that is not done.
 
@@ -73,12 +78,18 @@ def translate_split(
     which: of its checkpoints, see checkpoint.find_step.
     data: knobs of `config.data` to take in place of the run's: under the
       split's name another text, and its `columns`.
+    pair: one of the run's directions; '' where it has no other.
   """
-  config, name = run_folder.read_config(workdir), split
-  data = data or {}
+  config, data = run_folder.read_config(workdir), data or {}
+  narrowed = directions.only(config, pair)
+  pair = narrowed.data.pair
+  name = directions.name(config.data.pair, split, pair)
   step, _ = checkpoint.find_step(workdir, which)
   if pairs is None:
     pairs = 0 if data else config.eval.translate_pairs
+  of_run = workdir / 'translations' / f'{name}.after.txt'
+  if split in data:  # A text of this direction.
+    config = narrowed
   config.data.update(data)
   if corpus.split_source(config.data, split) is None:
     raise errors.UserError(
@@ -87,29 +98,29 @@ def translate_split(
     )
   if split in data:
     name += '-' + re.sub(r'\W+', '_', data[split])[-100:]
-  chosen = corpus.read_splits(config.data, [split])[split][0].read()
+  texts = corpus.read_splits(config.data, [split])[split]
+  chosen = next(text for text in texts if text.pair == pair).read()
   chosen = chosen[: pairs or None]
   sources = [p.source for p in chosen]
   references = [p.target for p in chosen]
   made = cached.provenance(step, config.decode, sources)
-  of_run = workdir / 'translations' / f'{split}.after.txt'
   own = workdir / 'evaluation' / f'{name}.hypothesis.txt'
   texts = cached.read_if_current(of_run, made)
   if texts is None:
     texts = cached.read_if_current(own, made)
   if texts is None:
-    texts = _translate(workdir, step, split, sources)
+    texts = _translate(workdir, step, name, sources, pair)
   for side, lines in (('source', sources), ('reference', references)):
     files.write_lines(own.with_name(f'{name}.{side}.txt'), lines)
   cached.write(own, made, texts)
-  languages = tuple(config.data.pair.lower().split('-'))
+  languages = directions.languages(pair)
   return Evaluated(name, languages, step, sources, references, texts)
 
 
-def _translate(workdir, step, split, sources):
+def _translate(workdir, step, name, sources, pair):
   config, source, params = checkpoint.load_finetuned(workdir, step)
-  progress = journal.Progress(f'translating {split}', len(sources))
-  translator = translator_lib.from_config(config, source)
+  progress = journal.Progress(f'translating {name}', len(sources))
+  translator = translator_lib.from_config(directions.only(config, pair), source)
   texts = translator(params, sources, progress.update)
   progress.close()
   return texts
@@ -123,11 +134,12 @@ def evaluate(
   which: str = '',
   data: Mapping[str, Any] | None = None,
   comet_model: str = '',
+  pair: str = '',
 ) -> dict[str, Any]:
   """Scores one of a run's checkpoints, and leaves W/evaluation/SPLIT.json.
 
   Args:
-    workdir, split, pairs, which, data: see translate_split.
+    workdir, split, pairs, which, data, pair: see translate_split.
     against: the folder of another run, to compare with: with its best
       checkpoint, or its last where there is no best one.
     comet_model: see mt/evaluate/comet.py; '' for scores without COMET.
@@ -140,9 +152,10 @@ def evaluate(
   """
   if comet_model:
     comet.find()  # Before minutes go into translating.
-  own, other = translate_split(workdir, split, pairs, which, data), None
+  own = translate_split(workdir, split, pairs, which, data, pair)
+  other = None
   out = {
-    'text': (data or {}).get(split, split),
+    'text': (data or {}).get(split, own.name),
     'step': own.step,
     'scores': scores.score(own.hypotheses, own.references, own.languages[1]),
     'noise': scores.by_noise(
@@ -150,7 +163,7 @@ def evaluate(
     ),
   }
   if against:
-    other = translate_split(against, split, pairs, data=data)
+    other = translate_split(against, split, pairs, data=data, pair=pair)
     if (other.sources, other.references) != (own.sources, own.references):
       raise errors.UserError(
         f'{against}: its {split} split has other sentences '
@@ -194,8 +207,9 @@ def describe(result: dict[str, Any]) -> str:
   out = [f'{result["text"]}, step {result["step"]}, {size}']
   for name in scores.names(found):
     out.append(f'{name:10} {found[name]:6.2f}  {found[name + "_signature"]}')
-  out.append('chrF by noise (a sentence may be in several classes)')
-  for name in (*noise.CLASSES, scores.NO_CLASS):
+  if 'noise' in result:  # A mean has none.
+    out.append('chrF by noise (a sentence may be in several classes)')
+  for name in (*noise.CLASSES, scores.NO_CLASS) if 'noise' in result else ():
     row = result['noise'].get(name)
     if row is None:
       text = '     -  no rule for the source language'
@@ -238,12 +252,30 @@ def main(argv):
         f'--columns={",".join(columns)}: {knobs.COLUMNS.expected} expected, of '
         'the text that --data names.'
       )
-  result = evaluate(
-    *(workdir, given.split, against, given.pairs, given.checkpoint, data),
-    comet_model=given.comet,
-  )
+  found = []
+  for pair in _asked(workdir, given.pair, given.data):
+    found.append(
+      evaluate(
+        *(workdir, given.split, against, given.pairs, given.checkpoint, data),
+        comet_model=given.comet,
+        pair=pair,
+      )
+    )
+    print(describe(found[-1]))
+  if len(found) > 1:
+    mean = scores.mean([result['scores'] for result in found])
+    mean = {'text': given.split, 'step': found[0]['step'], 'scores': mean}
+    files.write_json(workdir / 'evaluation' / f'{given.split}.json', mean)
+    print(describe(mean))
   report.write(workdir)
-  print(describe(result))
+
+
+def _asked(workdir, pair, data) -> list[str]:
+  """The directions to be scored: all of the run, or --pair."""
+  config = run_folder.read_config(workdir)
+  if pair or data:  # A text is of one direction.
+    return [directions.only(config, pair).data.pair]
+  return directions.each(config.data.pair)
 
 
 if __name__ == '__main__':
@@ -253,6 +285,7 @@ if __name__ == '__main__':
   flags.DEFINE_string(
     'data', '', 'A text to score instead, in any form that data.source takes.'
   )
+  flags.DEFINE_string('pair', '', 'The direction, such as en-fr; else all.')
   flags.DEFINE_list('columns', [], "Of --data; without it the run's.")
   flags.DEFINE_string(
     'against', '', 'Folder of another run, compared by paired bootstrap.'
