@@ -208,16 +208,7 @@ def describe(result: dict[str, Any]) -> str:
   for name in scores.names(found):
     out.append(f'{name:10} {found[name]:6.2f}  {found[name + "_signature"]}')
   if 'noise' in result:  # A mean has none.
-    out.append('chrF by noise (a sentence may be in several classes)')
-  for name in (*noise.CLASSES, scores.NO_CLASS) if 'noise' in result else ():
-    row = result['noise'].get(name)
-    if row is None:
-      text = '     -  no rule for the source language'
-    elif not row['sentences']:
-      text = '     0  no sentence'
-    else:
-      text = f'{row["sentences"]:6,}  {row["chrf"]:6.2f}'
-    out.append(f'  {name:14}{text}')
+    out += _by_noise(result['noise'])
   if other := result.get('against'):
     out.append(f'against {other["workdir"]}, step {other["step"]}')
     for name, row in other['scores'].items():
@@ -228,6 +219,20 @@ def describe(result: dict[str, Any]) -> str:
         f'{row["signature"]}'
       )
   return '\n'.join(out)
+
+
+def _by_noise(found) -> list[str]:
+  out = ['chrF by noise (a sentence may be in several classes)']
+  for name in (*noise.CLASSES, scores.NO_CLASS):
+    row = found.get(name)
+    if row is None:
+      text = '     -  no rule for the source language'
+    elif not row['sentences']:
+      text = '     0  no sentence'
+    else:
+      text = f'{row["sentences"]:6,}  {row["chrf"]:6.2f}'
+    out.append(f'  {name:14}{text}')
+  return out
 
 
 def main(argv):
