@@ -154,6 +154,11 @@ KNOBS = (
     Train on sources that are in the test text, too, which is refused else; in a
     text of more than 65,536 lines they are left out.
     """),
+  knob('data.noise', 0.0, between(0, 1), """
+    Share of words in training sources, and of the sources, that are made noisy
+    as MTNT's are (mt/data/noising.py shows how), anew in each epoch; 0 for
+    none. `python -m mt.evaluate --noise=0.3` scores a noisy copy of a split.
+    """),
   knob('data.length', 256, at_least(8), """
     Tokens in a row. A pair that needs more is left out, and counted. Memory and
     the cost of attention grow with it.

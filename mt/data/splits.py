@@ -115,7 +115,11 @@ def training_rows(
   """The rows of each training text, and its share of all rows."""
   rows = [
     batches.Rows(
-      store.open_store(text, tok, _template(config, text.pair)),
+      store.open_store(
+        *(text, tok, _template(config, text.pair)),
+        noise=config.data.noise,
+        seed=config.seed,
+      ),
       config.data.length,
       config.seed,
       packing=config.data.packing,

@@ -17,6 +17,9 @@ makes one page of several runs: comparison.html in the folder of the first.
 Of a run with several directions each is scored, as SPLIT-PAIR, and their mean
 is SPLIT; --pair names one.
 
+With --noise=0.3 a copy is scored, as SPLIT-noise30, in which that share of
+words and sentences is made noisy; see mt/data/noising.py.
+
 With --data=TEXT any text that data.source takes is scored instead, such as a
 file or sacrebleu:wmt24; SPLIT is then SPLIT-TEXT in these names.
 """
@@ -38,6 +41,8 @@ from mt.base import journal
 from mt.base import run_folder
 from mt.data import corpus
 from mt.data import directions
+from mt.data import lines
+from mt.data import noising
 from mt.evaluate import cached
 from mt.evaluate import comet
 from mt.evaluate import comparison
@@ -67,6 +72,7 @@ def translate_split(
   which: str = '',
   data: Mapping[str, Any] | None = None,
   pair: str = '',
+  noise_share: float = 0.0,
 ) -> Evaluated:
   """Translates a split with a run's checkpoint, if that is not done.
 
@@ -79,6 +85,7 @@ def translate_split(
     data: knobs of `config.data` to take in place of the run's: under the
       split's name another text, and its `columns`.
     pair: one of the run's directions; '' where it has no other.
+    noise_share: of the sources' words and of sentences, made noisy first.
   """
   config, data = run_folder.read_config(workdir), data or {}
   narrowed = directions.only(config, pair)
@@ -91,17 +98,16 @@ def translate_split(
   if split in data:  # A text of this direction.
     config = narrowed
   config.data.update(data)
-  if corpus.split_source(config.data, split) is None:
-    raise errors.UserError(
-      f'{workdir}: the run has no {split} split (data.{split} is empty); name '
-      'a text with --data.'
-    )
+  chosen = _read(workdir, config.data, split, pair)[: pairs or None]
   if split in data:
     name += '-' + re.sub(r'\W+', '_', data[split])[-100:]
-  texts = corpus.read_splits(config.data, [split])[split]
-  chosen = next(text for text in texts if text.pair == pair).read()
-  chosen = chosen[: pairs or None]
-  sources = [p.source for p in chosen]
+  sources, languages = [p.source for p in chosen], directions.languages(pair)
+  if noise_share:
+    name += _suffix(noise_share)
+    sources = [
+      noising.noised(text, noise_share, (0, i), languages[0])
+      for i, text in enumerate(sources)
+    ]
   references = [p.target for p in chosen]
   made = cached.provenance(step, config.decode, sources)
   own = workdir / 'evaluation' / f'{name}.hypothesis.txt'
@@ -110,11 +116,25 @@ def translate_split(
     texts = cached.read_if_current(own, made)
   if texts is None:
     texts = _translate(workdir, step, name, sources, pair)
-  for side, lines in (('source', sources), ('reference', references)):
-    files.write_lines(own.with_name(f'{name}.{side}.txt'), lines)
+  for side, of_side in (('source', sources), ('reference', references)):
+    files.write_lines(own.with_name(f'{name}.{side}.txt'), of_side)
   cached.write(own, made, texts)
-  languages = directions.languages(pair)
   return Evaluated(name, languages, step, sources, references, texts)
+
+
+def _read(workdir, data, split, pair) -> list[lines.Pair]:
+  """A direction of a split."""
+  if corpus.split_source(data, split) is None:
+    raise errors.UserError(
+      f'{workdir}: the run has no {split} split (data.{split} is empty); name '
+      'a text with --data.'
+    )
+  texts = corpus.read_splits(data, [split])[split]
+  return next(text for text in texts if text.pair == pair).read()
+
+
+def _suffix(noise_share) -> str:
+  return f'-noise{round(100 * noise_share)}' if noise_share else ''
 
 
 def _translate(workdir, step, name, sources, pair):
@@ -135,11 +155,13 @@ def evaluate(
   data: Mapping[str, Any] | None = None,
   comet_model: str = '',
   pair: str = '',
+  noise_share: float = 0.0,
 ) -> dict[str, Any]:
   """Scores one of a run's checkpoints, and leaves W/evaluation/SPLIT.json.
 
   Args:
-    workdir, split, pairs, which, data, pair: see translate_split.
+    workdir, split, pairs, which, data, pair, noise_share: see
+      translate_split.
     against: the folder of another run, to compare with: with its best
       checkpoint, or its last where there is no best one.
     comet_model: see mt/evaluate/comet.py; '' for scores without COMET.
@@ -152,10 +174,13 @@ def evaluate(
   """
   if comet_model:
     comet.find()  # Before minutes go into translating.
-  own = translate_split(workdir, split, pairs, which, data, pair)
-  other = None
+  of_both = {'data': data, 'pair': pair, 'noise_share': noise_share}
+  own, other = translate_split(workdir, split, pairs, which, **of_both), None
+  text = (data or {}).get(split, own.name)
+  if data and noise_share:
+    text += f', noise {noise_share:g}'
   out = {
-    'text': (data or {}).get(split, own.name),
+    'text': text,
     'step': own.step,
     'scores': scores.score(own.hypotheses, own.references, own.languages[1]),
     'noise': scores.by_noise(
@@ -163,7 +188,7 @@ def evaluate(
     ),
   }
   if against:
-    other = translate_split(against, split, pairs, data=data, pair=pair)
+    other = translate_split(against, split, pairs, **of_both)
     if (other.sources, other.references) != (own.sources, own.references):
       raise errors.UserError(
         f'{against}: its {split} split has other sentences '
@@ -264,13 +289,15 @@ def main(argv):
         *(workdir, given.split, against, given.pairs, given.checkpoint, data),
         comet_model=given.comet,
         pair=pair,
+        noise_share=given.noise,
       )
     )
     print(describe(found[-1]))
   if len(found) > 1:
     mean = scores.mean([result['scores'] for result in found])
-    mean = {'text': given.split, 'step': found[0]['step'], 'scores': mean}
-    files.write_json(workdir / 'evaluation' / f'{given.split}.json', mean)
+    name = given.split + _suffix(given.noise)
+    mean = {'text': name, 'step': found[0]['step'], 'scores': mean}
+    files.write_json(workdir / 'evaluation' / f'{name}.json', mean)
     print(describe(mean))
   report.write(workdir)
 
@@ -291,6 +318,13 @@ if __name__ == '__main__':
     'data', '', 'A text to score instead, in any form that data.source takes.'
   )
   flags.DEFINE_string('pair', '', 'The direction, such as en-fr; else all.')
+  flags.DEFINE_float(
+    'noise',
+    0.0,
+    'Score a copy of the split in which this share of source words is noisy.',
+    lower_bound=0.0,
+    upper_bound=1.0,
+  )
   flags.DEFINE_list('columns', [], "Of --data; without it the run's.")
   flags.DEFINE_string(
     'against', '', 'Folder of another run, compared by paired bootstrap.'

@@ -322,3 +322,30 @@ def test_directions_are_mixed_by_temperature(
   numbered_rows.all_equal(list(resumed), made[17:])
   config.data.temperature += 1
   assert _read(config).train_digest != got.train_digest
+
+
+# Noise.
+
+
+def test_noise_is_drawn_anew_each_epoch_and_again_by_a_resume(
+  config, monkeypatch
+):
+  monkeypatch.setattr(splits.store, '_BLOCK', 18)  # Two blocks.
+  clean = _read(config)
+  config.data.noise = 0.5
+  noisy = _read(config)
+  numbered_rows.all_equal(noisy.valid, clean.valid)
+  tok, made = numbered_rows.sample_tokenizer(), list(noisy.train)
+  sources, targets = [], []
+  for batch in made:
+    text = ''.join(tok.decode(row) for row in batch['tokens'].tolist())
+    sources += [x.partition('\nFrench:')[0] for x in text.split('English: ')]
+    learned = batch['tokens'][batch['target_mask']]
+    targets += tok.decode(learned.tolist()).split()
+  # Nothing in the targets, and not twice the same in the sources.
+  assert {t for t in targets if not t.isdigit()} == {'mot'}
+  long = [x for x in sources if len(x) > 40]
+  assert len(long) > 40 and len({*long}) > 0.9 * len(long)
+  resumed = _read(config).train
+  resumed.set_state({'batches_taken': 17})
+  numbered_rows.all_equal(list(resumed), made[17:])
