@@ -350,7 +350,8 @@ KNOBS = (
     after the last.
     """, 'free'),
   knob('eval.loss_pairs', 0, at_least(0), """
-    Pairs in the validation loss, the first ones of the split; 0 for all.
+    Pairs in the validation loss, the first ones of the split, and of each
+    direction; 0 for all.
     """, 'free'),
   knob('eval.loss_batches', 0, at_least(0), """
     Batches in the validation loss, the first ones; 0 for all.
@@ -369,14 +370,16 @@ KNOBS = (
     """, 'free'),
   knob('eval.chrf_pairs', 0, at_least(0), """
     Pairs of validation that are translated for it, the first ones; 0 for all of
-    eval.translate_pairs. At most as many.
+    eval.translate_pairs. At most as many. Of several directions so many each,
+    and the curve is their mean.
     """, 'same_if_scored'),
   knob('eval.patience', 0, at_least(0), """
     Training stops after so many of these translations in a row without a better
     chrF; 0 for never.
     """, 'free'),
   knob('eval.translate_pairs', 0, at_least(0), """
-    Pairs that are translated and scored before and after training; 0 for all.
+    Pairs of each split and direction that are translated and scored before and
+    after training; 0 for all.
     """, 'same_if_scored'),
   knob('eval.test', False, ANY, """
     Score the test split too, before and after, instead of at no time.

@@ -344,7 +344,7 @@ def test_noise_is_drawn_anew_each_epoch_and_again_by_a_resume(
     targets += tok.decode(learned.tolist()).split()
   # Nothing in the targets, and not twice the same in the sources.
   assert {t for t in targets if not t.isdigit()} == {'mot'}
-  long = [x for x in sources if len(x) > 40]
+  long = [x for x in sources if len(x) > 24]
   assert len(long) > 40 and len({*long}) > 0.9 * len(long)
   resumed = _read(config).train
   resumed.set_state({'batches_taken': 17})

@@ -7,6 +7,7 @@ import pytest
 from mt.base import files
 from mt.evaluate import __main__ as evaluate
 from mt.evaluate import comparison
+from mt.evaluate import report
 from mt.evaluate import scores as scores_lib
 from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
@@ -43,7 +44,6 @@ def test_each_direction_is_scored_and_all_together(run):
   page = (run / 'report.html').read_text()
   assert page.count('<h2>Sentences: valid-') == 2
   assert 'mean of 2 directions' in page
-  assert 'Sentences: valid-fr-en' in comparison.page([run, run])
 
 
 def test_the_curve_is_the_mean_of_the_directions(run):
@@ -54,6 +54,15 @@ def test_the_curve_is_the_mean_of_the_directions(run):
   first = next(m for m in folders.metrics(run) if 'valid_chrf' in m)
   assert first['step'] == 0
   assert first['valid_chrf'] == sum(chrf) / 2 > 0
+
+
+def test_directions_are_compared(run, tmp_path):
+  other = shutil.copytree(run, tmp_path / 'other')
+  path = other / 'translations' / 'valid-fr-en.after.txt'
+  files.write_lines(path, ['one', 'two', 'three'])
+  page = comparison.page([run, other])
+  assert 'valid-en-fr: other against run' in page
+  assert 'Sentences: valid-fr-en' in page
 
 
 def test_evaluate_takes_one_direction(run, tmp_path, monkeypatch):
@@ -69,6 +78,13 @@ def test_evaluate_takes_one_direction(run, tmp_path, monkeypatch):
   own = folders.scores(run)['valid-fr-en']['after']
   assert found['scores']['chrf'] == own['chrf'] and made == []
   assert (run / 'evaluation' / 'valid-fr-en.json').exists()
+  noisy = evaluate.evaluate(run, 'valid', pair='fr-en', noise_share=1.0)
+  assert noisy['text'] == 'valid-fr-en-noise100'
+  ((name, _, source),) = made
+  assert name == 'valid-fr-en-noise100'
+  assert source != _texts(run, 'fr-en', 'source')[0]
+  assert (run / 'evaluation' / f'{name}.json').exists()
+  assert 'valid-fr-en-noise100' in report.page(run)
   refusal(
     lambda: evaluate.evaluate(run, 'valid', pair='en-ja'), "--pair is 'en-ja'"
   )
