@@ -67,7 +67,11 @@ def read_splits(
         f'{split} split in data.{split}, or write {{split}} in the path.'
       )
     names = sources(data) if split == 'train' else [source]
-    found[split] = [f for name in names for f in _find_all(name, split, data)]
+    found[split] = [
+      _find(name, split, pair, data)
+      for name in names
+      for pair in directions.each(data.pair)
+    ]
   texts = {
     split: [_open(files, data) for files in of_split]
     for split, of_split in found.items()
@@ -87,10 +91,11 @@ def _held_out(data, texts) -> dict[str, tuple[str, str]]:
   """
   out, several = {}, len(directions.each(data.pair)) > 1
   for split in ('valid', 'test'):
-    opened, source = texts.get(split, []), split_source(data, split)
+    opened, source = [*texts.get(split, [])], split_source(data, split)
     if not opened and source is not None:
-      with contextlib.suppress(errors.UserError):
-        opened = [_open(f, data) for f in _find_all(source, split, data)]
+      for pair in directions.each(data.pair):
+        with contextlib.suppress(errors.UserError):
+          opened.append(_open(_find(source, split, pair, data), data))
     for text in opened:
       for p in text.read():
         for side in p[1:] if several else [p.source]:
@@ -172,11 +177,6 @@ def _open(files, data) -> bitext.Bitext:
       '.jsonl with the languages as keys.'
     )
   return text
-
-
-def _find_all(source, split, data) -> list[_Files]:
-  """The files of each direction."""
-  return [_find(source, split, d, data) for d in directions.each(data.pair)]
 
 
 def _find(source, split, pair, data) -> _Files:

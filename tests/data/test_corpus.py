@@ -320,5 +320,6 @@ def test_a_tested_pair_is_not_trained_on_turned_round(tmp_path):
   _mtnt(tmp_path)
   _mtnt(tmp_path, 'fr-en')
   _write(tmp_path / 'train' / 'train.fr-en.tsv', '1\ttest fr\ttest en\n')
+  _write(tmp_path / 'test' / 'test.fr-en.tsv', '1\tx\ty\n')
   pair = 'en-fr,fr-en'
   refusal(lambda: _read(tmp_path, pair=pair), 'train.fr-en.tsv', 'test fr')
