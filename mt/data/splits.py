@@ -52,13 +52,7 @@ def read(
   """
   start, size = time.monotonic(), config.train.batch_size
   pair = config.data.pair
-  for split, split_texts in texts.items():
-    for text in split_texts:
-      name = directions.name(pair, split, text.pair)
-      journal.say(f'{name}: {bitext.describe(text)}')
-      if split == 'train' and (found := faults.count(text, text.sample_lines)):
-        shown = faults.describe(found)
-        journal.say(f'{name}: of these {shown}; `python -m mt.data` shows them')
+  _say_found(pair, texts)
   sources, mixture = training_rows(config, tok, texts['train'])
   for source in sources:
     source[0]  # Refuses a text without a row.
@@ -105,6 +99,17 @@ def read(
       for split, pairs in scored.items()
     },
   )
+
+
+def _say_found(pair, texts):
+  """Says what became of each text's lines."""
+  for split, split_texts in texts.items():
+    for text in split_texts:
+      name = directions.name(pair, split, text.pair)
+      journal.say(f'{name}: {bitext.describe(text)}')
+      if split == 'train' and (found := faults.count(text, text.sample_lines)):
+        shown = faults.describe(found)
+        journal.say(f'{name}: of these {shown}; `python -m mt.data` shows them')
 
 
 def training_rows(
