@@ -97,7 +97,13 @@ KNOBS = (
     'numbers above 0',
   ), """
     Each source's share of the rows, such as (3, 1); () for their numbers of
-    pairs.
+    pairs. With several directions a share for each of them in the first source,
+    then in the second, and so on.
+    """),
+  knob('data.temperature', 1.0, at_least(1), """
+    Without data.weights, a source or direction of n pairs has a share of
+    n^(1/temperature): 1 is by size; 5 gives small ones far more; 100 gives all
+    about the same.
     """),
   knob('data.valid', '', ANY, """
     What is validated on; '' takes that split of the first source.
@@ -110,14 +116,18 @@ KNOBS = (
   knob('data.pair', 'en-fr', LANGUAGES, """
     Source and target language, such as en-fr, or en-pt_BR with a region. MTNT
     has en-fr, fr-en, en-ja and ja-en. Where only the other direction's file is
-    there, it is read turned round.
+    there, it is read turned round. Several with commas between them, such as
+    en-fr,fr-en,en-ja, are learned at once; {pair} in the name of a file becomes
+    each of them, and a file without {pair} or {lang} is of the first one, or of
+    that and the same turned round.
     """),
   knob('data.columns', (), COLUMNS, """
     Where source and target stand in a .tsv or .csv: numbers from 1, such as
     (1, 2), or names out of its first line, such as ('english', 'french'). Or
     their keys in a .jsonl or .parquet, such as ('translation.en',
     'translation.fr'). () for the usual: id, source, target, or source, target,
-    which is checked; in a .jsonl or .parquet the languages as keys.
+    which is checked; in a .jsonl or .parquet the languages as keys. With
+    several directions they change places in a file that is read turned round.
     """),
   knob('data.quotes', '', one_of('', 'csv', 'text'), """
     What a quote is in columns: `csv`, around a cell, doubled inside it, and the
@@ -144,6 +154,11 @@ KNOBS = (
   knob('data.allow_leaks', False, ANY, """
     Train on sources that are in the test text, too, which is refused else; in a
     text of more than 65,536 lines they are left out.
+    """),
+  knob('data.noise', 0.0, between(0, 1), """
+    Share of words in training sources, and of the sources, that are made noisy
+    as MTNT's are (mt/data/noising.py shows how), anew in each epoch; 0 for
+    none. `python -m mt.evaluate --noise=0.3` scores a noisy copy of a split.
     """),
   knob('data.length', 256, at_least(8), """
     Tokens in a row. A pair that needs more is left out, and counted. Memory and
@@ -336,7 +351,8 @@ KNOBS = (
     after the last.
     """, 'free'),
   knob('eval.loss_pairs', 0, at_least(0), """
-    Pairs in the validation loss, the first ones of the split; 0 for all.
+    Pairs in the validation loss, the first ones of the split, and of each
+    direction; 0 for all.
     """, 'free'),
   knob('eval.loss_batches', 0, at_least(0), """
     Batches in the validation loss, the first ones; 0 for all.
@@ -355,14 +371,16 @@ KNOBS = (
     """, 'free'),
   knob('eval.chrf_pairs', 0, at_least(0), """
     Pairs of validation that are translated for it, the first ones; 0 for all of
-    eval.translate_pairs. At most as many.
+    eval.translate_pairs. At most as many. Of several directions so many each,
+    and the curve is their mean.
     """, 'same_if_scored'),
   knob('eval.patience', 0, at_least(0), """
     Training stops after so many of these translations in a row without a better
     chrF; 0 for never.
     """, 'free'),
   knob('eval.translate_pairs', 0, at_least(0), """
-    Pairs that are translated and scored before and after training; 0 for all.
+    Pairs of each split and direction that are translated and scored before and
+    after training; 0 for all.
     """, 'same_if_scored'),
   knob('eval.test', False, ANY, """
     Score the test split too, before and after, instead of at no time.

@@ -69,6 +69,16 @@ def _is_column(v: Any) -> bool:
   return (isinstance(v, int) and v >= 1) or (isinstance(v, str) and bool(v))
 
 
+_is_pair = re.compile(
+  '[A-Za-z]{2,}(_[A-Za-z]+)*-[A-Za-z]{2,}(_[A-Za-z]+)*'
+).fullmatch
+
+
+def _are_pairs(v: str) -> bool:
+  pairs = [pair.strip().lower() for pair in v.split(',')]
+  return all(map(_is_pair, pairs)) and len({*pairs}) == len(pairs)
+
+
 ANY = Rule(lambda v: True, 'any value')
 TEXT = Rule(bool, 'some text')
 POSITIVE = Rule(lambda v: 0 < v < math.inf, 'more than 0')
@@ -79,8 +89,9 @@ FORMAT = Rule(
 )
 FROZEN = one_of('auto', 'float32', 'bfloat16', 'int8', 'int4')
 LANGUAGES = Rule(
-  re.compile('[A-Za-z]{2,}(_[A-Za-z]+)*-[A-Za-z]{2,}(_[A-Za-z]+)*').fullmatch,
-  'two languages such as en-fr or en-pt_BR',
+  _are_pairs,
+  'two languages such as en-fr or en-pt_BR, or several such pairs with commas '
+  'between them, each once',
 )
 COLUMNS = Rule(
   lambda v: (

@@ -7,7 +7,8 @@ metrics.jsonl      a line for each step and each validation
 tensorboard/       the same for TensorBoard, see mt/base/events.py
 wandb_id.txt       of the run at Weights & Biases, if log.to names it
 scores.json        BLEU and chrF, before and after, and chrF by noise
-translations/      SPLIT.{source,reference,before,after}.txt
+translations/      SPLIT.{source,reference,before,after}.txt; of several
+                   directions SPLIT is valid-en-fr, valid-fr-en and so on
 samples.txt        eight sentences, before and after
 report.html        all of this on one page, see mt/evaluate/report.py
 comparison.html    other runs beside it, where mt.evaluate --report was asked

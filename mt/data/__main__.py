@@ -21,6 +21,7 @@ from mt.base import journal
 from mt.base import screen
 from mt.data import bitext
 from mt.data import corpus
+from mt.data import directions
 from mt.data import faults
 from mt.data import splits
 from mt.data import store
@@ -147,8 +148,9 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
     sources, mixture = splits.training_rows(config, tok, texts[split])
     for source, share in zip(sources, mixture, strict=False):
       text = source.store.bitext
-      found = measured[f'{split}: {text.where}'] = lengths(source.store)
-      out.append(f'{split}: {bitext.describe(text)}')
+      name = directions.name(config.data.pair, split, text.pair)
+      found = measured[f'{name}: {text.where}'] = lengths(source.store)
+      out.append(f'{name}: {bitext.describe(text)}')
       numbers = range(len(source.store))
       if len(numbers) > 1 and (bad := source.store.unusable(numbers)):
         out.append(f'  not used of all lines: {bitext.reasons(bad)}')

@@ -21,6 +21,7 @@ import grain
 import numpy as np
 
 from mt.base import errors
+from mt.data import noising
 from mt.data import packing as packing_lib
 from mt.data import store as store_lib
 from mt.data import template
@@ -106,8 +107,11 @@ class Rows:
 
   def _find(self, index):
     """The number of the block that a row is in, and its place there."""
-    firsts, several = self._first_rows, len(self.store) > 1
+    firsts, noise = self._first_rows, self.store.noise
+    several = len(self.store) > 1 or noise > 0  # Blocks to be made.
     what = 'first rows', self.seed, self.length, self.packing, self.group
+    if noise:
+      what += noise, noising.VERSION, self.store.bitext.pair
     if several and len(firsts) == 1:  # Else a resume would pack all blocks.
       firsts[:] = self.store.recall(what) or firsts
     while firsts[-1] <= index:
@@ -135,12 +139,13 @@ class Rows:
       for old in sorted(self._blocks)[:-1]:
         del self._blocks[old]
       block, epoch = self._stored(number), number // len(self.store)
-      examples = self.store.block(block)
+      examples = self.store.block(block, epoch)
       rng = np.random.default_rng([self.seed, epoch, block])
       order = rng.permutation(np.flatnonzero(examples.sizes <= self.length))
       self._blocks[number] = examples, self._pack(rng, order, examples.sizes)
-      if len(self.store) > 1:
-        self.store.make_ahead(self._stored(number + 1))
+      if len(self.store) > 1 or self.store.noise:
+        following = (number + 1) // len(self.store)
+        self.store.make_ahead(self._stored(number + 1), following)
     return self._blocks[number]
 
   def _pack(self, rng, order, sizes):

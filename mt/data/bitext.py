@@ -52,6 +52,7 @@ class Bitext:
   max_bad_fraction: float  # Of unusable lines that are put up with.
   notes: tuple[str, ...]  # What else a reader should know.
   digest: str  # Changes with the content and with how it is read.
+  pair: str  # The direction, such as en-fr.
   # Instead of lines, the pairs themselves, see mt/data/tfds.py.
   pairs: tuple[lines.Pair, ...] = ()
   rules: faults.Rules | None = None  # What training leaves out, see corpus.
@@ -211,6 +212,7 @@ def open_bitext(
     max_bad_fraction=max_bad_fraction,
     notes=notes,
     digest=hashlib.sha256(identity.encode()).hexdigest(),
+    pair=pair,
   )
   if not len(text):
     raise no_pair(text.where)

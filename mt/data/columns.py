@@ -104,7 +104,8 @@ def _header(cells, pair) -> tuple[str, ...]:
   """Two cells that name languages or sides, in the order of the pair, or ()."""
   names, found = template.language_names(), []
   for code, side in zip(pair.lower().split('-'), _SIDES, strict=True):
-    known = {code, names.get(code, code).lower()} | side
+    name = names.get(template.base_language(code), code)
+    known = {code, name.lower()} | side
     found.append(next((c for c in cells if c.strip().lower() in known), None))
   return () if None in found or found[0] == found[1] else tuple(found)
 

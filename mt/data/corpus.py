@@ -7,8 +7,8 @@ A source is one of
                 (Michel and Neubig 2018, arXiv 1809.00388), or with MTNT/ inside
   path.tar.gz   an archive of such a folder
   path/to/file  a file of pairs, see mt/data/formats.py; `{split}` in the path
-                becomes train, valid or test, and `{lang}` makes it two aligned
-                files, one for each language of data.pair
+                becomes train, valid or test, {pair} the direction, and `{lang}`
+                makes it two aligned files, one for each language
   sacrebleu:NAME  a test set, see mt/data/sacrebleu_sets.py
 
 `python -m mt.data --config=…` shows what training will see.
@@ -21,12 +21,15 @@ import hashlib
 import json
 import os
 import pathlib
+from typing import NamedTuple
 
 import ml_collections
 
 from mt.base import errors
 from mt.data import bitext
+from mt.data import directions
 from mt.data import faults
+from mt.data import lines
 from mt.data import mtnt
 from mt.data import sacrebleu_sets
 from mt.data import tfds
@@ -47,7 +50,9 @@ def sources(data: ml_collections.ConfigDict) -> list[str]:
 def read_splits(
   data: ml_collections.ConfigDict, splits: Sequence[str]
 ) -> dict[str, list[bitext.Bitext]]:
-  """The parallel texts of each split: of `train` one for each source.
+  """The parallel texts of each split, in the order of the directions.
+
+  There is one for each direction; of `train` for each of each source.
 
   Raises:
     errors.UserError: no such source, split or pair, or a file's own errors.
@@ -62,10 +67,14 @@ def read_splits(
         f'{split} split in data.{split}, or write {{split}} in the path.'
       )
     names = sources(data) if split == 'train' else [source]
-    found[split] = [_find(name, split, data.pair) for name in names]
+    found[split] = [
+      _find(name, split, pair, data)
+      for name in names
+      for pair in directions.each(data.pair)
+    ]
   texts = {
-    split: [_open(paths, other_way, data) for paths, other_way in files]
-    for split, files in found.items()
+    split: [_open(files, data) for files in of_split]
+    for split, of_split in found.items()
   }
   if 'train' in texts:
     held_out = _held_out(data, texts)
@@ -77,17 +86,20 @@ def _held_out(data, texts) -> dict[str, tuple[str, str]]:
   """Sources of validation and test, for faults.Rules.
 
   Of those too that are not read now, if they are there: a run that does not
-  score the test split must not train on it either.
+  score the test split must not train on it either. With several directions the
+  targets too: a pair turned round is the same pair.
   """
-  out = {}
+  out, several = {}, len(directions.each(data.pair)) > 1
   for split in ('valid', 'test'):
-    opened, source = texts.get(split, []), split_source(data, split)
+    opened, source = [*texts.get(split, [])], split_source(data, split)
     if not opened and source is not None:
-      with contextlib.suppress(errors.UserError):
-        opened = [_open(*_find(source, split, data.pair), data)]
+      for pair in directions.each(data.pair):
+        with contextlib.suppress(errors.UserError):
+          opened.append(_open(_find(source, split, pair, data), data))
     for text in opened:
       for p in text.read():
-        out[faults.fold(p.source)] = split, p.source
+        for side in p[1:] if several else [p.source]:
+          out[faults.fold(side)] = split, side
   return out
 
 
@@ -99,7 +111,7 @@ def _cleaned(text, data, held_out) -> bitext.Bitext:
   """
   names = {name.strip() for name in data.filter.split(',')} - {''}
   ratio = faults.median_ratio(text.sample.pairs)
-  rules = faults.Rules(data.pair, ratio, held_out)
+  rules = faults.Rules(text.pair, ratio, held_out)
   if not data.allow_leaks and 'leaks' not in names:
     faults.refuse_leaks(text.where, text.sample.pairs, rules)
     if held_out and text.sample.number < len(text):
@@ -110,7 +122,7 @@ def _cleaned(text, data, held_out) -> bitext.Bitext:
   left_out = frozenset(names)
   rules = dataclasses.replace(rules, left_out=left_out, again=again)
   sources = sorted(held_out) if 'leaks' in names else []
-  identity = json.dumps([text.digest, sorted(names), data.pair, sources])
+  identity = json.dumps([text.digest, sorted(names), text.pair, sources])
   digest = hashlib.sha256(identity.encode()).hexdigest()
   return dataclasses.replace(text, rules=rules, digest=digest)
 
@@ -133,38 +145,74 @@ def some_texts(text: bitext.Bitext, most: int = 4000) -> list[str]:
   return [side for p in pairs for side in (p.source, p.target)]
 
 
-def _open(paths, reversed_pair, data) -> bitext.Bitext:
+class _Files(NamedTuple):
+  """The files of a direction of a split."""
+
+  paths: list[pathlib.Path]
+  pair: str
+  reversed_pair: bool = False  # They hold the pair the other way.
+  shared: bool = False  # With all other directions.
+
+
+def _open(files, data) -> bitext.Bitext:
+  paths, pair, other_way, shared = files
   if data.tfds_quoting:
-    return tfds.read_as_tfds(paths[0], reversed_pair)
-  return bitext.open_bitext(
+    return tfds.read_as_tfds(paths[0], other_way, pair)
+  first, *more = directions.each(data.pair)
+  turn = more and other_way  # What data.columns says is of the file.
+  text = bitext.open_bitext(
     paths,
-    data.pair,
-    data.columns,
+    pair,
+    data.columns[::-1] if turn else data.columns,
     quotes=data.quotes,
-    reversed_pair=reversed_pair,
+    reversed_pair=other_way,
     max_bad_fraction=data.max_bad_fraction,
   )
+  by_language = isinstance(text.parse, lines.Keys) and not data.columns
+  both_ways = first, directions.turned(first)
+  if shared and not by_language and pair not in both_ways:
+    raise errors.UserError(
+      f'{text.where}: taken for {first}, the first of data.pair, but {pair} is '
+      'asked of it, too; a name with {pair} or {lang} in it expected, or a '
+      '.jsonl with the languages as keys.'
+    )
+  return text
 
 
-def _find(source, split, pair) -> tuple[list[pathlib.Path], bool]:
-  """The files of a split, and whether they hold the pair the other way."""
-  if _is_text(source):
-    path = source.replace('{split}', split)
-    if path.startswith(sacrebleu_sets.PREFIX):
-      name = path.removeprefix(sacrebleu_sets.PREFIX)
-      return sacrebleu_sets.find(name, pair), False
-    languages = pair.split('-') if '{lang}' in path else ['']
-    return [pathlib.Path(path.replace('{lang}', x)) for x in languages], False
-  folder = _open_folder(source) / split
-  path = folder / f'{split}.{pair}.tsv'
-  other = '-'.join(reversed(pair.split('-')))
+def _find(source, split, pair, data) -> _Files:
+  if not _is_text(source):
+    return _find_in_folder(_open_folder(source) / split, split, pair)
+  path = source.replace('{split}', split)
+  if path.startswith(sacrebleu_sets.PREFIX):
+    name = path.removeprefix(sacrebleu_sets.PREFIX)
+    return _Files(sacrebleu_sets.find(name, pair), pair)
+  if '{lang}' in path:
+    path = path.replace('{pair}', pair)
+    sides = pair.split('-')
+    return _Files(
+      [pathlib.Path(path.replace('{lang}', x)) for x in sides], pair
+    )
+  if '{pair}' in path:
+    own, other = (
+      pathlib.Path(path.replace('{pair}', p))
+      for p in (pair, directions.turned(pair))
+    )
+    turn = not os.path.exists(own) and os.path.exists(other)
+    return _Files([other if turn else own], pair, turn)
+  first = directions.each(data.pair)[0]
+  turn = pair != first and pair == directions.turned(first)
+  return _Files([pathlib.Path(path)], pair, turn, shared=True)
+
+
+def _find_in_folder(folder, split, pair) -> _Files:
+  path, other = folder / f'{split}.{pair}.tsv', directions.turned(pair)
   # glob raises for a name that is too long; isdir says False.
   found = folder.glob(f'{split}.*.tsv') if os.path.isdir(folder) else ()
   pairs = [p.name.split('.')[-2] for p in found]
   if pair in pairs or not pairs:
-    return [path], False
+    return _Files([path], pair)
   if other in pairs:
-    return [folder / f'{split}.{other}.tsv'], True
+    return _Files([folder / f'{split}.{other}.tsv'], pair, True)
   raise errors.UserError(
     f'{path}: there is no such file; data.pair is {pair!r}, expected one of '
     f'{", ".join(sorted(pairs))}.'
@@ -173,7 +221,7 @@ def _find(source, split, pair) -> tuple[list[pathlib.Path], bool]:
 
 def _is_text(source) -> bool:
   """Whether it names files of pairs, not a folder or an archive of them."""
-  if '{split}' in source or '{lang}' in source:
+  if any(field in source for field in ('{split}', '{lang}', '{pair}')):
     return True
   if source.startswith(sacrebleu_sets.PREFIX):
     return True

@@ -28,6 +28,7 @@ from mt.base import errors
 from mt.base import files
 from mt.data import formats
 from mt.data import lines
+from mt.data import template
 
 _LENGTHS = 3.0  # Times as long as the median of the text's pairs.
 _SHORT = 20  # Characters; the lengths of shorter texts say nothing.
@@ -72,7 +73,8 @@ class Rules:
   def find(self, pair: lines.Pair) -> list[str]:
     """The faults of a pair; duplicates are those of many."""
     source, target = fold(pair.source), fold(pair.target)
-    sides = zip(self.pair.lower().split('-'), pair[1:], strict=True)
+    languages = map(template.base_language, self.pair.split('-'))
+    sides = zip(languages, pair[1:], strict=True)
     longest = max(len(source), len(target))
     ratio = math.log(max(1, len(source)) / max(1, len(target)))
     both = pair.source + pair.target

@@ -13,6 +13,7 @@ import numpy as np
 from mt.base import journal
 from mt.data import batches
 from mt.data import bitext
+from mt.data import directions
 from mt.data import faults
 from mt.data import lines
 from mt.data import store
@@ -30,7 +31,8 @@ class Data:
   train_texts: dict[str, str]  # By file: changes with the text or its tokens.
   valid: list[batches.Batch]  # For the loss.
   minitrain: list[batches.Batch]  # The same of some training pairs, or none.
-  scored: dict[str, list[lines.Pair]]  # By split, to be translated.
+  # By split and direction (see directions.name), to be translated.
+  scored: dict[str, list[lines.Pair]]
 
 
 def read(
@@ -49,16 +51,13 @@ def read(
     errors.UserError: no pair of a split fits into a row.
   """
   start, size = time.monotonic(), config.train.batch_size
-  for split, split_texts in texts.items():
-    for text in split_texts:
-      journal.say(f'{split}: {bitext.describe(text)}')
-      if split == 'train' and (found := faults.count(text, text.sample_lines)):
-        shown = faults.describe(found)
-        journal.say(f'train: of these {shown}; `python -m mt.data` shows them')
+  pair = config.data.pair
+  _say_found(pair, texts)
   sources, mixture = training_rows(config, tok, texts['train'])
   for source in sources:
     source[0]  # Refuses a text without a row.
-    journal.say(f'train: {describe(source)}')
+    name = directions.name(pair, 'train', source.store.bitext.pair)
+    journal.say(f'{name}: {describe(source)}')
   train = batches.TrainBatches(
     sources,
     mixture,
@@ -68,25 +67,49 @@ def read(
   )
   keys = [source.store.key for source in sources]
   identity = json.dumps([keys, mixture, config.data.length])
-  scored = {k: v[0].read() for k, v in texts.items() if k != 'train'}
-  for_loss = scored['valid'][: config.eval.loss_pairs or None]
-  where = texts['valid'][0].where
+  scored = {
+    directions.name(pair, split, text.pair): text.read()
+    for split, of_split in texts.items()
+    if split != 'train'
+    for text in of_split
+  }
+  for_loss = [
+    (direction, scored[name][: config.eval.loss_pairs or None])
+    for name, direction in directions.named(pair, 'valid').items()
+  ]
+  where = ', '.join({text.where: None for text in texts['valid']})
   valid, dropped = _loss_batches(config, tok, for_loss, where)
+  number = sum(len(pairs) for _, pairs in for_loss)
   journal.say(
-    f'valid: {len(for_loss):,} pairs for the loss, {dropped:,} of them dropped'
+    f'valid: {number:,} pairs for the loss, {dropped:,} of them dropped'
     f'; data ready after {time.monotonic() - start:.1f} s'
   )
   return Data(
     train=train,
     train_digest=hashlib.sha256(identity.encode()).hexdigest(),
-    train_texts={s.store.bitext.where: s.store.key for s in sources},
+    train_texts={
+      directions.name(pair, x.where, x.pair): s.store.key
+      for s in sources
+      for x in [s.store.bitext]
+    },
     valid=valid,
-    minitrain=_minitrain(config, tok, texts['train'], mixture, len(for_loss)),
+    minitrain=_minitrain(config, tok, texts['train'], mixture, number),
     scored={
       split: pairs[: config.eval.translate_pairs or None]
       for split, pairs in scored.items()
     },
   )
+
+
+def _say_found(pair, texts):
+  """Says what became of each text's lines."""
+  for split, split_texts in texts.items():
+    for text in split_texts:
+      name = directions.name(pair, split, text.pair)
+      journal.say(f'{name}: {bitext.describe(text)}')
+      if split == 'train' and (found := faults.count(text, text.sample_lines)):
+        shown = faults.describe(found)
+        journal.say(f'{name}: of these {shown}; `python -m mt.data` shows them')
 
 
 def training_rows(
@@ -95,10 +118,13 @@ def training_rows(
   texts: Sequence[bitext.Bitext],
 ) -> tuple[list[batches.Rows], list[float]]:
   """The rows of each training text, and its share of all rows."""
-  template = template_lib.from_config(config)
   rows = [
     batches.Rows(
-      store.open_store(text, tok, template),
+      store.open_store(
+        *(text, tok, _template(config, text.pair)),
+        noise=config.data.noise,
+        seed=config.seed,
+      ),
       config.data.length,
       config.seed,
       packing=config.data.packing,
@@ -106,7 +132,14 @@ def training_rows(
     )
     for text in texts
   ]
-  return rows, list(config.data.weights) or [len(text) for text in texts]
+  shares = list(config.data.weights) or [len(text) for text in texts]
+  if not config.data.weights and config.data.temperature != 1:
+    shares = [n ** (1 / config.data.temperature) for n in shares]
+  return rows, shares
+
+
+def _template(config, direction):
+  return template_lib.from_config(directions.only(config, direction))
 
 
 def describe(source: batches.Rows) -> str:
@@ -130,8 +163,8 @@ def draw(
   mixture: Sequence[float],
   number: int,
   seed: int,
-) -> list[lines.Pair]:
-  """A sample of training pairs, each text with its share of the mixture.
+) -> list[list[lines.Pair]]:
+  """A sample of the pairs of each training text, by its share of the mixture.
 
   They are fewer than `number` where a text has fewer than its part.
   """
@@ -140,7 +173,7 @@ def draw(
   out = []
   for text, count in zip(texts, counts.tolist(), strict=True):
     some = rng.choice(len(text), min(count, len(text)), replace=False)
-    out += text.read(np.sort(some).tolist())
+    out.append(text.read(np.sort(some).tolist()))
   return out
 
 
@@ -148,19 +181,24 @@ def _minitrain(config, tok, texts, mixture, most) -> list[batches.Batch]:
   number = min(config.eval.minitrain_pairs or most, most)
   if number < 0:
     return []
-  pairs = draw(texts, mixture, number, config.seed)
+  drawn = draw(texts, mixture, number, config.seed)
+  groups = list(zip([text.pair for text in texts], drawn, strict=True))
   where = f'eval.minitrain_pairs={number}, drawn from training'
-  made, dropped = _loss_batches(config, tok, pairs, where)
+  made, dropped = _loss_batches(config, tok, groups, where)
   journal.say(
-    f'minitrain: {len(pairs):,} training pairs for a loss beside that of '
-    f'valid, {dropped:,} of them dropped'
+    f'minitrain: {sum(map(len, drawn)):,} training pairs for a loss beside '
+    f'that of valid, {dropped:,} of them dropped'
   )
   return made
 
 
-def _loss_batches(config, tok, pairs, where) -> tuple[list[batches.Batch], int]:
-  """Batches of pairs for a loss, and how many of them do not fit into a row."""
-  examples = template_lib.encode(pairs, tok, template_lib.from_config(config))
+def _loss_batches(
+  config, tok, groups, where
+) -> tuple[list[batches.Batch], int]:
+  """Batches for a loss, of (direction, pairs); how many fit into no row."""
+  examples = template_lib.join(
+    [template_lib.encode(p, tok, _template(config, d)) for d, p in groups]
+  )
   length, size = config.data.length, config.train.batch_size
   dropped = int((examples.sizes > length).sum())
   if dropped == len(examples):

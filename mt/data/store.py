@@ -7,6 +7,9 @@ sample as any. A block is tokenised when it is first asked for: training on
 millions of pairs starts with the first of them. `python -m mt.data` asks for
 all.
 
+With `noise` the sources of a block are made noisy anew in each epoch. Those
+examples are kept in memory, the last two blocks of them.
+
 A block's file is int32 numbers in the machine's order, and nothing else:
   n, which n of its lines are pairs, n sizes, n target starts, the tokens
 """
@@ -30,6 +33,7 @@ from mt.base import files
 from mt.base import journal
 from mt.data import bitext as bitext_lib
 from mt.data import lines
+from mt.data import noising
 from mt.data import template as template_lib
 from mt.data import tokenizer
 
@@ -48,6 +52,11 @@ class Store:
   tok: tokenizer.Tokenizer
   template: template_lib.Template
   folder: pathlib.Path
+  noise: float = 0.0  # Share of words and sentences, see noising.noised.
+  seed: int = 0  # Of the noise.
+  _noisy: dict = dataclasses.field(
+    default_factory=dict, init=False, compare=False, repr=False
+  )
   _writing: threading.Lock = dataclasses.field(
     default_factory=threading.Lock, init=False, compare=False, repr=False
   )
@@ -77,8 +86,10 @@ class Store:
     chex.assert_scalar_in(number, 0, len(self) - 1)
     return np.array_split(self._order, len(self))[number]
 
-  def block(self, number: int) -> template_lib.Examples:
+  def block(self, number: int, epoch: int = 0) -> template_lib.Examples:
     """The examples of a block; made and written if they are not there.
+
+    The epoch matters to noise alone.
 
     Raises:
       errors.UserError: see Bitext.look, Bitext.check and template.encode; a
@@ -87,9 +98,37 @@ class Store:
     usable, examples = self._read(number)
     if len(usable) < len(self.members(number)):
       self.bitext.check(self.unusable([number]), len(self.members(number)))
-    return examples
+    return self._with_noise(number, epoch) if self.noise else examples
 
-  def make_ahead(self, number: int) -> None:
+  def _with_noise(self, number, epoch):
+    """The examples of a block, whose sources have the noise of an epoch."""
+    usable, _ = self._read(number)
+    chosen = self.members(number)[usable]
+    with self._writing:
+      if (number, epoch) not in self._noisy:
+        for old in [*self._noisy][:-1]:
+          del self._noisy[old]
+        parts = [
+          self._noised(chosen[at : at + _CHUNK], epoch)
+          for at in range(0, max(1, len(chosen)), _CHUNK)
+        ]
+        self._noisy[number, epoch] = template_lib.join(parts)
+      return self._noisy[number, epoch]
+
+  def _noised(self, which, epoch):
+    _leave_with_main()
+    language = template_lib.base_language(self.bitext.pair.split('-')[0])
+    pairs = [
+      pair._replace(
+        source=noising.noised(
+          pair.source, self.noise, (self.seed, epoch, line), language
+        )
+      )
+      for line, pair in zip(which, self.bitext.read(which), strict=True)
+    ]
+    return template_lib.encode(pairs, self.tok, self.template)
+
+  def make_ahead(self, number: int, epoch: int = 0) -> None:
     """Starts to make a block in a thread, if it is not there.
 
     What is wrong with it is said to who asks for it.
@@ -97,6 +136,8 @@ class Store:
 
     def make():
       with contextlib.suppress(errors.UserError):
+        if self.noise:
+          self._with_noise(number, epoch)
         self._read(number)
 
     threading.Thread(target=make).start()
@@ -140,9 +181,7 @@ class Store:
   def _write(self, path, members):
     usable, parts, unusable = [], [], {}
     for at in range(0, len(members), _CHUNK):
-      # SentencePiece's own threads do not survive the end of the process.
-      if not threading.main_thread().is_alive():
-        sys.exit()
+      _leave_with_main()
       looked = self.bitext.look(members[at : at + _CHUNK])
       usable.append((looked.usable + at).astype(np.int32))
       parts.append(template_lib.encode(looked.pairs, self.tok, self.template))
@@ -161,6 +200,12 @@ class Store:
       for name in ('sizes', 'target_starts', 'tokens'):
         for part in parts:
           f.write(getattr(part, name))
+
+
+def _leave_with_main():
+  # SentencePiece's own threads do not survive the end of the process.
+  if not threading.main_thread().is_alive():
+    sys.exit()
 
 
 def _load(path, most) -> tuple[np.ndarray, template_lib.Examples] | None:
@@ -184,9 +229,12 @@ def open_store(
   bitext: bitext_lib.Bitext,
   tok: tokenizer.Tokenizer,
   template: template_lib.Template,
+  noise: float = 0.0,
+  seed: int = 0,
 ) -> Store:
   """The store of a text in the cache; nothing is tokenised yet."""
   proto = hashlib.sha256(tok.proto).hexdigest()
   parts = [_VERSION, _BLOCK, bitext.digest, repr(template), proto]
   key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-  return Store(bitext, tok, template, cache.cache_dir() / 'tokens' / key)
+  folder = cache.cache_dir() / 'tokens' / key
+  return Store(bitext, tok, template, folder, noise, seed)

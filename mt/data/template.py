@@ -194,6 +194,14 @@ class Examples:
     return self.tokens[self._ends[i] : self._ends[i + 1]]
 
 
+def join(parts: Sequence[Examples]) -> Examples:
+  """Examples of several templates, one after the other."""
+  names = [field.name for field in dataclasses.fields(Examples)]
+  return Examples(
+    *(np.concatenate([getattr(p, n) for p in parts]) for n in names)
+  )
+
+
 def encode(
   pairs: Sequence[lines.Pair], tok: tokenizer.Tokenizer, template: Template
 ) -> Examples:

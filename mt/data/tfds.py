@@ -12,7 +12,7 @@ from mt.data import lines
 
 
 def read_as_tfds(
-  path: str | pathlib.Path, reversed_pair: bool = False
+  path: str | pathlib.Path, reversed_pair: bool = False, pair: str = 'en-fr'
 ) -> bitext.Bitext:
   """Reads what TFDS's `mtnt` reads: csv.reader with its default quoting.
 
@@ -64,5 +64,6 @@ def read_as_tfds(
     max_bad_fraction=1.0,
     notes=(note,),
     digest=hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
+    pair=pair,
     pairs=tuple(pairs),
   )

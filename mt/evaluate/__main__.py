@@ -14,6 +14,12 @@ is not translated again. W/evaluation/ has then
 
 makes one page of several runs: comparison.html in the folder of the first.
 
+Of a run with several directions each is scored, as SPLIT-PAIR, and their mean
+is SPLIT; --pair names one.
+
+With --noise=0.3 a copy is scored, as SPLIT-noise30, in which that share of
+words and sentences is made noisy; see mt/data/noising.py.
+
 With --data=TEXT any text that data.source takes is scored instead, such as a
 file or sacrebleu:wmt24; SPLIT is then SPLIT-TEXT in these names.
 """
@@ -34,6 +40,9 @@ from mt.base import files
 from mt.base import journal
 from mt.base import run_folder
 from mt.data import corpus
+from mt.data import directions
+from mt.data import lines
+from mt.data import noising
 from mt.evaluate import cached
 from mt.evaluate import comet
 from mt.evaluate import comparison
@@ -62,6 +71,8 @@ def translate_split(
   pairs: int | None = None,
   which: str = '',
   data: Mapping[str, Any] | None = None,
+  pair: str = '',
+  noise_share: float = 0.0,
 ) -> Evaluated:
   """Translates a split with a run's checkpoint, if that is not done.
 
@@ -73,43 +84,63 @@ def translate_split(
     which: of its checkpoints, see checkpoint.find_step.
     data: knobs of `config.data` to take in place of the run's: under the
       split's name another text, and its `columns`.
+    pair: one of the run's directions; '' where it has no other.
+    noise_share: of the sources' words and of sentences, made noisy first.
   """
-  config, name = run_folder.read_config(workdir), split
-  data = data or {}
+  config, data = run_folder.read_config(workdir), data or {}
+  narrowed = directions.only(config, pair)
+  pair = narrowed.data.pair
+  name = directions.name(config.data.pair, split, pair)
   step, _ = checkpoint.find_step(workdir, which)
   if pairs is None:
     pairs = 0 if data else config.eval.translate_pairs
+  of_run = workdir / 'translations' / f'{name}.after.txt'
+  if split in data:  # A text of this direction.
+    config = narrowed
   config.data.update(data)
-  if corpus.split_source(config.data, split) is None:
-    raise errors.UserError(
-      f'{workdir}: the run has no {split} split (data.{split} is empty); name '
-      'a text with --data.'
-    )
+  chosen = _read(workdir, config.data, split, pair)[: pairs or None]
   if split in data:
     name += '-' + re.sub(r'\W+', '_', data[split])[-100:]
-  chosen = corpus.read_splits(config.data, [split])[split][0].read()
-  chosen = chosen[: pairs or None]
-  sources = [p.source for p in chosen]
+  sources, languages = [p.source for p in chosen], directions.languages(pair)
+  if noise_share:
+    name += _suffix(noise_share)
+    sources = [
+      noising.noised(text, noise_share, (0, i), languages[0])
+      for i, text in enumerate(sources)
+    ]
   references = [p.target for p in chosen]
   made = cached.provenance(step, config.decode, sources)
-  of_run = workdir / 'translations' / f'{split}.after.txt'
   own = workdir / 'evaluation' / f'{name}.hypothesis.txt'
   texts = cached.read_if_current(of_run, made)
   if texts is None:
     texts = cached.read_if_current(own, made)
   if texts is None:
-    texts = _translate(workdir, step, split, sources)
-  for side, lines in (('source', sources), ('reference', references)):
-    files.write_lines(own.with_name(f'{name}.{side}.txt'), lines)
+    texts = _translate(workdir, step, name, sources, pair)
+  for side, of_side in (('source', sources), ('reference', references)):
+    files.write_lines(own.with_name(f'{name}.{side}.txt'), of_side)
   cached.write(own, made, texts)
-  languages = tuple(config.data.pair.lower().split('-'))
   return Evaluated(name, languages, step, sources, references, texts)
 
 
-def _translate(workdir, step, split, sources):
+def _read(workdir, data, split, pair) -> list[lines.Pair]:
+  """A direction of a split."""
+  if corpus.split_source(data, split) is None:
+    raise errors.UserError(
+      f'{workdir}: the run has no {split} split (data.{split} is empty); name '
+      'a text with --data.'
+    )
+  texts = corpus.read_splits(data, [split])[split]
+  return next(text for text in texts if text.pair == pair).read()
+
+
+def _suffix(noise_share) -> str:
+  return f'-noise{round(100 * noise_share)}' if noise_share else ''
+
+
+def _translate(workdir, step, name, sources, pair):
   config, source, params = checkpoint.load_finetuned(workdir, step)
-  progress = journal.Progress(f'translating {split}', len(sources))
-  translator = translator_lib.from_config(config, source)
+  progress = journal.Progress(f'translating {name}', len(sources))
+  translator = translator_lib.from_config(directions.only(config, pair), source)
   texts = translator(params, sources, progress.update)
   progress.close()
   return texts
@@ -123,11 +154,14 @@ def evaluate(
   which: str = '',
   data: Mapping[str, Any] | None = None,
   comet_model: str = '',
+  pair: str = '',
+  noise_share: float = 0.0,
 ) -> dict[str, Any]:
   """Scores one of a run's checkpoints, and leaves W/evaluation/SPLIT.json.
 
   Args:
-    workdir, split, pairs, which, data: see translate_split.
+    workdir, split, pairs, which, data, pair, noise_share: see
+      translate_split.
     against: the folder of another run, to compare with: with its best
       checkpoint, or its last where there is no best one.
     comet_model: see mt/evaluate/comet.py; '' for scores without COMET.
@@ -140,9 +174,13 @@ def evaluate(
   """
   if comet_model:
     comet.find()  # Before minutes go into translating.
-  own, other = translate_split(workdir, split, pairs, which, data), None
+  of_both = {'data': data, 'pair': pair, 'noise_share': noise_share}
+  own, other = translate_split(workdir, split, pairs, which, **of_both), None
+  text = (data or {}).get(split, own.name)
+  if data and noise_share:
+    text += f', noise {noise_share:g}'
   out = {
-    'text': (data or {}).get(split, split),
+    'text': text,
     'step': own.step,
     'scores': scores.score(own.hypotheses, own.references, own.languages[1]),
     'noise': scores.by_noise(
@@ -150,7 +188,7 @@ def evaluate(
     ),
   }
   if against:
-    other = translate_split(against, split, pairs, data=data)
+    other = translate_split(against, split, pairs, **of_both)
     if (other.sources, other.references) != (own.sources, own.references):
       raise errors.UserError(
         f'{against}: its {split} split has other sentences '
@@ -194,16 +232,8 @@ def describe(result: dict[str, Any]) -> str:
   out = [f'{result["text"]}, step {result["step"]}, {size}']
   for name in scores.names(found):
     out.append(f'{name:10} {found[name]:6.2f}  {found[name + "_signature"]}')
-  out.append('chrF by noise (a sentence may be in several classes)')
-  for name in (*noise.CLASSES, scores.NO_CLASS):
-    row = result['noise'].get(name)
-    if row is None:
-      text = '     -  no rule for the source language'
-    elif not row['sentences']:
-      text = '     0  no sentence'
-    else:
-      text = f'{row["sentences"]:6,}  {row["chrf"]:6.2f}'
-    out.append(f'  {name:14}{text}')
+  if 'noise' in result:  # A mean has none.
+    out += _by_noise(result['noise'])
   if other := result.get('against'):
     out.append(f'against {other["workdir"]}, step {other["step"]}')
     for name, row in other['scores'].items():
@@ -214,6 +244,20 @@ def describe(result: dict[str, Any]) -> str:
         f'{row["signature"]}'
       )
   return '\n'.join(out)
+
+
+def _by_noise(found) -> list[str]:
+  out = ['chrF by noise (a sentence may be in several classes)']
+  for name in (*noise.CLASSES, scores.NO_CLASS):
+    row = found.get(name)
+    if row is None:
+      text = '     -  no rule for the source language'
+    elif not row['sentences']:
+      text = '     0  no sentence'
+    else:
+      text = f'{row["sentences"]:6,}  {row["chrf"]:6.2f}'
+    out.append(f'  {name:14}{text}')
+  return out
 
 
 def main(argv):
@@ -238,12 +282,32 @@ def main(argv):
         f'--columns={",".join(columns)}: {knobs.COLUMNS.expected} expected, of '
         'the text that --data names.'
       )
-  result = evaluate(
-    *(workdir, given.split, against, given.pairs, given.checkpoint, data),
-    comet_model=given.comet,
-  )
+  found = []
+  for pair in _asked(workdir, given.pair, given.data):
+    found.append(
+      evaluate(
+        *(workdir, given.split, against, given.pairs, given.checkpoint, data),
+        comet_model=given.comet,
+        pair=pair,
+        noise_share=given.noise,
+      )
+    )
+    print(describe(found[-1]))
+  if len(found) > 1:
+    mean = scores.mean([result['scores'] for result in found])
+    name = given.split + _suffix(given.noise)
+    mean = {'text': name, 'step': found[0]['step'], 'scores': mean}
+    files.write_json(workdir / 'evaluation' / f'{name}.json', mean)
+    print(describe(mean))
   report.write(workdir)
-  print(describe(result))
+
+
+def _asked(workdir, pair, data) -> list[str]:
+  """The directions to be scored: all of the run, or --pair."""
+  config = run_folder.read_config(workdir)
+  if pair or data:  # A text is of one direction.
+    return [directions.only(config, pair).data.pair]
+  return directions.each(config.data.pair)
 
 
 if __name__ == '__main__':
@@ -252,6 +316,14 @@ if __name__ == '__main__':
   flags.DEFINE_enum('split', 'valid', ['valid', 'test'], 'What is scored.')
   flags.DEFINE_string(
     'data', '', 'A text to score instead, in any form that data.source takes.'
+  )
+  flags.DEFINE_string('pair', '', 'The direction, such as en-fr; else all.')
+  flags.DEFINE_float(
+    'noise',
+    0.0,
+    'Score a copy of the split in which this share of source words is noisy.',
+    lower_bound=0.0,
+    upper_bound=1.0,
   )
   flags.DEFINE_list('columns', [], "Of --data; without it the run's.")
   flags.DEFINE_string(

@@ -7,6 +7,7 @@ import pathlib
 from mt.base import errors
 from mt.base import files
 from mt.base import run_folder
+from mt.data import directions
 from mt.evaluate import chart
 from mt.evaluate import report
 from mt.evaluate import scores as scores_lib
@@ -37,8 +38,10 @@ def page(workdirs: Sequence[pathlib.Path]) -> str:
     names = [str(w) for w in workdirs]
   configs = [files.read_json(w / 'config.json') for w in workdirs]
   tables, texts = [], []
-  languages = configs[0]['data']['pair'].lower().split('-')
-  for split in ('valid', 'test'):
+  pair = configs[0]['data']['pair']
+  of = directions.named(pair, 'valid', 'test')
+  for split, direction in of.items():
+    languages = directions.languages(direction)
     made = dict(zip(names, (_made(w, split) for w in workdirs), strict=True))
     if made[names[0]] is not None:
       tables.append(_compared(split, made, languages[1]))

@@ -15,6 +15,7 @@ from configs import default
 from mt.base import files
 from mt.base import journal
 from mt.base import run_folder
+from mt.data import directions
 from mt.evaluate import chart
 from mt.evaluate import noise
 from mt.evaluate import scores as scores_lib
@@ -67,7 +68,7 @@ def page(workdir: pathlib.Path) -> str:
   if scores:
     tables = [(split, _scores(both)) for split, both in scores.items()]
     out += ['<h2>Scores</h2>', grid(tables)]
-    out.append(signatures(next(iter(scores.values()))['after']))
+    out += {signatures(both['after']): None for both in scores.values()}
   out += ['<h2>Curves</h2>', _curves(curves, scores, last)]
   if scores:
     tables = [
@@ -79,13 +80,16 @@ def page(workdir: pathlib.Path) -> str:
   for path in sorted((workdir / 'evaluation').glob('*.json')):
     if '.' not in path.stem:
       out.append(_evaluation(path.stem, files.read_json(path)))
-  for split in scores:
+  pair = config['data']['pair']
+  of = directions.named(pair, 'valid', 'test')
+  for split in filter(of.get, scores):
     texts = [
       files.read_lines(workdir / 'translations' / f'{split}.{name}.txt')
       for name in sentences.COLUMNS
     ]
     out.append(f'<h2>Sentences: {_text(split)}</h2>')
-    out.append(sentences.tables(*texts, *config['data']['pair'].split('-')))
+    languages = directions.languages(of[split])
+    out.append(sentences.tables(*texts, *languages))
   out += ['<h2>Config that differs from the default</h2>', _config(config)]
   environment = files.read_json(workdir / 'environment.json')
   rows = [(_text(key), code(value)) for key, value in environment.items()]
@@ -253,8 +257,9 @@ def _evaluation(split, result) -> str:
   head = f'{found["sentences"]:,} sentences', 'score'
   parts = [
     ('scores', table(head, rows, (1,)) + signatures(found)),
-    ('chrF by noise', _noise(None, result['noise'])),
   ]
+  if 'noise' in result:  # A mean has none.
+    parts.append(('chrF by noise', _noise(None, result['noise'])))
   if 'against' in result:
     parts.append(_against(result['against']))
   text = _text(result.get('text', split))

@@ -38,11 +38,12 @@ def show_texts(
   params: parameters.Params,
   texts: Sequence[str],
   workdir: pathlib.Path,
+  called: str = 'texts',
 ) -> None:
-  """Translates texts, shows them, leaves them in translations/texts.*.txt."""
+  """Translates texts, shows them, leaves them in translations/CALLED.*.txt."""
   made = translator(params, list(texts))
   for name, lines in (('source', texts), ('after', made)):
-    path = workdir / 'translations' / f'texts.{name}.txt'
+    path = workdir / 'translations' / f'{called}.{name}.txt'
     files.write_lines(path, lines)
   for source, after in zip(texts, made, strict=True):
     journal.say(f'source     {source}\nafter      {after}')

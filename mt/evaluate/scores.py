@@ -98,6 +98,17 @@ def score(
   return out
 
 
+def mean(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Of what `score` returns for several directions: of the scores all have."""
+  out: dict[str, Any] = {'sentences': sum(row['sentences'] for row in found)}
+  for name in NAMES:
+    if all(name in row for row in found):
+      values = [row[name] for row in found]
+      out[name] = round(sum(values) / len(values), 2)
+      out[f'{name}_signature'] = f'mean of {len(values)} directions'
+  return out
+
+
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> float:
   """chrF2 alone, which asks for no words; 0 to 100, to two places."""
   chex.assert_equal(len(hypotheses), len(references))

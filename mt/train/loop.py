@@ -29,7 +29,9 @@ from mt.base import recorder as recorder_lib
 from mt.base import run_folder
 from mt.base import signals
 from mt.data import batches
+from mt.data import directions
 from mt.data import splits
+from mt.data import template as template_lib
 from mt.evaluate import report
 from mt.evaluate import scores
 from mt.gemma import parameters
@@ -69,6 +71,12 @@ class Run:
   @property
   def metrics_path(self) -> pathlib.Path:
     return self.workdir / 'metrics.jsonl'
+
+  def translator_of(self, direction: str) -> translator_lib.Translator:
+    """The translator of one of the directions of data.pair."""
+    config = directions.only(self.config, direction)
+    template = template_lib.from_config(config)
+    return dataclasses.replace(self.translator, template=template)
 
   def translations(self, split: str, name: str) -> pathlib.Path:
     """The file of a split's sources, references or translations."""
@@ -302,18 +310,24 @@ def _on_mesh(run, batch):
 def valid_chrf(run: Run, state: state_lib.TrainState) -> float:
   """chrF of the first eval.chrf_pairs of validation, 0 to 100.
 
+  Of several directions it is the mean, each with as many pairs.
   It decides which checkpoint is the best, and is the same in all processes. At
   step 0 the translations from before training are scored, which must be there.
   """
-  pairs = run.data.scored['valid'][: run.config.eval.chrf_pairs or None]
-  if state.at:
-    texts = run.translator(eval_model(run, state), [p.source for p in pairs])
-  elif processes.is_first():
-    texts = files.read_lines(run.translations('valid', 'before'))
-  score = 0.0
-  if processes.is_first():
-    references = [p.target for p in pairs]
-    score = scores.chrf(texts[: len(pairs)], references)
+  found = []
+  for name, direction in directions.named(
+    run.config.data.pair, 'valid'
+  ).items():
+    pairs = run.data.scored[name][: run.config.eval.chrf_pairs or None]
+    if state.at:
+      translator = run.translator_of(direction)
+      texts = translator(eval_model(run, state), [p.source for p in pairs])
+    elif processes.is_first():
+      texts = files.read_lines(run.translations(name, 'before'))
+    if processes.is_first():
+      references = [p.target for p in pairs]
+      found.append(scores.chrf(texts[: len(pairs)], references))
+  score = sum(found) / len(found) if found else 0.0
   return processes.broadcast_from_first(score)
 
 

@@ -26,6 +26,7 @@ from mt.base import run_folder
 from mt.base import signals
 from mt.data import bitext
 from mt.data import corpus
+from mt.data import directions
 from mt.data import splits
 from mt.data import template as template_lib
 from mt.evaluate import cached
@@ -133,13 +134,16 @@ def begin(
     f'model: {config.weights.source}, {number / 1e6:.1f}M parameters; '
     f'read after {time.monotonic() - started:.1f} s'
   )
+  first = directions.each(config.data.pair)[0]
   optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
   run = loop.Run(
     config=config,
     workdir=workdir,
     train_step=step.make_train_step(cfg, config, optimizer, mesh),
     eval_step=step.make_eval_step(cfg, config, mesh),
-    translator=translator.from_config(config, source, mesh),
+    translator=translator.from_config(
+      directions.only(config, first), source, mesh
+    ),
     data=data,
     identity=checkpoint.identity(source, fingerprint),
     checkpoints=checkpoint.open_manager(workdir, config.checkpoint.keep),
@@ -237,12 +241,11 @@ def finish(run: loop.Run, state: state_lib.TrainState) -> None:
   if processes.is_first():
     write_scores(run, int(state.step))
   if run.config.eval.texts:
-    samples.show_texts(
-      run.translator,
-      loop.eval_model(run, state),
-      run.config.eval.texts,
-      run.workdir,
-    )
+    params = loop.eval_model(run, state)
+    for name, d in directions.named(run.config.data.pair, 'texts').items():
+      samples.show_texts(
+        run.translator_of(d), params, run.config.eval.texts, run.workdir, name
+      )
   if processes.is_first():
     report.write(run.workdir)
   processes.sync('end')
@@ -257,6 +260,7 @@ def translate_splits(
   `when` is 'before' or 'after' training.
   """
   config, at = run.config, int(state.step)
+  of = directions.named(config.data.pair, 'valid', 'test')
   for split, pairs in run.data.scored.items():
     sources = [p.source for p in pairs]
     made = cached.provenance(at, config.decode, sources)
@@ -265,12 +269,17 @@ def translate_splits(
       continue
     progress = journal.Progress(f'translating {split} ({when})', len(sources))
 
-    def work(sources=sources, progress=progress):
+    translator = run.translator_of(of[split])
+
+    def work(sources=sources, progress=progress, translator=translator):
       params = loop.eval_model(run, state)
-      return run.translator(params, sources, progress.update)
+      return translator(params, sources, progress.update)
 
     began = time.monotonic()
-    texts = _cached(run, sources, work) if when == 'before' else work()
+    if when == 'before':
+      texts = _cached(run, translator.template, sources, work)
+    else:
+      texts = work()
     progress.close()
     journal.say(
       f'translated {split} ({when}, step {at}): {len(texts)} sentences, '
@@ -283,14 +292,17 @@ def translate_splits(
 
 
 def _cached(
-  run: loop.Run, sources: list[str], work: Callable[[], list[str]]
+  run: loop.Run,
+  template: template_lib.Template,
+  sources: list[str],
+  work: Callable[[], list[str]],
 ) -> list[str]:
   """The pretrained model's translations, of which other runs have need too."""
-  # With the languages' names, which come from data.pair.
-  template = dataclasses.asdict(template_lib.from_config(run.config))
   decode, train = run.config.decode.to_dict(), run.config.train
   dtypes = train.dtype, train.frozen_dtype
-  return cached.cached([run.identity, template, decode, dtypes, sources], work)
+  # With the languages' names, which come from data.pair.
+  key = [run.identity, dataclasses.asdict(template), decode, dtypes, sources]
+  return cached.cached(key, work)
 
 
 def drop_stale(run: loop.Run, when: str) -> None:
@@ -306,8 +318,9 @@ def write_scores(run: loop.Run, at: int) -> None:
   Those after training are of step `at`.
   """
   scores: dict[str, Any] = {}
-  source, target = run.config.data.pair.lower().split('-')
+  of, text = directions.named(run.config.data.pair, 'valid', 'test'), ''
   for split, pairs in run.data.scored.items():
+    source, target = directions.languages(of[split])
     sources = [p.source for p in pairs]
     references = [p.target for p in pairs]
     texts = {
@@ -316,13 +329,15 @@ def write_scores(run: loop.Run, at: int) -> None:
     }
     scores[split] = {
       when: {'step': at if when == 'after' else 0}
-      | scores_lib.score(lines, references, target)
-      | {'noise': scores_lib.by_noise(sources, lines, references, source)}
-      for when, lines in texts.items()
+      | scores_lib.score(made, references, target)
+      | {'noise': scores_lib.by_noise(sources, made, references, source)}
+      for when, made in texts.items()
     }
-    if split == 'valid':
-      text = samples.samples(sources, references, **texts)
-      files.write(run.workdir / 'samples.txt', text)
+    if split.startswith('valid'):
+      title = f'{of[split]}\n' if split != 'valid' else ''
+      text += title + samples.samples(sources, references, **texts)
+  files.write(run.workdir / 'samples.txt', text)
+  scores |= _means(scores)
   files.write_json(run.workdir / 'scores.json', scores)
   journal.say('\n' + text)
   for split, both in scores.items():
@@ -332,3 +347,17 @@ def write_scores(run: loop.Run, at: int) -> None:
         f'{split} {name:9} {before:6.2f} -> {after:6.2f} '
         f'({after - before:+.2f})  {both["after"][name + "_signature"]}'
       )
+
+
+def _means(scores):
+  """Over the directions of each split that has several, under its name."""
+  out = {}
+  for split in ('valid', 'test'):
+    parts = [scores[name] for name in scores if name.startswith(f'{split}-')]
+    if parts:
+      out[split] = {
+        when: {'step': parts[0][when]['step']}
+        | scores_lib.mean([both[when] for both in parts])
+        for when in ('before', 'after')
+      }
+  return out

@@ -9,6 +9,7 @@ from mt.base import errors
 from mt.base import journal
 from mt.base import run_folder
 from mt.base import tracking
+from mt.data import directions
 from mt.train import optimizer
 
 
@@ -39,6 +40,16 @@ def check(config: ml_collections.ConfigDict) -> None:
       'template.prompt is translategemma, a turn of a chat, but template.chat '
       "is False; template.chat=True and template.target_prefix='' expected."
     )
+  pairs = map(directions.languages, directions.each(config.data.pair))
+  for side, codes in zip(
+    ('source', 'target'), zip(*pairs, strict=True), strict=True
+  ):
+    name = config.template[f'{side}_language']
+    if name and len({*codes}) > 1:
+      raise errors.UserError(
+        f'template.{side}_language is {name!r}, but data.pair has several '
+        f"{side} languages; '' expected."
+      )
   if config.template.chat and config.template.target_prefix:
     raise errors.UserError(
       f'template.target_prefix is {config.template.target_prefix!r}, but with '
@@ -118,6 +129,13 @@ def notes(config: ml_collections.ConfigDict) -> list[str]:
       f'optim.weight_decay={optim.weight_decay} has no effect: '
       f'optim.name={optim.name} has no decay'
     )
+  if config.data.temperature != 1 and (
+    config.data.weights or ',' not in config.data.source + config.data.pair
+  ):
+    found.append(
+      f'data.temperature={config.data.temperature} has no effect: it shares '
+      'several sources or directions, where data.weights does not'
+    )
   for knob in ('chrf_pairs', 'patience'):
     if eval_[knob] and not eval_.translate_every:
       found.append(
@@ -143,10 +161,13 @@ def _check_data(data):
       f'data.source is {data.source!r}; sources with a comma between them '
       'expected, none of them empty.'
     )
-  if data.weights and len(data.weights) != len(names):
+  number = len(directions.each(data.pair))
+  if data.weights and len(data.weights) != len(names) * number:
+    of = f' of {number} directions each' if number > 1 else ''
     raise errors.UserError(
       f'data.weights has {len(data.weights)} numbers, data.source {len(names)} '
-      'sources; a number for each expected, or () for their numbers of pairs.'
+      f'sources{of}; a number for each expected, or () for their numbers of '
+      'pairs.'
     )
   every = [*names, *filter(None, (data.valid, data.test))]
   if data.tfds_quoting and (data.columns or any('{lang}' in n for n in every)):

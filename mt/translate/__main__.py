@@ -37,6 +37,7 @@ from mt.base import errors
 from mt.base import files
 from mt.base import run_folder
 from mt.base import screen
+from mt.data import directions
 from mt.data import formats
 from mt.data import lines
 from mt.train import checkpoint
@@ -128,8 +129,8 @@ def run(values: dict[str, Any]) -> None:
       f'--key is {key!r}, but a text under it may have several lines; --json '
       'expected.'
     )
-  decode_config = run_folder.read_config(workdir).decode
-  search, sampling = read_search(values, decode_config)
+  config = directions.only(run_folder.read_config(workdir), values['pair'])
+  search, sampling = read_search(values, config.decode)
   at, about = checkpoint.find_step(workdir, values['checkpoint'])
   asking = not asked and sys.stdin.isatty()
   with _open_input(asked, key) as stream, _open_output(values['output']) as out:
@@ -138,6 +139,7 @@ def run(values: dict[str, Any]) -> None:
     _say(f'checkpoint: {about}')
     config, source, params = checkpoint.load_finetuned(workdir, at)
     params = decode.unstack(params, config.train.dtype)  # Once for all lines.
+    config = directions.only(config, values['pair'])
     translator = translator_lib.from_config(
       config, source, search=search, sampling=sampling, say=_say
     )
@@ -232,6 +234,7 @@ if __name__ == '__main__':
   number = flags.DEFINE_float
   text('workdir', None, 'Folder of a run of train.py.', required=True)
   text('checkpoint', '', checkpoint.WHICH)
+  text('pair', '', 'Of several directions that the run has learned, which one.')
   text('input', '', 'File to translate, instead of standard input.')
   text('output', '', 'File for the translations, whole or not at all.')
   flags.DEFINE_bool('json', False, 'Write JSON lines, with scores.')

@@ -237,7 +237,7 @@ def test_a_state_is_set_while_the_next_rows_are_read(monkeypatch):
   monkeypatch.setattr(
     numbered_rows.Store,
     'block',
-    lambda self, i: time.sleep(0.002) or self.blocks[i],
+    lambda self, i, epoch: time.sleep(0.002) or self.blocks[i],
   )
 
   def make():

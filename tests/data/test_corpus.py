@@ -275,3 +275,51 @@ def test_sample_is_noisy():
   # Texts without a capital in front or a full stop at the end: most of them.
   loose = count(lambda s: not s[0].isupper() or s[-1] not in '.!?')
   assert loose > 0.5 * len(sources)
+
+
+# Several directions.
+
+
+def test_a_text_for_each_direction(tmp_path):
+  """What is not there as asked for is read turned round."""
+  _mtnt(tmp_path)
+  _mtnt(tmp_path, 'en-ja')
+  for pair in ('en-fr', 'en-ja'):
+    source, target = pair.split('-')
+    _write(tmp_path / f'x.{pair}.tsv', f'x {source}\tx {target}\n')
+  several = ' en-fr,fr-en, ja-en'
+  assert _read(f'{tmp_path},{tmp_path}/x.{{pair}}.tsv', pair=several) == {
+    'train': [
+      *([('train en', 'train fr')], [('train fr', 'train en')]),
+      *([('train ja', 'train en')], [('x en', 'x fr')]),
+      *([('x fr', 'x en')], [('x ja', 'x en')]),
+    ]
+  }
+
+
+def test_one_file_of_several_directions(tmp_path):
+  path = _write(tmp_path / 'x.tsv', 'a\tb\tother\nc\td\tother\n')
+  knobs = {'columns': (1, 2), 'pair': 'en-fr,fr-en'}
+  both = [[('a', 'b'), ('c', 'd')], [('b', 'a'), ('d', 'c')]]
+  assert _read(path, **knobs) == {'train': both}
+  words = (path, 'en-fr', 'en-ja', '{pair}')
+  refusal(lambda: _read(path, columns=(1, 2), pair='en-fr,en-ja'), *words)
+  line = {'en': 'a', 'fr': 'b', 'ja': 'c'}
+  path = _write(tmp_path / 'x.jsonl', json.dumps(line) + '\n')
+  assert _read(path, pair='en-fr,ja-en,fr-ja') == {
+    'train': [[('a', 'b')], [('c', 'a')], [('b', 'c')]]
+  }
+  columns = ('en', 'fr')
+  assert _read(path, pair='en-fr,fr-en', columns=columns) == {
+    'train': [[('a', 'b')], [('b', 'a')]]
+  }
+  refusal(lambda: _read(path, pair='en-fr,en-ja', columns=columns), 'en-ja')
+
+
+def test_a_tested_pair_is_not_trained_on_turned_round(tmp_path):
+  _mtnt(tmp_path)
+  _mtnt(tmp_path, 'fr-en')
+  _write(tmp_path / 'train' / 'train.fr-en.tsv', '1\ttest fr\ttest en\n')
+  _write(tmp_path / 'test' / 'test.fr-en.tsv', '1\tx\ty\n')
+  pair = 'en-fr,fr-en'
+  refusal(lambda: _read(tmp_path, pair=pair), 'train.fr-en.tsv', 'test fr')

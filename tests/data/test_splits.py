@@ -272,12 +272,13 @@ def test_the_sample_is_drawn_by_share(tmp_path):
     )
     for word in ('mot', 'motus')
   ]
-  pairs = splits.draw(texts, [0.9, 0.1], 40, seed=0)
+  drawn = splits.draw(texts, [0.9, 0.1], 40, seed=0)
+  pairs = [pair for of_text in drawn for pair in of_text]
   assert len(pairs) == len(set(pairs)) == 40
   own = [{p.target for p in text.read()} for text in texts]
   counts = [sum(p.target in o - {'0'} for p in pairs) for o in own]
   assert counts[0] > 25 and 0 < counts[1] < 15
-  assert len(splits.draw(texts, [1.0, 0.0], 80, seed=0)) == 50
+  assert [len(d) for d in splits.draw(texts, [1.0, 0.0], 80, seed=0)] == [50, 0]
 
 
 def test_a_sample_that_does_not_fit(config):
@@ -286,3 +287,65 @@ def test_a_sample_that_does_not_fit(config):
   )
   config.eval.minitrain_pairs = 1
   refusal(lambda: _read(config), 'eval.minitrain_pairs=1', 'data.length=64')
+
+
+# Several directions.
+
+
+@pytest.mark.parametrize(
+  ('temperature', 'shares'), [(1.0, (36, 4)), (2.0, (6, 2))]
+)
+def test_directions_are_mixed_by_temperature(
+  config, tmp_path, temperature, shares
+):
+  """Each with the names of its languages; a resume goes on with the same."""
+  for pair, number in (('en-fr', 36), ('en-ja', 4)):
+    _write(tmp_path / f'm.{pair}.tsv', [3] * number)
+  config.data.source = str(tmp_path / 'm.{pair}.tsv')
+  config.data.pair, config.data.temperature = 'en-fr,en-ja', temperature
+  config.data.valid = str(tmp_path / '{lang}.valid')
+  for language in ('en', 'fr', 'ja'):
+    (tmp_path / f'{language}.valid').write_text(f'{language}\n')
+  config.data.packing, config.train.max_steps = False, 40
+  got = _read(config)
+  assert list(got.scored) == ['valid-en-fr', 'valid-en-ja']
+  tok, made = numbered_rows.sample_tokenizer(), list(got.train)
+  texts = [tok.decode(row) for b in made for row in b['tokens'].tolist()]
+  japanese = sum('Japanese:' in text for text in texts)
+  assert japanese + sum('French:' in text for text in texts) == 160
+  want = 160 * shares[1] / sum(shares)
+  assert abs(japanese - want) <= 2
+  # The loss of validation is of both.
+  assert sum(int(b['segment_ids'].max(1).sum()) for b in got.valid) == 2
+  resumed = _read(config).train
+  resumed.set_state({'batches_taken': 17})
+  numbered_rows.all_equal(list(resumed), made[17:])
+  config.data.temperature += 1
+  assert _read(config).train_digest != got.train_digest
+
+
+# Noise.
+
+
+def test_noise_is_drawn_anew_each_epoch_and_again_by_a_resume(
+  config, monkeypatch
+):
+  monkeypatch.setattr(splits.store, '_BLOCK', 18)  # Two blocks.
+  clean = _read(config)
+  config.data.noise = 0.5
+  noisy = _read(config)
+  numbered_rows.all_equal(noisy.valid, clean.valid)
+  tok, made = numbered_rows.sample_tokenizer(), list(noisy.train)
+  sources, targets = [], []
+  for batch in made:
+    text = ''.join(tok.decode(row) for row in batch['tokens'].tolist())
+    sources += [x.partition('\nFrench:')[0] for x in text.split('English: ')]
+    learned = batch['tokens'][batch['target_mask']]
+    targets += tok.decode(learned.tolist()).split()
+  # Nothing in the targets, and not twice the same in the sources.
+  assert {t for t in targets if not t.isdigit()} == {'mot'}
+  long = [x for x in sources if len(x) > 24]
+  assert len(long) > 40 and len({*long}) > 0.9 * len(long)
+  resumed = _read(config).train
+  resumed.set_state({'batches_taken': 17})
+  numbered_rows.all_equal(list(resumed), made[17:])

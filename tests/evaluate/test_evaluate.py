@@ -53,7 +53,7 @@ def translations(monkeypatch):
   """Nothing is translated: the folders whose model would do it."""
   folders = []
 
-  def translate(folder, step, split, sources):
+  def translate(folder, step, split, sources, pair):
     folders.append(folder)
     return [f'made of {source}' for source in sources]
 

@@ -82,11 +82,11 @@ def test_the_curve_of_chrf_is_of_the_first_pairs(finished, plain, monkeypatch):
   before = (folder / 'translations/valid.before.txt').read_text().splitlines()
   seen = []
 
-  def score(texts, references):
+  def chrf(texts, references):
     seen.append((texts, references))
-    return {'chrf': 5.0}
+    return 5.0
 
-  monkeypatch.setattr(loop.scores, 'score', score)
+  monkeypatch.setattr(loop.scores, 'chrf', chrf)
   pairs = corpus.read_splits(finished[0].data, ['valid'])['valid'][0].read()
   run = _Stub(finished[0], folder, pairs[:3])
   assert loop.valid_chrf(run, _Stub.State(0)) == 5.0

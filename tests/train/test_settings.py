@@ -49,6 +49,9 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('data.pair', 'en_fr'),
     ('data.pair', '../en-fr'),
     ('data.pair', 'e-f'),
+    ('data.pair', 'en-fr,'),
+    ('data.pair', 'en-fr, fr-en, EN-fr'),
+    ('data.temperature', 0.5),
     ('data.weights', (1.0, 0.0)),
     ('data.weights', ('much', 'little')),
     ('data.columns', (1,)),
@@ -229,3 +232,20 @@ def test_a_resume_says_what_it_changes_and_what_that_does(capsys):
   assert 'jumps' not in _changes(capsys, cosine | longer, cosine, 100)
   out = _changes(capsys, {}, longer | {'eval.every': 7}, 100)
   assert 'eval.every=7 (was 100)' in out and 'would have' in out
+
+
+def test_several_directions():
+  config = default.get_config()
+  config.data.pair, config.data.temperature = 'en-fr, fr-en', 5.0
+  settings.check(config)
+  assert not settings.notes(config)
+  config.data.weights = (1.0,)
+  refusal(lambda: settings.check(config), 'data.weights', '2 directions')
+  config.data.weights = (1.0, 2.0)
+  settings.check(config)
+  (note,) = settings.notes(config)
+  assert 'data.temperature=5.0 has no effect' in note
+  config.template.source_language = 'English'
+  refusal(lambda: settings.check(config), 'template.source_language', 'several')
+  config.data.pair = 'en-fr,en-pt_BR'
+  settings.check(config)

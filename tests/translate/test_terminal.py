@@ -31,6 +31,7 @@ VALUES = {
   'output': '',
   'json': False,
   'key': '',
+  'pair': '',
   'beam': None,
   'length_penalty': None,
   'n_best': 1,
