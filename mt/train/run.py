@@ -123,6 +123,8 @@ def begin(
   texts, source = processes.first_then_others(open_inputs)
   plan.check_memory(source.config, config, mesh)
   data = splits.read(config, source.tokenizer, texts, mesh)
+  pairs = sum(len(text) for text in texts['train'])
+  files.write_json(workdir / 'data.json', {'pairs': pairs})
   params = sharding.on_host(source.read)
   journal.say(
     f'model: {config.weights.source}, {_millions(params)} parameters; '

@@ -78,6 +78,74 @@ def download(name: str, *, force: bool = False) -> pathlib.Path:
   return path
 
 
+def check_upload(name: str) -> str:
+  """OWNER/MODEL of hf:OWNER/MODEL, if there is somebody to send it.
+
+  Raises:
+    errors.UserError: another name, or no token.
+  """
+  from huggingface_hub import constants
+  from huggingface_hub import get_token
+
+  match = re.fullmatch(r'hf:(\w[\w.-]*/\w[\w.-]*)', name)
+  if not match:
+    raise errors.UserError(f'--push={name}: hf:USER/NAME expected.')
+  if get_token() is None:
+    raise errors.UserError(
+      f'--push={name}: no token of the hub; make one that may write at '
+      f'{constants.ENDPOINT}/settings/tokens and give it to `hf auth login`, '
+      'or set HF_TOKEN.'
+    )
+  return match[1]
+
+
+def upload(folder: pathlib.Path, model: str, *, public: bool = False) -> str:
+  """Sends a folder, as one commit; makes the model where there is none.
+
+  Args:
+    folder: all of it is sent.
+    model: OWNER/MODEL.
+    public: whether everybody may see it.
+
+  Returns:
+    The address of its page.
+
+  Raises:
+    errors.UserError: the token may not, the model is there and as visible as
+      was not asked for, no network.
+  """
+  import httpx2
+  import huggingface_hub
+  from huggingface_hub import errors as hub_errors
+
+  api = huggingface_hub.HfApi()
+  try:
+    api.create_repo(model, private=not public, exist_ok=True)
+    if api.model_info(model).private == public:
+      found, remedy = ('private', 'out') if public else ('public', '')
+      raise errors.UserError(
+        f'--push=hf:{model}: it is there and {found}; call again with'
+        f'{remedy} --public, or give another name. {folder} is written.'
+      )
+    api.upload_folder(
+      repo_id=model, folder_path=folder, commit_message='Export of a run'
+    )
+  except (
+    OSError,
+    ValueError,
+    httpx2.HTTPError,
+    hub_errors.XetDownloadError,
+  ) as e:
+    what, remedy = _refused(model, '', e)
+    if getattr(getattr(e, 'response', None), 'status_code', 0) == 403:
+      remedy = 'take a token that may write there'
+    raise errors.UserError(
+      f'--push=hf:{model}: {what}; {remedy}. {folder} is written: '
+      f'`hf upload {model} {folder}` sends it.'
+    ) from e
+  return _page(model)
+
+
 def _page(model):
   from huggingface_hub import constants
 
