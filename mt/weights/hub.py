@@ -100,19 +100,15 @@ def check_upload(name: str) -> str:
 
 
 def upload(folder: pathlib.Path, model: str, *, public: bool = False) -> str:
-  """Sends a folder, as one commit; makes the model where there is none.
+  """Makes a model on the hub and sends it a folder; the address of its page.
 
   Args:
     folder: all of it is sent.
-    model: OWNER/MODEL.
+    model: OWNER/MODEL, new.
     public: whether everybody may see it.
 
-  Returns:
-    The address of its page.
-
   Raises:
-    errors.UserError: the token may not, the model is there and as visible as
-      was not asked for, no network.
+    errors.UserError: it is there already, the token may not, no network.
   """
   import httpx2
   import huggingface_hub
@@ -120,16 +116,8 @@ def upload(folder: pathlib.Path, model: str, *, public: bool = False) -> str:
 
   api = huggingface_hub.HfApi()
   try:
-    api.create_repo(model, private=not public, exist_ok=True)
-    if api.model_info(model).private == public:
-      found, remedy = ('private', 'out') if public else ('public', '')
-      raise errors.UserError(
-        f'--push=hf:{model}: it is there and {found}; call again with'
-        f'{remedy} --public, or give another name. {folder} is written.'
-      )
-    api.upload_folder(
-      repo_id=model, folder_path=folder, commit_message='Export of a run'
-    )
+    api.create_repo(model, private=not public)
+    api.upload_folder(repo_id=model, folder_path=folder)
   except (
     OSError,
     ValueError,
@@ -137,11 +125,15 @@ def upload(folder: pathlib.Path, model: str, *, public: bool = False) -> str:
     hub_errors.XetDownloadError,
   ) as e:
     what, remedy = _refused(model, '', e)
-    if getattr(getattr(e, 'response', None), 'status_code', 0) == 403:
-      remedy = 'take a token that may write there'
+    status = getattr(getattr(e, 'response', None), 'status_code', 0)
+    if status == 403:
+      remedy = f'take a token that may write to {model.split("/")[0]}'
+    if status == 409:
+      what = 'it is there already, and nothing is overwritten'
+      remedy = 'give another name'
     raise errors.UserError(
-      f'--push=hf:{model}: {what}; {remedy}. {folder} is written: '
-      f'`hf upload {model} {folder}` sends it.'
+      f'--push=hf:{model}: {what}; {remedy}. The folder {folder} is whole: '
+      f'`hf upload {model} {folder} --private` sends it, too.'
     ) from e
   return _page(model)
 
