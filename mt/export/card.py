@@ -216,11 +216,14 @@ def _use(m):
       f"print(model{call}temperature=0)['choices'][0]{got})"
     )
   got = "[-1]['content']" if chat else '.strip()'
+  names, how = 'pipeline', 'do_sample=False'
+  if m.to == 'peft':  # They take the base's generation_config.json.
+    names = 'GenerationConfig, pipeline  # peft must be installed'
+    how = f"generation_config=GenerationConfig.from_pretrained('{m.name}')"
+  how += '' if chat else ', return_full_text=False'
   return (
-    'from transformers import pipeline'
-    f'{"  # and peft, installed" if m.to == "peft" else ""}\n'
-    f"translate = pipeline('text-generation', '{m.name}', do_sample=False"
-    f'{"" if chat else ", return_full_text=False"})\n'
+    f'from transformers import {names}\n'
+    f"translate = pipeline('text-generation', '{m.name}', {how})\n"
     f"print(translate({asked})[0]['generated_text']{got})"
   )
 
