@@ -89,7 +89,7 @@ def _logits(cfg, params, tokens):
   )[0]
 
 
-def _greedy(cfg, params, ids, new_tokens, ends):
+def greedy(cfg, params, ids, new_tokens, ends):
   """The greedy continuation of `ids`, without the token that ends it."""
   settings = batching.Settings(cfg, search.Search(), ends, batch_size=1)
   prompt = batching.Prompt(ids, limit=new_tokens)
@@ -108,7 +108,7 @@ def _assert_same_model(tmp_path, folder, cfg, params, tok, tokens, texts):
   expected = [[tok.bos_id, *tok.encode(text)] for text in texts]
   assert answers['ids'] == expected
   assert answers['vocab'] == tok.vocab_size
-  made = _greedy(cfg, params, expected[0], 16, tuple(tok.end_ids))
+  made = greedy(cfg, params, expected[0], 16, tuple(tok.end_ids))
   theirs = [i for i in answers['made'] if i not in tok.end_ids]
   assert theirs == made[: len(theirs)]
   assert len(theirs) == len(made)
@@ -182,7 +182,7 @@ def test_an_adapter_on_its_base_is_the_merged_model(tmp_path, arch):
   assert np.abs(base - merged).max() > 0.01 * np.abs(merged).max()
 
 
-def _chat_run(folder, path, proto):
+def chat_run(folder, path, proto):
   """The folder of a run of an instruction-tuned model."""
   config = debug.get_config()
   config.weights.source = str(path)
@@ -197,11 +197,19 @@ def _chat_run(folder, path, proto):
   return template.from_config(config)
 
 
-def _three_lines(folder):
+def ending_model():
+  """(shape, parameters, tokenizer) whose chat ends with <end_of_turn>."""
+  cfg = gguf_fixture.tiny_config('gemma3', 400)
+  params = gguf_fixture.tiny_params(cfg, seed=1056)
+  params['embedding'] *= 0.02
+  return cfg, params, gguf_fixture.train_proto()
+
+
+def three_lines(folder, python=_PYTHON):
   """What the program in a model card prints."""
   code = (folder / 'README.md').read_text().split('```')[-2]
   return subprocess.run(
-    [_PYTHON, '-c', code.removeprefix('python\n')],
+    [python, '-c', code.removeprefix('python\n')],
     capture_output=True,
     check=True,
     text=True,
@@ -211,14 +219,10 @@ def _three_lines(folder):
 
 
 def test_a_chat_is_served_as_the_run_translates(tmp_path):
-  cfg = gguf_fixture.tiny_config('gemma3', 400)
-  # Of these weights the translation ends with <end_of_turn>.
-  params = gguf_fixture.tiny_params(cfg, seed=30)
-  params['embedding'] *= 0.02
-  proto = gguf_fixture.train_proto()
+  cfg, params, proto = ending_model()
   path = gguf_fixture.write_gguf(tmp_path / 'a.gguf', cfg, params, proto)
-  t = _chat_run(tmp_path / 'run', path, proto)
-  out, text = tmp_path / 'out', 'Hello,  you!\n<b>'
+  t = chat_run(tmp_path / 'run', path, proto)
+  out, text = tmp_path / 'out', 'Hello!'
   export.to_hf(tmp_path / 'run', out, 'float32', base=True)
   chat = [{'role': 'user', 'content': text}]
   _, answers = _ask(tmp_path, out, range(4, 9), ['x'], chat=chat)
@@ -226,21 +230,21 @@ def test_a_chat_is_served_as_the_run_translates(tmp_path):
   ids, end = template.prompt_ids(text, tok, t), template.end_id(tok, t)
   assert answers['prompt'] == ids
   params = jax.tree.map(jnp.asarray, params)
-  made = _greedy(cfg, params, ids, 48, translator.end_ids(tok, t))
+  made = greedy(cfg, params, ids, 48, translator.end_ids(tok, t))
   assert answers['made'] == [*made, end]
   assert 4 < len(made) < 40
+  assert three_lines(out) == tok.decode(made) + '\n'
   # Turns that follow, and what older programs read.
-  chat += [{'role': 'assistant', 'content': 'Salut !'}, *chat]
+  text = ' <b>Oh,  you!\n\n'
+  chat += [{'role': 'assistant', 'content': 'Salut !'}]
+  chat += [{'role': 'user', 'content': text}]
   fields = json.loads((out / 'tokenizer_config.json').read_text())
   assert fields['chat_template'] == (out / 'chat_template.jinja').read_text()
   (out / 'chat_template.jinja').unlink()
   _, answers = _ask(tmp_path, out, range(4, 9), ['x'], chat=chat)
-  turn = [*ids, *tok.encode('Salut !'), end, *tok.encode('\n'), *ids[1:]]
-  assert answers['prompt'] == turn
-  # The model card's program says Hello! and leaves as much to the folder.
-  chat = [{'role': 'user', 'content': 'Hello!'}]
-  _, answers = _ask(tmp_path, out, range(4, 9), ['x'], chat=chat)
-  assert _three_lines(out) == answers['made_text'] + '\n'
+  ids += [*tok.encode('Salut !'), end, *tok.encode('\n')]
+  ids += template.prompt_ids(text, tok, t)[1:]
+  assert answers['prompt'] == ids
 
 
 def test_a_prompt_is_served_as_the_model_card_says(tmp_path):
@@ -263,9 +267,7 @@ def test_a_prompt_is_served_as_the_model_card_says(tmp_path):
   )
   assert len(answers['made']) > 4
   for folder in 'hf', 'peft':
-    assert (
-      _three_lines(tmp_path / folder) == answers['made_text'].strip() + '\n'
-    )
+    assert three_lines(tmp_path / folder) == answers['made_text'].strip() + '\n'
 
 
 @pytest.mark.parametrize('generation', ('gemma1', 'gemma3'))
