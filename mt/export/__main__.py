@@ -32,7 +32,7 @@ from mt.base import files
 from mt.base import journal
 from mt.base import run_folder
 from mt.data import template as template_lib
-from mt.export import card
+from mt.evaluate import card
 from mt.gemma import lora
 from mt.gemma import parameters
 from mt.train import checkpoint
@@ -120,7 +120,7 @@ def _write_hf(part, model, dtype):
 
 def _write_gguf(part, model, dtype):
   gguf_out.write(
-    part / card.gguf_name(dtype),
+    part / gguf_out.file_name(dtype),
     model.source.config,
     model.params,
     model.source.tokenizer,

@@ -37,6 +37,11 @@ _ARCHITECTURES = {'gemma': 'gemma', 'gemma2': 'gemma2', 'gemma3_text': 'gemma3'}
 _SPECIAL_SCORE = -1000.0  # Of pieces that no merge makes.
 
 
+def file_name(dtype: str) -> str:
+  """Of a file that programs choose by the type of its weights."""
+  return f'model-{KINDS[dtype].name}.gguf'
+
+
 def write(
   path: pathlib.Path,
   cfg: sizes.ModelConfig,

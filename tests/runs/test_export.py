@@ -19,9 +19,9 @@ from safetensors.numpy import load_file
 from mt.base import errors
 from mt.base import files
 from mt.base import run_folder
+from mt.evaluate import card
 from mt.evaluate import scores
 from mt.export import __main__ as export
-from mt.export import card
 from mt.gemma import lora
 from mt.gemma import parameters
 from mt.train import checkpoint
@@ -168,7 +168,7 @@ def test_rows_without_a_piece_are_never_generated(tmp_path, run):
   assert fields['eos_token_id'] == sorted(tok.end_ids)
 
 
-@pytest.mark.parametrize('dtype', gguf_out.KINDS)
+@pytest.mark.parametrize('dtype', sorted(gguf_out.KINDS))
 def test_a_gguf_file_is_the_model_of_the_run(tmp_path, run, finetuned, dtype):
   done = export.to_gguf(run, tmp_path / 'o', dtype, base=False)
   assert done is None

@@ -34,7 +34,7 @@ def _written(path, cfg, params, tok, *args):
   return file, read, weights_gguf.read_params(file, read, jax.random.key(0))
 
 
-@pytest.mark.parametrize('dtype', gguf_out.KINDS)
+@pytest.mark.parametrize('dtype', sorted(gguf_out.KINDS))
 @pytest.mark.parametrize('arch', _ARCHS)
 def test_the_model_comes_back(tmp_path, tok, arch, dtype):
   cfg = hf_fixture.seven_layers(arch)

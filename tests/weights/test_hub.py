@@ -178,6 +178,24 @@ def test_a_folder_is_sent(server, published, monkeypatch):
   assert server.made['visibility'] == 'public'
 
 
+def test_an_export_is_sent_by_the_command(server, published, tmp_path):
+  command = [sys.executable, '-m', 'mt.export', f'--source={published}']
+  command += [f'--push=hf:{hub_server.OWN}', f'--out={tmp_path / "out"}']
+  token = {'HF_TOKEN': hub_server.TOKEN, 'HF_HOME': str(tmp_path / 'home')}
+  done = subprocess.run(
+    command,
+    capture_output=True,
+    text=True,
+    env=os.environ | {'HF_ENDPOINT': server.url} | token,
+  )
+  assert done.returncode == 0, done.stderr
+  assert f'sent: {server.url}/{hub_server.OWN}' in done.stdout
+  assert server.made['visibility'] == 'private'
+  written = {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()}
+  assert server.sent == written
+  assert f"'{hub_server.OWN}'" in server.sent['README.md'].decode()
+
+
 def test_a_folder_that_the_hub_does_not_take(server, published, monkeypatch):
   def upload(name=hub_server.OWN):
     return lambda: hub.upload(published, name)

@@ -12,6 +12,7 @@ from mt.data import tokenizer
 from mt.evaluate import scores as scores_lib
 from mt.gemma import sizes
 from mt.translate import translator
+from mt.weights import gguf_out
 
 _TERMS = (
   'Gemma is provided under and subject to the Gemma Terms of Use found at '
@@ -204,9 +205,9 @@ def _use(m):
       'weights = gemma.params.load_and_format_params(path)'
     )
   if m.to == 'gguf':
-    file = f"('{m.name}/{gguf_name(m.dtype)}'"
+    file = f"('{m.name}/{gguf_out.file_name(m.dtype)}'"
     if '/' in m.name:
-      file = f".from_pretrained('{m.name}', '{gguf_name(m.dtype)}'"
+      file = f".from_pretrained('{m.name}', '{gguf_out.file_name(m.dtype)}'"
     call, got = f'({asked}, max_tokens=None, ', "['text'].strip()"
     if chat:
       call, got = f'.create_chat_completion({asked}, ', "['message']['content']"
@@ -226,9 +227,3 @@ def _use(m):
     f"translate = pipeline('text-generation', '{m.name}', {how})\n"
     f"print(translate({asked})[0]['generated_text']{got})"
   )
-
-
-def gguf_name(dtype: str) -> str:
-  """The file of an export, by which programs tell its type of weights."""
-  kind = {'float32': 'F32', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}[dtype]
-  return f'model-{kind}.gguf'
