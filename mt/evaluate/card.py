@@ -20,6 +20,11 @@ _TERMS = (
   'this model, whose weights were changed.'
 )
 _APACHE = 'Gemma 4, and this model with it, is under the Apache License 2.0.'
+_ADAPTER = (
+  ' adapter_config.json names the base that the adapter was trained on; where '
+  'that is no name of the hub, write the folder there that `python -m mt.export '
+  '--to=hf --base` made.'
+)
 _LIBRARIES = {
   'hf': 'transformers',
   'peft': 'peft',
@@ -94,7 +99,7 @@ def text(m: Model) -> str:
 ## Base model and licence
 
 {f'[{base}](https://huggingface.co/{base})' if base else shown}.
-{_APACHE if fourth else _TERMS}
+{_APACHE if fourth else _TERMS}{_ADAPTER if m.to == 'peft' else ''}
 
 ## Data
 

@@ -136,12 +136,15 @@ def _write_gemma(part, model, dtype):
 
 def _write_peft(part, model, dtype):
   config, source = model.config, model.source
+  # A revision, a file and the 4 bits of a package are other weights.
+  base = config.weights.source
+  base = card.hub_name(base) if base == f'hf:{card.hub_name(base)}' else base
   peft.write(
     part,
     source.config,
     model.params,
     alpha=config.train.lora_alpha,
-    base=card.hub_name(config.weights.source) or config.weights.source,
+    base=base,
     dtype=_DTYPES[dtype],
   )
   hf.write_serving(

@@ -278,6 +278,8 @@ def test_an_adapter_holds_the_factors(tmp_path, run, finetuned):
   assert files == {*weights, *_SERVED}
   config = json.loads((tmp_path / 'a' / 'adapter_config.json').read_text())
   assert (config['r'], config['lora_alpha']) == (4, 12.0)
+  source = run_folder.read_config(run).weights.source
+  assert config['base_model_name_or_path'] == source
   assert config['target_modules'] == [
     'down_proj',
     'gate_proj',
