@@ -66,6 +66,7 @@ weights, pretrained ones in, trained ones out
   kept        in which format, and where on a mesh
   gguf_file   GGUF header and tensors
   gguf        shape, tokenizer and parameters out of a GGUF file
+  gguf_out    parameters and tokenizer -> a GGUF file
   flax_store  the arrays of an Orbax folder, in and out
   flax        the same out of Google's own Flax checkpoints
   flax_out    parameters -> that layout
@@ -73,7 +74,7 @@ weights, pretrained ones in, trained ones out
   hf_tokenizer  its tokenizer.json
   hf          the same out of such a folder, and into one
   peft        LoRA factors <-> an adapter folder of PEFT's
-  hub         models from the Hugging Face hub
+  hub         models from the Hugging Face hub, and to it
   kaggle      checkpoints from Kaggle
   pretrained  `weights.source` -> model shape, tokenizer, parameters
 
@@ -89,6 +90,7 @@ evaluate, how good that is; `python -m mt.evaluate`
   comet       COMET, in an environment of its own
   cached      translations that are there are not made again
   samples     sentences to read
+  card        the model card of an export
   sentences   texts side by side with their differences marked
   chart       curves as SVG
   report      report.html: a run on one page

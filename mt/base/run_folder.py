@@ -2,6 +2,7 @@
 
 config.json        the resolved config
 environment.json   versions, devices
+data.json          pairs in the training texts
 tokenizer.model    SentencePiece
 metrics.jsonl      a line for each step and each validation
 tensorboard/       the same for TensorBoard, see mt/base/events.py

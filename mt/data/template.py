@@ -25,7 +25,9 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
+import json
 import pathlib
+import re
 
 import chex
 import ml_collections
@@ -43,6 +45,16 @@ _TARGET = '\0'  # Stands for the target after its prefix; no text has it.
 
 # Codes of ISO 639 and their English names, as TranslateGemma has them.
 _LANGUAGES = pathlib.Path(__file__).parent / 'languages.tsv'
+
+_CHAT = (
+  '{{ bos_token }}{% for message in messages %}'
+  "{% if message['role'] == 'user' %}"
+  "{{ BEFORE + message['content'] + AFTER }}"
+  "{% elif message['role'] == 'assistant' %}"
+  "{{ MODEL + message['content'] + END }}"
+  "{% else %}{{ raise_exception('user or assistant expected') }}{% endif %}"
+  '{% endfor %}{% if add_generation_prompt %}{{ MODEL }}{% endif %}'
+)
 
 # Prompts that a model was trained with, by name.
 PROMPTS = {
@@ -139,6 +151,30 @@ def prompt_ids(
   pattern = prompt_text(template, turns_of(tok, template))
   (ids,) = _fill_in(pattern, '{source}', [source], tok)
   return [tok.bos_id, *ids]
+
+
+def chat_template(template: Template, tok: tokenizer.Tokenizer) -> str:
+  """The chat template, in Jinja, that renders what prompt_ids encodes.
+
+  A user's message is the text to be translated alone: the template puts the
+  prompt around it. '' where the model has learned no turns.
+  """
+  if not template.chat:
+    return ''
+  start, end = turns_of(tok, template)
+  before, after = template.prompt.split('{source}')
+  texts = {
+    'BEFORE': f'{start}user\n{before}',
+    'AFTER': f'{after}{end}\n',
+    'MODEL': f'{start}model\n',
+    'END': f'{end}\n',
+  }
+  # Jinja reads a JSON string as it was meant.
+  return re.sub(
+    '|'.join(texts),
+    lambda match: json.dumps(texts[match[0]], ensure_ascii=False),
+    _CHAT,
+  )
 
 
 def _fill_in(pattern, field, texts, tok) -> list[list[int]]:

@@ -126,6 +126,8 @@ def begin(
   texts, source = processes.first_then_others(open_inputs)
   plan.check_memory(source.config, config, mesh)
   data = splits.read(config, source.tokenizer, texts, mesh)
+  pairs = sum(len(text) for text in texts['train'])
+  files.write_json(workdir / 'data.json', {'pairs': pairs})
   cfg = source.config
   keep = state_lib.keeping(cfg, config.train, mesh)
   params, fingerprint = source.read_kept(keep)

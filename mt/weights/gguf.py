@@ -254,6 +254,11 @@ def _turned_part(file, head_dim):
   return turned / len(factors)
 
 
+def tensor_name(row: parameters.Parameter, layer: int | None) -> str:
+  """Of a row of the table, in that layer of the model."""
+  return f'{"" if layer is None else f"blk.{layer}."}{row.gguf}.weight'
+
+
 def read_params(
   file: gguf_file.GGUFFile,
   cfg: sizes.ModelConfig,
@@ -275,9 +280,6 @@ def read_params(
     errors.UserError: a tensor is missing, too much, or its shape is not the
       model's.
   """
-
-  def name(row, layer):
-    return f'{"" if layer is None else f"blk.{layer}."}{row.gguf}.weight'
 
   def get(place):
     if not (place.row.norm or place.row.transposed):
@@ -306,7 +308,7 @@ def read_params(
     read = functools.partial(gguf_file.read_tensor, file)
     load.check_head(file.path, found, _HEAD, _EMBEDDING, read)
     del found[_HEAD]
-  wanted = load.places(cfg, name)
+  wanted = load.places(cfg, tensor_name)
   return load.read(cfg, file.path, wanted, found, get, key, keep)
 
 

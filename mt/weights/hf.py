@@ -9,6 +9,7 @@ Files: github.com/huggingface/safetensors#format; names: transformers,
 modeling_gemma.py, modeling_gemma2.py, modeling_gemma3.py.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import errno
 import json
@@ -284,6 +285,8 @@ def write(
   params: parameters.Params,
   tok: tokenizer.Tokenizer,
   dtype: np.dtype = np.float32,
+  generation: Mapping[str, Any] | None = None,
+  chat_template: str = '',
 ) -> None:
   """Writes what `open_folder` and transformers read.
 
@@ -293,6 +296,7 @@ def write(
     params: without low-rank factors.
     tok: its tokenizer.
     dtype: float32 or bfloat16, of all weights in the files.
+    generation, chat_template: see write_serving.
 
   Raises:
     OSError: the disk is full or not writable.
@@ -315,16 +319,46 @@ def write(
     size = sum(x.size for x in flat.values()) * np.dtype(dtype).itemsize
     index = {'metadata': {'total_size': size}, 'weight_map': weight_map}
     (folder / _INDEX).write_text(json.dumps(index, indent=2) + '\n', 'utf-8')
-  ids = {
+  hf_config.write(folder / 'config.json', cfg, dtype, _ids(tok))
+  write_serving(folder, cfg, tok, generation or {}, chat_template)
+
+
+def _ids(tok):
+  return {
     'pad_token_id': tok.pad_id,
     'bos_token_id': tok.bos_id,
-    'eos_token_id': tok.eos_id,
+    'eos_token_id': sorted(tok.end_ids),
   }
-  hf_config.write(folder / 'config.json', cfg, dtype, ids)
+
+
+def write_serving(
+  folder: pathlib.Path,
+  cfg: sizes.ModelConfig,
+  tok: tokenizer.Tokenizer,
+  generation: Mapping[str, Any],
+  chat_template: str,
+) -> None:
+  """Writes what is not the model: the tokenizer, and how it is decoded.
+
+  Args:
+    folder: exists.
+    cfg: the model's shape. Rows of its embedding without a piece are never
+      generated.
+    tok: its tokenizer.
+    generation: fields of transformers' GenerationConfig, where a run has its
+      own; greedy search, which all ends of a text end, without.
+    chat_template: in Jinja; '' for none.
+
+  Raises:
+    OSError: the disk is full or not writable.
+  """
+  spare = list(range(tok.vocab_size, cfg.vocab_size))
+  fields = _ids(tok) | ({'suppress_tokens': spare} if spare else {})
+  fields |= {'do_sample': False} | generation
   (folder / 'generation_config.json').write_text(
-    json.dumps(ids | {'do_sample': False}, indent=2) + '\n', 'utf-8'
+    json.dumps(fields, indent=2) + '\n', 'utf-8'
   )
-  hf_tokenizer.write(folder, tok)
+  hf_tokenizer.write(folder, tok, chat_template)
 
 
 def _shards(places, itemsize):

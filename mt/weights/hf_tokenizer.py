@@ -240,8 +240,13 @@ def _role_pieces(folder, unknown):
   return out
 
 
-def write(folder: pathlib.Path, tok: tokenizer.Tokenizer) -> None:
-  """Writes tokenizer.model and the four files that transformers reads.
+def write(
+  folder: pathlib.Path, tok: tokenizer.Tokenizer, chat_template: str = ''
+) -> None:
+  """Writes tokenizer.model and the files that transformers reads.
+
+  A chat template is written where programs of today look for it, and where
+  older ones do.
 
   Raises:
     OSError: the disk is full or not writable.
@@ -261,9 +266,13 @@ def write(folder: pathlib.Path, tok: tokenizer.Tokenizer) -> None:
   # Indented it takes twice as long, for 500,000 merges.
   _write_json(folder / 'tokenizer.json', _fast(proto, tok, special), None)
   _write_json(folder / 'special_tokens_map.json', special)
+  chat = {'chat_template': chat_template} if chat_template else {}
+  if chat:
+    (folder / 'chat_template.jinja').write_text(chat_template, 'utf-8')
   _write_json(
     folder / 'tokenizer_config.json',
     special
+    | chat
     | {
       'tokenizer_class': 'GemmaTokenizer',
       'add_bos_token': True,

@@ -78,6 +78,66 @@ def download(name: str, *, force: bool = False) -> pathlib.Path:
   return path
 
 
+def check_upload(name: str) -> str:
+  """OWNER/MODEL of hf:OWNER/MODEL, if there is somebody to send it.
+
+  Raises:
+    errors.UserError: another name, or no token.
+  """
+  from huggingface_hub import constants
+  from huggingface_hub import get_token
+
+  match = re.fullmatch(r'hf:(\w[\w.-]*/\w[\w.-]*)', name)
+  if not match:
+    raise errors.UserError(f'--push={name}: hf:USER/NAME expected.')
+  if get_token() is None:
+    raise errors.UserError(
+      f'--push={name}: no token of the hub; make one that may write at '
+      f'{constants.ENDPOINT}/settings/tokens and give it to `hf auth login`, '
+      'or set HF_TOKEN.'
+    )
+  return match[1]
+
+
+def upload(folder: pathlib.Path, model: str, *, public: bool = False) -> str:
+  """Makes a model on the hub and sends it a folder; the address of its page.
+
+  Args:
+    folder: all of it is sent.
+    model: OWNER/MODEL, new.
+    public: whether everybody may see it.
+
+  Raises:
+    errors.UserError: it is there already, the token may not, no network.
+  """
+  import httpx2
+  import huggingface_hub
+  from huggingface_hub import errors as hub_errors
+
+  api = huggingface_hub.HfApi()
+  try:
+    api.create_repo(model, private=not public)
+    api.upload_folder(repo_id=model, folder_path=folder)
+  except (
+    OSError,
+    ValueError,
+    httpx2.HTTPError,
+    hub_errors.XetDownloadError,
+  ) as e:
+    what, remedy = _refused(model, '', e)
+    status = getattr(getattr(e, 'response', None), 'status_code', 0)
+    if status == 403:
+      remedy = f'take a token that may write to {model.split("/")[0]}'
+    if status == 409:
+      what = 'it is there already, and nothing is overwritten'
+      remedy = 'give another name'
+    raise errors.UserError(
+      f'--push=hf:{model}: {what}; {remedy}. The folder {folder} is whole: '
+      f'`hf upload {model} {folder} --private` sends it, too.'
+    ) from e
+  return _page(model)
+
+
 def _page(model):
   from huggingface_hub import constants
 

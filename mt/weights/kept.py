@@ -97,6 +97,7 @@ def one(
         _write(shards[0], part, done, layer)
       done += len(part)
     chex.assert_equal(done, shape[0 if layer is None else 1])
+    del tensor, part  # Before the next one is read.
     if bits:
       made = make(np.concatenate(whole)[None])
       for own, x in zip(shards, jax.tree.leaves(made), strict=True):

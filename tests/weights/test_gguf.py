@@ -56,7 +56,7 @@ def _open(path):
   """Its shape and parameters, without the vocabulary."""
   file = gguf_file.open_gguf(path)
   cfg = weights_gguf.read_config(file)
-  return cfg, weights_gguf.read_params(file, cfg, jax.random.key(0))
+  return cfg, weights_gguf.read_params(file, cfg, jax.random.key(0))[0]
 
 
 # Parameters.

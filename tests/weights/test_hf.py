@@ -265,7 +265,7 @@ def test_a_tensor_that_would_be_ignored_is_refused(tmp_path, name):
     'model.embed_tokens_per_layer.weight',
     'model.vision.embed.weight',
     'base_model.model.lora_A.weight',
-    'audio_tower.conv.weight',
+    'thinker.conv.weight',
   ],
 )
 def test_no_tensor_is_passed_over(tmp_path, name):

@@ -159,3 +159,54 @@ def test_a_command_ends_with_one_sentence(server, tmp_path):
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
   assert line.startswith('error: hf:google/gemma-9: the hub has no such model')
+
+
+# Out.
+
+
+def test_a_folder_is_sent(server, published, monkeypatch):
+  name = f'hf:{hub_server.OWN}'
+  refusal(lambda: hub.check_upload(name), name, 'no token', 'HF_TOKEN')
+  monkeypatch.setenv('HF_TOKEN', hub_server.TOKEN)
+  for wrong in ('somebody/mine', 'hf:mine', f'{name}/x', f'{name}@v1'):
+    refusal(lambda wrong=wrong: hub.check_upload(wrong), wrong, 'hf:USER/NAME')
+  model = hub.check_upload(name)
+  assert hub.upload(published, model) == f'{server.url}/{hub_server.OWN}'
+  assert server.made['visibility'] == 'private'
+  assert server.sent == server.files
+  hub.upload(published, model, public=True)
+  assert server.made['visibility'] == 'public'
+
+
+def test_an_export_is_sent_by_the_command(server, published, tmp_path):
+  command = [sys.executable, '-m', 'mt.export', f'--source={published}']
+  command += [f'--push=hf:{hub_server.OWN}', f'--out={tmp_path / "out"}']
+  token = {'HF_TOKEN': hub_server.TOKEN, 'HF_HOME': str(tmp_path / 'home')}
+  done = subprocess.run(
+    command,
+    capture_output=True,
+    text=True,
+    env=os.environ | {'HF_ENDPOINT': server.url} | token,
+  )
+  assert done.returncode == 0, done.stderr
+  assert f'sent: {server.url}/{hub_server.OWN}' in done.stdout
+  assert server.made['visibility'] == 'private'
+  written = {p.name: p.read_bytes() for p in (tmp_path / 'out').iterdir()}
+  assert server.sent == written
+  assert f"'{hub_server.OWN}'" in server.sent['README.md'].decode()
+
+
+def test_a_folder_that_the_hub_does_not_take(server, published, monkeypatch):
+  def upload(name=hub_server.OWN):
+    return lambda: hub.upload(published, name)
+
+  again = f'`hf upload {hub_server.OWN} {published} --private`'
+  monkeypatch.setenv('HF_TOKEN', 'hf_old')
+  refusal(upload(), 'does not accept your token', 'settings/tokens', again)
+  monkeypatch.setenv('HF_TOKEN', hub_server.TOKEN)
+  refusal(upload(NAME), 'there already', 'nothing is overwritten', 'name')
+  server.status = 403
+  refusal(upload(), '403', 'may write to somebody', again)
+  _nobody(monkeypatch)
+  refusal(upload(), f'--push=hf:{hub_server.OWN}', 'does not answer', again)
+  assert not server.sent

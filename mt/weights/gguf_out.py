@@ -1,0 +1,181 @@
+"""Parameters -> a GGUF file of Gemma 1 to 3, see mt/weights/gguf.py.
+
+Keys, types and tensors are those of llama.cpp's converter, conversion/gemma.py.
+"""
+
+import dataclasses
+import math
+import pathlib
+
+import chex
+import gguf
+import numpy as np
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
+
+from mt.base import errors
+from mt.data import tokenizer
+from mt.gemma import parameters
+from mt.gemma import sizes
+from mt.weights import gguf as gguf_in
+from mt.weights import gguf_file
+from mt.weights import hf_config
+from mt.weights import load
+
+_F32 = gguf.GGMLQuantizationType.F32
+# Of the matrices; norms are float32.
+KINDS = {
+  'float32': _F32,
+  'bfloat16': gguf.GGMLQuantizationType.BF16,
+  'q8_0': gguf.GGMLQuantizationType.Q8_0,
+}
+_FILE_TYPES = {
+  'float32': gguf.LlamaFileType.ALL_F32,
+  'bfloat16': gguf.LlamaFileType.MOSTLY_BF16,
+  'q8_0': gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+_ARCHITECTURES = {'gemma': 'gemma', 'gemma2': 'gemma2', 'gemma3_text': 'gemma3'}
+_SPECIAL_SCORE = -1000.0  # Of pieces that no merge makes.
+
+
+def file_name(dtype: str) -> str:
+  """Of a file that programs choose by the type of its weights."""
+  return f'model-{KINDS[dtype].name}.gguf'
+
+
+def write(
+  path: pathlib.Path,
+  cfg: sizes.ModelConfig,
+  params: parameters.Params,
+  tok: tokenizer.Tokenizer,
+  dtype: str = 'float32',
+  chat_template: str = '',
+) -> None:
+  """Writes what llama.cpp and `gguf_file.open_gguf` read, tensor by tensor.
+
+  Rows of the embedding without a piece are left out, as llama.cpp's converter
+  does: no search may choose one.
+
+  Args:
+    path: of the new file.
+    cfg: the model's shape.
+    params: without low-rank factors, see lora.fold.
+    tok: its tokenizer.
+    dtype: a key of KINDS.
+    chat_template: in Jinja; '' for none.
+
+  Raises:
+    errors.UserError: a Gemma 4, or a shape that a GGUF header cannot say.
+    OSError: the disk is full or not writable.
+  """
+  chex.assert_shape(params['embedding'], cfg.dims()['VD'])
+  cfg = dataclasses.replace(cfg, vocab_size=tok.vocab_size)
+  writer = _header(path, cfg, dtype)
+  _add_vocabulary(writer, tok, chat_template)
+  flat, tensors = parameters.flatten(params), []
+  for place in load.places(cfg, gguf_in.tensor_name):
+    kind = KINDS[dtype]
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    if place.row.norm or place.shape[-1] % block:
+      kind = _F32
+    tensors.append((place, kind))
+    shape = gguf.quant_shape_to_byte_shape(place.shape, kind)
+    nbytes, raw = math.prod(shape), np.dtype(np.uint8)
+    writer.add_tensor_info(place.name, shape, raw, nbytes, kind)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_ti_data_to_file()
+  for place, kind in tensors:
+    row, x = place.row, flat[place.row.path]
+    x = np.asarray(x if place.layer is None else x[place.layer], np.float32)
+    x = x + np.float32(cfg.norm_offset) if row.norm else x
+    x = np.ascontiguousarray((x.T if row.transposed else x)[: place.shape[0]])
+    writer.write_tensor_data(gguf.quantize(x, kind))
+  writer.close()
+
+
+def _header(path, cfg, dtype):
+  """A writer that has the model's keys, which are read back to be compared."""
+  arch = _ARCHITECTURES.get(hf_config.kind_of(cfg))
+  if arch is None:
+    raise errors.UserError(
+      '--to=gguf: Gemma 4 is not written as GGUF; use --to=hf, and '
+      "llama.cpp's convert_hf_to_gguf.py on that folder."
+    )
+  w = gguf.GGUFWriter(path, arch)
+  scaled = cfg.rope_scale_global != 1.0
+  w.add_context_length(131_072 if scaled else 32_768 if cfg.qk_norm else 8192)
+  w.add_embedding_length(cfg.embed_dim)
+  w.add_block_count(cfg.num_layers)
+  w.add_feed_forward_length(cfg.hidden_dim)
+  w.add_head_count(cfg.num_heads)
+  w.add_head_count_kv(cfg.num_kv_heads)
+  w.add_layer_norm_rms_eps(1e-6)
+  w.add_key_length(cfg.head_dim)
+  w.add_value_length(cfg.head_dim)
+  w.add_rope_freq_base(cfg.rope_base_global)
+  w.add_file_type(_FILE_TYPES[dtype])
+  w.add_quantization_version(gguf.GGML_QUANT_VERSION)
+  if cfg.window:
+    w.add_sliding_window(cfg.window)
+  if cfg.attn_softcap:
+    w.add_attn_logit_softcapping(cfg.attn_softcap)
+  if cfg.final_softcap:
+    w.add_final_logit_softcapping(cfg.final_softcap)
+  if cfg.qk_norm:
+    w.add_rope_freq_base_swa(cfg.rope_base_local)
+  if scaled:
+    w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    w.add_rope_scaling_factor(cfg.rope_scale_global)
+  _check(path, cfg, w)
+  return w
+
+
+def _check(path, cfg, writer):
+  """Refuses a shape of which its header would say another."""
+  fields = {key: x.value for key, x in writer.kv_data[0].items()}
+  shape = cfg.vocab_size, cfg.embed_dim
+  tensors = {'token_embd.weight': gguf_file.Tensor(shape, _F32, 0, 0)}
+  said = gguf_in.read_config(gguf_file.GGUFFile(path, fields, tensors, None))
+  for name, value in dataclasses.asdict(said).items():
+    if value != getattr(cfg, name):
+      raise errors.UserError(
+        f'--to=gguf: a GGUF header cannot say that {name} is '
+        f'{getattr(cfg, name)!r}, llama.cpp would take {value!r}; use --to=hf.'
+      )
+
+
+def _add_vocabulary(w, tok, chat_template):
+  """The tokenizer's keys.
+
+  llama.cpp finds user-defined pieces in a text before it merges, as they are
+  spelt there, and control pieces in none: so the latter are all that
+  Tokenizer.controls has.
+  """
+  pieces, scores, types = [], [], []
+  for p in sp_pb2.ModelProto.FromString(tok.proto).pieces:
+    text, score, kind = p.piece, p.score, p.type
+    if p.piece in tok.controls:
+      kind = tokenizer.CONTROL
+    elif kind == tokenizer.USER_DEFINED:
+      text = text.replace('\u2581', ' ')
+    if kind in (tokenizer.CONTROL, tokenizer.UNKNOWN, tokenizer.USER_DEFINED):
+      score = _SPECIAL_SCORE
+    pieces.append(text.encode())
+    scores.append(score)
+    types.append(kind)
+  w.add_tokenizer_model('llama')
+  w.add_tokenizer_pre('default')
+  w.add_token_list(pieces)
+  w.add_token_scores(scores)
+  w.add_token_types(types)
+  w.add_bos_token_id(tok.bos_id)
+  w.add_eos_token_id(tok.eos_id)
+  w.add_unk_token_id(tok.spm.unk_id())
+  w.add_pad_token_id(tok.pad_id)
+  for i in sorted(tok.end_ids - {tok.eos_id})[:1]:
+    w.add_eot_token_id(i)
+  w.add_add_bos_token(True)
+  w.add_add_eos_token(False)
+  w.add_add_space_prefix(False)
+  if chat_template:
+    w.add_chat_template(chat_template)
