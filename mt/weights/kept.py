@@ -7,6 +7,7 @@ and one tensor in float32, whatever the number of devices and processes.
 
 from collections.abc import Iterable
 from collections.abc import Mapping
+from concurrent import futures
 import dataclasses
 import functools
 from typing import Any
@@ -87,20 +88,22 @@ def one(
   leaves, structure = jax.tree.flatten(kept)
   places = [None] * len(leaves) if where is None else jax.tree.leaves(where)
   shards = [_empty(x, s) for x, s in zip(leaves, places, strict=True)]
-  for layer, tensor in tensors:
-    whole, done = [], 0
-    for part in _parts(tensor):
-      crc = zlib.crc32(part, crc)
+  with futures.ThreadPoolExecutor(1) as pool:
+    for layer, tensor in tensors:
+      whole, done = [], 0
+      for part in _parts(tensor):
+        total = pool.submit(zlib.crc32, part, crc)  # While it is written.
+        if bits:
+          whole.append(part)
+        else:
+          _write(shards[0], part, done, layer)
+        done += len(part)
+        crc = total.result()
+      chex.assert_equal(done, shape[0 if layer is None else 1])
       if bits:
-        whole.append(part)
-      else:
-        _write(shards[0], part, done, layer)
-      done += len(part)
-    chex.assert_equal(done, shape[0 if layer is None else 1])
-    if bits:
-      made = make(np.concatenate(whole)[None])
-      for own, x in zip(shards, jax.tree.leaves(made), strict=True):
-        _write(own, np.asarray(x[0]), 0, layer)
+        made = make(np.concatenate(whole)[None])
+        for own, x in zip(shards, jax.tree.leaves(made), strict=True):
+          _write(own, np.asarray(x[0]), 0, layer)
   arrays = [
     own[0].array
     if place is None
