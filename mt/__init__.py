@@ -56,6 +56,8 @@ data, from parallel text to rows of tokens; `python -m mt.data` shows them
   tfds        MTNT as TFDS reads it
   mtnt        MTNT 1.1 fetched; archives unpacked
   sacrebleu_sets  test sets by name
+  directions  several directions in one run
+  noising     noise on purpose
   corpus      `data.source` and its splits -> parallel texts
   tokenizer   SentencePiece: from a file, or trained
   store       tokenised pairs on disk, mapped into memory

@@ -26,6 +26,7 @@ from mt.base import run_folder
 from mt.gemma import lora
 from mt.gemma import parameters
 from mt.gemma import sharding
+from mt.gemma import sizes
 from mt.train import machine
 from mt.train import manifest
 from mt.train import state as state_lib
@@ -353,6 +354,10 @@ def check_identity(
   """
   saved = _read(manager, at, {}, identity=ocp.args.JsonRestore()).identity
   saved, who = _flat(saved), _flat(who)
+  # What models had not had before some Gemma did.
+  saved = {
+    f.name: f.default for f in dataclasses.fields(sizes.ModelConfig)
+  } | saved
   for key in who:
     if key == 'version' or ('.' in key and key not in saved):
       continue

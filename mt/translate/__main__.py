@@ -7,7 +7,8 @@
   python -m mt.translate --workdir=W                  (a prompt on a terminal)
 
 One line in, one line out, in order. An empty line stays empty. Input may be
-packed as .gz or .xz. With --json, an object a line:
+packed as .gz or .xz; of a pipe, the lines that have come are answered before
+the next ones. With --json, an object a line:
 
   {"source": "Hi!", "translations": [{"text": "Salut !", "score": -0.21,
   "log_probability": -0.84}, …]}
@@ -23,6 +24,8 @@ import itertools
 import json
 import os
 import pathlib
+import select
+import stat
 import sys
 from typing import Any
 from typing import BinaryIO
@@ -45,7 +48,7 @@ from mt.translate import decode
 from mt.translate import search as search_lib
 from mt.translate import translator as translator_lib
 
-_CHUNK = 1024  # Lines, sorted by length among themselves.
+_CHUNK = 1024  # Most lines that are sorted by length among themselves.
 _DRAWS = ('temperature', 'top_k', 'top_p', 'seed')
 _SAMPLES = 16  # Of --mbr, where the run says nothing.
 
@@ -143,9 +146,8 @@ def run(values: dict[str, Any]) -> None:
     translator = translator_lib.from_config(
       config, source, search=search, sampling=sampling, say=_say
     )
-    texts = _ask() if asking else _read_texts(stream, asked, key)
     done = 0
-    while chunk := list(itertools.islice(texts, 1 if asking else _CHUNK)):
+    for chunk in _ask() if asking else _read_texts(stream, asked, key):
       found = translator.n_best(params, chunk, first=done)
       done += len(chunk)
       for source, translations in zip(chunk, found, strict=True):
@@ -187,27 +189,51 @@ def _open_output(name) -> contextlib.AbstractContextManager[BinaryIO]:
   return files.new_file(pathlib.Path(name))
 
 
-def _read_texts(stream: BinaryIO, name: str, key: str) -> Iterator[str]:
+def _read_texts(stream: BinaryIO, name: str, key: str) -> Iterator[list[str]]:
   """The texts of lines; what training would not use is refused."""
-  name = name or 'standard input'
-  for number, raw in enumerate(stream, 1):
-    if number == 1:
-      formats.refuse_binary(raw, name)
-      raw = raw.removeprefix(formats.BOM)
-    text, fault = lines.decode(raw)
-    if key and not fault:
-      found = lines.json_texts(text, [key])
-      text, fault = ('', found) if isinstance(found, str) else (found[0], '')
-    if fault:
-      expected = f'a JSON object with {key!r}' if key else 'UTF-8'
-      raise errors.UserError(
-        f'{name}, line {number}: {fault}; {expected} is expected: mend the '
-        'line.'
-      )
-    yield text
+  done, name = 0, name or 'standard input'
+  for chunk in _read_lines(stream):
+    yield [_text(raw, n, name, key) for n, raw in enumerate(chunk, done + 1)]
+    done += len(chunk)
 
 
-def _ask() -> Iterator[str]:
+def _read_lines(stream):
+  """Lines in chunks; of what is no file, those that have come."""
+  if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+    while chunk := list(itertools.islice(stream, _CHUNK)):
+      yield chunk
+    return
+  came, more, rest = [], True, b''
+  while more or came:
+    wait = 0 if came else None
+    if len(came) < _CHUNK and more and select.select([stream], [], [], wait)[0]:
+      more = stream.read1(2**16)
+      *whole, rest = (rest + more).split(b'\n')
+      came += [line + b'\n' for line in whole]
+      if not more and rest:
+        came.append(rest)
+    else:
+      yield came[:_CHUNK]
+      came = came[_CHUNK:]
+
+
+def _text(raw, number, name, key):
+  if number == 1:
+    formats.refuse_binary(raw, name)
+    raw = raw.removeprefix(formats.BOM)
+  text, fault = lines.decode(raw)
+  if key and not fault:
+    found = lines.json_texts(text, [key])
+    text, fault = ('', found) if isinstance(found, str) else (found[0], '')
+  if fault:
+    expected = f'a JSON object with {key!r}' if key else 'UTF-8'
+    raise errors.UserError(
+      f'{name}, line {number}: {fault}; {expected} is expected: mend the line.'
+    )
+  return text
+
+
+def _ask() -> Iterator[list[str]]:
   """Lines that someone types, until Ctrl-D."""
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401  # Arrow keys and a history.
@@ -221,7 +247,7 @@ def _ask() -> Iterator[str]:
     except UnicodeError:
       _say('That is not UTF-8.')
       continue
-    yield text
+    yield [text]
 
 
 def main(_):

@@ -165,17 +165,6 @@ def extend(
   x = embedding.embed(params['embedding'], tokens, cache['k'][0].dtype)
   windows, kinds = attention.layer_kinds(cfg)
   cache = {k: list(v) for k, v in cache.items()}
-  write = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=1))
-
-  def attend(n, layer_cfg, q, *new):
-    at = cfg.kv_layer(n)
-    for which, x in zip('kv', new, strict=False):
-      x = sharding.constrain(x.swapaxes(1, 2), mesh, CACHE_AXES)
-      cache[which][n] = write(cache[which][n], x, slot)
-    mask = (distance >= 0) & (distance < windows[n])
-    k, v = (cache[which][at].swapaxes(1, 2) for which in 'kv')
-    return attention.attend(layer_cfg, q, k, v, mask), None
-
   layers = {}
   for stack in cfg.stacks():
     sin, cos = attention.rope_tables(stack.cfg, positions)
@@ -184,20 +173,44 @@ def extend(
   inputs = model.layer_inputs(cfg, params, tokens, x)
   for n in range(dims.N):
     layer_cfg, layer, rope = layers[n]
-    dense = _dense
-    if mesh is not None:
-      dense = functools.partial(_dense_on_mesh, layer_cfg, mesh)
-    x, _ = model.block(
+    at = cfg.kv_layer(n)
+    x, (cache['k'][at], cache['v'][at]) = _block(
       layer_cfg,
+      mesh,
       layer,
       x,
-      *rope,
-      functools.partial(attend, n, layer_cfg),
+      rope,
       None if inputs is None else inputs[n],
-      dense,
+      (cache['k'][at], cache['v'][at]),
+      slot,
+      (distance >= 0) & (distance < windows[n]),
     )
   x = model.rms_norm(x, params['final_norm'], cfg.norm_offset)
   return x, {k: tuple(v) for k, v in cache.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _block(cfg, mesh, layer, x, rope, layer_input, cache, slot, mask):
+  """A layer, and the keys and values that it reads, with its own if it has any.
+
+  Jitted, as layers that are alike are traced and lowered once then.
+  """
+  write = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=1))
+
+  def attend(q, *new):
+    kv = cache
+    if new:
+      new = [
+        sharding.constrain(x.swapaxes(1, 2), mesh, CACHE_AXES) for x in new
+      ]
+      kv = tuple(write(x, y, slot) for x, y in zip(cache, new, strict=True))
+    k, v = (x.swapaxes(1, 2) for x in kv)
+    return attention.attend(cfg, q, k, v, mask), kv
+
+  dense = _dense
+  if mesh is not None:
+    dense = functools.partial(_dense_on_mesh, cfg, mesh)
+  return model.block(cfg, layer, x, *rope, attend, layer_input, dense)
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'dtype', 'chunk'))

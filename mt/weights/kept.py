@@ -7,6 +7,7 @@ and one tensor in float32, whatever the number of devices and processes.
 
 from collections.abc import Iterable
 from collections.abc import Mapping
+from concurrent import futures
 import dataclasses
 import functools
 from typing import Any
@@ -87,21 +88,23 @@ def one(
   leaves, structure = jax.tree.flatten(kept)
   places = [None] * len(leaves) if where is None else jax.tree.leaves(where)
   shards = [_empty(x, s) for x, s in zip(leaves, places, strict=True)]
-  for layer, tensor in tensors:
-    whole, done = [], 0
-    for part in _parts(tensor):
-      crc = zlib.crc32(part, crc)
+  with futures.ThreadPoolExecutor(1) as pool:
+    for layer, tensor in tensors:
+      whole, done = [], 0
+      for part in _parts(tensor):
+        total = pool.submit(zlib.crc32, part, crc)  # While it is written.
+        if bits:
+          whole.append(part)
+        else:
+          _write(shards[0], part, done, layer)
+        done += len(part)
+        crc = total.result()
+      chex.assert_equal(done, shape[0 if layer is None else 1])
+      del tensor, part, total  # Before the next one is read.
       if bits:
-        whole.append(part)
-      else:
-        _write(shards[0], part, done, layer)
-      done += len(part)
-    chex.assert_equal(done, shape[0 if layer is None else 1])
-    del tensor, part  # Before the next one is read.
-    if bits:
-      made = make(np.concatenate(whole)[None])
-      for own, x in zip(shards, jax.tree.leaves(made), strict=True):
-        _write(own, np.asarray(x[0]), 0, layer)
+        made = make(np.concatenate(whole)[None])
+        for own, x in zip(shards, jax.tree.leaves(made), strict=True):
+          _write(own, np.asarray(x[0]), 0, layer)
   arrays = [
     own[0].array
     if place is None
@@ -129,11 +132,11 @@ def _empty(x, place) -> list[_Shard]:
 
 
 def _parts(tensor: Tensor):
-  """The tensor as float32, a few million numbers at a time."""
+  """Copies of its rows as float32, a few million numbers at a time."""
   for x in [tensor] if isinstance(tensor, np.ndarray) else tensor:
     rows = max(1, _AT_ONCE * len(x) // x.size)
     for at in range(0, len(x), rows):
-      yield np.ascontiguousarray(x[at : at + rows], np.float32)
+      yield np.array(x[at : at + rows], np.float32, order='C')
 
 
 def _write(shards, x, row, layer):
@@ -147,8 +150,7 @@ def _write(shards, x, row, layer):
     high = np.minimum(start + x.shape, np.add(shard.at, shard.array.shape))
     if (low < high).all():
       cut = zip(low - start, high - start, strict=True)
-      # A copy, as JAX holds on to what it is given for a while.
-      part = np.array(x[tuple(slice(a, b) for a, b in cut)])
+      part = x[tuple(slice(a, b) for a, b in cut)]
       at = [np.int32(i) for i in low - shard.at]
       shard.array = _update(shard.array, part, at)
       shard.array.block_until_ready()

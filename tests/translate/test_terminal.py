@@ -3,6 +3,7 @@
 With a run of its own: tests/runs/test_run.py and test_best.py.
 """
 
+from concurrent import futures
 import dataclasses
 import gzip
 import io
@@ -87,16 +88,16 @@ def shouting(monkeypatch):
 
 
 @pytest.fixture
-def command(shouting, monkeypatch):
+def command(shouting, monkeypatch, tmp_path_factory):
   """Runs it without a terminal: (output, calls)."""
 
   def run(given=b'', **values):
-    stdin = types.SimpleNamespace(
-      buffer=io.BytesIO(given), isatty=lambda: False
-    )
+    file = tmp_path_factory.mktemp('stdin') / 'in'
+    file.write_bytes(given)
+    stdin = types.SimpleNamespace(buffer=file.open('rb'), isatty=lambda: False)
     stdout = io.TextIOWrapper(io.BytesIO(), encoding='utf-8')
     shouting.clear()
-    with monkeypatch.context() as m:
+    with stdin.buffer, monkeypatch.context() as m:
       m.setattr(sys, 'stdin', stdin)
       m.setattr(sys, 'stdout', stdout)
       terminal.run(VALUES | values)
@@ -287,6 +288,39 @@ def test_a_reader_that_leaves(shouting, monkeypatch, tmp_path, capfd):
   out, err = capfd.readouterr()
   assert not out
   assert re.fullmatch(r'machine: .*\ncheckpoint: step 7\n', err)
+
+
+def test_a_pipe_is_answered_while_it_is_open(shouting, monkeypatch):
+  monkeypatch.setattr(terminal, '_CHUNK', 2)
+  (stdin, ours), (theirs, stdout) = os.pipe(), os.pipe()
+  with (
+    open(stdin, encoding='utf-8') as given,
+    open(stdout, 'w', encoding='utf-8') as made,
+    monkeypatch.context() as m,
+    futures.ThreadPoolExecutor() as pool,
+  ):
+    m.setattr(sys, 'stdin', given)
+    m.setattr(sys, 'stdout', made)
+    command = pool.submit(terminal.run, VALUES)
+    try:
+      for part, answer in (
+        ('a\n', 'A\n'),
+        ('b\n\nc\nd', 'B\n\nC\n'),  # The last line is not whole yet.
+        (f'e\n{LINES[6]}\n', f'DE\n{LINES[6].upper()}\n'),
+        ('end', ''),
+      ):
+        os.write(ours, part.encode())
+        seen = b''
+        while len(seen) < len(answer):
+          assert select.select([theirs], [], [], 20)[0], seen
+          seen += os.read(theirs, 2**16)
+        assert seen.decode() == answer
+    finally:
+      os.close(ours)
+      command.result(20)
+  assert os.read(theirs, 99) == b'END\n'
+  os.close(theirs)
+  assert shouting == [(1, 0), (2, 1), (1, 3), (2, 4), (1, 6)]
 
 
 def test_a_prompt_on_a_terminal(shouting, monkeypatch):
