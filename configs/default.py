@@ -453,7 +453,10 @@ KNOBS = (
     one of them that sends anything (WANDB_MODE=offline keeps it here).
     """, 'free'),
   knob('log.profile', (), Rule(
-    lambda v: v == () or (len(v) == 2 and 1 <= v[0] <= v[1]),
+    lambda v: (
+      v == ()
+      or ([*map(type, v)] == [int, int] and 1 <= v[0] <= v[1])
+    ),
     'two steps such as (10, 12), or ()',
   ), """
     The first and the last of the steps that are traced, for XProf in

@@ -186,6 +186,7 @@ def evaluate(
     'noise': scores.by_noise(
       own.sources, own.hypotheses, own.references, own.languages[0]
     ),
+    'loops': scores.looping(own.sources, own.hypotheses),
   }
   if against:
     other = translate_split(against, split, pairs, **of_both)
@@ -234,6 +235,9 @@ def describe(result: dict[str, Any]) -> str:
     out.append(f'{name:10} {found[name]:6.2f}  {found[name + "_signature"]}')
   if 'noise' in result:  # A mean has none.
     out += _by_noise(result['noise'])
+  if found := result.get('loops'):
+    numbers = ', '.join(str(i + 1) for i in found)
+    out.append(f'go round and round: {len(found)} (number {numbers})')
   if other := result.get('against'):
     out.append(f'against {other["workdir"]}, step {other["step"]}')
     for name, row in other['scores'].items():

@@ -25,6 +25,7 @@ from sacrebleu import significance
 from sacrebleu import utils as sacrebleu_utils
 
 from mt.evaluate import noise
+from mt.translate import loops
 
 NAMES = {'bleu': 'BLEU', 'bleu_intl': 'BLEU intl'}
 NAMES |= {'chrf': 'chrF', 'chrf++': 'chrF++', 'comet': 'COMET'}
@@ -122,6 +123,12 @@ def sentence_chrf(hypothesis: str, reference: str) -> float:
   metric = sacrebleu.CHRF()
   (text,), references = _nfc([hypothesis]), _nfc([reference])
   return metric.sentence_score(text, references).score
+
+
+def looping(sources: Sequence[str], hypotheses: Sequence[str]) -> list[int]:
+  """Which translations go round and round (mt/translate/loops.py), from 0."""
+  pairs = zip(sources, hypotheses, strict=True)
+  return [i for i, pair in enumerate(pairs) if loops.goes_round(*pair)]
 
 
 def by_noise(

@@ -332,7 +332,10 @@ def write_scores(run: loop.Run, at: int) -> None:
     scores[split] = {
       when: {'step': at if when == 'after' else 0}
       | scores_lib.score(made, references, target)
-      | {'noise': scores_lib.by_noise(sources, made, references, source)}
+      | {
+        'noise': scores_lib.by_noise(sources, made, references, source),
+        'loops': scores_lib.looping(sources, made),
+      }
       for when, made in texts.items()
     }
     if split.startswith('valid'):

@@ -28,7 +28,7 @@ from mt.gemma import sizes
 # A tensor, or its parts along the first axis in order; any float type.
 Tensor = np.ndarray | Iterable[np.ndarray]
 
-_AT_ONCE = 2**22  # Weights that are copied in one go.
+_AT_ONCE = 2**21  # Weights that are copied in one go.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from mt.gemma import sizes
 from mt.weights import gguf
 from mt.weights import gguf_file
 from mt.weights import hf
+from mt.weights import kept
 from mt.weights import load
 from mt.weights import pretrained
 from tests.fixtures import gguf_fixture
@@ -98,7 +99,10 @@ def main(argv):
   elif path.exists():
     file = gguf_file.open_gguf(path)
     cfg = gguf.read_config(file)
-    read = functools.partial(gguf.read_params, file, cfg, key)
+
+    def read():
+      return gguf.read_params(file, cfg, key)[0]
+
   else:
     read = pretrained.open_source(argv[1], '', '', seed=0, texts=()).read
   # What the compiler takes, once in a process, is not the weights'.
@@ -109,7 +113,7 @@ def main(argv):
   def get(p):
     return np.zeros(p.shape[::-1] if p.row.transposed else p.shape)
 
-  load.read(cfg, path, places, shapes, get, key)
+  load.read(cfg, path, places, shapes, get, key, kept.FLOAT32)
   final, peak, one = measure(read)
   print(
     f'parameters {final / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB, one tensor '

@@ -70,9 +70,9 @@ def test_what_the_run_translated_is_not_translated_again(
   after = _lines(run, f'translations/{split}.after')
   assert _lines(run, f'evaluation/{split}.hypothesis') == after
   own = files.read_json(run / 'scores.json')[split]['after']
-  noise = own.pop('noise')
+  noise, loops = own.pop('noise'), own.pop('loops')
   assert own.pop('step') == got['step'] == 2
-  assert (got['scores'], got['noise']) == (own, noise)
+  assert (got['scores'], got['noise'], got['loops']) == (own, noise, loops)
   assert files.read_json(run / 'evaluation' / f'{split}.json') == got
 
 
@@ -245,6 +245,7 @@ def test_the_lines_of_the_command():
     'step': 1200,
     'scores': scores.score(*texts[1:], 'fr'),
     'noise': scores.by_noise(*texts, 'ja'),
+    'loops': scores.looping(['', 'oui oui'], ['oui ' * 9, 'oui oui']),
     'against': {
       'workdir': 'runs/b',
       'step': 7,
@@ -257,6 +258,7 @@ def test_the_lines_of_the_command():
   assert '  emoji              0  no sentence' in shown
   assert '  typos              -  no rule for the source language' in shown
   assert '  very short         1  100.00' in shown
+  assert 'go round and round: 1 (number 1)' in shown
   assert 'against runs/b, step 7' in shown
   assert shown[-2].startswith('chrf       100.00 ±0.00 ->  91.67 ±')
   assert '(-8.33, p = ' in shown[-2] and 'seed:12345' in shown[-2]

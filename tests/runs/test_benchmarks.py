@@ -40,7 +40,7 @@ def tiny_source():
   params = parameters.init(cfg, jax.random.key(0))
   # Steps donate what they are given.
   return pretrained.Source(
-    cfg, tok, lambda: jax.tree.map(jax.numpy.copy, params)
+    cfg, tok, lambda keep: (jax.tree.map(jax.numpy.copy, params), 0)
   )
 
 

@@ -190,7 +190,7 @@ def test_the_identity_passes_over_knobs_that_are_no_more(plain_copy, capsys):
     path = folder / 'identity' / 'metadata'
     identity = json.loads(path.read_text())
     identity['config'] |= {'data.buckets': [], 'data.of_old': 3}
-    del identity['config']['weights.warm_start']  # And over new ones.
+    del identity['config']['data.noise']  # And over new ones.
     path.write_text(json.dumps(identity))
     manifest.write(folder)
   run_lib.run(config, workdir)
