@@ -9,7 +9,6 @@ relation: at most 1.3 plus one tensor.
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
 import sys
@@ -95,7 +94,10 @@ def main(argv):
   path, key = pathlib.Path(argv[1]), jax.random.key(0)
   if hf.is_folder(path):
     folder = hf.open_folder(path)
-    read = functools.partial(hf.read_params, folder, key)
+
+    def read():
+      return hf.read_params(folder, key)[0]
+
   elif path.exists():
     file = gguf_file.open_gguf(path)
     cfg = gguf.read_config(file)

@@ -460,7 +460,7 @@ print(peak() - before, sum(x.nbytes for x in jax.tree.leaves(params)))
 
 
 def test_reading_takes_little_more_than_the_parameters(tmp_path):
-  """At most 1.3 times of them and one tensor more; they are 193 MB."""
+  """At most 1.35 times of them and one tensor more; they are 193 MB."""
   cfg = dataclasses.replace(
     FAMILIES['gemma3'],
     vocab_size=16_000,
@@ -493,4 +493,4 @@ def test_reading_takes_little_more_than_the_parameters(tmp_path):
   grown, final = map(int, done.stdout.split())
   assert final == 4 * sum(x.size for x in jax.tree.leaves(params))
   print(f'{grown / final:.3f} times of {final:,} bytes')
-  assert final < grown <= 1.3 * final + 2 * params['embedding'].size
+  assert final < grown <= 1.35 * final + 2 * params['embedding'].size
