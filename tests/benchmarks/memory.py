@@ -108,14 +108,14 @@ def main(argv):
   else:
     read = pretrained.open_source(argv[1], '', '', seed=0, texts=()).read
   # What the compiler takes, once in a process, is not the weights'.
-  cfg = sizes.SIZES['debug']
-  places = load.places(cfg, lambda row, i: f'{row.path}/{i}')
+  debug = sizes.SIZES['debug']
+  places = load.places(debug, lambda row, i: f'{row.path}/{i}')
   shapes = {p.name: p.shape for p in places}
 
   def get(p):
     return np.zeros(p.shape[::-1] if p.row.transposed else p.shape)
 
-  load.read(cfg, path, places, shapes, get, key, kept.FLOAT32)
+  load.read(debug, path, places, shapes, get, key, kept.FLOAT32)
   final, peak, one = measure(read)
   print(
     f'parameters {final / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB, one tensor '
