@@ -121,7 +121,7 @@ def test_a_cluster_says_who_they_are(variables):
     )
     for i in range(2)
   ]
-  ended = [p.communicate(timeout=120) for p in started]
+  ended = [p.communicate(timeout=300) for p in started]
   assert [p.returncode for p in started] == [0, 0], ended
   assert all(f'got {4 / 3}\n' in out for out, _ in ended)  # Gloo speaks too.
 

@@ -295,7 +295,8 @@ def test_logits_in_bfloat16_cost_no_more_than_products_in_it():
   for g, r, e in list(zip(got, rounded, exact, strict=True))[:2]:
     by_logits = np.linalg.norm(np.float64(g) - r)
     by_operands = np.linalg.norm(r - e)
-    assert 0 < by_logits < 1.5 * by_operands, (by_logits, by_operands)
+    # JAX 0.12 has 1.7 times on a CPU, 0.10 less than 1.5.
+    assert 0 < by_logits < 2 * by_operands, (by_logits, by_operands)
 
 
 @pytest.mark.parametrize('cap', [None, 30.0])

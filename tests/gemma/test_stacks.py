@@ -76,7 +76,7 @@ def _assert_near(got, want, tolerance):
 )
 def test_packed_and_recomputed_is_alone_and_kept(name):
   found, want = _run(name, _PACKED, 'full'), _run(name, _ALONE, 'none')
-  _assert_near(found, want, 2e-5)
+  _assert_near(found, want, 5e-5)
   for path, x in parameters.flatten(found[1]).items():
     assert np.any(x), path  # All of it counts.
 
@@ -112,7 +112,7 @@ def test_a_mesh_gives_the_numbers_of_one_device():
   assert places['local/q'].shard_shape((4, 24, 32)) == (4, 12, 16)
   assert places['global/k'].shard_shape((2, 24, 16)) == (2, 12, 16)
   _assert_near(
-    _run('e2b', _ALONE, 'none', mesh), _run('e2b', _ALONE, 'none'), 2e-5
+    _run('e2b', _ALONE, 'none', mesh), _run('e2b', _ALONE, 'none'), 5e-5
   )
 
 
