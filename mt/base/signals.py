@@ -77,23 +77,28 @@ def _status(command):
   return done.returncode
 
 
+def check_command(command: str) -> None:
+  """Refuses a train.preempt_command that there is not; '' is none.
+
+  Raises:
+    errors.UserError: the shell cannot run it.
+  """
+  if command and _status(command) in (126, 127):
+    raise errors.UserError(
+      f'train.preempt_command is {command!r}, which the shell cannot run; a '
+      'command such as `test -e FILE` expected.'
+    )
+
+
 @contextlib.contextmanager
 def listening(command: str = '') -> Iterator[Listener]:
   """A Listener that hears signals until the context ends.
 
   Args:
     command: that of train.preempt_command, asked every few seconds by a thread.
-
-  Raises:
-    errors.UserError: there is no such command.
   """
   listener, ended = Listener(), threading.Event()
   if command:
-    if _status(command) in (126, 127):
-      raise errors.UserError(
-        f'train.preempt_command is {command!r}, which the shell cannot run; a '
-        'command such as `test -e FILE` expected.'
-      )
     watch = threading.Thread(target=listener.watch, args=[command, ended])
     watch.daemon = True
     watch.start()

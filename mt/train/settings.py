@@ -8,6 +8,7 @@ from configs import default
 from mt.base import errors
 from mt.base import journal
 from mt.base import run_folder
+from mt.base import signals
 from mt.base import tracking
 from mt.data import directions
 from mt.train import optimizer
@@ -32,6 +33,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       'weights.warm_start and weights.adapter both name weights to begin with; '
       "'' expected for one of them."
     )
+  signals.check_command(config.train.preempt_command)
   if 'wandb' in config.log.to:
     tracking.check_installed()
   _check_data(config.data)

@@ -142,8 +142,8 @@ def test_a_notice_that_a_command_finds(tmp_path, monkeypatch):
 
 
 def test_a_command_that_there_is_not():
-  def listen():
-    with signals.listening('no-such-program --x'):
-      pass
-
-  refusal(listen, 'train.preempt_command', 'no-such-program')
+  command = 'no-such-program --x'
+  refusal(
+    lambda: signals.check_command(command), 'train.preempt_command', command
+  )
+  signals.check_command('false')
