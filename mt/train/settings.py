@@ -12,6 +12,7 @@ from mt.base import signals
 from mt.base import tracking
 from mt.data import directions
 from mt.train import optimizer
+from mt.weights import pretrained
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -33,6 +34,9 @@ def check(config: ml_collections.ConfigDict) -> None:
       'weights.warm_start and weights.adapter both name weights to begin with; '
       "'' expected for one of them."
     )
+  adapter = config.weights.adapter
+  if adapter and ':' not in adapter:  # A path; a name may have to be fetched.
+    pretrained.find_adapter(adapter)
   signals.check_command(config.train.preempt_command)
   if 'wandb' in config.log.to:
     tracking.check_installed()
