@@ -33,10 +33,7 @@ from mt.train import state as state_lib
 from mt.weights import pretrained
 
 _SLACK = 200_000  # Bytes of a checkpoint that are no array.
-_WRITING = (
-  OSError,
-  ValueError,
-)  # What a full disk is; the second, tensorstore's.
+_WRITING = OSError, ValueError  # A full disk is either: tensorstore's is one.
 
 
 def identity(source: pretrained.Source, fingerprint: int) -> dict[str, Any]:
@@ -354,10 +351,9 @@ def check_identity(
   """
   saved = _read(manager, at, {}, identity=ocp.args.JsonRestore()).identity
   saved, who = _flat(saved), _flat(who)
-  # What models had not had before some Gemma did.
-  saved = {
-    f.name: f.default for f in dataclasses.fields(sizes.ModelConfig)
-  } | saved
+  # A checkpoint of before a field of models was there has its default.
+  fields = dataclasses.fields(sizes.ModelConfig)
+  saved = {f.name: f.default for f in fields} | saved
   for key in who:
     if key == 'version' or ('.' in key and key not in saved):
       continue

@@ -150,11 +150,11 @@ def run(values: dict[str, Any]) -> None:
     for chunk in _ask() if asking else _read_texts(stream, asked, key):
       found = translator.n_best(params, chunk, first=done)
       done += len(chunk)
-      for source, translations in zip(chunk, found, strict=True):
-        text = translations[0].text
+      for text, translations in zip(chunk, found, strict=True):
+        made = translations[0].text
         if values['json']:
-          text = _as_json(source, translations)
-        out.write(f'{text}\n'.encode())
+          made = _as_json(text, translations)
+        out.write(f'{made}\n'.encode())
       out.flush()
       if not values['output']:
         screen.check()

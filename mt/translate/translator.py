@@ -100,7 +100,6 @@ class Translator:
     if any(isinstance(x, dict) for x in params.values()):
       params = decode.unstack(params, self.settings.dtype)
     full = [i for i, text in enumerate(texts) if text.strip()]
-    prompts = [self._prompt(text, first + i) for i, text in enumerate(texts)]
     several = [i for i in full if _num_lines(texts[i]) > 1]
     single = sorted({*full} - {*several})
     ends = end_ids(self.tok, self.template)
@@ -111,7 +110,7 @@ class Translator:
       found = self._ranked(
         settings,
         params,
-        [(texts[i], prompts[i]) for i in chosen],
+        [(texts[i], self._prompt(texts[i], first + i)) for i in chosen],
         lambda more, before=done: on_progress(before + more),
       )
       done += len(chosen)

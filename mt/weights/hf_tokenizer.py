@@ -159,18 +159,14 @@ def build(
     elif _BYTE_PIECE.fullmatch(piece):
       kind = tokenizer.BYTE
     elif rank is None and len(piece) > 1:
-      kind = (
-        tokenizer.USER_DEFINED
-      )  # No merge makes it, so it must be taken whole.
+      # No merge makes it, so it must be taken whole.
+      kind = tokenizer.USER_DEFINED
     else:
       # Single characters come last: no merge makes them.
-      kind, score = (
-        tokenizer.NORMAL,
-        -float(len(ranks) + i if rank is None else rank),
-      )
-    text = (
-      piece.replace(' ', _SPACE) if kind == tokenizer.USER_DEFINED else piece
-    )
+      kind = tokenizer.NORMAL
+      score = -float(len(ranks) + i if rank is None else rank)
+    whole = kind == tokenizer.USER_DEFINED
+    text = piece.replace(' ', _SPACE) if whole else piece
     try:
       proto.pieces.add(piece=text, score=score, type=kind)
     except ValueError as e:  # A lone surrogate: UnicodeEncodeError.

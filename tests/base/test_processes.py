@@ -1,12 +1,8 @@
 """Two real processes on one machine: one run, whoever starts or dies."""
 
-import os
 import pathlib
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -14,6 +10,7 @@ import pytest
 
 from mt.base import processes
 from mt.train import run as run_lib
+from tests.fixtures import several
 from tests.fixtures.refusal import refusal
 from tests.runs import folders
 from tests.runs import small
@@ -21,27 +18,13 @@ from tests.runs import small
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def _address():
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return f'127.0.0.1:{s.getsockname()[1]}'
-
-
 def _start(*commands):
-  """Processes of Python, each with two devices, as quick_compilation is."""
-  env = os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-  env['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
-  return [
-    subprocess.Popen(
-      [sys.executable, *command],
-      cwd=ROOT,
-      env=env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for command in commands
-  ]
+  """Each with two devices, as quick_compilation is."""
+  return several.start(
+    *commands,
+    JAX_DISABLE_MOST_OPTIMIZATIONS='1',
+    XLA_FLAGS='--xla_force_host_platform_device_count=2',
+  )
 
 
 def _config(steps):
@@ -69,13 +52,11 @@ run.run(config, workdir)
 
 
 def _two_processes(workdir):
-  address = _address()
+  address = several.address()
   started = _start(
     *(['-c', _PROCESS, address, str(workdir), str(i)] for i in range(2))
   )
-  ended = [p.communicate(timeout=600) for p in started]
-  assert [p.returncode for p in started] == [0, 0], ended
-  return [out for out, _ in ended]
+  return several.ends(started)
 
 
 _AUTO = """
@@ -108,22 +89,12 @@ def _as_open_mpi(job, i):
 @pytest.mark.parametrize('variables', [_as_slurm, _as_open_mpi])
 def test_a_cluster_says_who_they_are(variables):
   """With --coordinator=auto, by the variables that a scheduler sets."""
-  port = int(_address().partition(':')[2])
+  port = int(several.address().partition(':')[2])
   job = port % 2**12  # JAX makes a port of it.
-  started = [
-    subprocess.Popen(
-      [sys.executable, '-c', _AUTO, 'auto'],
-      cwd=ROOT,
-      env=os.environ | variables(job, i),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  ended = [p.communicate(timeout=300) for p in started]
-  assert [p.returncode for p in started] == [0, 0], ended
-  assert all(f'got {4 / 3}\n' in out for out, _ in ended)  # Gloo speaks too.
+  commands = ['-c', _AUTO, 'auto']
+  started = [several.start(commands, **variables(job, i))[0] for i in range(2)]
+  # Gloo speaks too.
+  assert all(f'got {4 / 3}\n' in out for out in several.ends(started))
 
 
 def _numbers(workdir, *kinds):
@@ -169,7 +140,7 @@ def endless(tmp_path):
     ROOT / 'train.py',
     f'--config={ROOT}/tests/runs/small.py',
     f'--workdir={tmp_path}',
-    f'--coordinator={_address()}',
+    f'--coordinator={several.address()}',
     '--processes=2',
     '--config.mesh.data=-1',
     '--config.train.batch_size=4',

@@ -1,11 +1,6 @@
 """Parameters are read into their format and place, a tensor at a time."""
 
 import dataclasses
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 import zlib
 
 import jax
@@ -21,6 +16,7 @@ from mt.train import state as state_lib
 from mt.weights import hf
 from mt.weights import kept
 from tests.fixtures import numbered_rows
+from tests.fixtures import several
 from tests.fixtures.refusal import refusal
 
 CFG = dataclasses.replace(
@@ -142,24 +138,10 @@ def test_a_process_holds_its_share_and_one_tensor(tmp_path):
   hf.write(tmp_path, _LARGE, params, tok, np.float32)
   size = sum(p.stat().st_size for p in tmp_path.glob('*.safetensors'))
   assert size > 2e9
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{s.getsockname()[1]}'
-  env = os.environ | {'XLA_FLAGS': ''}
-  started = [
-    subprocess.Popen(
-      [sys.executable, '-c', _PROCESS, address, str(i), str(tmp_path)],
-      cwd=pathlib.Path(__file__).parents[2],
-      env=env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  ended = [p.communicate(timeout=600) for p in started]
-  assert [p.returncode for p in started] == [0, 0], ended
-  lines = [next(x for x in o.splitlines() if 'got' in x) for o, _ in ended]
+  address = several.address()
+  commands = (['-c', _PROCESS, address, i, tmp_path] for i in range(2))
+  outs = several.ends(several.start(*commands, XLA_FLAGS=''))
+  lines = [next(x for x in out.splitlines() if 'got' in x) for out in outs]
   found = [[int(n) for n in line.split()[1:]] for line in lines]
   assert found[0][0] == found[1][0]
   tensor = 4 * _LARGE.embed_dim * _LARGE.hidden_dim
