@@ -160,6 +160,12 @@ KNOBS = (
     as MTNT's are (mt/data/noising.py shows how), anew in each epoch; 0 for
     none. `python -m mt.evaluate --noise=0.3` scores a noisy copy of a split.
     """),
+  knob('data.shards', 1, at_least(1), """
+    The training text in so many parts, each with its share of a batch's rows:
+    with one for each process, a process tokenises its own part alone. Divides
+    train.batch_size. It decides which pairs a batch has; the number of
+    processes does not.
+    """),
   knob('data.length', 256, at_least(8), """
     Tokens in a row. A pair that needs more is left out, and counted. Memory and
     the cost of attention grow with it.

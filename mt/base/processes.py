@@ -6,10 +6,12 @@ them see.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import contextlib
 import functools
 import os
 from typing import TypeVar
+import zlib
 
 import jax
 from jax.experimental import multihost_utils
@@ -126,6 +128,25 @@ def _over_processes():
 def agree(value: bool) -> bool:
   """What process 0 says, in all of them."""
   return bool(broadcast_from_first(float(value)))
+
+
+def check_same(what: Mapping[str, object]) -> None:
+  """Refuses a process whose inputs are not those of process 0.
+
+  Args:
+    what: their names, for the message, and what identifies each.
+
+  Raises:
+    errors.UserError: naming the first that differs.
+  """
+  own = {k: zlib.crc32(repr(v).encode()) for k, v in what.items()}
+  first = {k: broadcast_from_first(v) for k, v in own.items()}
+  for name in what:
+    if own[name] != first[name]:
+      raise errors.UserError(
+        f'process {jax.process_index()} has another {name} than process 0; '
+        'the same files and flags expected for all of them.'
+      )
 
 
 def first_then_others(make: Callable[[], T]) -> T:

@@ -82,6 +82,8 @@ class Rows:
   integer, and needs no history. Large texts are shuffled in two steps: the
   blocks of their store, then the examples of each block. Blocks are counted
   through the epochs, too: with 3 blocks, number 4 is the second of epoch 1.
+
+  Shard (i, n) has the blocks i, i + n, i + 2n, … alone, and epochs of its own.
   """
 
   store: store_lib.Store
@@ -89,6 +91,7 @@ class Rows:
   seed: int
   packing: bool = True  # Several examples in a row.
   group: int = 1  # Without packing empty rows fill up a block to a multiple.
+  shard: tuple[int, int] = (0, 1)
   # Found so far: the first row of each block, and the last two blocks.
   _first_rows: list = dataclasses.field(default_factory=lambda: [0], init=False)
   _blocks: dict = dataclasses.field(default_factory=dict, init=False)
@@ -112,24 +115,31 @@ class Rows:
     what = 'first rows', self.seed, self.length, self.packing, self.group
     if noise:
       what += noise, noising.VERSION, self.store.bitext.pair
+    if self.shard[1] > 1:
+      what += self.shard
     if several and len(firsts) == 1:  # Else a resume would pack all blocks.
       firsts[:] = self.store.recall(what) or firsts
     while firsts[-1] <= index:
       number = len(firsts) - 1
       firsts.append(firsts[-1] + len(self.block_of_epoch(number)[1]))
-      if number + 1 == len(self.store) and firsts[-1] == 0:
-        sizes = [self.store.block(i).sizes for i in range(len(self.store))]
+      if number + 1 == len(self._own) and firsts[-1] == 0:
+        sizes = [self.store.block(i).sizes for i in self._own]
         raise no_pair_fits(self.store.bitext.where, self.length, sizes)
       if several:
         self.store.keep(what, firsts)
     number = bisect.bisect_right(firsts, index) - 1
     return number, index - firsts[number]
 
+  @property
+  def _own(self):
+    """The blocks of the store that this shard has."""
+    return range(self.shard[0], len(self.store), self.shard[1])
+
   def _stored(self, number: int) -> int:
     """Which block of the store it is."""
-    epoch, position = divmod(number, len(self.store))
+    epoch, position = divmod(number, len(self._own))
     rng = np.random.default_rng([self.seed, epoch])
-    return int(rng.permutation(len(self.store))[position])
+    return self._own[rng.permutation(len(self._own))[position]]
 
   def block_of_epoch(
     self, number: int
@@ -138,13 +148,13 @@ class Rows:
     if number not in self._blocks:
       for old in sorted(self._blocks)[:-1]:
         del self._blocks[old]
-      block, epoch = self._stored(number), number // len(self.store)
+      block, epoch = self._stored(number), number // len(self._own)
       examples = self.store.block(block, epoch)
       rng = np.random.default_rng([self.seed, epoch, block])
       order = rng.permutation(np.flatnonzero(examples.sizes <= self.length))
       self._blocks[number] = examples, self._pack(rng, order, examples.sizes)
       if len(self.store) > 1 or self.store.noise:
-        following = (number + 1) // len(self.store)
+        following = (number + 1) // len(self._own)
         self.store.make_ahead(self._stored(number + 1), following)
     return self._blocks[number]
 
@@ -176,6 +186,9 @@ class TrainBatches:
   Batch n has rows n * batch_size to (n + 1) * batch_size - 1 of the mixture,
   and each process its part of them. So the position is the number of batches
   taken, whatever the number of processes. A thread of Grain's reads ahead.
+
+  With several shards each has its part of a batch's rows, the first one the
+  first rows, and is a mixture of the sources' blocks that it has.
   """
 
   sources: Sequence[Rows]
@@ -183,6 +196,7 @@ class TrainBatches:
   batch_size: int  # Rows of all processes together.
   num_batches: int
   own: Sequence[int] | None = None  # Rows of a batch that are read here: all.
+  shards: int = 1  # Divides batch_size.
   _taken: int = dataclasses.field(default=0, init=False)
   _ahead: Iterator[Batch] | None = dataclasses.field(default=None, init=False)
 
@@ -211,14 +225,21 @@ class TrainBatches:
 
   def _places(self):
     """(batch, rows of it) -> the source of each row, and its number there."""
-    # Copies: a thread that reads ahead may still be at work on earlier ones.
-    sources = [dataclasses.replace(source) for source in self.sources]
-    size = self.batch_size
+    size = self.batch_size // self.shards
     # Any source can be asked for all rows; a batch more for what Grain rounds.
     numbers = grain.MapDataset.range((self.num_batches + 1) * size)
-    parts = [numbers.map(lambda row, s=source: (s, row)) for source in sources]
-    mixed = grain.MapDataset.mix(parts, self.mixture)
-    return lambda batch, rows: [mixed[batch * size + int(i)] for i in rows]
+
+    def mixed(shard):
+      # Copies: a thread that reads ahead may still be at work on earlier ones.
+      part = {'shard': (shard, self.shards)}
+      sources = [dataclasses.replace(source, **part) for source in self.sources]
+      parts = [numbers.map(lambda row, s=s: (s, row)) for s in sources]
+      return grain.MapDataset.mix(parts, self.mixture)
+
+    of = [mixed(shard) for shard in range(self.shards)]
+    return lambda batch, rows: [
+      of[int(i) // size][batch * size + int(i) % size] for i in rows
+    ]
 
   def pair_ids(self, number: int) -> list[str]:
     """Of all pairs in batch `number`, of all processes."""

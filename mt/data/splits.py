@@ -51,9 +51,12 @@ def read(
     errors.UserError: no pair of a split fits into a row.
   """
   start, size = time.monotonic(), config.train.batch_size
-  pair = config.data.pair
+  pair, shards = config.data.pair, config.data.shards
   _say_found(pair, texts)
   sources, mixture = training_rows(config, tok, texts['train'])
+  own = None if mesh is None else sharding.own_rows(mesh, size)
+  shard = 0 if own is None else int(own[0]) * shards // size
+  sources = [dataclasses.replace(s, shard=(shard, shards)) for s in sources]
   for source in sources:
     source[0]  # Refuses a text without a row.
     name = directions.name(pair, 'train', source.store.bitext.pair)
@@ -63,10 +66,13 @@ def read(
     mixture,
     size,
     config.train.max_steps,
-    own=None if mesh is None else sharding.own_rows(mesh, size),
+    own=own,
+    shards=shards,
   )
   keys = [source.store.key for source in sources]
-  identity = json.dumps([keys, mixture, config.data.length])
+  identity = [keys, mixture, config.data.length]
+  if shards > 1:
+    identity.append(shards)
   scored = {
     directions.name(pair, split, text.pair): text.read()
     for split, of_split in texts.items()
@@ -86,7 +92,7 @@ def read(
   )
   return Data(
     train=train,
-    train_digest=hashlib.sha256(identity.encode()).hexdigest(),
+    train_digest=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
     train_texts={
       directions.name(pair, x.where, x.pair): s.store.key
       for s in sources
@@ -124,11 +130,12 @@ def training_rows(
         *(text, tok, _template(config, text.pair)),
         noise=config.data.noise,
         seed=config.seed,
+        shards=config.data.shards,
       ),
       config.data.length,
       config.seed,
       packing=config.data.packing,
-      group=config.train.batch_size,
+      group=config.train.batch_size // config.data.shards,
     )
     for text in texts
   ]

@@ -54,6 +54,7 @@ class Store:
   folder: pathlib.Path
   noise: float = 0.0  # Share of words and sentences, see noising.noised.
   seed: int = 0  # Of the noise.
+  shards: int = 1  # The text is in so many blocks at least.
   _noisy: dict = dataclasses.field(
     default_factory=dict, init=False, compare=False, repr=False
   )
@@ -62,7 +63,7 @@ class Store:
   )
 
   def __len__(self) -> int:
-    return -(-len(self.bitext) // _BLOCK)
+    return max(-(-len(self.bitext) // _BLOCK), self.shards)
 
   @property
   def key(self) -> str:
@@ -231,10 +232,22 @@ def open_store(
   template: template_lib.Template,
   noise: float = 0.0,
   seed: int = 0,
+  shards: int = 1,
 ) -> Store:
-  """The store of a text in the cache; nothing is tokenised yet."""
+  """The store of a text in the cache; nothing is tokenised yet.
+
+  Raises:
+    errors.UserError: fewer lines than shards.
+  """
+  if len(bitext) < shards:
+    raise errors.UserError(
+      f'{bitext.where} has {len(bitext)} lines for data.shards={shards}; no '
+      'more shards than lines expected.'
+    )
   proto = hashlib.sha256(tok.proto).hexdigest()
   parts = [_VERSION, _BLOCK, bitext.digest, repr(template), proto]
+  if len(bitext) <= _BLOCK * (shards - 1):  # More blocks than it would have.
+    parts.append(shards)
   key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
   folder = cache.cache_dir() / 'tokens' / key
-  return Store(bitext, tok, template, folder, noise, seed)
+  return Store(bitext, tok, template, folder, noise, seed, shards)

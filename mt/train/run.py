@@ -153,6 +153,13 @@ def begin(
     mesh=mesh,
     started=started,
   )
+  processes.check_same(
+    {
+      'config': run_folder.step_knobs(config),
+      'model or tokenizer': run.identity,
+      'training text': data.train_digest,
+    }
+  )
   state = state_lib.init_state(
     cfg, params, config, optimizer, jax.random.key(config.seed), mesh
   )

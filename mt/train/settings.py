@@ -67,6 +67,11 @@ def check(config: ml_collections.ConfigDict) -> None:
       f'into train.micro_batches={config.train.micro_batches}; a multiple of '
       'it expected.'
     )
+  if config.train.batch_size % config.data.shards:
+    raise errors.UserError(
+      f'data.shards={config.data.shards} does not divide train.batch_size='
+      f'{config.train.batch_size}; a divisor of it expected.'
+    )
   for note in notes(config):
     journal.say(f'note: {note}')
 

@@ -30,6 +30,7 @@ def _start(*commands):
 def _config(steps):
   config = small.get_config()
   config.train.max_steps, config.train.batch_size = steps, 4
+  config.data.shards = 2
   config.eval.every = config.eval.translate_every = config.checkpoint.every = 1
   config.eval.translate_pairs, config.eval.minitrain_pairs = 2, 4
   return config
@@ -61,9 +62,15 @@ def _two_processes(workdir):
 
 _AUTO = """
 import sys
+from mt.base import errors
 from mt.base import processes
 processes.start(sys.argv[1], 0, -1)
-print('got', processes.broadcast_from_first(1 / 3 + processes.is_first()))
+first = processes.is_first()
+print('got', processes.broadcast_from_first(1 / 3 + first))
+try:
+  processes.check_same({'model': (1, 'x'), 'text': first, 'config': 2})
+except errors.UserError as e:
+  print(e)
 """
 
 
@@ -94,7 +101,11 @@ def test_a_cluster_says_who_they_are(variables):
   commands = ['-c', _AUTO, 'auto']
   started = [several.start(commands, **variables(job, i))[0] for i in range(2)]
   # Gloo speaks too.
-  assert all(f'got {4 / 3}\n' in out for out in several.ends(started))
+  ends = several.ends(started)
+  assert all(f'got {4 / 3}\n' in out for out in ends)
+  # The same inputs are expected of both.
+  refused = ['process 1 has another text than process 0' in out for out in ends]
+  assert refused == [False, True]
 
 
 def _numbers(workdir, *kinds):

@@ -232,6 +232,41 @@ def test_a_state_brings_back_the_very_next_batches(mixture):
   numbered_rows.all_equal(list(_iterator(mixture, steps=10)), whole[:10])
 
 
+@pytest.mark.parametrize('packing', [True, False])
+def test_a_shard_has_its_rows_of_each_batch_from_its_blocks(packing):
+  bounds, sizes = (0, 10, 20, 30, 40), numbered_rows.SIZES
+
+  def make(own=None):
+    rows = numbered_rows.make_rows(bounds=bounds, packing=packing, group=2)
+    asked, block = set(), rows.store.block
+
+    def count(number, epoch):
+      asked.add(number)
+      return block(number, epoch)
+
+    object.__setattr__(rows.store, 'block', count)
+    made = batches.TrainBatches([rows], [1], 4, STEPS, own=own, shards=2)
+    return made, asked
+
+  whole, seen = list(make()[0]), [[], []]
+  for batch in whole:
+    for i in range(4):
+      row = {k: v[i] for k, v in batch.items()}
+      seen[i // 2] += numbered_rows.recover(sizes, row)
+  for shard, own in enumerate(([0, 1], [2, 3])):
+    blocks = {shard, shard + 2}
+    members = {i for b in blocks for i in range(bounds[b], bounds[b + 1])}
+    for epoch in range(2):  # Each example once, then all of them again.
+      examples = seen[shard][epoch * 20 :][:20]
+      assert len(examples) == 20 and {*examples} == members
+    # A process that has these rows never opens another block.
+    made, asked = make(own)
+    made.set_state({'batches_taken': 7})
+    rows = [{k: v[own] for k, v in batch.items()} for batch in whole]
+    numbered_rows.all_equal(list(made), rows[7:])
+    assert asked == blocks
+
+
 def test_a_state_is_set_while_the_next_rows_are_read(monkeypatch):
   """The thread that reads ahead may not get in the way of the next one."""
   monkeypatch.setattr(

@@ -181,6 +181,21 @@ def test_the_next_block_is_made_ahead_and_rows_are_kept(tmp_path, monkeypatch):
   assert other._first_rows[:5] != again._first_rows[:5]
 
 
+def test_a_text_has_a_block_for_each_shard(tmp_path):
+  text, tok = _text(tmp_path), numbered_rows.sample_tokenizer()
+
+  def make(shards):
+    return store.open_store(text, tok, PLAIN, shards=shards)
+
+  assert [len(make(n)) for n in (1, 4, 5, 23)] == [4, 4, 5, 23]
+  # The same blocks are kept once, others apart.
+  keys = [make(n).key for n in (1, 2, 4, 5, 23)]
+  assert len({*keys[:3]}) == 1 and len({*keys[2:]}) == 3
+  sizes = [make(23).block(i).sizes for i in range(23)]
+  assert [len(s) for s in sizes] == [1] * 23
+  refusal(lambda: make(24), 'a.tsv', '23 lines', 'data.shards=24')
+
+
 def test_a_block_is_given_up_when_the_process_ends(tmp_path, monkeypatch):
   opened = _open(_text(tmp_path))
   over = types.SimpleNamespace(is_alive=lambda: False)

@@ -119,6 +119,10 @@ def test_impossible_values_name_the_knob(knob, value):
       {'train.batch_size': 6, 'train.micro_batches': 4},
       ('train.batch_size', 'train.micro_batches'),
     ),
+    (
+      {'train.batch_size': 6, 'data.shards': 4},
+      ('data.shards=4', 'train.batch_size=6'),
+    ),
     ({'data.source': 'sample,'}, ('data.source', "'sample,'")),
     ({'data.weights': (1, 2)}, ('data.weights', '2 numbers', '1 sources')),
     (
