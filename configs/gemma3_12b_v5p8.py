@@ -6,6 +6,7 @@ from configs import large
 def get_config():
   c = large.make_config('12b', 'all')
   c.data.length = 1024
+  c.data.shards = 2  # Four TPUs a host.
   c.train.batch_size = 64
   c.mesh.fsdp = 8
   return c

@@ -6,6 +6,7 @@ from configs import large
 def get_config():
   c = large.make_config('27b', 'all')
   c.data.length = 1024
+  c.data.shards = 8  # Four TPUs a host.
   c.train.batch_size = 128
   c.mesh.fsdp = 32
   return c
