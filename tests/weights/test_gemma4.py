@@ -188,6 +188,8 @@ def test_the_text_model_of_a_multimodal_one(tmp_path, kind):
     for n, x in tensors.items()
   }
   tensors['model.vision_tower.patch_embedder.weight'] = np.ones(3, 'f4')
+  # The 12B has no tower.
+  tensors['model.vision_embedder.pos_embedding'] = np.ones((4, 2, 8), 'f4')
   tensors['model.embed_audio.embedding_projection.weight'] = np.ones(3, 'f4')
   safetensors_numpy.save_file(tensors, folder / 'model.safetensors')
   _rewrite(
