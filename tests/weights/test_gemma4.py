@@ -436,8 +436,17 @@ def test_a_gguf_file_is_read(tmp_path, name):
   assert source.config == cfg
   jax.tree.map(np.testing.assert_array_equal, source.read(), params)
   tok = tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
-  for text in ('My name is Morgane.\n\nHi   there', 'déjà vu 12', '\U0001f642'):
+  # As Ollama writes it: ids in place of scores.
+  ollama = {
+    'tokenizer.ggml.model': 'llama',
+    'tokenizer.ggml.pre': 'gemma4',
+    'tokenizer.ggml.scores': [float(i) for i in range(400)],
+  }
+  _write_gguf(tmp_path / 'b.gguf', name, **ollama)
+  other = hf_fixture.open_folder(tmp_path / 'b.gguf')
+  for text in ('Hi   there\n\na letter', ' lettre de', 'déjà 12', '\U0001f642'):
     assert source.tokenizer.encode(text) == tok.encode(text)
+    assert other.tokenizer.encode(text) == tok.encode(text)
 
 
 def test_gguf_files_of_other_gemmas_are_refused(tmp_path):
@@ -446,6 +455,13 @@ def test_gguf_files_of_other_gemmas_are_refused(tmp_path):
     ({'general.architecture': 'gemma3n'}, ('Gemma 3n', 'E2B')),
     ({'gemma4.attention.shared_kv_layers': 4}, ('whole periods',)),
     ({'gemma4.feed_forward_length': [40] * 8 + [80]}, ('feed_forward',)),
+    # Of another kind than the key has.
+    ({'gemma4.expert_count': [0, 0]}, ('expert_count is [0 0]', 'whole')),
+    ({'gemma4.block_count': 9.5}, ('block_count is 9.5', 'whole number')),
+    ({'gemma4.rope.freq_base': 'x'}, ('freq_base is x', 'a number')),
+    ({'gemma4.embedding_length_per_layer_input': 'x'}, ('per_layer_input is',)),
+    ({'gemma4.attention.shared_kv_layers': [3]}, ('kv_layers is [3]',)),
+    ({'gemma4.feed_forward_length': [40.0] * 9}, ('9 whole numbers',)),
   ):
     path = tmp_path / f'{len(list(tmp_path.iterdir()))}.gguf'
     _write_gguf(path, 'e4b', **fields)
