@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors import numpy as safetensors_numpy
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt.data import tokenizer
 from mt.gemma import attention
@@ -147,6 +148,28 @@ def test_a_folder_comes_back_and_is_the_same_function(tmp_path, name):
   jax.tree.map(np.testing.assert_array_equal, read, params)
   logits = jit(functools.partial(_logits, cfg))(read)[0, -1, :6]
   np.testing.assert_allclose(logits, _GOLDEN[name], atol=5e-6)
+
+
+@pytest.mark.parametrize(
+  ('name', 'piece', 'found'),
+  [
+    ('12b', '<|channel>', True),
+    ('e2b', '<|channel>', False),
+    ('12b', '<unused0>', False),
+  ],
+)
+def test_a_model_tells_its_prompt_of_an_empty_thought(
+  tmp_path, name, piece, found
+):
+  _write(tmp_path / 'a', name)
+  path = tmp_path / 'tokenizer.model'
+  proto = sp_pb2.ModelProto.FromString(gguf_fixture.train_proto())
+  del proto.trainer_spec.user_defined_symbols[:]
+  (old,) = (p for p in proto.pieces if p.piece == '<unused0>')
+  old.piece = piece
+  path.write_bytes(proto.SerializeToString())
+  tok = hf_fixture.open_folder(tmp_path / 'a', path).tokenizer
+  assert tok.empty_thought == found
 
 
 def _rewrite(folder, change):
