@@ -60,8 +60,8 @@ _CHAT = (
 
 # Prompts that a model was trained with, by name.
 PROMPTS = {
-  # Of TranslateGemma, in a chat (arXiv 2601.09012; ollama.com/library/
-  # translategemma). Two blank lines are before the text.
+  # Of TranslateGemma, in a chat (arXiv 2601.09012; chat_template.jinja of
+  # google/translategemma-4b-it). Two blank lines are before the text.
   'translategemma': (
     'You are a professional {source_language} ({source_code}) to '
     '{target_language} ({target_code}) translator. Your goal is to accurately '
@@ -72,6 +72,9 @@ PROMPTS = {
     '{source_language} text into {target_language}:\n\n\n{source}'
   ),
 }
+
+# Codes that its table of languages lacks, and what it has in their place.
+_TRANSLATEGEMMA = {'zh_cn': 'zh_Hans', 'fil': 'fil_PH'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +116,10 @@ def from_config(config: ml_collections.ConfigDict) -> Template:
         f'template.prompt has {{{knob}}} in it, but the name of {code!r} (of '
         f'data.pair={pair!r}) is not known; set template.{knob}.'
       )
-    if t.prompt == 'translategemma' and code.lower() == 'zh_cn':
+    known = _TRANSLATEGEMMA.get(code.lower())
+    if t.prompt == 'translategemma' and known:
       raise errors.UserError(
-        f'data.pair is {pair!r}, but TranslateGemma has no {code}; zh_Hans '
+        f'data.pair is {pair!r}, but TranslateGemma has no {code}; {known} '
         'expected.'
       )
     prompt = prompt.replace(f'{{{knob}}}', name or '')

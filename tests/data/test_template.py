@@ -163,7 +163,10 @@ def test_every_knob_of_the_template_counts():
 
 
 def test_the_prompt_of_translategemma():
-  """Golden: as ollama.com/library/translategemma shows it."""
+  """Golden: as its own chat template renders it, and Ollama shows it.
+
+  tests/runs/test_transformers.py has it rendered.
+  """
   config = _config(prompt='translategemma', chat=True, target_prefix='')
   config.data.pair = 'en-pt_BR'
   text = template_lib.prompt_text(template_lib.from_config(config))
@@ -176,11 +179,12 @@ def test_the_prompt_of_translategemma():
     'commentary. Please translate the following English text into '
     'Portuguese:\n\n\n{source}<end_of_turn>\n<start_of_turn>model\n'
   )
-  config.data.pair = 'zh_Hans-fil'
+  config.data.pair = 'zh_Hans-fil_PH'
   prompt = template_lib.from_config(config).prompt
-  assert 'professional Chinese (zh-Hans) to Filipino (fil) tr' in prompt
-  config.data.pair = 'en-zh_CN'
-  refusal(lambda: template_lib.from_config(config), 'en-zh_CN', 'zh_Hans')
+  assert 'professional Chinese (zh-Hans) to Filipino (fil-PH) tr' in prompt
+  for pair, code in ('en-zh_CN', 'zh_Hans'), ('fil-en', 'fil_PH'):
+    config.data.pair = pair
+    refusal(lambda: template_lib.from_config(config), pair, f'{code} expected')
 
 
 # Chat.
