@@ -152,7 +152,14 @@ def _write_peft(part, model, dtype):
   config, source = model.config, model.source
   # A revision, a file and the 4 bits of a package are other weights.
   base = config.weights.source
-  base = card.hub_name(base) if base == f'hf:{card.hub_name(base)}' else base
+  if base == f'hf:{card.hub_name(base)}':
+    base = card.hub_name(base)
+  else:
+    journal.say(
+      f'note: adapter_config.json names {base} as its base, which PEFT does '
+      'not find elsewhere: set base_model_name_or_path in it to a folder that '
+      '--to=hf --base has written'
+    )
   peft.write(
     part,
     source.config,

@@ -292,8 +292,9 @@ def test_bfloat16_is_half_as_large(tmp_path, run, finetuned):
   hf_fixture.assert_same(_open(tmp_path / 'a').read(), expected)
 
 
-def test_an_adapter_holds_the_factors(tmp_path, run, finetuned):
+def test_an_adapter_holds_the_factors(tmp_path, run, finetuned, capsys):
   export.to_peft(run, tmp_path / 'a', 'float32', base=False)
+  assert 'set base_model_name_or_path' in capsys.readouterr().out
   files = {p.name for p in (tmp_path / 'a').iterdir()}
   weights = {'adapter_config.json', 'adapter_model.safetensors'}
   assert files == {*weights, *_SERVED}
@@ -345,8 +346,11 @@ def test_an_adapter_is_merged_without_a_run(tmp_path, run, finetuned):
   assert 'with the adapter a' in (tmp_path / 'o' / 'README.md').read_text()
 
 
-def test_an_adapter_is_what_a_run_begins_with(tmp_path, run):
+def test_an_adapter_is_what_a_run_begins_with(tmp_path, run, capsys):
   export.to_peft(run, tmp_path / 'a', 'float32', base=False)
+  path = tmp_path / 'a' / 'adapter_config.json'
+  fields = json.loads(path.read_text()) | {'lora_dropout': 0.125}
+  path.write_text(json.dumps(fields))
   config, source, trained, _ = checkpoint.load_trained(run)
   config.weights.adapter = str(tmp_path / 'a')
   optimizer = optimizer_lib.make_optimizer(config.optim, 1)
@@ -362,6 +366,7 @@ def test_an_adapter_is_what_a_run_begins_with(tmp_path, run):
     return warm_start.begin(loop.Run(**fields), state)
 
   begun, state = begin()
+  assert 'lora_dropout=0.125; here' in capsys.readouterr().out
   assert state.trained.keys() == trained.keys()
   for name, x in trained.items():
     np.testing.assert_array_equal(state.trained[name], x, err_msg=name)
