@@ -86,6 +86,10 @@ class Model:
     ends = translator.end_ids(self.source.tokenizer, template)
     longest = int(d.max_ratio * self.config.data.length) + d.max_extra
     out = {'eos_token_id': list(ends), 'max_new_tokens': longest}
+    cfg, tok = self.source.config, self.source.tokenizer
+    if never := translator.never_ids(tok):
+      never = [*never, *range(tok.vocab_size, cfg.vocab_size)]
+      out |= {'suppress_tokens': never}
     if d.beam > 1:
       out |= {'num_beams': d.beam, 'length_penalty': d.length_penalty}
     return out

@@ -158,6 +158,14 @@ def test_a_search_reaches_the_folder(tmp_path, run):
   found = export.Model(source, {}, '', config).generation
   assert (found['num_beams'], found['length_penalty']) == (4, 0.5)
   assert 'no_repeat_ngram_size' not in found
+  assert 'suppress_tokens' not in found
+  # Of Gemma 4: what our search never chooses, either.
+  tok = source.tokenizer
+  tok = dataclasses.replace(tok, controls=tok.controls | {'<image|>': 7})
+  cfg = dataclasses.replace(source.config, vocab_size=tok.vocab_size + 1)
+  source = dataclasses.replace(source, tokenizer=tok, config=cfg)
+  found = export.Model(source, {}, '', config).generation
+  assert found['suppress_tokens'] == [7, tok.vocab_size]
 
 
 def test_rows_without_a_piece_are_never_generated(tmp_path, run):
