@@ -18,7 +18,8 @@ formatting and system instructions"), and the learned part ends with
   <start_of_turn>model
   TARGET<end_of_turn>
 
-With a tokenizer of Gemma 4 the two pieces are <|turn> and <turn|>.
+With a tokenizer of Gemma 4 the two pieces are <|turn> and <turn|>. Its large
+models answer after a thought, and the prompt ends with an empty one.
 """
 
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from mt.data import tokenizer
 START_OF_TURN, END_OF_TURN = '<start_of_turn>', '<end_of_turn>'
 # Of Gemma 1 to 3, and of Gemma 4.
 TURNS = ((START_OF_TURN, END_OF_TURN), ('<|turn>', '<turn|>'))
+_EMPTY_THOUGHT = '<|channel>thought\n<channel|>'
 
 _TARGET = '\0'  # Stands for the target after its prefix; no text has it.
 
@@ -58,8 +60,8 @@ _CHAT = (
 
 # Prompts that a model was trained with, by name.
 PROMPTS = {
-  # Of TranslateGemma, in a chat (arXiv 2601.09012; ollama.com/library/
-  # translategemma). Two blank lines are before the text.
+  # Of TranslateGemma, in a chat (arXiv 2601.09012; chat_template.jinja of
+  # google/translategemma-4b-it). Two blank lines are before the text.
   'translategemma': (
     'You are a professional {source_language} ({source_code}) to '
     '{target_language} ({target_code}) translator. Your goal is to accurately '
@@ -70,6 +72,9 @@ PROMPTS = {
     '{source_language} text into {target_language}:\n\n\n{source}'
   ),
 }
+
+# Codes that its table of languages lacks, and what it has in their place.
+_TRANSLATEGEMMA = {'zh_cn': 'zh_Hans', 'fil': 'fil_PH'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +116,10 @@ def from_config(config: ml_collections.ConfigDict) -> Template:
         f'template.prompt has {{{knob}}} in it, but the name of {code!r} (of '
         f'data.pair={pair!r}) is not known; set template.{knob}.'
       )
-    if t.prompt == 'translategemma' and code.lower() == 'zh_cn':
+    known = _TRANSLATEGEMMA.get(code.lower())
+    if t.prompt == 'translategemma' and known:
       raise errors.UserError(
-        f'data.pair is {pair!r}, but TranslateGemma has no {code}; zh_Hans '
+        f'data.pair is {pair!r}, but TranslateGemma has no {code}; {known} '
         'expected.'
       )
     prompt = prompt.replace(f'{{{knob}}}', name or '')
@@ -121,23 +127,27 @@ def from_config(config: ml_collections.ConfigDict) -> Template:
   return Template(prompt, t.target_prefix, t.target_bos, t.chat)
 
 
-def prompt_text(template: Template, turns: tuple[str, str] = TURNS[0]) -> str:
+def prompt_text(
+  template: Template, turns: tuple[str, str, str] = (*TURNS[0], '')
+) -> str:
   """All text that precedes the target, with {source} in it."""
   if not template.chat:
     return template.prompt
-  start, end = turns
-  return f'{start}user\n{template.prompt}{end}\n{start}model\n'
+  start, end, thought = turns
+  return f'{start}user\n{template.prompt}{end}\n{start}model\n{thought}'
 
 
-def turns_of(tok: tokenizer.Tokenizer, template: Template) -> tuple[str, str]:
-  """The pieces that a turn begins and ends with, in a chat.
+def turns_of(
+  tok: tokenizer.Tokenizer, template: Template
+) -> tuple[str, str, str]:
+  """What a turn begins and ends with in a chat; what precedes an answer.
 
   Raises:
     errors.UserError: a chat template, but the tokenizer knows no turns.
   """
   for turns in TURNS:
     if not template.chat or set(turns) <= tok.controls.keys():
-      return turns
+      return *turns, _EMPTY_THOUGHT if tok.empty_thought else ''
   raise errors.UserError(
     f'template.chat needs a tokenizer with the pieces {START_OF_TURN} and '
     f"{END_OF_TURN}; take Gemma's own, or set template.chat=False."
@@ -161,12 +171,12 @@ def chat_template(template: Template, tok: tokenizer.Tokenizer) -> str:
   """
   if not template.chat:
     return ''
-  start, end = turns_of(tok, template)
+  start, end, thought = turns_of(tok, template)
   before, after = template.prompt.split('{source}')
   texts = {
     'BEFORE': f'{start}user\n{before}',
     'AFTER': f'{after}{end}\n',
-    'MODEL': f'{start}model\n',
+    'MODEL': f'{start}model\n{thought}',
     'END': f'{end}\n',
   }
   # Jinja reads a JSON string as it was meant.

@@ -48,6 +48,7 @@ class Tokenizer:
   bos_id: int
   eos_id: int
   controls: dict[str, int]  # <start_of_turn>, <unused0>, …
+  empty_thought: bool = False  # The model was trained with one before answers.
 
   def split(self, text: str) -> list[str]:
     """A text of our own, cut before and after each piece of `controls`."""

@@ -86,6 +86,10 @@ class Model:
     ends = translator.end_ids(self.source.tokenizer, template)
     longest = int(d.max_ratio * self.config.data.length) + d.max_extra
     out = {'eos_token_id': list(ends), 'max_new_tokens': longest}
+    cfg, tok = self.source.config, self.source.tokenizer
+    if never := translator.never_ids(tok):
+      never = [*never, *range(tok.vocab_size, cfg.vocab_size)]
+      out |= {'suppress_tokens': never}
     if d.beam > 1:
       out |= {'num_beams': d.beam, 'length_penalty': d.length_penalty}
     return out
@@ -152,7 +156,14 @@ def _write_peft(part, model, dtype):
   config, source = model.config, model.source
   # A revision, a file and the 4 bits of a package are other weights.
   base = config.weights.source
-  base = card.hub_name(base) if base == f'hf:{card.hub_name(base)}' else base
+  if base == f'hf:{card.hub_name(base)}':
+    base = card.hub_name(base)
+  else:
+    journal.say(
+      f'note: adapter_config.json names {base} as its base, which PEFT does '
+      'not find elsewhere: set base_model_name_or_path in it to a folder that '
+      '--to=hf --base has written'
+    )
   peft.write(
     part,
     source.config,

@@ -68,6 +68,11 @@ def _of_adapter(run, state) -> tuple[lora.Flat, dict[str, Any]]:
       'into its base with python -m mt.export --source --adapter.'
     )
   journal.say(f'adapter: {folder}, made for {adapter.base}')
+  if adapter.dropout:
+    journal.say(
+      f'note: it was trained with lora_dropout={adapter.dropout}; here it goes '
+      'on without dropout'
+    )
   crc, trained = 0, {}
   for name, mine in sorted(state.trained.items()):
     crc = zlib.crc32(np.ascontiguousarray(adapter.factors[name]), crc)

@@ -53,6 +53,7 @@ class Settings:
   # every process has all of what is decoded.
   mesh: Mesh | None = None
   pieces: int | None = None  # Of the tokenizer, see decode.step.
+  never: tuple[int, ...] = ()  # Pieces that no text has, see decode.step.
 
   @property
   def batch_sizes(self) -> list[int]:
@@ -181,6 +182,7 @@ def decode(
     params,
     mesh=settings.mesh,
     pieces=settings.pieces,
+    never=settings.never,
   )
   stops = jnp.array(settings.stop_ids, jnp.int32)
   batch = search_lib.run(settings.search, step, *batch, stops, floor)

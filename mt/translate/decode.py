@@ -255,6 +255,7 @@ def step(
   *,
   mesh: Mesh | None = None,
   pieces: int | None = None,
+  never: tuple[int, ...] = (),
 ) -> tuple[jax.Array, Cache]:
   """Reads a token of each of W hypotheses that go on from one prompt.
 
@@ -270,6 +271,7 @@ def step(
       its own number where n = made.
     pieces: of the tokenizer; the rows of the embedding after them stand for
       nothing. All rows are pieces if None.
+    never: pieces that no text has.
 
   Returns:
     Logits [V, B * W] float32 of what may follow, -inf where there is no piece,
@@ -301,4 +303,6 @@ def step(
   if pieces is not None and pieces < len(logits):
     none = jnp.arange(len(logits)) >= pieces
     logits = jnp.where(none[:, None], -jnp.inf, logits)
+  if never:
+    logits = logits.at[jnp.array(never)].set(-jnp.inf)
   return logits, cache

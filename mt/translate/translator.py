@@ -50,6 +50,15 @@ def stop_ids(
   return (*end_ids(tok, template), *newlines)
 
 
+def never_ids(tok: tokenizer.Tokenizer) -> tuple[int, ...]:
+  """What a published Gemma 4 12B writes into texts unless told not to.
+
+  Its generation_config.json has them as suppress_tokens.
+  """
+  ids = (tok.controls.get(piece) for piece in ('<image|>', '<audio|>'))
+  return tuple(i for i in ids if i is not None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Translator:
   """A function from texts to texts, of any parameters of a model.
@@ -238,6 +247,7 @@ def from_config(
     config.train.dtype,
     mesh,
     source.tokenizer.vocab_size,
+    never_ids(source.tokenizer),
   )
   return Translator(
     settings,

@@ -25,9 +25,9 @@ from mt.weights import load
 
 _PATTERNS = {'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG', 'gemma4': ''}
 _MAX_LAYERS = 1024  # Far above any real model.
-# Tensors of other parts: of vision, as Ollama has it in the same file, and
-# RoPE's factors, which no graph of these architectures reads.
-_OTHER_PARTS = ('v.', 'mm.', 'rope_freqs.')
+# Tensors of other parts: of vision and audio, as Ollama has them in the same
+# file, and RoPE's factors, which no graph of these architectures reads.
+_OTHER_PARTS = ('v.', 'a.', 'mm.', 'rope_freqs.')
 _EMBEDDING, _HEAD = 'token_embd.weight', 'output.weight'
 _CAP, _FINAL_CAP = 'attn_logit_softcapping', 'final_logit_softcapping'
 _NO_PIECE = re.compile(rb'\[PAD\d+\]')  # Of llama.cpp's converter.
@@ -47,7 +47,8 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
       one that asks for what mt/gemma/model.py does not compute.
   """
   arch = file.fields.get('general.architecture')
-  other = 'moe' if file.fields.get(f'{arch}.expert_count') else str(arch)
+  get = functools.partial(_number, file, arch)
+  other = 'moe' if get('expert_count', 0, low=0) else str(arch)
   if other in hf_config.OTHERS:
     raise errors.UserError(f'{file.path}: {hf_config.OTHERS[other]}')
   # str(): a damaged header may hold an array, which cannot be looked up.
@@ -60,7 +61,6 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
     raise errors.UserError(
       f'{file.path}: no tensor {_EMBEDDING}; the file is not a complete Gemma.'
     )
-  get = functools.partial(_number, file, arch)
   if arch == 'gemma4':
     return _gemma4_config(file, get)
   second, third = arch == 'gemma2', arch == 'gemma3'
@@ -104,14 +104,15 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
   )
 
 
-def _number(file, arch, key, default=None, kind=int, high=2**31):
+def _number(file, arch, key, default=None, kind=int, low=1, high=2**31):
   value = file.fields.get(f'{arch}.{key}', default)
   # NaN fails the comparison too.
-  if not isinstance(value, int | float) or not 1 <= value < high:
+  if type(value) not in (int, kind) or not low <= value < high:
+    whole = 'whole ' if kind is int else ''
     raise errors.UserError(
-      f'{file.path}: {arch}.{key} is {str(value)[:40]}, a number from 1 to '
-      f'{high:,} expected; the GGUF header is damaged or incomplete: convert '
-      'the model again.'
+      f'{file.path}: {arch}.{key} is {str(value)[:40]}, a {whole}number from '
+      f'{low} to {high:,} expected; the GGUF header is damaged or incomplete: '
+      'convert the model again.'
     )
   return kind(value)
 
@@ -174,21 +175,20 @@ def _gemma4_config(file, get):
     value = fields.get(f'gemma4.{key}')
     if not isinstance(value, np.ndarray):
       return [get(key)] * layers
-    if len(value) != layers or min(value) < 1:
-      raise bad(key, f'{layers} numbers')
+    if value.dtype.kind not in 'iu' or len(value) != layers or min(value) < 1:
+      raise bad(key, f'{layers} whole numbers')
     return value.tolist()
 
   local = fields.get('gemma4.attention.sliding_window_pattern')
   kinds = ''.join('GL'[bool(x)] for x in np.ravel(local))
   period = kinds.find('G') + 1
-  sharing = fields.get('gemma4.attention.shared_kv_layers', 0)
+  sharing = get('attention.shared_kv_layers', 0, low=0)
   if (
-    not isinstance(sharing, int)
-    or period < 2
+    period < 2
     or kinds != (kinds[:period] * layers)[:layers]
     or layers % period
     or sharing % period
-    or not 0 <= sharing < layers
+    or sharing >= layers
   ):
     raise bad('attention.sliding_window_pattern', 'whole periods of layers')
   kv_heads, hidden = (
@@ -202,7 +202,7 @@ def _gemma4_config(file, get):
   ]
   if kv_heads != by_kind or hidden != by_part:
     raise bad('feed_forward_length', 'one number for each kind of layer')
-  width = fields.get('gemma4.embedding_length_per_layer_input', 0)
+  width = get('embedding_length_per_layer_input', 0, low=0)
   head_dim = get('attention.key_length')
   return sizes.ModelConfig(
     vocab_size=file.tensors[_EMBEDDING].shape[0],
@@ -326,7 +326,8 @@ def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:
     file.fields.get(f'tokenizer.ggml.{key}')
     for key in ('model', 'tokens', 'scores', 'token_type')
   )
-  if str(kind) == 'gemma4':
+  # Ollama calls that of Gemma 4 llama, with ids in place of scores.
+  if 'gemma4' in (str(kind), str(file.fields.get('tokenizer.ggml.pre'))):
     return _gemma4_tokenizer(file, pieces, types)
   if (
     str(kind) != 'llama'

@@ -38,8 +38,8 @@ _EMBEDDING = 'embed_tokens.weight'
 # Tensors of other parts, and the RoPE rates of old files, which follow from
 # config.json.
 _OTHER_PARTS = re.compile(
-  r'(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_vision'
-  r'|embed_audio)\..*|.*rotary_emb\.inv_freq'
+  r'(model\.)?(vision_tower|vision_embedder|multi_modal_projector|audio_tower'
+  r'|embed_vision|embed_audio)\..*|.*rotary_emb\.inv_freq'
 )
 _HEADS = ('lm_head.weight', 'language_model.lm_head.weight')
 _DTYPES = ('F32', 'BF16', 'F16')

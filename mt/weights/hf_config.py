@@ -303,13 +303,13 @@ def _rope(path, kind, fields):
       raise _bad(path, value, 'partial_rotary_factor', 'a part of 1')
     return base, factor, part
 
+  base_local = _number(path, fields, 'rope_local_base_freq', 10_000.0, float)
   if both and new:
     if not isinstance(new, dict) or new.keys() - _KINDS:
       raise _bad(path, fields, key, f'an object of {", ".join(_KINDS)}')
-    local = read(new.get('sliding_attention'), 10_000.0)
+    local = read(new.get('sliding_attention'), base_local)
     global_ = read(new.get('full_attention'), base)
   elif both:
-    base_local = _number(path, fields, 'rope_local_base_freq', 10_000.0, float)
     local, global_ = (base_local, 1.0, 1.0), read(old, base)
   else:
     local = global_ = read(new or old, base)

@@ -44,12 +44,14 @@ class Adapter:
     rank: R.
     alpha: the product of the factors is multiplied with alpha / R.
     base: the model that it belongs to, as it says itself.
+    dropout: of the factors in the training that made it; not part of W.
     factors: float32, as lora.partition has them.
   """
 
   rank: int
   alpha: float
   base: str
+  dropout: float
   factors: lora.Flat
 
   @property
@@ -80,15 +82,17 @@ def read(folder: pathlib.Path, cfg: sizes.ModelConfig) -> Adapter:
         'only plain LoRA on the matrices of the layers can be read: merge the '
         'adapter with PEFT and give the whole model.'
       )
-  rank, alpha = fields.get('r'), fields.get('lora_alpha')
-  if not isinstance(rank, int) or not isinstance(alpha, int | float):
-    raise errors.UserError(
-      f'{path}: r is {rank!r} and lora_alpha {alpha!r}, numbers expected; the '
-      'adapter is damaged: fetch it again.'
-    )
+  fields = {'lora_dropout': 0.0} | fields
+  for key in 'r', 'lora_alpha', 'lora_dropout':
+    if not isinstance(fields.get(key), int if key == 'r' else int | float):
+      raise errors.UserError(
+        f'{path}: {key} is {fields.get(key)!r}, a number expected; the adapter '
+        'is damaged: fetch it again.'
+      )
+  rank, alpha = fields['r'], float(fields['lora_alpha'])
   base = str(fields.get('base_model_name_or_path'))
   factors = _stacked(folder / _TENSORS, cfg, rank)
-  return Adapter(rank, float(alpha), base, factors)
+  return Adapter(rank, alpha, base, fields['lora_dropout'], factors)
 
 
 def _stacked(path, cfg, rank):

@@ -124,6 +124,9 @@ def open_source(
       f'{tok.vocab_size:,} pieces, but the embedding of {source} has '
       f'{cfg.vocab_size:,} rows; {remedy}.'
     )
+  # Of Gemma 4 the large ones, which are those whose values are their keys.
+  thought = cfg.keys_are_values and '<|channel>' in tok.controls
+  tok = dataclasses.replace(tok, empty_thought=thought)
   return Source(cfg, tok, read)
 
 

@@ -14,6 +14,7 @@ from mt.data import lines
 from mt.data import store
 from mt.data import template as template_lib
 from mt.data import tokenizer
+from tests.fixtures import gguf_fixture
 from tests.fixtures import numbered_rows
 from tests.fixtures.refusal import refusal
 
@@ -162,7 +163,10 @@ def test_every_knob_of_the_template_counts():
 
 
 def test_the_prompt_of_translategemma():
-  """Golden: as ollama.com/library/translategemma shows it."""
+  """Golden: as its own chat template renders it, and Ollama shows it.
+
+  tests/runs/test_transformers.py has it rendered.
+  """
   config = _config(prompt='translategemma', chat=True, target_prefix='')
   config.data.pair = 'en-pt_BR'
   text = template_lib.prompt_text(template_lib.from_config(config))
@@ -175,11 +179,12 @@ def test_the_prompt_of_translategemma():
     'commentary. Please translate the following English text into '
     'Portuguese:\n\n\n{source}<end_of_turn>\n<start_of_turn>model\n'
   )
-  config.data.pair = 'zh_Hans-fil'
+  config.data.pair = 'zh_Hans-fil_PH'
   prompt = template_lib.from_config(config).prompt
-  assert 'professional Chinese (zh-Hans) to Filipino (fil) tr' in prompt
-  config.data.pair = 'en-zh_CN'
-  refusal(lambda: template_lib.from_config(config), 'en-zh_CN', 'zh_Hans')
+  assert 'professional Chinese (zh-Hans) to Filipino (fil-PH) tr' in prompt
+  for pair, code in ('en-zh_CN', 'zh_Hans'), ('fil-en', 'fil_PH'):
+    config.data.pair = pair
+    refusal(lambda: template_lib.from_config(config), pair, f'{code} expected')
 
 
 # Chat.
@@ -211,6 +216,38 @@ def test_chat_is_the_published_form():
   # All of the answer is learned, its end too, and nothing of the prompt.
   start = ids.index(4368) + 2
   assert _mask(examples, 0) == [i >= start for i in range(len(ids))]
+
+
+@pytest.mark.parametrize('thought', ('', '<|channel>thought\n<channel|>'))
+def test_large_gemmas_4_answer_after_an_empty_thought(thought):
+  """Golden: what the templates of E4B and 31B render without thinking.
+
+  github.com/ollama/ollama, pull request 15560, has the difference.
+  """
+  proto = sp_pb2.ModelProto.FromString(gguf_fixture.train_proto())
+  pieces = {p.piece: p for p in proto.pieces}
+  names = ('<|turn>', '<turn|>', '<|channel>', '<channel|>')
+  for i, old in enumerate((*TURNS, '<unused0>', '<unused1>')):
+    pieces[old].piece = names[i]
+  del proto.trainer_spec.user_defined_symbols[:]
+  tok = tokenizer.from_proto(proto.SerializeToString(), 'gemma4')
+  tok = dataclasses.replace(tok, empty_thought=bool(thought))
+  text = f'<|turn>user\nInto French: {{source}}<turn|>\n<|turn>model\n{thought}'
+  assert (
+    template_lib.prompt_text(CHAT, template_lib.turns_of(tok, CHAT)) == text
+  )
+  ids = [tok.bos_id]
+  for part in tok.split(text.replace('{source}', 'Hi!')):
+    ids += [tok.controls[part]] if part in names else tok.encode(part)
+  assert template_lib.prompt_ids('Hi!', tok, CHAT) == ids
+  assert ids.count(tok.controls['<channel|>']) == bool(thought)
+  # None of it is learned; without chat there is none.
+  examples = template_lib.encode([_pair('Hi!')], tok, CHAT)
+  assert examples.target_starts[0] == len(ids)
+  assert thought in template_lib.chat_template(CHAT, tok).replace('\\n', '\n')
+  assert template_lib.prompt_text(PLAIN, template_lib.turns_of(tok, PLAIN)) == (
+    PLAIN.prompt
+  )
 
 
 SPELLED = '<end_of_turn>\n<start_of_turn>model\nOK <bos><unused7> [multimodal]'

@@ -158,6 +158,14 @@ def test_a_search_reaches_the_folder(tmp_path, run):
   found = export.Model(source, {}, '', config).generation
   assert (found['num_beams'], found['length_penalty']) == (4, 0.5)
   assert 'no_repeat_ngram_size' not in found
+  assert 'suppress_tokens' not in found
+  # Of Gemma 4: what our search never chooses, either.
+  tok = source.tokenizer
+  tok = dataclasses.replace(tok, controls=tok.controls | {'<image|>': 7})
+  cfg = dataclasses.replace(source.config, vocab_size=tok.vocab_size + 1)
+  source = dataclasses.replace(source, tokenizer=tok, config=cfg)
+  found = export.Model(source, {}, '', config).generation
+  assert found['suppress_tokens'] == [7, tok.vocab_size]
 
 
 def test_rows_without_a_piece_are_never_generated(tmp_path, run):
@@ -292,8 +300,9 @@ def test_bfloat16_is_half_as_large(tmp_path, run, finetuned):
   hf_fixture.assert_same(_open(tmp_path / 'a').read(), expected)
 
 
-def test_an_adapter_holds_the_factors(tmp_path, run, finetuned):
+def test_an_adapter_holds_the_factors(tmp_path, run, finetuned, capsys):
   export.to_peft(run, tmp_path / 'a', 'float32', base=False)
+  assert 'set base_model_name_or_path' in capsys.readouterr().out
   files = {p.name for p in (tmp_path / 'a').iterdir()}
   weights = {'adapter_config.json', 'adapter_model.safetensors'}
   assert files == {*weights, *_SERVED}
@@ -345,8 +354,11 @@ def test_an_adapter_is_merged_without_a_run(tmp_path, run, finetuned):
   assert 'with the adapter a' in (tmp_path / 'o' / 'README.md').read_text()
 
 
-def test_an_adapter_is_what_a_run_begins_with(tmp_path, run):
+def test_an_adapter_is_what_a_run_begins_with(tmp_path, run, capsys):
   export.to_peft(run, tmp_path / 'a', 'float32', base=False)
+  path = tmp_path / 'a' / 'adapter_config.json'
+  fields = json.loads(path.read_text()) | {'lora_dropout': 0.125}
+  path.write_text(json.dumps(fields))
   config, source, trained, _ = checkpoint.load_trained(run)
   config.weights.adapter = str(tmp_path / 'a')
   optimizer = optimizer_lib.make_optimizer(config.optim, 1)
@@ -362,6 +374,7 @@ def test_an_adapter_is_what_a_run_begins_with(tmp_path, run):
     return warm_start.begin(loop.Run(**fields), state)
 
   begun, state = begin()
+  assert 'lora_dropout=0.125; here' in capsys.readouterr().out
   assert state.trained.keys() == trained.keys()
   for name, x in trained.items():
     np.testing.assert_array_equal(state.trained[name], x, err_msg=name)

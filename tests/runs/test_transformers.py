@@ -250,6 +250,45 @@ def test_a_chat_is_served_as_the_run_translates(tmp_path):
   assert answers['prompt'] == ids
 
 
+# What chat_template.jinja of google/translategemma-4b-it makes of one message,
+# with two of its languages.
+_TRANSLATEGEMMA = r"""{{ bos_token }}
+{%- set names = {'en': 'English', 'pt-BR': 'Portuguese'} -%}
+{%- set m = messages[0]['content'][0] -%}
+{%- set s = m['source_lang_code'] | replace('_', '-') -%}
+{%- set t = m['target_lang_code'] | replace('_', '-') -%}
+{%- set source, target = names[s], names[t] -%}
+{{ '<start_of_turn>user\nYou are a professional ' + source + ' (' + s + ') to '
+   + target + ' (' + t + ') translator. Your goal is to accurately convey the '
+   'meaning and nuances of the original ' + source + ' text while adhering to '
+   + target + ' grammar, vocabulary, and cultural sensitivities.\n' }}
+{{- 'Produce only the ' + target + ' translation, without any additional '
+    'explanations or commentary. Please translate the following ' + source +
+    ' text into ' + target + ':\n\n\n' + m['text'] | trim }}
+{{- '<end_of_turn>\n<start_of_turn>model\n' }}"""
+
+
+def test_translategemma_reads_what_its_own_template_renders(tmp_path):
+  proto, cfg = (
+    gguf_fixture.train_proto(),
+    gguf_fixture.tiny_config('gemma3', 400),
+  )
+  params = gguf_fixture.tiny_params(cfg)
+  path = gguf_fixture.write_gguf(tmp_path / 'a.gguf', cfg, params, proto)
+  export.merge(str(path), '', 'hf', tmp_path / 'hf', 'float32')
+  (tmp_path / 'hf' / 'chat_template.jinja').write_text(_TRANSLATEGEMMA)
+  config = debug.get_config()
+  config.template.update(prompt='translategemma', chat=True, target_prefix='')
+  config.data.pair = 'en-pt_BR'
+  said = {'type': 'text', 'source_lang_code': 'en', 'target_lang_code': 'pt_BR'}
+  said |= {'text': 'The best thing:\n\nno rules!'}
+  chat = [{'role': 'user', 'content': [said]}]
+  _, answers = _ask(tmp_path, tmp_path / 'hf', range(4, 9), ['x'], chat=chat)
+  tok = tokenizer.from_proto(proto, 'x')
+  t = template.from_config(config)
+  assert answers['prompt'] == template.prompt_ids(said['text'], tok, t)
+
+
 def test_a_prompt_is_served_as_the_model_card_says(tmp_path):
   proto = gguf_fixture.train_proto()
   cfg = gguf_fixture.tiny_config('gemma3', 400)

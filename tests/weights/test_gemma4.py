@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors import numpy as safetensors_numpy
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt.data import tokenizer
 from mt.gemma import attention
@@ -149,6 +150,28 @@ def test_a_folder_comes_back_and_is_the_same_function(tmp_path, name):
   np.testing.assert_allclose(logits, _GOLDEN[name], atol=5e-6)
 
 
+@pytest.mark.parametrize(
+  ('name', 'piece', 'found'),
+  [
+    ('12b', '<|channel>', True),
+    ('e2b', '<|channel>', False),
+    ('12b', '<unused0>', False),
+  ],
+)
+def test_a_model_tells_its_prompt_of_an_empty_thought(
+  tmp_path, name, piece, found
+):
+  _write(tmp_path / 'a', name)
+  path = tmp_path / 'tokenizer.model'
+  proto = sp_pb2.ModelProto.FromString(gguf_fixture.train_proto())
+  del proto.trainer_spec.user_defined_symbols[:]
+  (old,) = (p for p in proto.pieces if p.piece == '<unused0>')
+  old.piece = piece
+  path.write_bytes(proto.SerializeToString())
+  tok = hf_fixture.open_folder(tmp_path / 'a', path).tokenizer
+  assert tok.empty_thought == found
+
+
 def _rewrite(folder, change):
   path = folder / 'config.json'
   fields = json.loads(path.read_text())
@@ -188,6 +211,8 @@ def test_the_text_model_of_a_multimodal_one(tmp_path, kind):
     for n, x in tensors.items()
   }
   tensors['model.vision_tower.patch_embedder.weight'] = np.ones(3, 'f4')
+  # The 12B has no tower.
+  tensors['model.vision_embedder.pos_embedding'] = np.ones((4, 2, 8), 'f4')
   tensors['model.embed_audio.embedding_projection.weight'] = np.ones(3, 'f4')
   safetensors_numpy.save_file(tensors, folder / 'model.safetensors')
   _rewrite(
@@ -434,8 +459,17 @@ def test_a_gguf_file_is_read(tmp_path, name):
   assert source.config == cfg
   jax.tree.map(np.testing.assert_array_equal, source.read(), params)
   tok = tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
-  for text in ('My name is Morgane.\n\nHi   there', 'déjà vu 12', '\U0001f642'):
+  # As Ollama writes it: ids in place of scores.
+  ollama = {
+    'tokenizer.ggml.model': 'llama',
+    'tokenizer.ggml.pre': 'gemma4',
+    'tokenizer.ggml.scores': [float(i) for i in range(400)],
+  }
+  _write_gguf(tmp_path / 'b.gguf', name, **ollama)
+  other = hf_fixture.open_folder(tmp_path / 'b.gguf')
+  for text in ('Hi   there\n\na letter', ' lettre de', 'déjà 12', '\U0001f642'):
     assert source.tokenizer.encode(text) == tok.encode(text)
+    assert other.tokenizer.encode(text) == tok.encode(text)
 
 
 def test_gguf_files_of_other_gemmas_are_refused(tmp_path):
@@ -444,6 +478,13 @@ def test_gguf_files_of_other_gemmas_are_refused(tmp_path):
     ({'general.architecture': 'gemma3n'}, ('Gemma 3n', 'E2B')),
     ({'gemma4.attention.shared_kv_layers': 4}, ('whole periods',)),
     ({'gemma4.feed_forward_length': [40] * 8 + [80]}, ('feed_forward',)),
+    # Of another kind than the key has.
+    ({'gemma4.expert_count': [0, 0]}, ('expert_count is [0 0]', 'whole')),
+    ({'gemma4.block_count': 9.5}, ('block_count is 9.5', 'whole number')),
+    ({'gemma4.rope.freq_base': 'x'}, ('freq_base is x', 'a number')),
+    ({'gemma4.embedding_length_per_layer_input': 'x'}, ('per_layer_input is',)),
+    ({'gemma4.attention.shared_kv_layers': [3]}, ('kv_layers is [3]',)),
+    ({'gemma4.feed_forward_length': [40.0] * 9}, ('9 whole numbers',)),
   ):
     path = tmp_path / f'{len(list(tmp_path.iterdir()))}.gguf'
     _write_gguf(path, 'e4b', **fields)

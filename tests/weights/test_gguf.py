@@ -557,7 +557,7 @@ def test_a_tensor_that_would_be_ignored_is_refused(tmp_path, name, monkeypatch):
 
 
 def test_vision_in_the_same_file_is_left_alone(tmp_path, monkeypatch):
-  names = 'v.blk.0.attn_q.weight', 'mm.input_projection.weight'
+  names = 'v.blk.0.attn_q.weight', 'a.conv1d.0.norm.weight', 'mm.a.fc.weight'
   ones = np.ones((2, 32), np.float32)
   _add(monkeypatch, dict.fromkeys((*names, 'rope_freqs.weight'), ones))
   _, params = write(tmp_path / 'a.gguf')

@@ -12,6 +12,27 @@ from mt.weights import hf_config
 from tests.fixtures import hf_fixture
 from tests.fixtures.refusal import refusal
 
+_GEMMA4 = {
+  'attention_bias': False,
+  'enable_moe_block': False,
+  'final_logit_softcapping': 30.0,
+  'global_head_dim': 512,
+  'head_dim': 256,
+  'hidden_activation': 'gelu_pytorch_tanh',
+  'num_experts': None,
+  'rms_norm_eps': 1e-06,
+  'rope_parameters': {
+    'full_attention': {
+      'partial_rotary_factor': 0.25,
+      'rope_theta': 1000000.0,
+      'rope_type': 'proportional',
+    },
+    'sliding_attention': {'rope_theta': 10000.0, 'rope_type': 'default'},
+  },
+  'tie_word_embeddings': True,
+  'vocab_size': 262144,
+  'vocab_size_per_layer_input': 262144,
+}
 # As published, without what has no bearing on the shape. Those of 4B and up are
 # the `text_config`, which leaves out what equals transformers' defaults.
 _CONFIGS = {
@@ -105,13 +126,66 @@ _CONFIGS = {
     'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'},
     'sliding_window': 1024,
   },
+  # TranslateGemma's, whose bases of RoPE stand beside rope_parameters.
+  'gemma3_12b': {
+    'head_dim': 256,
+    'hidden_size': 3840,
+    'intermediate_size': 15360,
+    'layer_types': (['sliding_attention'] * 5 + ['full_attention']) * 8,
+    'model_type': 'gemma3_text',
+    'num_attention_heads': 16,
+    'num_hidden_layers': 48,
+    'num_key_value_heads': 8,
+    'query_pre_attn_scalar': 256,
+    'rope_local_base_freq': 10000.0,
+    'rope_parameters': {
+      'full_attention': {'factor': 8.0, 'rope_type': 'linear'},
+      'sliding_attention': {'rope_type': 'default'},
+    },
+    'rope_theta': 1000000.0,
+    'sliding_window': 1024,
+    'vocab_size': 262208,
+  },
+  'gemma4_e2b': _GEMMA4
+  | {
+    'attention_k_eq_v': False,
+    'hidden_size': 1536,
+    'hidden_size_per_layer_input': 256,
+    'intermediate_size': 6144,
+    'layer_types': (['sliding_attention'] * 4 + ['full_attention']) * 7,
+    'model_type': 'gemma4_text',
+    'num_attention_heads': 8,
+    'num_global_key_value_heads': None,
+    'num_hidden_layers': 35,
+    'num_key_value_heads': 1,
+    'num_kv_shared_layers': 20,
+    'sliding_window': 512,
+    'use_double_wide_mlp': True,
+  },
+  'gemma4_12b': _GEMMA4
+  | {
+    'attention_k_eq_v': True,
+    'hidden_size': 3840,
+    'hidden_size_per_layer_input': 0,
+    'intermediate_size': 15360,
+    'layer_types': (['sliding_attention'] * 5 + ['full_attention']) * 8,
+    'model_type': 'gemma4_unified_text',
+    'num_attention_heads': 16,
+    'num_global_key_value_heads': 1,
+    'num_hidden_layers': 48,
+    'num_key_value_heads': 8,
+    'num_kv_shared_layers': 0,
+    'sliding_window': 1024,
+    'use_bidirectional_attention': 'vision',
+    'use_double_wide_mlp': False,
+  },
 }
 
 
 @pytest.mark.parametrize('name', _CONFIGS)
 def test_published_configs_are_understood(tmp_path, name):
   fields, cfg = _CONFIGS[name], sizes.SIZES[name]
-  if name in ('gemma3_4b', 'gemma3_27b'):
+  if name in ('gemma3_4b', 'gemma3_12b', 'gemma3_27b'):
     fields = {'model_type': 'gemma3', 'text_config': fields}
     cfg = dataclasses.replace(cfg, vocab_size=262_208)
   elif cfg.vocab_size == 256_128:
@@ -156,6 +230,15 @@ def test_every_size_survives_its_config(tmp_path, name):
       {'rope_scale_global': 1.0},
     ),
     ('gemma3', {'sliding_window_pattern': 2}, {'attention': 'LG'}),
+    (
+      'gemma3',
+      {
+        'rope_local_base_freq': 2e4,
+        'rope_parameters': {'sliding_attention': {'rope_type': 'default'}},
+        'rope_scaling': None,
+      },
+      {'rope_base_local': 2e4, 'rope_scale_global': 1.0},
+    ),
     (
       'gemma3',
       {

@@ -198,7 +198,7 @@ def test_factors_that_do_not_fit_are_refused(folder, change, words):
 _ANY = f'{_LAYER}self_attn.q_proj.lora_A.weight'
 
 
-@pytest.mark.parametrize('key', ('r', 'lora_alpha'))
+@pytest.mark.parametrize('key', ('r', 'lora_alpha', 'lora_dropout'))
 def test_numbers_that_are_none_are_refused(folder, key):
   _change(folder, **{key: 'x'})
   refusal(lambda: peft.read(folder, _CFG), folder, key, 'damaged')
