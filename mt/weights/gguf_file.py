@@ -35,6 +35,7 @@ _SCALARS = {
   12: '<f8',
 }
 _UINT32, _STRING, _ARRAY, _UINT64 = 4, 8, 9, 10
+FLOATS = [gguf.GGMLQuantizationType[x] for x in ('F32', 'F16', 'BF16')]
 _AT_ONCE = 2**18  # Weights that are dequantised in one go.
 _THREADS = min(8, os.cpu_count() or 1)  # That do so side by side.
 
