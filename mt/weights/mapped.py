@@ -9,7 +9,9 @@ multiple of 64 bytes, as JAX would copy it otherwise.
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
+import errno
 import hashlib
 from importlib import metadata
 import math
@@ -54,29 +56,27 @@ def read(
   places, size = _places(cfg)
   if size not in _WORTH or jax.process_count() > 1:
     return dequantise(keep)
-  folder = cache.cache_dir() / 'float32'
   name = hashlib.sha256(os.path.realpath(source).encode()).hexdigest()[:32]
-  path, key = folder / name, _key(source, cfg)
+  path, key = cache.cache_dir() / 'float32' / name, _key(source, cfg)
   data = _map(path, key, size)
   if data is None:
-    if shutil.disk_usage(cache.cache_dir()).free < _SPARE * size:
-      return dequantise(keep)
     params, crc = sharding.on_host(lambda: dequantise(kept.FLOAT32))
-    try:
+    # A full disk, or one that is read-only, ends no run.
+    with contextlib.suppress(errors.UserError):
       _write(path, key, places, params, crc)
-    except errors.UserError:  # What is full or read-only ends no run here.
-      return kept.every(cfg, params, keep)
-    del params
-    data = _map(path, key, size)
-  flat = {
-    name: np.frombuffer(data, np.float32, math.prod(shape), at).reshape(shape)
-    for name, (at, shape) in places.items()
-  }
-  params = parameters.unflatten(flat)
-  if keep.mesh or {keep.dtypes.get(n, 'float32') for n in flat} != {'float32'}:
-    return kept.every(cfg, params, keep)
-  (crc,) = np.frombuffer(data, np.uint32, 1, 32).tolist()
-  return jax.device_put(params), crc
+  else:
+    (crc,) = np.frombuffer(data, np.uint32, 1, len(key)).tolist()
+    params = parameters.unflatten(
+      {
+        name: np.frombuffer(data, np.float32, math.prod(shape), at).reshape(
+          shape
+        )
+        for name, (at, shape) in places.items()
+      }
+    )
+  if keep.mesh is None and set(keep.dtypes.values()) <= {'float32'}:
+    return jax.device_put(params), crc
+  return kept.every(cfg, params, keep)
 
 
 def _places(cfg):
@@ -119,6 +119,9 @@ def _map(path, key, size):
 def _write(path, key, places, params, crc):
   flat = parameters.flatten(params)
   with files.new_file(path) as f:
+    need = _SPARE * sum(x.nbytes for x in flat.values())
+    if shutil.disk_usage(path.parent).free < need:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     f.write(key + np.uint32(crc).tobytes())
     for name, (at, _) in places.items():
       f.seek(at)
