@@ -13,6 +13,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -250,7 +251,8 @@ def assemble_package(package: str, folder: pathlib.Path) -> pathlib.Path:
       return path
     with open(path, 'rb') as f:
       if hashlib.file_digest(f, 'sha256').hexdigest() == _PYPI_SHA256:
-        files.write(checked, b'')
+        with contextlib.suppress(errors.UserError):  # A read-only cache.
+          files.write(checked, b'')
         return path
   try:
     pieces = importlib.import_module(_PYPI_MODULE).chunk_paths()
