@@ -9,7 +9,6 @@ has to agree with them after a crash.
 from collections.abc import Callable
 import contextlib
 import dataclasses
-import functools
 import math
 import pathlib
 import time
@@ -106,14 +105,10 @@ def train(
     for at in range(first, last + 1):
       checkpoint.check_written(run.checkpoints)  # In the background.
       due, metrics = schedule(run.config, at, first, listener.asked()), {}
-      trace = None
-      if at == first:  # Where nothing is saved, so that no batch is lost.
-        batch, waited = next_batch(run)
-        trace = functools.partial(run.train_step.lower, state, batch)
       if due.evaluate or due.save:
         log.flush()
         if due.evaluate:
-          metrics = evaluate(run, state, due.translate, trace)
+          metrics = evaluate(run, state, due.translate)
         if due.save:
           save(run, state, metrics)
         log.restart_clock()  # Speed is that of training alone.
@@ -122,9 +117,8 @@ def train(
         signals.leave(due.leave, at)
       if at == last or (due.translate and patience_over(run, at)):
         break
-      if at > first:
-        batch, waited = next_batch(run)
-      else:
+      batch, waited = next_batch(run)
+      if at == first:
         compiling.ahead(run.train_step, state, batch)
       log.profile.before(at + 1)
       state, metrics = run.train_step(state, batch)
@@ -262,14 +256,9 @@ def _newest(run):
 
 
 def evaluate(
-  run: Run,
-  state: state_lib.TrainState,
-  translate: bool,
-  meanwhile: Callable[[], Any] | None = None,
+  run: Run, state: state_lib.TrainState, translate: bool
 ) -> dict[str, Any]:
   """Looks at validation, and says and records what there is.
-
-  `meanwhile`, if there is one, is called while the devices are at it.
 
   Returns:
     What metrics.jsonl gets: `valid_loss` and, where there are pairs for it,
@@ -278,7 +267,7 @@ def evaluate(
     `translate` asks for it, `valid_chrf`.
   """
   began, at = time.monotonic(), state.at
-  valid = _sums(run, state, run.data.valid, meanwhile)
+  valid = _sums(run, state, run.data.valid)
   line = {'step': at, 'valid_loss': _mean(valid)}
   if run.config.log.table:
     text = journal.table_line(run.metrics_path, at, valid)
@@ -299,11 +288,9 @@ def evaluate(
   return line
 
 
-def _sums(run, state, rows, meanwhile=None):
+def _sums(run, state, rows):
   """nll and targets of each batch; all are dispatched before one is fetched."""
   found = [run.eval_step(state, _on_mesh(run, batch)) for batch in rows]
-  if meanwhile:
-    meanwhile()
   return [{k: float(v) for k, v in m.items()} for m in jax.device_get(found)]
 
 

@@ -153,7 +153,7 @@ def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
   spy(
     loop,
     'evaluate',
-    lambda run, state, translate, _: (
+    lambda run, state, translate: (
       f'evaluate {state.step}{" in words" * translate}'
     ),
   )
