@@ -15,8 +15,6 @@ import pathlib
 import tarfile
 import zlib
 
-import requests
-from requests import adapters
 import urllib3
 
 from mt.base import cache
@@ -121,6 +119,9 @@ def _alone() -> Iterator[None]:
 
 def _download(archive: pathlib.Path) -> None:
   """Fetches the archive; a server that is busy or away is asked again."""
+  import requests  # Here: most runs fetch nothing.
+  from requests import adapters
+
   retry = urllib3.Retry(
     total=_TRIES - 1,
     backoff_factor=_PAUSE,

@@ -3,7 +3,6 @@
 import collections
 from collections.abc import Sequence
 import dataclasses
-import functools
 import io
 import itertools
 import os
@@ -52,14 +51,11 @@ class Tokenizer:
 
   def split(self, text: str) -> list[str]:
     """A text of our own, cut before and after each piece of `controls`."""
-    return (
-      [x for x in self._controls.split(text) if x] if self.controls else [text]
-    )
-
-  @functools.cached_property
-  def _controls(self) -> re.Pattern:
-    longest_first = sorted(self.controls, key=len, reverse=True)
-    return re.compile(f'({"|".join(map(re.escape, longest_first))})')
+    # A pattern of all of them, 6,242 of Gemma 3, takes 0.3 s to compile.
+    found = [piece for piece in self.controls if piece in text]
+    pattern = '|'.join(map(re.escape, sorted(found, key=len, reverse=True)))
+    parts = re.split(f'({pattern})', text) if found else [text]
+    return [part for part in parts if part]
 
   def encode(self, text: str) -> list[int]:
     """Ids of the text alone: no BOS, no EOS."""

@@ -72,15 +72,15 @@ def lines(title: str, series: Sequence[Series]) -> str:
   Returns:
     An <svg> element; its width is that of what it stands in.
   """
-  import matplotlib as mpl  # Here: loading it takes half a second.
-  from matplotlib import figure
-
   series = [
     (name, [p for p in points if all(map(math.isfinite, p))])
     for name, points in series
   ]
-  if not any(points for _, points in series):
-    return '<p class="empty">nothing yet</p>'
+  if all(len(points) < 2 for _, points in series):
+    return '<p class="empty">no curve yet</p>'
+  import matplotlib as mpl  # Here: loading it takes half a second.
+  from matplotlib import figure
+
   with mpl.rc_context(_STYLE):
     fig = figure.Figure(figsize=(5.4, 3.1))
     axes = fig.add_axes(_PLACE)

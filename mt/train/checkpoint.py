@@ -10,6 +10,7 @@ which one is the best.
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 import zlib
@@ -320,8 +321,21 @@ def load_trained(
     keep = state_lib.keeping(source.config, train)
     params, fingerprint = source.read_kept(keep)
     check_identity(manager, at, identity(source, fingerprint))
-    key = jax.random.key(0)
-    return state_lib.split_params(source.config, params, train, key)
+    split = functools.partial(
+      state_lib.split_params, source.config, train=train, key=jax.random.key(0)
+    )
+    flat, place = parameters.flatten(params), params['final_norm'].sharding
+    # LoRA's first factors are not drawn: of those that are read the shape will
+    # do.
+    return [
+      {
+        k: flat[k]
+        if k in flat
+        else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        for k, x in part.items()
+      }
+      for part in jax.eval_shape(split, params)
+    ]
 
   trained, frozen = sharding.on_host(read) if exact else read()
   name = 'ema' if config.optim.ema_decay else 'trained'

@@ -22,6 +22,7 @@ from mt.weights import hf_config
 from mt.weights import hf_tokenizer
 from mt.weights import kept
 from mt.weights import load
+from mt.weights import mapped
 
 _PATTERNS = {'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG', 'gemma4': ''}
 _MAX_LAYERS = 1024  # Far above any real model.
@@ -309,7 +310,11 @@ def read_params(
     load.check_head(file.path, found, _HEAD, _EMBEDDING, read)
     del found[_HEAD]
   wanted = load.places(cfg, tensor_name)
-  return load.read(cfg, file.path, wanted, found, get, key, keep)
+  read = functools.partial(load.read, cfg, file.path, wanted, found, get, key)
+  quantised = file.tensors[_EMBEDDING].kind not in gguf_file.FLOATS
+  if quantised and found.keys() >= {p.name for p in wanted}:
+    return mapped.read(file.path, cfg, keep, read)
+  return read(keep)
 
 
 def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:

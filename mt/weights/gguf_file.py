@@ -35,6 +35,7 @@ _SCALARS = {
   12: '<f8',
 }
 _UINT32, _STRING, _ARRAY, _UINT64 = 4, 8, 9, 10
+FLOATS = [gguf.GGMLQuantizationType[x] for x in ('F32', 'F16', 'BF16')]
 _AT_ONCE = 2**18  # Weights that are dequantised in one go.
 _THREADS = min(8, os.cpu_count() or 1)  # That do so side by side.
 
@@ -109,6 +110,18 @@ class _Header:
   def text(self) -> str:
     return self.string().decode(errors='replace')
 
+  def strings(self, n: int) -> list[bytes]:
+    """A vocabulary has 262,144: a loop without calls takes half the time."""
+    out, data, end, stop = [], self.data, self.pos, len(self.data)
+    for _ in range(n):
+      begin = end + 8
+      end = begin + int.from_bytes(data[end:begin], 'little')
+      if end > stop:
+        raise self.fail(f'the GGUF header asks for {end:,} bytes')
+      out.append(data[begin:end])
+    self.pos = end
+    return out
+
   def value(self) -> Any:
     kind = self.scalar(_UINT32)
     if kind == _STRING:
@@ -117,7 +130,7 @@ class _Header:
       return self.scalar(kind)
     kind, n = self.scalar(_UINT32), self.scalar(_UINT64)
     if kind == _STRING:
-      return [self.string() for _ in range(n)]
+      return self.strings(n)
     return self.array(kind, n)
 
 

