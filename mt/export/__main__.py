@@ -126,7 +126,7 @@ def _write_hf(part, model, dtype):
     model.source.config,
     model.params,
     model.source.tokenizer,
-    _DTYPES[dtype],
+    dtype,
     model.generation,
     model.chat_template,
   )
@@ -159,7 +159,7 @@ def _write_peft(part, model, dtype):
     model.params,
     alpha=config.train.lora_alpha,
     base=base,
-    dtype=_DTYPES[dtype],
+    dtype=dtype,
   )
   hf.write_serving(
     part,

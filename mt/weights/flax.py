@@ -27,17 +27,17 @@ own `from_params`, and the rest comes from mt/gemma/sizes.py.
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
 
-import chex
 import tensorstore as ts
 
 from mt.base import errors
+from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import flax_store
-from mt.weights import kept
 from mt.weights import load
 
 _PREFIXES = ('', 'transformer.', 'params.', 'params.transformer.')
@@ -228,12 +228,12 @@ def read_config(ckpt: Checkpoint) -> sizes.ModelConfig:
   return dataclasses.replace(nearest, vocab_size=vocab_size)
 
 
-def places(cfg: sizes.ModelConfig, transposed: bool) -> list[load.Place]:
+def places(transposed: bool, cfg: sizes.ModelConfig) -> list[load.Place]:
   """Which array has which of our tensors, or has it as a part.
 
   Args:
-    cfg: the model's shape.
     transposed: whether the gating matrices are [F, D].
+    cfg: the model's shape.
   """
   shapes, out = parameters.shapes(cfg), []
   stacks = {stack.name: stack for stack in cfg.stacks()}
@@ -272,53 +272,39 @@ def _arrays(cfg, transposed):
   return arrays
 
 
-def read_params(
-  ckpt: Checkpoint,
-  cfg: sizes.ModelConfig,
-  key: chex.PRNGKey,
-  keep: kept.Keep = kept.FLOAT32,
-) -> tuple[parameters.Params, int]:
-  """The parameters of a checkpoint, read array by array.
-
-  Args:
-    ckpt: opened.
-    cfg: its shape.
-    key: of the initial values of what a fork has added and the checkpoint
-      lacks.
-    keep: their format and place.
-
-  Returns:
-    The parameters, and the CRC-32 of all of them as float32.
+def open_folder(folder: pathlib.Path) -> load.Weights:
+  """Opens a folder as Kaggle has it, or the checkpoint in it; reads no tensor.
 
   Raises:
-    errors.UserError: an array is missing, damaged, too much, or its shape is
-      not the model's.
+    errors.UserError: no checkpoint, damaged, no Gemma that is known, or an
+      array is missing, too much, or has another shape.
   """
+  path = find_checkpoint(folder)
+  ckpt = open_checkpoint(path)
+  cfg = read_config(ckpt)
   gating = ckpt.shape('layer_0.mlp.gating_einsum', 3)
   transposed = gating[1:] != (cfg.embed_dim, cfg.hidden_dim)
-
-  def get(place):
-    array, ours = ckpt.open(place.name), place.row.name
-    parts = PARTS.get(place.name.partition('.')[2], ())
-    if ours in parts:
-      array = array[parts.index(ours)]
-    x = flax_store.read_array(ckpt.store, place.name, array)
-    if ours in ('q', 'k', 'v'):
-      return x.transpose(1, 0, 2).reshape(cfg.embed_dim, -1)
-    if ours == 'o':
-      return x.reshape(-1, cfg.embed_dim)
-    if place.row.path in _WHOLE:
-      return x.reshape(len(x), -1) if x.ndim > 1 else x
-    return x.T if transposed and ours in ('gate', 'up') else x
-
-  # Checkpoints have what layers that share keys and values never read.
-  unread = tuple(
-    f'layer_{n}.attn.{x}'
-    for n in range(cfg.num_layers - cfg.sharing_layers, cfg.num_layers)
-    for x in ('kv_einsum', 'k_einsum', '_key_norm')
+  return load.Weights(
+    ckpt.store.path,
+    cfg,
+    functools.partial(places, transposed),
+    {name: ckpt.open(name).shape for name in ckpt.names},
+    functools.partial(_get, ckpt, cfg, transposed),
+    lambda: tokenizer.from_file(find_tokenizer(path)),
   )
-  found = {
-    name: ckpt.open(name).shape for name in ckpt.names if name not in unread
-  }
-  wanted = places(cfg, transposed)
-  return load.read(cfg, ckpt.store.path, wanted, found, get, key, keep)
+
+
+def _get(ckpt, cfg, transposed, place):
+  """A tensor in our orientation, out of the array that it is, or is part of."""
+  array, ours = ckpt.open(place.name), place.row.name
+  parts = PARTS.get(place.name.partition('.')[2], ())
+  if ours in parts:
+    array = array[parts.index(ours)]
+  x = flax_store.read_array(ckpt.store, place.name, array)
+  if ours in ('q', 'k', 'v'):
+    return x.transpose(1, 0, 2).reshape(cfg.embed_dim, -1)
+  if ours == 'o':
+    return x.reshape(-1, cfg.embed_dim)
+  if place.row.path in _WHOLE:
+    return x.reshape(len(x), -1) if x.ndim > 1 else x
+  return x.T if transposed and ours in ('gate', 'up') else x

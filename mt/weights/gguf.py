@@ -6,10 +6,11 @@ and norm weights up to Gemma 3 with 1 added. Source: conversion/gemma.py of
 llama.cpp.
 """
 
+import dataclasses
 import functools
+import pathlib
 import re
 
-import chex
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
@@ -20,19 +21,44 @@ from mt.gemma import sizes
 from mt.weights import gguf_file
 from mt.weights import hf_config
 from mt.weights import hf_tokenizer
-from mt.weights import kept
 from mt.weights import load
 
-_PATTERNS = {'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG', 'gemma4': ''}
-_MAX_LAYERS = 1024  # Far above any real model.
+_PATTERNS = {'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG'}
+_KINDS = {
+  'gemma': 'gemma',
+  'gemma2': 'gemma2',
+  'gemma3': 'gemma3_text',
+  'gemma4': 'gemma4_text',
+}
+# The names in config.json -> those in a GGUF header, after the architecture's.
+_NAMES = {
+  'num_hidden_layers': 'block_count',
+  'hidden_size': 'embedding_length',
+  'intermediate_size': 'feed_forward_length',
+  'num_attention_heads': 'attention.head_count',
+  'num_key_value_heads': 'attention.head_count_kv',
+  'head_dim': 'attention.key_length',
+  'sliding_window': 'attention.sliding_window',
+  'rms_norm_eps': 'attention.layer_norm_rms_epsilon',
+  'rope_theta': 'rope.freq_base',
+  'rope_local_base_freq': 'rope.freq_base_swa',
+  'factor': 'rope.scaling.factor',
+  'attn_logit_softcapping': 'attn_logit_softcapping',
+  'final_logit_softcapping': 'final_logit_softcapping',
+}
+_NAMES_4 = _NAMES | {
+  'head_dim': 'attention.key_length_swa',
+  'global_head_dim': 'attention.key_length',
+  'layer_types': 'attention.sliding_window_pattern',
+  'num_kv_shared_layers': 'attention.shared_kv_layers',
+  'hidden_size_per_layer_input': 'embedding_length_per_layer_input',
+}
 # Tensors of other parts: of vision, as Ollama has it in the same file, and
 # RoPE's factors, which no graph of these architectures reads.
 _OTHER_PARTS = ('v.', 'mm.', 'rope_freqs.')
 _EMBEDDING, _HEAD = 'token_embd.weight', 'output.weight'
-_CAP, _FINAL_CAP = 'attn_logit_softcapping', 'final_logit_softcapping'
 _NO_PIECE = re.compile(rb'\[PAD\d+\]')  # Of llama.cpp's converter.
 _SPACE = '\u2581'  # SentencePiece's visible stand-in for a space.
-_AT_ONCE = 2**23  # Weights of the embedding that are read in one go.
 
 
 def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
@@ -46,74 +72,59 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
     errors.UserError: another architecture, a header without a needed key, or
       one that asks for what mt/gemma/model.py does not compute.
   """
-  arch = file.fields.get('general.architecture')
-  other = 'moe' if file.fields.get(f'{arch}.expert_count') else str(arch)
+  # str(): a damaged header may hold an array, which cannot be looked up.
+  arch = str(file.fields.get('general.architecture'))
+  other = 'moe' if file.fields.get(f'{arch}.expert_count') else arch
   if other in hf_config.OTHERS:
     raise errors.UserError(f'{file.path}: {hf_config.OTHERS[other]}')
-  # str(): a damaged header may hold an array, which cannot be looked up.
-  if str(arch) not in _PATTERNS:
+  if arch not in _KINDS:
     raise errors.UserError(
       f'{file.path}: architecture {arch!r} found, one of '
-      f'{", ".join(_PATTERNS)} expected; this project trains Gemma only.'
+      f'{", ".join(_KINDS)} expected; this project trains Gemma only.'
     )
   if _EMBEDDING not in file.tensors:
     raise errors.UserError(
       f'{file.path}: no tensor {_EMBEDDING}; the file is not a complete Gemma.'
     )
-  get = functools.partial(_number, file, arch)
+  own = {
+    key.removeprefix(f'{arch}.'): x.tolist() if isinstance(x, np.ndarray) else x
+    for key, x in file.fields.items()
+    if key.startswith(f'{arch}.')
+  }
+  names = _NAMES_4 if arch == 'gemma4' else _NAMES
+  values = {ours: own[name] for ours, name in names.items() if name in own}
+  values['vocab_size'] = file.tensors[_EMBEDDING].shape[0]
+  names = {ours: f'{arch}.{name}' for ours, name in names.items()}
+  fields = hf_config.Fields(file.path, _KINDS[arch], values, names)
   if arch == 'gemma4':
-    return _gemma4_config(file, get)
-  second, third = arch == 'gemma2', arch == 'gemma3'
-  layers, width = get('block_count', high=_MAX_LAYERS), get('embedding_length')
-  heads = get('attention.head_count')
-  head_dim = query_dim = get('attention.key_length', 256)
-  if (arch, layers) in (('gemma2', 46), ('gemma3', 62)):  # The two 27B.
-    query_dim = width / heads
-  _check_meaning(file, arch, layers, head_dim)
-  base = get('rope.global.freq_base', 1e6 if third else 1e4, float)
-  base = get('rope.freq_base', base, float)
-  local = get('rope.local.freq_base', 1e4, float)
-  known = _published_gemma3(layers, width) if third else None
-  factor = known.rope_scale_global if known else 1.0
-  factor = get('rope.scaling.factor', factor, float)
-  if file.fields.get(f'{arch}.rope.scaling.type') == 'none':
-    factor = 1.0
-  final_cap = str(file.fields.get(f'{arch}.{_FINAL_CAP}', 0.0)) != '0.0'
-  return sizes.ModelConfig(
-    vocab_size=file.tensors[_EMBEDDING].shape[0],
-    num_layers=layers,
-    embed_dim=width,
-    hidden_dim=get('feed_forward_length'),
-    num_heads=heads,
-    num_kv_heads=get('attention.head_count_kv', heads),
-    head_dim=head_dim,
-    query_scale=query_dim**-0.5,
-    attention=_PATTERNS[arch],
-    window=get('attention.sliding_window') if second or third else None,
-    rope_base_local=get('rope.freq_base_swa', local, float) if third else base,
-    rope_base_global=base,
-    rope_scale_global=factor,
-    attn_softcap=get(_CAP, 50.0, float) if second else None,
-    final_softcap=(
-      get(_FINAL_CAP, 30.0, float)
-      if second or (final_cap and not known)
-      else None
-    ),
-    qk_norm=third,
-    post_norms=second or third,
+    more = _gemma4(file, fields)
+  else:
+    more = _before_4(arch, own, fields)
+    _check_meaning(arch, own, fields)
+  return hf_config.shape(dataclasses.replace(fields, values=more))
+
+
+def _before_4(arch, own, fields):
+  """What headers of Gemma 1 to 3 leave out, or say in another way."""
+  layers, width, heads = map(
+    fields.number, ('num_hidden_layers', 'hidden_size', 'num_attention_heads')
   )
-
-
-def _number(file, arch, key, default=None, kind=int, high=2**31):
-  value = file.fields.get(f'{arch}.{key}', default)
-  # NaN fails the comparison too.
-  if not isinstance(value, int | float) or not 1 <= value < high:
-    raise errors.UserError(
-      f'{file.path}: {arch}.{key} is {str(value)[:40]}, a number from 1 to '
-      f'{high:,} expected; the GGUF header is damaged or incomplete: convert '
-      'the model again.'
-    )
-  return kind(value)
+  largest = (arch, layers) in (('gemma2', 46), ('gemma3', 62))  # The two 27B.
+  query_dim = width / heads if largest else fields.number('head_dim', 256)
+  caps = ('attn_logit_softcapping', 50.0), ('final_logit_softcapping', 30.0)
+  values = dict(caps) if arch == 'gemma2' else {}
+  values |= {'num_key_value_heads': heads, 'query_pre_attn_scalar': query_dim}
+  if arch == 'gemma3':
+    values['rope_theta'] = own.get('rope.global.freq_base', 1e6)
+    values['rope_local_base_freq'] = own.get('rope.local.freq_base', 1e4)
+  values |= fields.values
+  known = _published_gemma3(layers, width) if arch == 'gemma3' else None
+  if arch == 'gemma3' and own.get('rope.scaling.type') != 'none':
+    factor = known.rope_scale_global if known else 1.0
+    factor = own.get('rope.scaling.factor', factor)
+    values['rope_scaling'] = {'rope_type': 'linear', 'factor': factor}
+  none = [key for key, _ in caps if known or not values.get(key)]  # Or 0.
+  return values | dict.fromkeys(none)
 
 
 def _published_gemma3(layers, width):
@@ -124,15 +135,16 @@ def _published_gemma3(layers, width):
   return None
 
 
-def _check_meaning(file, arch, layers, head_dim):
+def _check_meaning(arch, own, fields):
   """Refuses keys that stand for another function than mt/gemma/model.py's."""
-  pattern = _PATTERNS[arch]
-  local = [pattern[i % len(pattern)] == 'L' for i in range(layers)]
-  third = arch == 'gemma3'
+  pattern, head_dim = _PATTERNS[arch], fields.number('head_dim', 256)
+  local = [
+    pattern[i % len(pattern)] == 'L'
+    for i in range(fields.number('num_hidden_layers'))
+  ]
 
-  def same_as(key):  # An array is none; it is refused where it is read.
-    value = file.fields.get(f'{arch}.{key}')
-    return (value,) if isinstance(value, int | float) else None
+  def same_as(key):
+    return (own[key],) if key in own else ()
 
   allowed = {
     # Ollama's names for these.
@@ -141,98 +153,62 @@ def _check_meaning(file, arch, layers, head_dim):
     'rope.scaling.type': ('linear', 'none'),
     'rope.dimension_count': (head_dim,),
     'attention.value_length': (head_dim,),
-    'attention.layer_norm_rms_epsilon': (1e-6, float(np.float32(1e-6))),
     'attention.sliding_window_pattern': (len(pattern), local),
-    _CAP: (0.0,) if arch != 'gemma2' else None,
-    _FINAL_CAP: (0.0,) if arch == 'gemma' else None,
+    'attn_logit_softcapping': (0.0,) if arch != 'gemma2' else (),
+    'final_logit_softcapping': (0.0,) if arch == 'gemma' else (),
     # Of all layers, where the model has but one kind of RoPE.
-    'rope.scaling.factor': None if third else (1.0,),
+    'rope.scaling.factor': (1.0,) if arch != 'gemma3' else (),
     'rope.scale_linear': (1.0,),
   }
   for key, values in allowed.items():
-    found = file.fields.get(f'{arch}.{key}')
-    found = found.tolist() if isinstance(found, np.ndarray) else found
-    if found is not None and values and found not in values:
+    if values and own.get(key, values[0]) not in values:
       raise errors.UserError(
-        f'{file.path}: {arch}.{key} is {str(found)[:60]}, {values[0]} '
+        f'{fields.path}: {arch}.{key} is {str(own[key])[:60]}, {values[0]} '
         'expected; mt/gemma/model.py computes nothing else.'
       )
 
 
-def _gemma4_config(file, get):
-  """The shape of a Gemma 4, whose header has some numbers for each layer."""
-  layers, fields = get('block_count', high=_MAX_LAYERS), file.fields
-
-  def bad(key, expected):
-    value = str(fields.get(f'gemma4.{key}'))[:60]
-    return errors.UserError(
-      f'{file.path}: gemma4.{key} is {value}, {expected} expected; the GGUF '
-      'header is damaged or of a model not known here.'
-    )
+def _gemma4(file, fields):
+  """What a header of Gemma 4 has for each layer, or says in another way."""
+  values, layers = fields.values, fields.number('num_hidden_layers')
+  local = values.get('layer_types')
+  if not isinstance(local, list) or len(local) != layers or all(local):
+    raise fields.bad('layer_types', f'{layers} of them, one false at least,')
+  own = local.index(False)  # The first global layer.
+  sharing = values.get('num_kv_shared_layers')
+  sharing = fields.number('num_kv_shared_layers') if sharing else 0
 
   def each(key):  # Its value in each layer; one number is of all.
-    value = fields.get(f'gemma4.{key}')
-    if not isinstance(value, np.ndarray):
-      return [get(key)] * layers
-    if len(value) != layers or min(value) < 1:
-      raise bad(key, f'{layers} numbers')
-    return value.tolist()
+    x = values.get(key)
+    return x if isinstance(x, list) else [x] * layers
 
-  local = fields.get('gemma4.attention.sliding_window_pattern')
-  kinds = ''.join('GL'[bool(x)] for x in np.ravel(local))
-  period = kinds.find('G') + 1
-  sharing = fields.get('gemma4.attention.shared_kv_layers', 0)
-  if (
-    not isinstance(sharing, int)
-    or period < 2
-    or kinds != (kinds[:period] * layers)[:layers]
-    or layers % period
-    or sharing % period
-    or not 0 <= sharing < layers
-  ):
-    raise bad('attention.sliding_window_pattern', 'whole periods of layers')
-  kv_heads, hidden = (
-    each('attention.head_count_kv'),
-    each('feed_forward_length'),
-  )
-  own, last = period - 1, layers - 1
-  by_kind = [kv_heads[own if k == 'G' else 0] for k in kinds]
-  by_part = [
-    hidden[last if n >= layers - sharing else 0] for n in range(layers)
-  ]
+  kv_heads, hidden = each('num_key_value_heads'), each('intermediate_size')
+  by_kind = [kv_heads[0 if x else own] for x in local]
+  by_part = [hidden[-1 if n >= layers - sharing else 0] for n in range(layers)]
   if kv_heads != by_kind or hidden != by_part:
-    raise bad('feed_forward_length', 'one number for each kind of layer')
-  width = fields.get('gemma4.embedding_length_per_layer_input', 0)
-  head_dim = get('attention.key_length')
-  return sizes.ModelConfig(
-    vocab_size=file.tensors[_EMBEDDING].shape[0],
-    num_layers=layers,
-    embed_dim=get('embedding_length'),
-    hidden_dim=hidden[0],
-    num_heads=get('attention.head_count'),
-    num_kv_heads=kv_heads[0],
-    head_dim=get('attention.key_length_swa'),
-    query_scale=1.0,
-    attention=kinds[:period],
-    window=get('attention.sliding_window'),
-    rope_base_local=get('rope.freq_base_swa', 1e4, float),
-    rope_base_global=get('rope.freq_base', 1e6, float),
-    final_softcap=(
-      get(_FINAL_CAP, None, float) if f'gemma4.{_FINAL_CAP}' in fields else None
+    raise fields.bad('intermediate_size', 'one number for each kind of layer')
+  turned = _turned_part(file, fields.number('global_head_dim'))
+  return values | {
+    'num_key_value_heads': kv_heads[0],
+    'num_global_key_value_heads': (
+      None if kv_heads[own] == kv_heads[0] else kv_heads[own]
     ),
-    qk_norm=True,
-    post_norms=True,
-    norm_offset=0.0,
-    value_norm=True,
-    layer_scale=True,
-    global_head_dim=head_dim,
-    global_kv_heads=None if kv_heads[own] == kv_heads[0] else kv_heads[own],
-    keys_are_values=f'blk.{own}.attn_v.weight' not in file.tensors,
-    rope_part_global=_turned_part(file, head_dim),
-    sharing_layers=sharing,
-    sharing_hidden_dim=None if hidden[last] == hidden[0] else hidden[last],
-    layer_input_dim=width,
-  )
+    'intermediate_size': hidden[0],
+    'use_double_wide_mlp': hidden[-1] != hidden[0],
+    'layer_types': [
+      'sliding_attention' if x else 'full_attention' for x in local
+    ],
+    'vocab_size_per_layer_input': values['vocab_size'],
+    'attention_k_eq_v': f'blk.{own}.attn_v.weight' not in file.tensors,
+    'rope_parameters': {
+      'sliding_attention': {'rope_theta': values.get('rope_local_base_freq')},
+      'full_attention': {
+        'rope_type': 'proportional',
+        'partial_rotary_factor': turned,
+        'rope_theta': values.get('rope_theta', 1e6),
+      },
+    },
+  }
 
 
 def _turned_part(file, head_dim):
@@ -245,7 +221,8 @@ def _turned_part(file, head_dim):
   if (
     factors.shape != (head_dim // 2,)
     or not turned
-    or not (np.all(factors[:turned] == 1) and np.all(factors[turned:] > 1e20))
+    or np.any(factors[:turned] != 1)
+    or not np.all(factors[turned:] > 1e20)
   ):
     raise errors.UserError(
       f'{file.path}: {name} does not say which part of a head RoPE turns; '
@@ -259,57 +236,32 @@ def tensor_name(row: parameters.Parameter, layer: int | None) -> str:
   return f'{"" if layer is None else f"blk.{layer}."}{row.gguf}.weight'
 
 
-def read_params(
-  file: gguf_file.GGUFFile,
-  cfg: sizes.ModelConfig,
-  key: chex.PRNGKey,
-  keep: kept.Keep = kept.FLOAT32,
-) -> tuple[parameters.Params, int]:
-  """The parameters of a GGUF file, read tensor by tensor.
-
-  Args:
-    file: opened.
-    cfg: its shape.
-    key: of the initial values of what a fork has added and the file lacks.
-    keep: their format and place.
-
-  Returns:
-    The parameters, and the CRC-32 of all of them as float32.
+def open_weights(path: pathlib.Path) -> load.Weights:
+  """Reads the header of a file; no tensor yet, but for RoPE's of Gemma 4.
 
   Raises:
-    errors.UserError: a tensor is missing, too much, or its shape is not the
-      model's.
+    errors.UserError: no GGUF file, damaged, no Gemma, or its tensors are not
+      those that the header promises.
   """
-
-  def get(place):
-    if not (place.row.norm or place.row.transposed):
-      # Embeddings, the largest of all, in parts: no second one in float32.
-      rows = max(1, _AT_ONCE // place.shape[1])
-      return (
-        gguf_file.read_tensor(file, place.name, i, i + rows)
-        for i in range(0, cfg.vocab_size, rows)
-      )
-    x = gguf_file.read_tensor(file, place.name)
-    x = x - cfg.norm_offset if place.row.norm else x
-    return x.T if place.row.transposed else x
-
-  # Files have what layers that share keys and values never read.
-  unread = tuple(
-    f'blk.{n}.attn_{x}'
-    for n in range(cfg.num_layers - cfg.sharing_layers, cfg.num_layers)
-    for x in ('k', 'v')
+  file = gguf_file.open_gguf(path)
+  cfg = read_config(file)
+  return load.Weights(
+    path,
+    cfg,
+    functools.partial(load.places, tensor_name),
+    {
+      name: tensor.shape
+      for name, tensor in file.tensors.items()
+      if not name.startswith(_OTHER_PARTS)
+    },
+    functools.partial(
+      load.get,
+      functools.partial(gguf_file.read_tensor, file),
+      cfg.norm_offset,
+    ),
+    lambda: read_tokenizer(file),
+    [_HEAD] if _HEAD in file.tensors else [],
   )
-  found = {
-    n: t.shape
-    for n, t in file.tensors.items()
-    if not n.startswith((*_OTHER_PARTS, *unread))
-  }
-  if _HEAD in found:
-    read = functools.partial(gguf_file.read_tensor, file)
-    load.check_head(file.path, found, _HEAD, _EMBEDDING, read)
-    del found[_HEAD]
-  wanted = load.places(cfg, tensor_name)
-  return load.read(cfg, file.path, wanted, found, get, key, keep)
 
 
 def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:

@@ -33,7 +33,6 @@ _FILE_TYPES = {
   'bfloat16': gguf.LlamaFileType.MOSTLY_BF16,
   'q8_0': gguf.LlamaFileType.MOSTLY_Q8_0,
 }
-_ARCHITECTURES = {'gemma': 'gemma', 'gemma2': 'gemma2', 'gemma3_text': 'gemma3'}
 _SPECIAL_SCORE = -1000.0  # Of pieces that no merge makes.
 
 
@@ -72,7 +71,7 @@ def write(
   writer = _header(path, cfg, dtype)
   _add_vocabulary(writer, tok, chat_template)
   flat, tensors = parameters.flatten(params), []
-  for place in load.places(cfg, gguf_in.tensor_name):
+  for place in load.places(gguf_in.tensor_name, cfg):
     kind = KINDS[dtype]
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     if place.row.norm or place.shape[-1] % block:
@@ -85,18 +84,17 @@ def write(
   writer.write_kv_data_to_file()
   writer.write_ti_data_to_file()
   for place, kind in tensors:
-    row, x = place.row, flat[place.row.path]
-    x = np.asarray(x if place.layer is None else x[place.layer], np.float32)
-    x = x + np.float32(cfg.norm_offset) if row.norm else x
-    x = np.ascontiguousarray((x.T if row.transposed else x)[: place.shape[0]])
+    x = load.put(flat, place)[: place.shape[0]].astype(np.float32)
+    x = x + np.float32(cfg.norm_offset) if place.row.norm else x
+    x = np.ascontiguousarray(x)
     writer.write_tensor_data(gguf.quantize(x, kind))
   writer.close()
 
 
 def _header(path, cfg, dtype):
   """A writer that has the model's keys, which are read back to be compared."""
-  arch = _ARCHITECTURES.get(hf_config.kind_of(cfg))
-  if arch is None:
+  arch = hf_config.kind_of(cfg).removesuffix('_text')
+  if arch == 'gemma4':
     raise errors.UserError(
       '--to=gguf: Gemma 4 is not written as GGUF; use --to=hf, and '
       "llama.cpp's convert_hf_to_gguf.py on that folder."

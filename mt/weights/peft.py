@@ -6,13 +6,14 @@ A [r, in] and B [out, r], which are ours transposed.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 
 import numpy as np
+import safetensors.numpy
 
 from mt.base import errors
+from mt.base import files
 from mt.gemma import lora
 from mt.gemma import parameters
 from mt.gemma import sizes
@@ -93,8 +94,10 @@ def read(folder: pathlib.Path, cfg: sizes.ModelConfig) -> Adapter:
 
 def _stacked(path, cfg, rank):
   """The factors of all layers, checked and stacked."""
-  opened, prefixes, found = hf.open_file(path), set(), {}
-  for name in opened.keys():  # noqa: SIM118  It is no dict.
+  with hf.reading(path):
+    tensors = safetensors.numpy.load_file(path)
+  prefixes, found = set(), {}
+  for name in tensors:
     match = _FACTOR.fullmatch(name)
     if not match:
       raise errors.UserError(
@@ -113,7 +116,7 @@ def _stacked(path, cfg, rank):
     _, fan_in, fan_out = shapes[row.path]
     for letter, shape in ('A', (rank, fan_in)), ('B', (fan_out, rank)):
       names = [found.pop((row.hf, letter, i), '') for i in layers[row.stack]]
-      xs = [hf.read_tensor(opened, path, n) for n in names if n]
+      xs = [tensors[n] for n in names if n]
       if len(xs) != len(names) or any(x.shape != shape for x in xs):
         raise errors.UserError(
           f'{path}: the factors {letter} of {row.hf} are not {len(names)} of '
@@ -138,7 +141,7 @@ def write(
   *,
   alpha: float,
   base: str,
-  dtype: np.dtype = np.float32,
+  dtype: str = 'float32',
 ) -> None:
   """Writes what `peft.PeftModel.from_pretrained(base_model, folder)` reads.
 
@@ -182,6 +185,4 @@ def write(
     'use_dora': False,
     'target_modules': sorted({row.hf.split('.')[-1] for row in rows}),
   }
-  (folder / _CONFIG).write_text(
-    json.dumps(fields, indent=2) + '\n', encoding='utf-8'
-  )
+  files.write_json(folder / _CONFIG, fields)

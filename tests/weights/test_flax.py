@@ -24,6 +24,7 @@ from mt.gemma import sizes
 from mt.weights import flax
 from mt.weights import flax_out
 from mt.weights import flax_store
+from mt.weights import load
 from tests.fixtures import flax_fixture
 from tests.fixtures import gemma_oracle
 from tests.fixtures import gguf_fixture
@@ -42,9 +43,8 @@ def known(monkeypatch):
 
 
 def _read(path):
-  ckpt = flax.open_checkpoint(path)
-  cfg = flax.read_config(ckpt)
-  return cfg, flax.read_params(ckpt, cfg, jax.random.key(0))[0]
+  weights = flax.open_folder(path)
+  return weights.config, load.read(weights, jax.random.key(0))[0]
 
 
 @pytest.fixture(scope='module')
@@ -165,7 +165,7 @@ def test_spare_rows_may_be_missing(tmp_path):
 def test_every_published_size_is_recognised(name, transposed):
   """From shapes alone: no array of that size is made."""
   cfg = sizes.SIZES[name]
-  shapes = {p.name: p.shape for p in flax.places(cfg, transposed)}
+  shapes = {p.name: p.shape for p in flax.places(transposed, cfg)}
 
   class Shapes(flax.Checkpoint):
     def open(self, name):
@@ -444,17 +444,18 @@ import jax
 import numpy as np
 from mt.gemma import sizes
 from mt.weights import flax
+from mt.weights import load
 cfg = sizes.ModelConfig(**eval(sys.argv[2]))
 sizes.SIZES['measured'] = cfg
 jax.numpy.zeros(3).block_until_ready()
 def peak():  # Not getrusage's, which starts from what the parent took.
   status = open('/proc/self/status').read()
   return 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', status)[1])
-ckpt = flax.open_checkpoint(sys.argv[1])
-assert flax.read_config(ckpt) == cfg
+weights = flax.open_folder(sys.argv[1])
+assert weights.config == cfg
 np.ones(2**20).sum()
 before = peak()
-params = flax.read_params(ckpt, cfg, jax.random.key(0))[0]
+params = load.read(weights, jax.random.key(0))[0]
 print(peak() - before, sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 

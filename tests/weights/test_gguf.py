@@ -20,6 +20,7 @@ from mt.data import tokenizer
 from mt.gemma import sizes
 from mt.weights import gguf as weights_gguf
 from mt.weights import gguf_file
+from mt.weights import load as load_lib
 from mt.weights import pretrained
 from tests.fixtures import gguf_fixture
 from tests.fixtures import nasty
@@ -54,9 +55,8 @@ _READ = _able(
 
 def _open(path):
   """Its shape and parameters, without the vocabulary."""
-  file = gguf_file.open_gguf(path)
-  cfg = weights_gguf.read_config(file)
-  return cfg, weights_gguf.read_params(file, cfg, jax.random.key(0))[0]
+  weights = weights_gguf.open_weights(path)
+  return weights.config, load_lib.read(weights, jax.random.key(0))[0]
 
 
 # Parameters.
@@ -85,7 +85,7 @@ def test_quantised_weights_are_those_of_the_library(
   tmp_path, monkeypatch, quant
 ):
   # The embedding's 400 rows in five parts, the last one shorter.
-  monkeypatch.setattr(weights_gguf, '_AT_ONCE', 90 * 256)
+  monkeypatch.setattr(load_lib, '_AT_ONCE', 90 * 256)
   # Every row is a whole number of the longest blocks, 256.
   proto = gguf_fixture.train_proto()
   cfg = dataclasses.replace(
