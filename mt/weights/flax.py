@@ -80,6 +80,15 @@ PARTS = {
   'attn.kv_einsum': ('k', 'v'),
   'mlp.gating_einsum': ('gate', 'up'),
 }
+# Shapes of arrays that are not as ours.
+_LETTERS = {
+  'attn.q_einsum': 'HDA',
+  'attn.qkv_einsum': '3HDA',
+  'attn.kv_einsum': '2KDA',
+  'attn.k_einsum': 'KDA',
+  'attn.attn_vec_einsum': 'HAD',
+  'mlp.gating_einsum': '2DF',
+}
 _SPARE_ROWS = 128  # Of the embedding: no token uses them, some files lack them.
 
 
@@ -108,7 +117,7 @@ class Checkpoint:
     return found
 
 
-def find_checkpoint(folder: str | pathlib.Path) -> pathlib.Path:
+def find_checkpoint(folder: pathlib.Path) -> pathlib.Path:
   """The folder itself, or the one folder in it that is an Orbax checkpoint.
 
   Kaggle's downloads have the checkpoint beside the tokenizer.
@@ -116,16 +125,9 @@ def find_checkpoint(folder: str | pathlib.Path) -> pathlib.Path:
   Raises:
     errors.UserError: no checkpoint, or several.
   """
-  folder = pathlib.Path(folder)
   if flax_store.is_checkpoint(folder):
     return folder
-  try:
-    inner = [p for p in sorted(folder.iterdir()) if p.is_dir()]
-  except OSError as e:
-    raise errors.UserError(
-      f'{folder}: cannot read it ({e.strerror}); check weights.source.'
-    ) from e
-  found = [p for p in inner if flax_store.is_checkpoint(p)]
+  found = [p for p in sorted(folder.iterdir()) if flax_store.is_checkpoint(p)]
   if len(found) != 1:
     names = ', '.join(p.name for p in found) or 'none'
     raise errors.UserError(
@@ -135,27 +137,26 @@ def find_checkpoint(folder: str | pathlib.Path) -> pathlib.Path:
   return found[0]
 
 
-def find_tokenizer(folder: str | pathlib.Path) -> pathlib.Path:
+def find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
   """The SentencePiece model in a checkpoint's folder or in the one above.
 
   Raises:
     errors.UserError: none, or several of which none is tokenizer.model.
   """
-  folder = pathlib.Path(folder).absolute()
-  for place in (folder, folder.parent):
-    files = sorted(place.glob('*.model'))
-    named = [f for f in files if f.name == 'tokenizer.model']
-    if len(named or files) == 1:
-      return (named or files)[0]
-    if files:
+  for place in (folder, folder.absolute().parent):
+    found = sorted(place.glob('tokenizer.model'))
+    found = found or sorted(place.glob('*.model'))
+    if len(found) == 1:
+      return found[0]
+    if found:
       break
   raise errors.UserError(
-    f'{folder}: {"several" if files else "no"} *.model beside it or in it, one '
+    f'{folder}: {"several" if found else "no"} *.model beside it or in it, one '
     'tokenizer.model expected; give its path in weights.tokenizer.'
   )
 
 
-def open_checkpoint(folder: str | pathlib.Path) -> Checkpoint:
+def open_checkpoint(folder: pathlib.Path) -> Checkpoint:
   """Finds the text model in an Orbax folder.
 
   Raises:
@@ -243,33 +244,25 @@ def places(transposed: bool, cfg: sizes.ModelConfig) -> list[load.Place]:
       out.append(load.Place(row, None, name, cfg.dims()[letters]))
       continue
     stack = stacks[row.stack]
-    arrays = _arrays(stack.cfg, transposed)
-    # What a fork has added is under our name, if at all.
-    name = _ARRAYS.get(row.name, row.name)
-    if row.name in PARTS['attn.qkv_einsum'] and 'attn.qkv_einsum' in arrays:
-      name = 'attn.qkv_einsum'
-    elif row.name == 'k' and 'attn.k_einsum' in arrays:
-      name = 'attn.k_einsum'
-    shape = arrays.get(name, shapes[row.path][1:])
+    name = _array(row.name, stack.cfg)
+    shape = shapes[row.path][1:]
+    if letters := _LETTERS.get(name):
+      turned = transposed and name == 'mlp.gating_einsum'
+      shape = stack.cfg.dims()['2FD' if turned else letters]
     for i, n in enumerate(stack.layers):
       out.append(load.Place(row, i, f'layer_{n}.{name}', shape))
   return out
 
 
-def _arrays(cfg, transposed):
-  """Shapes of arrays that are not as ours, in the layers of a stack."""
-  dims = cfg.dims()
-  arrays = {
-    'attn.q_einsum': dims['HDA'],
-    'attn.kv_einsum': (2, *dims['KDA']),
-    'attn.attn_vec_einsum': dims['HAD'],
-    'mlp.gating_einsum': (2, *dims['FD' if transposed else 'DF']),
-  }
-  if cfg.keys_are_values:
-    arrays['attn.k_einsum'] = dims['KDA']
-  elif cfg.num_heads == cfg.num_kv_heads and not cfg.layer_scale:
-    arrays['attn.qkv_einsum'] = (3, *dims['HDA'])
-  return arrays
+def _array(ours, cfg):
+  """The array of one of our weights in the layers of a stack."""
+  if ours == 'k' and cfg.keys_are_values:
+    return 'attn.k_einsum'
+  one = cfg.num_heads == cfg.num_kv_heads and not cfg.layer_scale
+  if one and ours in PARTS['attn.qkv_einsum']:
+    return 'attn.qkv_einsum'
+  # What a fork has added is under our name, if at all.
+  return _ARRAYS.get(ours, ours)
 
 
 def open_folder(folder: pathlib.Path) -> load.Weights:

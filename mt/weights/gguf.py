@@ -12,7 +12,6 @@ import pathlib
 import re
 
 import numpy as np
-from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt.base import errors
 from mt.data import tokenizer
@@ -31,7 +30,7 @@ _KINDS = {
   'gemma4': 'gemma4_text',
 }
 # The names in config.json -> those in a GGUF header, after the architecture's.
-_NAMES = {
+NAMES = {
   'num_hidden_layers': 'block_count',
   'hidden_size': 'embedding_length',
   'intermediate_size': 'feed_forward_length',
@@ -46,7 +45,7 @@ _NAMES = {
   'attn_logit_softcapping': 'attn_logit_softcapping',
   'final_logit_softcapping': 'final_logit_softcapping',
 }
-_NAMES_4 = _NAMES | {
+_NAMES_4 = NAMES | {
   'head_dim': 'attention.key_length_swa',
   'global_head_dim': 'attention.key_length',
   'layer_types': 'attention.sliding_window_pattern',
@@ -58,7 +57,6 @@ _NAMES_4 = _NAMES | {
 _OTHER_PARTS = ('v.', 'mm.', 'rope_freqs.')
 _EMBEDDING, _HEAD = 'token_embd.weight', 'output.weight'
 _NO_PIECE = re.compile(rb'\[PAD\d+\]')  # Of llama.cpp's converter.
-_SPACE = '\u2581'  # SentencePiece's visible stand-in for a space.
 
 
 def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
@@ -91,7 +89,7 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
     for key, x in file.fields.items()
     if key.startswith(f'{arch}.')
   }
-  names = _NAMES_4 if arch == 'gemma4' else _NAMES
+  names = _NAMES_4 if arch == 'gemma4' else NAMES
   values = {ours: own[name] for ours, name in names.items() if name in own}
   values['vocab_size'] = file.tensors[_EMBEDDING].shape[0]
   names = {ours: f'{arch}.{name}' for ours, name in names.items()}
@@ -267,55 +265,46 @@ def open_weights(path: pathlib.Path) -> load.Weights:
 def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:
   """Rebuilds Gemma's SentencePiece model from a GGUF vocabulary.
 
-  GGUF keeps pieces, scores and types, and of the trainer's settings only what
-  llama.cpp needs; see tokenizer.set_gemma_spec for the others.
+  GGUF keeps pieces, types, scores or (of Gemma 4) merges, and of the trainer's
+  settings only what llama.cpp needs; see tokenizer.set_gemma_spec for others.
 
   Raises:
-    errors.UserError: the vocabulary is missing, damaged, or not of
-      SentencePiece's kind.
+    errors.UserError: the vocabulary is missing, damaged, or of another kind.
   """
-  kind, pieces, scores, types = (
+  kind, pieces, types, scores, merges = (
     file.fields.get(f'tokenizer.ggml.{key}')
-    for key in ('model', 'tokens', 'scores', 'token_type')
+    for key in ('model', 'tokens', 'token_type', 'scores', 'merges')
   )
-  if str(kind) == 'gemma4':
-    return _gemma4_tokenizer(file, pieces, types)
-  if (
-    str(kind) != 'llama'
-    or not isinstance(pieces, list)
-    or getattr(scores, 'dtype', None) != np.float32
-    or getattr(types, 'dtype', None) != np.int32
-    or not len(pieces) == len(scores) == len(types)
+  shape = (len(pieces),) if isinstance(pieces, list) else None
+  whole = shape is not None and getattr(types, 'shape', None) == shape
+  if whole and str(kind) == 'gemma4' and isinstance(merges, list):
+    return _of_merges(file, pieces, types, merges)
+  if not (
+    whole and str(kind) == 'llama' and getattr(scores, 'shape', None) == shape
   ):
     raise errors.UserError(
-      f'{file.path}: tokenizer kind {kind!r} found, "llama" (SentencePiece, '
-      'each piece with a score and a type) expected; set weights.tokenizer to '
-      'a tokenizer.model.'
+      f'{file.path}: tokenizer kind {kind!r} found, "llama" (pieces with a '
+      'score and a type each) or "gemma4" (with a type each, and merges) '
+      'expected; set weights.tokenizer to a tokenizer.model or tokenizer.json.'
     )
   n = len(pieces)
-  while (
-    n
-    and types[n - 1] == tokenizer.UNUSED
-    and _NO_PIECE.fullmatch(pieces[n - 1])
-  ):
+  while n and types[n - 1] == tokenizer.UNUSED:
+    if not _NO_PIECE.fullmatch(pieces[n - 1]):
+      break
     n -= 1  # A row without a piece.
   ids = _roles(file, n)
-  proto = sp_pb2.ModelProto()
-  rows = zip(pieces[:n], scores[:n].tolist(), types[:n].tolist(), strict=True)
-  for i, (piece, score, type_) in enumerate(rows):
-    try:
-      text = piece.decode()
-      type_ = _piece_type(text, type_, i, ids)
-      if type_ == tokenizer.USER_DEFINED:
-        text = text.replace(' ', _SPACE)
-      proto.pieces.add(piece=text, score=score, type=type_)
-    except ValueError as e:  # UnicodeDecodeError is one.
-      raise errors.UserError(
-        f'{file.path}: piece {i} is {piece[:40]!r} of type {type_}, UTF-8 and '
-        'a SentencePiece type expected; the file is damaged.'
-      ) from e
-  tokenizer.set_gemma_spec(proto, ids)
-  return tokenizer.from_proto(proto.SerializeToString(), str(file.path))
+  try:
+    texts = [piece.decode() for piece in pieces[:n]]
+  except UnicodeDecodeError as e:
+    raise hf_tokenizer.bad(file.path, f'a piece is no UTF-8 ({e})') from e
+  kinds = (
+    _piece_type(text, type_, i, ids)
+    for i, (text, type_) in enumerate(
+      zip(texts, types[:n].tolist(), strict=True)
+    )
+  )
+  rows = zip(texts, scores[:n].tolist(), kinds, strict=True)
+  return hf_tokenizer.assemble(file.path, rows, ids)
 
 
 def _piece_type(text, type_, i, ids):
@@ -347,18 +336,8 @@ def _roles(file, n):
   return ids
 
 
-def _gemma4_tokenizer(file, pieces, types):
+def _of_merges(file, pieces, types, merges):
   """Gemma 4 has merges in place of scores, as a tokenizer.json has."""
-  merges = file.fields.get('tokenizer.ggml.merges')
-  if (
-    not isinstance(pieces, list)
-    or not isinstance(merges, list)
-    or getattr(types, 'shape', None) != (len(pieces),)
-  ):
-    raise errors.UserError(
-      f'{file.path}: pieces with a type each, and merges, expected; set '
-      'weights.tokenizer to a tokenizer.json.'
-    )
   pieces = [p.decode(errors='replace') for p in pieces]
   ranks = {}
   for rank, merge in enumerate(merges):

@@ -100,30 +100,19 @@ def _header(path, cfg, dtype):
       "llama.cpp's convert_hf_to_gguf.py on that folder."
     )
   w = gguf.GGUFWriter(path, arch)
-  scaled = cfg.rope_scale_global != 1.0
-  w.add_context_length(131_072 if scaled else 32_768 if cfg.qk_norm else 8192)
-  w.add_embedding_length(cfg.embed_dim)
-  w.add_block_count(cfg.num_layers)
-  w.add_feed_forward_length(cfg.hidden_dim)
-  w.add_head_count(cfg.num_heads)
-  w.add_head_count_kv(cfg.num_kv_heads)
-  w.add_layer_norm_rms_eps(1e-6)
-  w.add_key_length(cfg.head_dim)
+  fields = hf_config.fields_of(cfg)
+  scaling = fields.get('rope_scaling') or {}
+  for ours, name in gguf_in.NAMES.items():
+    value = (fields | scaling).get(ours)
+    if value is not None:
+      add = w.add_float32 if isinstance(value, float) else w.add_uint32
+      add(f'{arch}.{name}', value)
+  if scaling:
+    w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+  w.add_context_length(fields['max_position_embeddings'])
   w.add_value_length(cfg.head_dim)
-  w.add_rope_freq_base(cfg.rope_base_global)
   w.add_file_type(_FILE_TYPES[dtype])
   w.add_quantization_version(gguf.GGML_QUANT_VERSION)
-  if cfg.window:
-    w.add_sliding_window(cfg.window)
-  if cfg.attn_softcap:
-    w.add_attn_logit_softcapping(cfg.attn_softcap)
-  if cfg.final_softcap:
-    w.add_final_logit_softcapping(cfg.final_softcap)
-  if cfg.qk_norm:
-    w.add_rope_freq_base_swa(cfg.rope_base_local)
-  if scaled:
-    w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-    w.add_rope_scaling_factor(cfg.rope_scale_global)
   _check(path, cfg, w)
   return w
 

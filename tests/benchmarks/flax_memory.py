@@ -47,7 +47,7 @@ def _make(path, size):
 
 def _measure(path, out):
   jnp.zeros(3).block_until_ready()
-  weights = flax.open_folder(path)
+  weights = flax.open_folder(pathlib.Path(path))
   cfg = weights.config
   before, start = _gigabytes('VmRSS'), time.monotonic()
   params = load.read(weights, jax.random.key(0))[0]

@@ -439,7 +439,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, tok):
 # Memory.
 
 _MEASURE = """
-import re, sys
+import pathlib, re, sys
 import jax
 import numpy as np
 from mt.gemma import sizes
@@ -451,7 +451,7 @@ jax.numpy.zeros(3).block_until_ready()
 def peak():  # Not getrusage's, which starts from what the parent took.
   status = open('/proc/self/status').read()
   return 1024 * int(re.search(r'VmHWM:\\s*(\\d+)', status)[1])
-weights = flax.open_folder(sys.argv[1])
+weights = flax.open_folder(pathlib.Path(sys.argv[1]))
 assert weights.config == cfg
 np.ones(2**20).sum()
 before = peak()

@@ -664,7 +664,7 @@ _ABSURD = {
   ),
   'quantisation': (
     _header(1, 0, _tensor(b't', (32,), 200, 0), bytes(999)),
-    ("'t'", 'type 200'),
+    ("'t'", '200'),
   ),
   'half a block': (
     _header(1, 0, _tensor(b't', (48,), int(_Q.Q8_0), 0), bytes(999)),
@@ -834,7 +834,7 @@ def test_rows_that_the_converter_filled_up_are_no_pieces(tmp_path, pair):
     ({'scores': [0.5] * 399}, ('score',)),
     ({'token_type': [1] * 401}, ('type',)),
     ({'bos_token_id': 400}, ('400', 'ids')),
-    ({'tokens': [b'\xff'] * 400}, ('piece 0', 'UTF-8')),
+    ({'tokens': [b'\xff'] * 400}, ('a piece', 'UTF-8')),
     # Two pieces that are the same: SentencePiece's own refusal.
     ({'tokens': [b'a'] * 400}, ('not a SentencePiece',)),
   ],
