@@ -31,8 +31,6 @@ import functools
 import pathlib
 import re
 
-import tensorstore as ts
-
 from mt.base import errors
 from mt.data import tokenizer
 from mt.gemma import parameters
@@ -92,31 +90,6 @@ _LETTERS = {
 _SPARE_ROWS = 128  # Of the embedding: no token uses them, some files lack them.
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-  """An opened checkpoint whose arrays are not read yet.
-
-  Attributes:
-    store: the folder.
-    names: 'layer_0.attn.q_einsum' -> the array's name in the store; the text
-      model alone, without the endings '.w' and '.scale' that not all have.
-  """
-
-  store: flax_store.Store
-  names: dict[str, str]
-
-  def open(self, name: str) -> ts.TensorStore:
-    if name not in self.names:
-      raise self.store.damaged(f'no array {name}')
-    return flax_store.open_array(self.store, self.names[name])
-
-  def shape(self, name: str, rank: int) -> load.Shape:
-    found = self.open(name).shape
-    if len(found) != rank:
-      raise self.store.damaged(f'array {name} has the shape {found}')
-    return found
-
-
 def find_checkpoint(folder: pathlib.Path) -> pathlib.Path:
   """The folder itself, or the one folder in it that is an Orbax checkpoint.
 
@@ -156,8 +129,11 @@ def find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
   )
 
 
-def open_checkpoint(folder: pathlib.Path) -> Checkpoint:
-  """Finds the text model in an Orbax folder.
+def open_checkpoint(folder: pathlib.Path) -> flax_store.Store:
+  """The text model in an Orbax folder.
+
+  Its names are without a prefix, and without the endings '.w' and '.scale' that
+  not all have: 'layer_0.attn.q_einsum'.
 
   Raises:
     errors.UserError: damaged, or without Gemma's embedding.
@@ -172,7 +148,7 @@ def open_checkpoint(folder: pathlib.Path) -> Checkpoint:
       'the folder of a published Flax checkpoint in weights.source.'
     )
   names = {}
-  for full in store.names:
+  for full, place in store.names.items():
     name = full.removeprefix(prefixes[0])
     # Beside `params` a training state has its optimizer and its steps.
     state = prefixes[0].startswith('params.') and not full.startswith('params.')
@@ -182,51 +158,58 @@ def open_checkpoint(folder: pathlib.Path) -> Checkpoint:
     short = re.sub(r'\.(query|key)_norm$', r'._\1_norm', short)
     if short in names:
       raise store.damaged(f'array {short} is there twice')
-    names[short] = full
-  return Checkpoint(store, names)
+    names[short] = place
+  return dataclasses.replace(store, names=names)
 
 
-def read_config(ckpt: Checkpoint) -> sizes.ModelConfig:
+def _shape(store, name, rank):
+  found = flax_store.open_array(store, name).shape
+  if len(found) != rank:
+    raise store.damaged(f'array {name} has the shape {found}')
+  return found
+
+
+def read_config(store: flax_store.Store) -> sizes.ModelConfig:
   """The published size that has a checkpoint's shapes.
 
   Raises:
     errors.UserError: another model, named with what is nearest to it.
   """
-  vocab_size, width = ckpt.shape(EMBEDDING, 2)
-  layers = [re.match(r'layer_(\d{1,4})\.', n) for n in ckpt.names]
-  heads, head_dim, _ = ckpt.shape('layer_0.attn.attn_vec_einsum', 3)
+  vocab_size, width = _shape(store, EMBEDDING, 2)
+  layers = [re.match(r'layer_(\d{1,4})\.', n) for n in store.names]
+  heads, head_dim, _ = _shape(store, 'layer_0.attn.attn_vec_einsum', 3)
   kv_heads = heads
-  if 'layer_0.attn.qkv_einsum' not in ckpt.names:
-    kv_heads = ckpt.shape('layer_0.attn.kv_einsum', 4)[1]
+  if 'layer_0.attn.qkv_einsum' not in store.names:
+    kv_heads = _shape(store, 'layer_0.attn.kv_einsum', 4)[1]
   found = {
+    'vocab_size': vocab_size,
     'num_layers': 1 + max(int(m[1]) for m in layers if m),
     'embed_dim': width,
-    'hidden_dim': ckpt.shape('layer_0.mlp.linear', 2)[0],
+    'hidden_dim': _shape(store, 'layer_0.mlp.linear', 2)[0],
     'num_heads': heads,
     'num_kv_heads': kv_heads,
     'head_dim': head_dim,
-    'qk_norm': 'layer_0.attn._query_norm' in ckpt.names,
-    'post_norms': 'layer_0.post_ffw_norm' in ckpt.names,
-    'layer_scale': 'layer_0.skip_scale' in ckpt.names,
+    'qk_norm': 'layer_0.attn._query_norm' in store.names,
+    'post_norms': 'layer_0.post_ffw_norm' in store.names,
+    'layer_scale': 'layer_0.skip_scale' in store.names,
   }
 
-  def differences(item):
-    size = dataclasses.asdict(item[1])
-    out = [
-      f'{k} {v} (there {size[k]})' for k, v in found.items() if v != size[k]
+  def differences(name):
+    there = dataclasses.asdict(sizes.SIZES[name])
+    if 0 <= there['vocab_size'] - vocab_size <= _SPARE_ROWS:
+      there['vocab_size'] = vocab_size
+    return [
+      f'{k} {v} (there {there[k]})' for k, v in found.items() if v != there[k]
     ]
-    if not 0 <= size['vocab_size'] - vocab_size <= _SPARE_ROWS:
-      out.append(f'vocab_size {vocab_size} (there {size["vocab_size"]})')
-    return out
 
-  name, nearest = min(sizes.SIZES.items(), key=lambda x: len(differences(x)))
-  if differs := differences((name, nearest)):
+  name = min(sizes.SIZES, key=lambda name: len(differences(name)))
+  if differs := differences(name):
     raise errors.UserError(
-      f'{ckpt.store.path}: no Gemma known here has these shapes, the nearest '
+      f'{store.path}: no Gemma known here has these shapes, the nearest '
       f'is {name}: {", ".join(differs)}; the sizes in mt/gemma/sizes.py are '
       'those that can be read.'
     )
-  return dataclasses.replace(nearest, vocab_size=vocab_size)
+  return dataclasses.replace(sizes.SIZES[name], vocab_size=vocab_size)
 
 
 def places(transposed: bool, cfg: sizes.ModelConfig) -> list[load.Place]:
@@ -273,27 +256,27 @@ def open_folder(folder: pathlib.Path) -> load.Weights:
       array is missing, too much, or has another shape.
   """
   path = find_checkpoint(folder)
-  ckpt = open_checkpoint(path)
-  cfg = read_config(ckpt)
-  gating = ckpt.shape('layer_0.mlp.gating_einsum', 3)
+  store = open_checkpoint(path)
+  cfg = read_config(store)
+  gating = _shape(store, 'layer_0.mlp.gating_einsum', 3)
   transposed = gating[1:] != (cfg.embed_dim, cfg.hidden_dim)
   return load.Weights(
-    ckpt.store.path,
+    store.path,
     cfg,
     functools.partial(places, transposed),
-    {name: ckpt.open(name).shape for name in ckpt.names},
-    functools.partial(_get, ckpt, cfg, transposed),
+    {name: flax_store.open_array(store, name).shape for name in store.names},
+    functools.partial(_get, store, cfg, transposed),
     lambda: tokenizer.from_file(find_tokenizer(path)),
   )
 
 
-def _get(ckpt, cfg, transposed, place):
+def _get(store, cfg, transposed, place):
   """A tensor in our orientation, out of the array that it is, or is part of."""
-  array, ours = ckpt.open(place.name), place.row.name
+  array, ours = flax_store.open_array(store, place.name), place.row.name
   parts = PARTS.get(place.name.partition('.')[2], ())
   if ours in parts:
     array = array[parts.index(ours)]
-  x = flax_store.read_array(ckpt.store, place.name, array)
+  x = flax_store.read_array(store, place.name, array)
   if ours in ('q', 'k', 'v'):
     return x.transpose(1, 0, 2).reshape(cfg.embed_dim, -1)
   if ours == 'o':

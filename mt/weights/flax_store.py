@@ -97,8 +97,10 @@ def open_array(store: Store, name: str) -> ts.TensorStore:
   """One array's shape and dtype; [...].read() gives the rest.
 
   Raises:
-    errors.UserError: a damaged header, no floating-point type.
+    errors.UserError: no such array, a damaged header, no floating-point type.
   """
+  if name not in store.names:
+    raise store.damaged(f'no array {name}')
   key, driver = store.names[name]
   spec = {
     'driver': driver,

@@ -52,13 +52,11 @@ class GGUFFile:
     path: of the file.
     fields: its metadata: scalars, str, numpy arrays or lists of bytes.
     tensors: by name.
-    data: the file, memory-mapped read-only.
   """
 
   path: pathlib.Path
   fields: dict[str, Any]
   tensors: dict[str, Tensor]
-  data: mmap.mmap
 
 
 class _Header:
@@ -91,7 +89,7 @@ class _Header:
     return self.array(kind, 1)[0].item()
 
   def string(self) -> bytes:
-    return self.take(self.scalar(_UINT64))
+    return self.take(int.from_bytes(self.take(8), 'little'))
 
   def text(self) -> str:
     return self.string().decode(errors='replace')
@@ -158,7 +156,7 @@ def open_gguf(path: str | pathlib.Path) -> GGUFFile:
       f'{path}: one of {fields["split.count"]} files that make up the model; '
       'join them with llama.cpp: `llama-gguf-split --merge FIRST OUT.gguf`.'
     )
-  return GGUFFile(path, fields, tensors, data)
+  return GGUFFile(path, fields, tensors)
 
 
 def _tensor(h, name, shape, kind, offset) -> Tensor:

@@ -28,11 +28,6 @@ KINDS = {
   'bfloat16': gguf.GGMLQuantizationType.BF16,
   'q8_0': gguf.GGMLQuantizationType.Q8_0,
 }
-_FILE_TYPES = {
-  'float32': gguf.LlamaFileType.ALL_F32,
-  'bfloat16': gguf.LlamaFileType.MOSTLY_BF16,
-  'q8_0': gguf.LlamaFileType.MOSTLY_Q8_0,
-}
 _SPECIAL_SCORE = -1000.0  # Of pieces that no merge makes.
 
 
@@ -111,7 +106,8 @@ def _header(path, cfg, dtype):
     w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
   w.add_context_length(fields['max_position_embeddings'])
   w.add_value_length(cfg.head_dim)
-  w.add_file_type(_FILE_TYPES[dtype])
+  most = 'ALL' if dtype == 'float32' else 'MOSTLY'
+  w.add_file_type(gguf.LlamaFileType[f'{most}_{KINDS[dtype].name}'])
   w.add_quantization_version(gguf.GGML_QUANT_VERSION)
   _check(path, cfg, w)
   return w
@@ -122,7 +118,7 @@ def _check(path, cfg, writer):
   fields = {key: x.value for key, x in writer.kv_data[0].items()}
   shape = cfg.vocab_size, cfg.embed_dim
   tensors = {'token_embd.weight': gguf_file.Tensor(shape, _F32, 0, 0)}
-  said = gguf_in.read_config(gguf_file.GGUFFile(path, fields, tensors, None))
+  said = gguf_in.read_config(gguf_file.GGUFFile(path, fields, tensors))
   for name, value in dataclasses.asdict(said).items():
     if value != getattr(cfg, name):
       raise errors.UserError(

@@ -191,13 +191,13 @@ def assemble(
     errors.UserError: a piece is no text, or has a type that is none.
   """
   proto = sp_pb2.ModelProto()
-  for piece, score, kind in rows:
+  for i, (piece, score, kind) in enumerate(rows):
     whole = kind == tokenizer.USER_DEFINED
     text = piece.replace(' ', _SPACE) if whole else piece
     try:
       proto.pieces.add(piece=text, score=score, type=kind)
     except ValueError as e:  # A lone surrogate: UnicodeEncodeError.
-      what = f'piece {len(proto.pieces)} is {piece[:40]!r} of type {kind}'
+      what = f'piece {i} is {piece[:40]!r} of type {kind}'
       raise bad(path, f'{what}, no UTF-8 or no type of SentencePiece') from e
   tokenizer.set_gemma_spec(proto, ids)
   return tokenizer.from_proto(proto.SerializeToString(), str(path))
@@ -236,10 +236,9 @@ def _parse(path, rows):
     ) from e
   if kind != 'BPE':
     raise bad(path, f'a tokenizer of type {str(kind)[:40]!r} found')
-  if not pieces or not all(pieces):
-    raise bad(path, 'the ids of its pieces are not 0, 1, 2, …')
-  if len(set(pieces)) != len(pieces) or len(pieces) < len(vocab):
-    raise bad(path, 'two pieces have one id, or one piece has two')
+  unique = len(set(pieces)) == len(pieces) >= len(vocab)
+  if not pieces or not all(pieces) or not unique:
+    raise bad(path, 'its ids are not 0, 1, 2, …, each of a piece of its own')
   # Those of Gemma 1 and 2 have the tab where the model has its byte.
   tab = vocab.get('<0x08>', -2) + 1 if '<0x09>' not in vocab else -1
   if 0 <= tab < len(pieces) and pieces[tab] == '\t' and tab not in symbols:

@@ -152,7 +152,7 @@ def test_rows_that_are_no_whole_blocks_stay_float32(tmp_path, tok):
   [
     ('gemma3', {'attention': 'LLG'}, ('attention', "'LLG'")),
     ('gemma2', {'query_scale': 0.5}, ('query_scale', '0.5')),
-    ('gemma', {'final_softcap': 30.0}, ('final_logit_softcapping',)),
+    ('gemma', {'final_softcap': 30.0}, ('final_softcap', '30.0')),
   ],
 )
 def test_a_shape_that_llama_cpp_would_take_for_another(
