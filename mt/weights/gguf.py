@@ -56,6 +56,7 @@ _NAMES_4 = NAMES | {
 # RoPE's factors, which no graph of these architectures reads.
 _OTHER_PARTS = ('v.', 'mm.', 'rope_freqs.')
 _EMBEDDING, _HEAD = 'token_embd.weight', 'output.weight'
+_AT_ONCE = 2**23  # Weights of an embedding that are read in one go.
 _NO_PIECE = re.compile(rb'\[PAD\d+\]')  # Of llama.cpp's converter.
 
 
@@ -252,14 +253,21 @@ def open_weights(path: pathlib.Path) -> load.Weights:
       for name, tensor in file.tensors.items()
       if not name.startswith(_OTHER_PARTS)
     },
-    functools.partial(
-      load.get,
-      functools.partial(gguf_file.read_tensor, file),
-      cfg.norm_offset,
-    ),
+    functools.partial(_get, file, cfg),
     lambda: read_tokenizer(file),
     [_HEAD] if _HEAD in file.tensors else [],
   )
+
+
+def _get(file, cfg, place):
+  """A tensor in our orientation; embeddings, the largest of all, in parts."""
+  x = functools.partial(gguf_file.read_tensor, file, place.name)
+  if place.row.transposed:
+    return x().T
+  if place.row.norm:
+    return x() - cfg.norm_offset
+  rows = max(1, _AT_ONCE // place.shape[1])
+  return (x(at, at + rows) for at in range(0, place.shape[0], rows))
 
 
 def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:

@@ -90,19 +90,18 @@ def open_folder(path: pathlib.Path) -> load.Weights:
       f'{_HEADS[0]} is in the weights; fetch the whole folder.'
     )
 
-  def rows(name, *between):
-    file, where = opened[name]
+  def get(place):
+    file, where = opened[place.name]
     with reading(where):
-      if between:
-        return file.get_slice(name)[slice(*between)]
-      return file.get_tensor(name)
+      x = file.get_tensor(place.name)
+    return x.T if place.row.transposed else x
 
   return load.Weights(
     path,
     config,
     functools.partial(_places, prefixes[0]),
     _shapes(opened),
-    functools.partial(load.get, rows, 0.0),
+    get,
     lambda: hf_tokenizer.read_folder(path, config.vocab_size),
     heads,
   )

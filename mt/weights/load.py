@@ -24,8 +24,6 @@ from mt.weights import kept
 
 Shape = tuple[int, ...]
 
-_AT_ONCE = 2**23  # Weights of an embedding that are read in one go.
-
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -119,34 +117,15 @@ def places(
   return out
 
 
-def get(
-  rows: Callable[..., np.ndarray], norm_offset: float, place: Place
-) -> kept.Tensor:
-  """A tensor of a format that has each matrix apart, as [out, in].
-
-  Args:
-    rows: (name) -> a tensor; (name, first, last + 1) -> those rows of it.
-    norm_offset: what norms have too much there.
-    place: of the tensor.
-  """
-  if place.row.transposed:
-    return rows(place.name).T
-  if place.row.norm:
-    return rows(place.name) - norm_offset
-  # Embeddings, the largest of all, in parts: no second one in float32.
-  n, last = max(1, _AT_ONCE // place.shape[1]), place.shape[0]
-  starts = range(0, last, n)
-  return (rows(place.name, at, min(at + n, last)) for at in starts)
-
-
 def put(flat: Mapping[str, Any], place: Place) -> np.ndarray:
-  """The inverse of `get`, on the host: a tensor out of {path: parameter}."""
+  """A tensor as the files have it, on the host, out of {path: parameter}."""
   x = flat[place.row.path]
   x = np.asarray(x if place.layer is None else x[place.layer])
   return x.T if place.row.transposed else x
 
 
 def _check_head(weights, embedding, head):
+  # Both by their rows, or in parts.
   same = weights.found[head] == embedding.shape and all(
     np.array_equal(ours, theirs)
     for ours, theirs in zip(

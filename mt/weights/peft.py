@@ -21,7 +21,7 @@ from mt.weights import hf
 from mt.weights import hf_config
 
 _CONFIG, _TENSORS = 'adapter_config.json', 'adapter_model.safetensors'
-_FACTOR = re.compile(r'(.*)layers\.(\d{1,4})\.([\w.]+)\.lora_([AB])\.weight')
+_PREFIX = re.compile(r'(.*)layers\.\d+\..*\.lora_')
 # What a field must be, where it says something. Any other that is set would be
 # another function than y = W x + (lora_alpha / r) B A x, or another base.
 _ONLY = {
@@ -96,42 +96,37 @@ def _stacked(path, cfg, rank):
   """The factors of all layers, checked and stacked."""
   with hf.reading(path):
     tensors = safetensors.numpy.load_file(path)
-  prefixes, found = set(), {}
-  for name in tensors:
-    match = _FACTOR.fullmatch(name)
-    if not match:
-      raise errors.UserError(
-        f'{path}: {name} is no factor of a layer; merge the adapter with PEFT '
-        'and give the whole model.'
-      )
-    prefix, layer, module, letter = match.groups()
-    prefixes.add(prefix)
-    found[module, letter, int(layer)] = name
+  given = '\n'.join(tensors)
+  prefix = _PREFIX.search(given)
   shapes, out = parameters.shapes(cfg), {}
   layers = {stack.name: stack.layers for stack in cfg.stacks()}
-  modules = {module for module, _, _ in found}
   for row in parameters.table(cfg):
-    if not row.lora or row.hf not in modules:
+    if not row.lora or f'.{row.hf}.lora_' not in given:
       continue
     _, fan_in, fan_out = shapes[row.path]
     for letter, shape in ('A', (rank, fan_in)), ('B', (fan_out, rank)):
-      names = [found.pop((row.hf, letter, i), '') for i in layers[row.stack]]
-      xs = [tensors[n] for n in names if n]
-      if len(xs) != len(names) or any(x.shape != shape for x in xs):
+      xs = [
+        tensors.pop(_name(prefix[1], i, row, letter), np.zeros(0))
+        for i in layers[row.stack]
+      ]
+      if any(x.shape != shape for x in xs):
         raise errors.UserError(
-          f'{path}: the factors {letter} of {row.hf} are not {len(names)} of '
+          f'{path}: the factors {letter} of {row.hf} are not {len(xs)} of '
           f'the shape {shape}; the adapter is of another model, or has not all '
           'layers.'
         )
       stacked = np.stack([x.T for x in xs]).astype(np.float32)
       out[f'{row.path}_lora_{letter.lower()}'] = stacked
-  if found or len(prefixes) != 1 or not out:
+  if tensors or not out:
     raise errors.UserError(
-      f'{path}: {next(iter(found.values()), "nothing")} is beside the factors '
-      f'of this Gemma ({len(prefixes)} parts of a model); merge the adapter '
-      'with PEFT and give the whole model.'
+      f'{path}: {next(iter(tensors), "nothing")} is beside the factors of this '
+      'Gemma; merge the adapter with PEFT and give the whole model.'
     )
   return out
+
+
+def _name(prefix, layer, row, letter):
+  return f'{prefix}layers.{layer}.{row.hf}.lora_{letter}.weight'
 
 
 def write(
@@ -167,8 +162,8 @@ def write(
     for letter in 'AB':
       stacked = np.asarray(trained[f'{row.path}_lora_{letter.lower()}'])
       for i, x in zip(layers[row.stack], stacked, strict=True):
-        module = f'base_model.model.model.layers.{i}.{row.hf}'
-        tensors[f'{module}.lora_{letter}.weight'] = x.T.astype(dtype)
+        name = _name('base_model.model.model.', i, row, letter)
+        tensors[name] = x.T.astype(dtype)
   hf.save(folder / _TENSORS, tensors)
   fields = {
     'peft_type': 'LORA',

@@ -85,7 +85,7 @@ def test_quantised_weights_are_those_of_the_library(
   tmp_path, monkeypatch, quant
 ):
   # The embedding's 400 rows in five parts, the last one shorter.
-  monkeypatch.setattr(load_lib, '_AT_ONCE', 90 * 256)
+  monkeypatch.setattr(weights_gguf, '_AT_ONCE', 90 * 256)
   # Every row is a whole number of the longest blocks, 256.
   proto = gguf_fixture.train_proto()
   cfg = dataclasses.replace(

@@ -112,20 +112,13 @@ def test_links_into_a_cache_are_followed(tmp_path):
   hf_fixture.assert_same(hf_fixture.load(tmp_path / 'snapshot')[1], params)
 
 
-@pytest.mark.parametrize('at_once', (100, 1000))
-def test_large_tensors_are_placed_in_parts(tmp_path, monkeypatch, at_once):
-  _, params = hf_fixture.write_folder(tmp_path)
-  monkeypatch.setattr(load, '_AT_ONCE', at_once)
-  hf_fixture.assert_same(hf_fixture.load(tmp_path)[1], params)
-
-
 def test_opening_reads_no_tensor(tmp_path, monkeypatch):
   hf_fixture.write_folder(tmp_path)
 
   def must_not(*_):
     raise AssertionError('a tensor was read before it was asked for')
 
-  monkeypatch.setattr(load, 'get', must_not)
+  monkeypatch.setattr(load, 'read', must_not)
   assert hf_fixture.open_folder(tmp_path).tokenizer.vocab_size == 400
 
 
@@ -177,7 +170,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, rows, monkeypatch):
   def must_not(*_):
     raise AssertionError('a tensor was read before the refusal')
 
-  monkeypatch.setattr(load, 'get', must_not)
+  monkeypatch.setattr(load, 'read', must_not)
   hf_fixture.write_folder(
     tmp_path, cfg=gguf_fixture.tiny_config('gemma3', rows)
   )
@@ -281,10 +274,7 @@ def _with_head(tmp_path, change, prefix='', config=None, dtype=np.float32):
 
 @pytest.mark.parametrize('prefix', ('', 'language_model.'))
 @pytest.mark.parametrize('tied', (None, True, False))
-def test_a_head_that_is_the_embedding_is_fine(
-  tmp_path, monkeypatch, prefix, tied
-):
-  monkeypatch.setattr(load, '_AT_ONCE', 1000)  # In parts.
+def test_a_head_that_is_the_embedding_is_fine(tmp_path, prefix, tied):
   config = {'tie_word_embeddings': tied}
   _with_head(tmp_path, lambda x: x, prefix, config)
   hf_fixture.load(tmp_path)
@@ -301,8 +291,7 @@ def test_a_head_that_is_the_embedding_is_fine(
   ],
   ids=('one row', 'short', 'narrow', 'flat', 'rounded'),
 )
-def test_a_head_of_its_own_is_refused_by_name(tmp_path, monkeypatch, change):
-  monkeypatch.setattr(load, '_AT_ONCE', 1000)
+def test_a_head_of_its_own_is_refused_by_name(tmp_path, change):
   _with_head(tmp_path, lambda x: np.ascontiguousarray(change(x)))
   words = 'head lm_head.weight', 'model.embed_tokens.weight'
   refusal(lambda: hf_fixture.load(tmp_path), tmp_path, *words)
