@@ -246,17 +246,21 @@ def _gemma4(f, cfg):
 def _global_shape(f, cfg):
   """(A, K or None) of global layers, in either of the two ways."""
   layers, default = f.values.get('per_layer_config'), 512
-  names = 'global_head_dim', 'num_global_key_value_heads'
+  names = plain = 'global_head_dim', 'num_global_key_value_heads'
   if layers is not None:
-    wanted = {str(n) for n in range(cfg.num_layers) if cfg.kind(n) == 'G'}
-    shapes = list(layers.values()) if isinstance(layers, dict) else []
+    wanted = [str(n) for n in range(cfg.num_layers) if cfg.kind(n) == 'G']
+    layers = layers if isinstance(layers, dict) else {}
+    shapes = list(layers.values())
     names, default = ('head_dim', 'num_key_value_heads'), cfg.head_dim
     if (
-      not shapes
-      or layers.keys() != wanted
+      sorted(n.lstrip('0') or '0' for n in layers) != sorted(wanted)
       or not isinstance(shapes[0], dict)
       or shapes[0].keys() - {*names}
       or any(x != shapes[0] for x in shapes)
+      or any(
+        f.values.get(ours) not in (None, shapes[0].get(name))
+        for ours, name in zip(plain, names, strict=True)
+      )
     ):
       raise f.bad(
         'per_layer_config', f'one {" and ".join(names)} of all global layers'
