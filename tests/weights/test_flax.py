@@ -120,7 +120,7 @@ def test_a_published_block_computes_the_same(tmp_path):
   tree['final_norm'] = {'scale': jnp.ones(cfg.embed_dim)}
   path = str(tmp_path / 'checkpoint')
   gemma_params.format_and_save_params({'transformer': tree}, path)
-  _, read = _read(path)
+  _, read = _read(pathlib.Path(path))
   for i, layer in enumerate(layers):
     got = ours(jax.tree.map(lambda w, i=i: w[i], read['layers']))
     np.testing.assert_allclose(got, theirs(layer), rtol=1e-4, atol=1e-4)
