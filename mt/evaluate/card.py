@@ -44,9 +44,9 @@ class Model:
     about: which of a run's checkpoints it is, or what else was made of the
       base.
     cfg, tok: its shape and tokenizer.
+    dtype: of its weights.
     config: of the run; None without one.
     workdir: of the run, with its scores.
-    dtype: of its weights.
   """
 
   to: str
@@ -55,9 +55,9 @@ class Model:
   about: str
   cfg: sizes.ModelConfig
   tok: tokenizer.Tokenizer
-  config: ml_collections.ConfigDict | None
-  workdir: pathlib.Path | None
   dtype: str
+  config: ml_collections.ConfigDict | None = None
+  workdir: pathlib.Path | None = None
 
 
 def hub_name(source: str) -> str:

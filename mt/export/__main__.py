@@ -16,15 +16,11 @@ a model card. --push=hf:USER/NAME sends the folder to the Hugging Face hub.
 into the model that it was made for.
 """
 
-import dataclasses
-import functools
 import pathlib
 from typing import Any
 
 from absl import flags
 import ml_collections
-import ml_dtypes
-import numpy as np
 
 from mt.base import cli
 from mt.base import errors
@@ -33,9 +29,11 @@ from mt.base import journal
 from mt.base import run_folder
 from mt.data import directions
 from mt.data import template as template_lib
+from mt.data import tokenizer
 from mt.evaluate import card
 from mt.gemma import lora
 from mt.gemma import parameters
+from mt.gemma import sizes
 from mt.train import checkpoint
 from mt.translate import translator
 from mt.weights import flax_out
@@ -45,179 +43,77 @@ from mt.weights import hub
 from mt.weights import peft
 from mt.weights import pretrained
 
-_DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
+FORMATS = 'gemma', 'gguf', 'hf', 'peft'
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """What is exported.
+def generation(
+  config: ml_collections.ConfigDict,
+  cfg: sizes.ModelConfig,
+  tok: tokenizer.Tokenizer,
+) -> dict[str, Any]:
+  """What transformers decodes a run's model with, as far as it means the same.
 
-  Attributes:
-    source: its base, with shape and tokenizer.
-    params: to be written; of an adapter the factors alone.
-    about: which checkpoint it is, for people.
-    config: of its run, which knows how it decodes; None without one.
-    workdir: of the run.
+  Its no_repeat_ngram_size and repetition_penalty count the prompt, too.
   """
-
-  source: pretrained.Source
-  params: dict[str, Any]
-  about: str
-  config: ml_collections.ConfigDict | None = None
-  workdir: pathlib.Path | None = None
-
-  @property
-  def chat_template(self) -> str:
-    """In Jinja; '' where the run has learned no turns."""
-    if self.config is None:
-      return ''
-    template = template_lib.from_config(self.config)
-    return template_lib.chat_template(template, self.source.tokenizer)
-
-  @property
-  def generation(self) -> dict[str, Any]:
-    """What transformers decodes with, as far as it means the same there.
-
-    Its no_repeat_ngram_size and repetition_penalty count the prompt, too.
-    """
-    if self.config is None:
-      return {}
-    d, template = self.config.decode, template_lib.from_config(self.config)
-    ends = translator.end_ids(self.source.tokenizer, template)
-    longest = int(d.max_ratio * self.config.data.length) + d.max_extra
-    out = {'eos_token_id': list(ends), 'max_new_tokens': longest}
-    cfg, tok = self.source.config, self.source.tokenizer
-    if never := translator.never_ids(tok):
-      never = [*never, *range(tok.vocab_size, cfg.vocab_size)]
-      out |= {'suppress_tokens': never}
-    if d.beam > 1:
-      out |= {'num_beams': d.beam, 'length_penalty': d.length_penalty}
-    return out
+  d, template = config.decode, template_lib.from_config(config)
+  longest = int(d.max_ratio * config.data.length) + d.max_extra
+  ends = list(translator.end_ids(tok, template))
+  out = {'eos_token_id': ends, 'max_new_tokens': longest}
+  if never := translator.never_ids(tok):
+    never = [*never, *range(tok.vocab_size, cfg.vocab_size)]
+    out |= {'suppress_tokens': never}
+  if d.beam > 1:
+    out |= {'num_beams': d.beam, 'length_penalty': d.length_penalty}
+  return out
 
 
-def _direction(config):
-  """The config of a run's first direction, whose prompt the folder has."""
-  first, *others = directions.each(config.data.pair)
-  if others:
-    journal.say(
-      f'note: the prompt in the folder is that of {first}; for '
-      f'{", ".join(others)} put their languages into it'
-    )
-  return directions.only(config, first)
-
-
-def _step(workdir, which):
-  """The step of the checkpoint that is exported, which is said."""
-  at, about = checkpoint.find_step(workdir, which)
-  journal.say(f'checkpoint: {about}')
-  return at, about
-
-
-def _load(workdir, base, which):
-  if base:
-    config, source = checkpoint.open_source(workdir)
-    params, config = source.read(), _direction(config)
-    return Model(source, params, 'before training', config, workdir)
-  at, about = _step(workdir, which)
-  config, source, params = checkpoint.load_finetuned(workdir, at, exact=True)
-  params, config = lora.fold(params), _direction(config)
-  return Model(source, params, about, config, workdir)
-
-
-def _write_hf(part, model, dtype):
-  hf.write(
-    part,
-    model.source.config,
-    model.params,
-    model.source.tokenizer,
-    _DTYPES[dtype],
-    model.generation,
-    model.chat_template,
-  )
-
-
-def _write_gguf(part, model, dtype):
-  gguf_out.write(
-    part / gguf_out.file_name(dtype),
-    model.source.config,
-    model.params,
-    model.source.tokenizer,
-    dtype,
-    model.chat_template,
-  )
-
-
-def _write_gemma(part, model, dtype):
-  cfg, tok = model.source.config, model.source.tokenizer
-  flax_out.write(part, cfg, model.params, tok, dtype)
-
-
-def _write_peft(part, model, dtype):
-  config, source = model.config, model.source
-  # A revision, a file and the 4 bits of a package are other weights.
-  base = config.weights.source
-  if base == f'hf:{card.hub_name(base)}':
-    base = card.hub_name(base)
-  else:
-    journal.say(
-      f'note: adapter_config.json names {base} as its base, which PEFT does '
-      'not find elsewhere: set base_model_name_or_path in it to a folder that '
-      '--to=hf --base has written'
-    )
-  peft.write(
-    part,
-    source.config,
-    model.params,
-    alpha=config.train.lora_alpha,
-    base=base,
-    dtype=_DTYPES[dtype],
-  )
-  hf.write_serving(
-    part,
-    source.config,
-    source.tokenizer,
-    model.generation,
-    model.chat_template,
-  )
-
-
-_WRITERS = {
-  'hf': _write_hf,
-  'gguf': _write_gguf,
-  'gemma': _write_gemma,
-  'peft': _write_peft,
-}
-
-
-def _write(to, model, name, out, dtype, push=''):
+def write(
+  out: pathlib.Path, params: parameters.Params, about: card.Model
+) -> None:
+  """Writes a new folder with a model (of peft: its factors) and its card."""
+  cfg, tok, config = about.cfg, about.tok, about.config
+  serving = {}, ''
+  if config is not None:  # Of a run, which knows how it decodes.
+    template = template_lib.from_config(config)
+    chat = template_lib.chat_template(template, tok)  # '' without turns.
+    serving = generation(config, cfg, tok), chat
   with files.new_folder(out) as part:
-    _WRITERS[to](part, model, dtype)
-    about = card.Model(
-      to=to,
-      name=push or out.absolute().name,
-      source=name,
-      about=model.about,
-      cfg=model.source.config,
-      tok=model.source.tokenizer,
-      config=model.config,
-      workdir=model.workdir,
-      dtype=dtype,
-    )
+    if about.to == 'hf':
+      hf.write(part, cfg, params, tok, about.dtype, *serving)
+    elif about.to == 'gguf':
+      path = part / gguf_out.file_name(about.dtype)
+      gguf_out.write(path, cfg, params, tok, about.dtype, serving[1])
+    elif about.to == 'gemma':
+      flax_out.write(part, cfg, params, tok, about.dtype)
+    else:
+      # A revision, a file and the 4 bits of a package are other weights.
+      base, alpha = about.source, config.train.lora_alpha
+      if base == f'hf:{card.hub_name(base)}':
+        base = card.hub_name(base)
+      else:
+        journal.say(
+          f'note: adapter_config.json names {base} as its base, which PEFT '
+          'does not find elsewhere: set base_model_name_or_path in it to a '
+          'folder that --to=hf --base has written'
+        )
+      peft.write(part, cfg, params, alpha=alpha, base=base, dtype=about.dtype)
+      hf.write_serving(part, cfg, tok, *serving)
     card.write(part, about)
 
 
-def _to(
+def from_run(
   to: str,
   workdir: pathlib.Path,
   out: pathlib.Path,
   dtype: str,
-  base: bool,
+  base: bool = False,
   which: str = '',
   push: str = '',
 ) -> None:
-  """Writes a run's model in the format `to`.
+  """Writes a run's model.
 
   Args:
+    to: one of FORMATS.
     workdir: of a run.
     out: a new folder.
     dtype: 'float32' or 'bfloat16', of the weights in the files; of GGUF 'q8_0',
@@ -225,14 +121,50 @@ def _to(
     base: the weights that the run started from, instead of what it made.
     which: of the run's checkpoints, see checkpoint.find_step.
     push: USER/NAME that it is for, as the model card says.
+
+  Raises:
+    errors.UserError: no such run or checkpoint, one that has no adapter, or
+      what the format cannot hold.
   """
-  model = _load(workdir, base, which)
-  _write(to, model, model.config.weights.source, out, dtype, push)
-
-
-to_hf = functools.partial(_to, 'hf')
-to_gguf = functools.partial(_to, 'gguf')
-to_gemma = functools.partial(_to, 'gemma')
+  parts = run_folder.read_config(workdir).train.parts
+  if to == 'peft' and (base or parts != 'lora'):
+    raise errors.UserError(
+      f'{workdir}: --to=peft is what a run with train.parts=lora has trained, '
+      f'found {parts!r}{" and --base" if base else ""}; use --to=hf.'
+    )
+  if base:
+    about = 'before training'
+    config, source = checkpoint.open_source(workdir)
+    params = source.read()
+  else:
+    at, about = checkpoint.find_step(workdir, which)
+    journal.say(f'checkpoint: {about}')
+    if to == 'peft':
+      config, source, params, _ = checkpoint.load_trained(workdir, at)
+    else:
+      config, source, params = checkpoint.load_finetuned(
+        workdir, at, exact=True
+      )
+      params = lora.fold(params)
+  first, *others = directions.each(config.data.pair)
+  if others:
+    journal.say(
+      f'note: the prompt in the folder is that of {first}; for '
+      f'{", ".join(others)} put their languages into it'
+    )
+  config = directions.only(config, first)
+  model = card.Model(
+    to=to,
+    name=push or out.absolute().name,
+    source=config.weights.source,
+    about=about,
+    cfg=source.config,
+    tok=source.tokenizer,
+    config=config,
+    workdir=workdir,
+    dtype=dtype,
+  )
+  write(out, params, model)
 
 
 def merge(
@@ -249,7 +181,7 @@ def merge(
     name: of the model, see `weights.source`.
     adapter: its folder, see `weights.adapter`; '' for the model as it is.
     to: hf, gguf or gemma.
-    out, dtype, push: see to_hf.
+    out, dtype, push: see from_run.
   """
   if to == 'peft':
     raise errors.UserError(
@@ -264,37 +196,16 @@ def merge(
     flat, scale = parameters.flatten(params), read.alpha / read.rank
     params = lora.fold(lora.merge(read.factors, flat, lora_scale=scale))
     about = f'with the adapter {pathlib.PurePath(adapter).name}'
-  _write(to, Model(source, params, about), name, out, dtype, push)
-
-
-def to_peft(
-  workdir: pathlib.Path,
-  out: pathlib.Path,
-  dtype: str,
-  base: bool,
-  which: str = '',
-  push: str = '',
-) -> None:
-  """Writes an adapter folder of PEFT's; the arguments are those of to_hf."""
-  if base:
-    raise errors.UserError(
-      '--base has no meaning with --to=peft: an adapter holds only what was '
-      'trained; use --to=hf --base for its base.'
-    )
-  parts = run_folder.read_config(workdir).train.parts
-  if parts != 'lora':
-    raise errors.UserError(
-      f'{workdir}: train.parts is {parts!r}, and only lora gives an adapter; '
-      'use --to=hf.'
-    )
-  at, about = _step(workdir, which)
-  config, source, trained, _ = checkpoint.load_trained(workdir, at)
-  model = Model(source, trained, about, _direction(config), workdir)
-  _write('peft', model, config.weights.source, out, dtype, push)
-
-
-# --to= -> (workdir, out, dtype, base, which, push) -> None.
-_FORMATS = {'hf': to_hf, 'gguf': to_gguf, 'gemma': to_gemma, 'peft': to_peft}
+  model = card.Model(
+    to=to,
+    name=push or out.absolute().name,
+    source=name,
+    about=about,
+    cfg=source.config,
+    tok=source.tokenizer,
+    dtype=dtype,
+  )
+  write(out, params, model)
 
 
 def main(_):
@@ -307,7 +218,7 @@ def main(_):
       '--workdir of a run expected, or --source of a model, with --adapter if '
       'you like.'
     )
-  if f.dtype not in _DTYPES and f.to != 'gguf':
+  if f.dtype == 'q8_0' and f.to != 'gguf':
     raise errors.UserError(
       f'--dtype={f.dtype} is of --to=gguf alone; float32 or bfloat16 expected.'
     )
@@ -315,7 +226,7 @@ def main(_):
     merge(f.source, f.adapter, f.to, out, f.dtype, push)
   else:
     workdir = pathlib.Path(f.workdir)
-    _FORMATS[f.to](workdir, out, f.dtype, f.base, f.checkpoint, push)
+    from_run(f.to, workdir, out, f.dtype, f.base, f.checkpoint, push)
   journal.say(f'written: {out}')
   if push:
     journal.say(f'sent: {hub.upload(out, push, public=f.public)}')
@@ -324,7 +235,7 @@ def main(_):
 if __name__ == '__main__':
   flags.DEFINE_string('workdir', None, 'Folder of a run of train.py.')
   flags.DEFINE_string('checkpoint', '', checkpoint.WHICH)
-  flags.DEFINE_enum('to', 'hf', sorted(_FORMATS), 'Format.')
+  flags.DEFINE_enum('to', 'hf', FORMATS, 'Format.')
   flags.DEFINE_string('out', None, 'New folder to be written.')
   flags.DEFINE_enum(
     'dtype', 'float32', sorted(gguf_out.KINDS), 'Of the weights in the files.'

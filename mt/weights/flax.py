@@ -27,17 +27,15 @@ own `from_params`, and the rest comes from mt/gemma/sizes.py.
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
 
-import chex
-import tensorstore as ts
-
 from mt.base import errors
+from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import flax_store
-from mt.weights import kept
 from mt.weights import load
 
 _PREFIXES = ('', 'transformer.', 'params.', 'params.transformer.')
@@ -80,35 +78,19 @@ PARTS = {
   'attn.kv_einsum': ('k', 'v'),
   'mlp.gating_einsum': ('gate', 'up'),
 }
+# Shapes of arrays that are not as ours.
+_LETTERS = {
+  'attn.q_einsum': 'HDA',
+  'attn.qkv_einsum': '3HDA',
+  'attn.kv_einsum': '2KDA',
+  'attn.k_einsum': 'KDA',
+  'attn.attn_vec_einsum': 'HAD',
+  'mlp.gating_einsum': '2DF',
+}
 _SPARE_ROWS = 128  # Of the embedding: no token uses them, some files lack them.
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-  """An opened checkpoint whose arrays are not read yet.
-
-  Attributes:
-    store: the folder.
-    names: 'layer_0.attn.q_einsum' -> the array's name in the store; the text
-      model alone, without the endings '.w' and '.scale' that not all have.
-  """
-
-  store: flax_store.Store
-  names: dict[str, str]
-
-  def open(self, name: str) -> ts.TensorStore:
-    if name not in self.names:
-      raise self.store.damaged(f'no array {name}')
-    return flax_store.open_array(self.store, self.names[name])
-
-  def shape(self, name: str, rank: int) -> load.Shape:
-    found = self.open(name).shape
-    if len(found) != rank:
-      raise self.store.damaged(f'array {name} has the shape {found}')
-    return found
-
-
-def find_checkpoint(folder: str | pathlib.Path) -> pathlib.Path:
+def find_checkpoint(folder: pathlib.Path) -> pathlib.Path:
   """The folder itself, or the one folder in it that is an Orbax checkpoint.
 
   Kaggle's downloads have the checkpoint beside the tokenizer.
@@ -116,16 +98,9 @@ def find_checkpoint(folder: str | pathlib.Path) -> pathlib.Path:
   Raises:
     errors.UserError: no checkpoint, or several.
   """
-  folder = pathlib.Path(folder)
   if flax_store.is_checkpoint(folder):
     return folder
-  try:
-    inner = [p for p in sorted(folder.iterdir()) if p.is_dir()]
-  except OSError as e:
-    raise errors.UserError(
-      f'{folder}: cannot read it ({e.strerror}); check weights.source.'
-    ) from e
-  found = [p for p in inner if flax_store.is_checkpoint(p)]
+  found = [p for p in sorted(folder.iterdir()) if flax_store.is_checkpoint(p)]
   if len(found) != 1:
     names = ', '.join(p.name for p in found) or 'none'
     raise errors.UserError(
@@ -135,28 +110,30 @@ def find_checkpoint(folder: str | pathlib.Path) -> pathlib.Path:
   return found[0]
 
 
-def find_tokenizer(folder: str | pathlib.Path) -> pathlib.Path:
+def find_tokenizer(folder: pathlib.Path) -> pathlib.Path:
   """The SentencePiece model in a checkpoint's folder or in the one above.
 
   Raises:
     errors.UserError: none, or several of which none is tokenizer.model.
   """
-  folder = pathlib.Path(folder).absolute()
-  for place in (folder, folder.parent):
-    files = sorted(place.glob('*.model'))
-    named = [f for f in files if f.name == 'tokenizer.model']
-    if len(named or files) == 1:
-      return (named or files)[0]
-    if files:
+  for place in (folder, folder.absolute().parent):
+    found = sorted(place.glob('tokenizer.model'))
+    found = found or sorted(place.glob('*.model'))
+    if len(found) == 1:
+      return found[0]
+    if found:
       break
   raise errors.UserError(
-    f'{folder}: {"several" if files else "no"} *.model beside it or in it, one '
+    f'{folder}: {"several" if found else "no"} *.model beside it or in it, one '
     'tokenizer.model expected; give its path in weights.tokenizer.'
   )
 
 
-def open_checkpoint(folder: str | pathlib.Path) -> Checkpoint:
-  """Finds the text model in an Orbax folder.
+def open_checkpoint(folder: pathlib.Path) -> flax_store.Store:
+  """The text model in an Orbax folder.
+
+  Its names are without a prefix, and without the endings '.w' and '.scale' that
+  not all have: 'layer_0.attn.q_einsum'.
 
   Raises:
     errors.UserError: damaged, or without Gemma's embedding.
@@ -171,7 +148,7 @@ def open_checkpoint(folder: str | pathlib.Path) -> Checkpoint:
       'the folder of a published Flax checkpoint in weights.source.'
     )
   names = {}
-  for full in store.names:
+  for full, place in store.names.items():
     name = full.removeprefix(prefixes[0])
     # Beside `params` a training state has its optimizer and its steps.
     state = prefixes[0].startswith('params.') and not full.startswith('params.')
@@ -181,59 +158,66 @@ def open_checkpoint(folder: str | pathlib.Path) -> Checkpoint:
     short = re.sub(r'\.(query|key)_norm$', r'._\1_norm', short)
     if short in names:
       raise store.damaged(f'array {short} is there twice')
-    names[short] = full
-  return Checkpoint(store, names)
+    names[short] = place
+  return dataclasses.replace(store, names=names)
 
 
-def read_config(ckpt: Checkpoint) -> sizes.ModelConfig:
+def _shape(store, name, rank):
+  found = flax_store.open_array(store, name).shape
+  if len(found) != rank:
+    raise store.damaged(f'array {name} has the shape {found}')
+  return found
+
+
+def read_config(store: flax_store.Store) -> sizes.ModelConfig:
   """The published size that has a checkpoint's shapes.
 
   Raises:
     errors.UserError: another model, named with what is nearest to it.
   """
-  vocab_size, width = ckpt.shape(EMBEDDING, 2)
-  layers = [re.match(r'layer_(\d{1,4})\.', n) for n in ckpt.names]
-  heads, head_dim, _ = ckpt.shape('layer_0.attn.attn_vec_einsum', 3)
+  vocab_size, width = _shape(store, EMBEDDING, 2)
+  layers = [re.match(r'layer_(\d{1,4})\.', n) for n in store.names]
+  heads, head_dim, _ = _shape(store, 'layer_0.attn.attn_vec_einsum', 3)
   kv_heads = heads
-  if 'layer_0.attn.qkv_einsum' not in ckpt.names:
-    kv_heads = ckpt.shape('layer_0.attn.kv_einsum', 4)[1]
+  if 'layer_0.attn.qkv_einsum' not in store.names:
+    kv_heads = _shape(store, 'layer_0.attn.kv_einsum', 4)[1]
   found = {
+    'vocab_size': vocab_size,
     'num_layers': 1 + max(int(m[1]) for m in layers if m),
     'embed_dim': width,
-    'hidden_dim': ckpt.shape('layer_0.mlp.linear', 2)[0],
+    'hidden_dim': _shape(store, 'layer_0.mlp.linear', 2)[0],
     'num_heads': heads,
     'num_kv_heads': kv_heads,
     'head_dim': head_dim,
-    'qk_norm': 'layer_0.attn._query_norm' in ckpt.names,
-    'post_norms': 'layer_0.post_ffw_norm' in ckpt.names,
-    'layer_scale': 'layer_0.skip_scale' in ckpt.names,
+    'qk_norm': 'layer_0.attn._query_norm' in store.names,
+    'post_norms': 'layer_0.post_ffw_norm' in store.names,
+    'layer_scale': 'layer_0.skip_scale' in store.names,
   }
 
-  def differences(item):
-    size = dataclasses.asdict(item[1])
-    out = [
-      f'{k} {v} (there {size[k]})' for k, v in found.items() if v != size[k]
+  def differences(name):
+    there = dataclasses.asdict(sizes.SIZES[name])
+    if 0 <= there['vocab_size'] - vocab_size <= _SPARE_ROWS:
+      there['vocab_size'] = vocab_size
+    return [
+      f'{k} {v} (there {there[k]})' for k, v in found.items() if v != there[k]
     ]
-    if not 0 <= size['vocab_size'] - vocab_size <= _SPARE_ROWS:
-      out.append(f'vocab_size {vocab_size} (there {size["vocab_size"]})')
-    return out
 
-  name, nearest = min(sizes.SIZES.items(), key=lambda x: len(differences(x)))
-  if differs := differences((name, nearest)):
+  name = min(sizes.SIZES, key=lambda name: len(differences(name)))
+  if differs := differences(name):
     raise errors.UserError(
-      f'{ckpt.store.path}: no Gemma known here has these shapes, the nearest '
+      f'{store.path}: no Gemma known here has these shapes, the nearest '
       f'is {name}: {", ".join(differs)}; the sizes in mt/gemma/sizes.py are '
       'those that can be read.'
     )
-  return dataclasses.replace(nearest, vocab_size=vocab_size)
+  return dataclasses.replace(sizes.SIZES[name], vocab_size=vocab_size)
 
 
-def places(cfg: sizes.ModelConfig, transposed: bool) -> list[load.Place]:
+def places(transposed: bool, cfg: sizes.ModelConfig) -> list[load.Place]:
   """Which array has which of our tensors, or has it as a part.
 
   Args:
-    cfg: the model's shape.
     transposed: whether the gating matrices are [F, D].
+    cfg: the model's shape.
   """
   shapes, out = parameters.shapes(cfg), []
   stacks = {stack.name: stack for stack in cfg.stacks()}
@@ -243,82 +227,60 @@ def places(cfg: sizes.ModelConfig, transposed: bool) -> list[load.Place]:
       out.append(load.Place(row, None, name, cfg.dims()[letters]))
       continue
     stack = stacks[row.stack]
-    arrays = _arrays(stack.cfg, transposed)
-    # What a fork has added is under our name, if at all.
-    name = _ARRAYS.get(row.name, row.name)
-    if row.name in PARTS['attn.qkv_einsum'] and 'attn.qkv_einsum' in arrays:
-      name = 'attn.qkv_einsum'
-    elif row.name == 'k' and 'attn.k_einsum' in arrays:
-      name = 'attn.k_einsum'
-    shape = arrays.get(name, shapes[row.path][1:])
+    name = _array(row.name, stack.cfg)
+    shape = shapes[row.path][1:]
+    if letters := _LETTERS.get(name):
+      turned = transposed and name == 'mlp.gating_einsum'
+      shape = stack.cfg.dims()['2FD' if turned else letters]
     for i, n in enumerate(stack.layers):
       out.append(load.Place(row, i, f'layer_{n}.{name}', shape))
   return out
 
 
-def _arrays(cfg, transposed):
-  """Shapes of arrays that are not as ours, in the layers of a stack."""
-  dims = cfg.dims()
-  arrays = {
-    'attn.q_einsum': dims['HDA'],
-    'attn.kv_einsum': (2, *dims['KDA']),
-    'attn.attn_vec_einsum': dims['HAD'],
-    'mlp.gating_einsum': (2, *dims['FD' if transposed else 'DF']),
-  }
-  if cfg.keys_are_values:
-    arrays['attn.k_einsum'] = dims['KDA']
-  elif cfg.num_heads == cfg.num_kv_heads and not cfg.layer_scale:
-    arrays['attn.qkv_einsum'] = (3, *dims['HDA'])
-  return arrays
+def _array(ours, cfg):
+  """The array of one of our weights in the layers of a stack."""
+  if ours == 'k' and cfg.keys_are_values:
+    return 'attn.k_einsum'
+  one = cfg.num_heads == cfg.num_kv_heads and not cfg.layer_scale
+  if one and ours in PARTS['attn.qkv_einsum']:
+    return 'attn.qkv_einsum'
+  # What a fork has added is under our name, if at all.
+  return _ARRAYS.get(ours, ours)
 
 
-def read_params(
-  ckpt: Checkpoint,
-  cfg: sizes.ModelConfig,
-  key: chex.PRNGKey,
-  keep: kept.Keep = kept.FLOAT32,
-) -> tuple[parameters.Params, int]:
-  """The parameters of a checkpoint, read array by array.
-
-  Args:
-    ckpt: opened.
-    cfg: its shape.
-    key: of the initial values of what a fork has added and the checkpoint
-      lacks.
-    keep: their format and place.
-
-  Returns:
-    The parameters, and the CRC-32 of all of them as float32.
+def open_folder(folder: pathlib.Path) -> load.Weights:
+  """Opens a folder as Kaggle has it, or the checkpoint in it; reads no tensor.
 
   Raises:
-    errors.UserError: an array is missing, damaged, too much, or its shape is
-      not the model's.
+    errors.UserError: no checkpoint, damaged, no Gemma that is known, or an
+      array is missing, too much, or has another shape.
   """
-  gating = ckpt.shape('layer_0.mlp.gating_einsum', 3)
+  path = find_checkpoint(folder)
+  store = open_checkpoint(path)
+  cfg = read_config(store)
+  gating = _shape(store, 'layer_0.mlp.gating_einsum', 3)
   transposed = gating[1:] != (cfg.embed_dim, cfg.hidden_dim)
-
-  def get(place):
-    array, ours = ckpt.open(place.name), place.row.name
-    parts = PARTS.get(place.name.partition('.')[2], ())
-    if ours in parts:
-      array = array[parts.index(ours)]
-    x = flax_store.read_array(ckpt.store, place.name, array)
-    if ours in ('q', 'k', 'v'):
-      return x.transpose(1, 0, 2).reshape(cfg.embed_dim, -1)
-    if ours == 'o':
-      return x.reshape(-1, cfg.embed_dim)
-    if place.row.path in _WHOLE:
-      return x.reshape(len(x), -1) if x.ndim > 1 else x
-    return x.T if transposed and ours in ('gate', 'up') else x
-
-  # Checkpoints have what layers that share keys and values never read.
-  unread = tuple(
-    f'layer_{n}.attn.{x}'
-    for n in range(cfg.num_layers - cfg.sharing_layers, cfg.num_layers)
-    for x in ('kv_einsum', 'k_einsum', '_key_norm')
+  return load.Weights(
+    store.path,
+    cfg,
+    functools.partial(places, transposed),
+    {name: flax_store.open_array(store, name).shape for name in store.names},
+    functools.partial(_get, store, cfg, transposed),
+    lambda: tokenizer.from_file(find_tokenizer(path)),
   )
-  found = {
-    name: ckpt.open(name).shape for name in ckpt.names if name not in unread
-  }
-  wanted = places(cfg, transposed)
-  return load.read(cfg, ckpt.store.path, wanted, found, get, key, keep)
+
+
+def _get(store, cfg, transposed, place):
+  """A tensor in our orientation, out of the array that it is, or is part of."""
+  array, ours = flax_store.open_array(store, place.name), place.row.name
+  parts = PARTS.get(place.name.partition('.')[2], ())
+  if ours in parts:
+    array = array[parts.index(ours)]
+  x = flax_store.read_array(store, place.name, array)
+  if ours in ('q', 'k', 'v'):
+    return x.transpose(1, 0, 2).reshape(cfg.embed_dim, -1)
+  if ours == 'o':
+    return x.reshape(-1, cfg.embed_dim)
+  if place.row.path in _WHOLE:
+    return x.reshape(len(x), -1) if x.ndim > 1 else x
+  return x.T if transposed and ours in ('gate', 'up') else x

@@ -82,7 +82,7 @@ def _leaves(
     return x.T if transposed and row.name in ('gate', 'up') else x
 
   arrays = {}
-  for place in flax.places(cfg, transposed):
+  for place in flax.places(transposed, cfg):
     arrays.setdefault(place.name, []).append(place)
   for name, parts in arrays.items():
     keys = f'transformer/{name.replace(".", "/")}', 'w'

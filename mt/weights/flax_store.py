@@ -9,7 +9,6 @@ versions will do, and nothing in a checkpoint can name a path or a program.
 
 import dataclasses
 import json
-import os
 import pathlib
 
 import numpy as np
@@ -52,18 +51,18 @@ class Store:
     )
 
 
-def is_checkpoint(folder: str | pathlib.Path) -> bool:
+def is_checkpoint(folder: pathlib.Path) -> bool:
   """Whether Orbax might have written this folder."""
-  return any(os.path.isfile(os.path.join(folder, m)) for m in _MARKS)
+  return any((folder / mark).is_file() for mark in _MARKS)
 
 
-def open_store(folder: str | pathlib.Path) -> Store:
+def open_store(folder: pathlib.Path) -> Store:
   """Lists the arrays of a checkpoint.
 
   Raises:
     errors.UserError: unreadable, damaged, or nothing that holds an array.
   """
-  path = pathlib.Path(folder).absolute()
+  path = folder.absolute()
   kvstore = {'driver': 'file', 'path': f'{path}/'}
   if (path / _OCDBT).exists():
     kvstore = {'driver': 'ocdbt', 'base': kvstore}
@@ -73,11 +72,7 @@ def open_store(folder: str | pathlib.Path) -> Store:
     if kvstore['driver'] == 'ocdbt':
       keys = [k.decode() for k in opened.list().result()]
     else:  # Links to files are followed, to folders are not.
-      keys = [
-        os.path.relpath(os.path.join(place, file), path)
-        for place, _, files in os.walk(path)
-        for file in files
-      ]
+      keys = [p.relative_to(path).as_posix() for p in path.rglob('*')]
   except _DAMAGE as e:
     raise store.damaged('cannot read it', e) from e
   names = {}
@@ -105,7 +100,7 @@ def open_array(store: Store, name: str) -> ts.TensorStore:
     errors.UserError: no such array, a damaged header, no floating-point type.
   """
   if name not in store.names:
-    raise store.damaged(f'no array {name!r}')
+    raise store.damaged(f'no array {name}')
   key, driver = store.names[name]
   spec = {
     'driver': driver,

@@ -6,12 +6,12 @@ and norm weights up to Gemma 3 with 1 added. Source: conversion/gemma.py of
 llama.cpp.
 """
 
+import dataclasses
 import functools
+import pathlib
 import re
 
-import chex
 import numpy as np
-from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt.base import errors
 from mt.data import tokenizer
@@ -20,20 +20,44 @@ from mt.gemma import sizes
 from mt.weights import gguf_file
 from mt.weights import hf_config
 from mt.weights import hf_tokenizer
-from mt.weights import kept
 from mt.weights import load
-from mt.weights import mapped
 
-_PATTERNS = {'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG', 'gemma4': ''}
-_MAX_LAYERS = 1024  # Far above any real model.
+_PATTERNS = {'gemma': 'G', 'gemma2': 'LG', 'gemma3': 'LLLLLG'}
+_KINDS = {
+  'gemma': 'gemma',
+  'gemma2': 'gemma2',
+  'gemma3': 'gemma3_text',
+  'gemma4': 'gemma4_text',
+}
+# The names in config.json -> those in a GGUF header, after the architecture's.
+NAMES = {
+  'num_hidden_layers': 'block_count',
+  'hidden_size': 'embedding_length',
+  'intermediate_size': 'feed_forward_length',
+  'num_attention_heads': 'attention.head_count',
+  'num_key_value_heads': 'attention.head_count_kv',
+  'head_dim': 'attention.key_length',
+  'sliding_window': 'attention.sliding_window',
+  'rms_norm_eps': 'attention.layer_norm_rms_epsilon',
+  'rope_theta': 'rope.freq_base',
+  'rope_local_base_freq': 'rope.freq_base_swa',
+  'factor': 'rope.scaling.factor',
+  'attn_logit_softcapping': 'attn_logit_softcapping',
+  'final_logit_softcapping': 'final_logit_softcapping',
+}
+_NAMES_4 = NAMES | {
+  'head_dim': 'attention.key_length_swa',
+  'global_head_dim': 'attention.key_length',
+  'layer_types': 'attention.sliding_window_pattern',
+  'num_kv_shared_layers': 'attention.shared_kv_layers',
+  'hidden_size_per_layer_input': 'embedding_length_per_layer_input',
+}
 # Tensors of other parts: of vision and audio, as Ollama has them in the same
 # file, and RoPE's factors, which no graph of these architectures reads.
 _OTHER_PARTS = ('v.', 'a.', 'mm.', 'rope_freqs.')
 _EMBEDDING, _HEAD = 'token_embd.weight', 'output.weight'
-_CAP, _FINAL_CAP = 'attn_logit_softcapping', 'final_logit_softcapping'
+_AT_ONCE = 2**23  # Weights of an embedding that are read in one go.
 _NO_PIECE = re.compile(rb'\[PAD\d+\]')  # Of llama.cpp's converter.
-_SPACE = '\u2581'  # SentencePiece's visible stand-in for a space.
-_AT_ONCE = 2**23  # Weights of the embedding that are read in one go.
 
 
 def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
@@ -47,75 +71,65 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
     errors.UserError: another architecture, a header without a needed key, or
       one that asks for what mt/gemma/model.py does not compute.
   """
-  arch = file.fields.get('general.architecture')
-  get = functools.partial(_number, file, arch)
-  other = 'moe' if get('expert_count', 0, low=0) else str(arch)
+  # str(): a damaged header may hold an array, which cannot be looked up.
+  arch = str(file.fields.get('general.architecture'))
+  experts = file.fields.get(f'{arch}.expert_count', 0)
+  if not isinstance(experts, int):
+    raise errors.UserError(
+      f'{file.path}: {arch}.expert_count is {str(experts)[:60]}, a whole '
+      'number expected; the file is damaged: convert the model again.'
+    )
+  other = 'moe' if experts else arch
   if other in hf_config.OTHERS:
     raise errors.UserError(f'{file.path}: {hf_config.OTHERS[other]}')
-  # str(): a damaged header may hold an array, which cannot be looked up.
-  if str(arch) not in _PATTERNS:
+  if arch not in _KINDS:
     raise errors.UserError(
       f'{file.path}: architecture {arch!r} found, one of '
-      f'{", ".join(_PATTERNS)} expected; this project trains Gemma only.'
+      f'{", ".join(_KINDS)} expected; this project trains Gemma only.'
     )
   if _EMBEDDING not in file.tensors:
     raise errors.UserError(
       f'{file.path}: no tensor {_EMBEDDING}; the file is not a complete Gemma.'
     )
+  own = {
+    key.removeprefix(f'{arch}.'): x.tolist() if isinstance(x, np.ndarray) else x
+    for key, x in file.fields.items()
+    if key.startswith(f'{arch}.')
+  }
+  names = _NAMES_4 if arch == 'gemma4' else NAMES
+  values = {ours: own[name] for ours, name in names.items() if name in own}
+  values['vocab_size'] = file.tensors[_EMBEDDING].shape[0]
+  names = {ours: f'{arch}.{name}' for ours, name in names.items()}
+  fields = hf_config.Fields(file.path, _KINDS[arch], values, names)
   if arch == 'gemma4':
-    return _gemma4_config(file, get)
-  second, third = arch == 'gemma2', arch == 'gemma3'
-  layers, width = get('block_count', high=_MAX_LAYERS), get('embedding_length')
-  heads = get('attention.head_count')
-  head_dim = query_dim = get('attention.key_length', 256)
-  if (arch, layers) in (('gemma2', 46), ('gemma3', 62)):  # The two 27B.
-    query_dim = width / heads
-  _check_meaning(file, arch, layers, head_dim)
-  base = get('rope.global.freq_base', 1e6 if third else 1e4, float)
-  base = get('rope.freq_base', base, float)
-  local = get('rope.local.freq_base', 1e4, float)
-  known = _published_gemma3(layers, width) if third else None
-  factor = known.rope_scale_global if known else 1.0
-  factor = get('rope.scaling.factor', factor, float)
-  if file.fields.get(f'{arch}.rope.scaling.type') == 'none':
-    factor = 1.0
-  final_cap = str(file.fields.get(f'{arch}.{_FINAL_CAP}', 0.0)) != '0.0'
-  return sizes.ModelConfig(
-    vocab_size=file.tensors[_EMBEDDING].shape[0],
-    num_layers=layers,
-    embed_dim=width,
-    hidden_dim=get('feed_forward_length'),
-    num_heads=heads,
-    num_kv_heads=get('attention.head_count_kv', heads),
-    head_dim=head_dim,
-    query_scale=query_dim**-0.5,
-    attention=_PATTERNS[arch],
-    window=get('attention.sliding_window') if second or third else None,
-    rope_base_local=get('rope.freq_base_swa', local, float) if third else base,
-    rope_base_global=base,
-    rope_scale_global=factor,
-    attn_softcap=get(_CAP, 50.0, float) if second else None,
-    final_softcap=(
-      get(_FINAL_CAP, 30.0, float)
-      if second or (final_cap and not known)
-      else None
-    ),
-    qk_norm=third,
-    post_norms=second or third,
+    more = _gemma4(file, fields)
+  else:
+    more = _before_4(arch, own, fields)
+    _check_meaning(arch, own, fields)
+  return hf_config.shape(dataclasses.replace(fields, values=more))
+
+
+def _before_4(arch, own, fields):
+  """What headers of Gemma 1 to 3 leave out, or say in another way."""
+  layers, width, heads = map(
+    fields.number, ('num_hidden_layers', 'hidden_size', 'num_attention_heads')
   )
-
-
-def _number(file, arch, key, default=None, kind=int, low=1, high=2**31):
-  value = file.fields.get(f'{arch}.{key}', default)
-  # NaN fails the comparison too.
-  if type(value) not in (int, kind) or not low <= value < high:
-    whole = 'whole ' if kind is int else ''
-    raise errors.UserError(
-      f'{file.path}: {arch}.{key} is {str(value)[:40]}, a {whole}number from '
-      f'{low} to {high:,} expected; the GGUF header is damaged or incomplete: '
-      'convert the model again.'
-    )
-  return kind(value)
+  largest = (arch, layers) in (('gemma2', 46), ('gemma3', 62))  # The two 27B.
+  query_dim = width / heads if largest else fields.number('head_dim', 256)
+  caps = ('attn_logit_softcapping', 50.0), ('final_logit_softcapping', 30.0)
+  values = dict(caps) if arch == 'gemma2' else {}
+  values |= {'num_key_value_heads': heads, 'query_pre_attn_scalar': query_dim}
+  if arch == 'gemma3':
+    values['rope_theta'] = own.get('rope.global.freq_base', 1e6)
+    values['rope_local_base_freq'] = own.get('rope.local.freq_base', 1e4)
+  values |= fields.values
+  known = _published_gemma3(layers, width) if arch == 'gemma3' else None
+  if arch == 'gemma3' and own.get('rope.scaling.type') != 'none':
+    factor = known.rope_scale_global if known else 1.0
+    factor = own.get('rope.scaling.factor', factor)
+    values['rope_scaling'] = {'rope_type': 'linear', 'factor': factor}
+  none = [key for key, _ in caps if known or not values.get(key)]  # Or 0.
+  return values | dict.fromkeys(none)
 
 
 def _published_gemma3(layers, width):
@@ -126,15 +140,16 @@ def _published_gemma3(layers, width):
   return None
 
 
-def _check_meaning(file, arch, layers, head_dim):
+def _check_meaning(arch, own, fields):
   """Refuses keys that stand for another function than mt/gemma/model.py's."""
-  pattern = _PATTERNS[arch]
-  local = [pattern[i % len(pattern)] == 'L' for i in range(layers)]
-  third = arch == 'gemma3'
+  pattern, head_dim = _PATTERNS[arch], fields.number('head_dim', 256)
+  local = [
+    pattern[i % len(pattern)] == 'L'
+    for i in range(fields.number('num_hidden_layers'))
+  ]
 
-  def same_as(key):  # An array is none; it is refused where it is read.
-    value = file.fields.get(f'{arch}.{key}')
-    return (value,) if isinstance(value, int | float) else None
+  def same_as(key):
+    return (own[key],) if key in own else ()
 
   allowed = {
     # Ollama's names for these.
@@ -143,97 +158,62 @@ def _check_meaning(file, arch, layers, head_dim):
     'rope.scaling.type': ('linear', 'none'),
     'rope.dimension_count': (head_dim,),
     'attention.value_length': (head_dim,),
-    'attention.layer_norm_rms_epsilon': (1e-6, float(np.float32(1e-6))),
     'attention.sliding_window_pattern': (len(pattern), local),
-    _CAP: (0.0,) if arch != 'gemma2' else None,
-    _FINAL_CAP: (0.0,) if arch == 'gemma' else None,
+    'attn_logit_softcapping': (0.0,) if arch != 'gemma2' else (),
+    'final_logit_softcapping': (0.0,) if arch == 'gemma' else (),
     # Of all layers, where the model has but one kind of RoPE.
-    'rope.scaling.factor': None if third else (1.0,),
+    'rope.scaling.factor': (1.0,) if arch != 'gemma3' else (),
     'rope.scale_linear': (1.0,),
   }
   for key, values in allowed.items():
-    found = file.fields.get(f'{arch}.{key}')
-    found = found.tolist() if isinstance(found, np.ndarray) else found
-    if found is not None and values and found not in values:
+    if values and own.get(key, values[0]) not in values:
       raise errors.UserError(
-        f'{file.path}: {arch}.{key} is {str(found)[:60]}, {values[0]} '
+        f'{fields.path}: {arch}.{key} is {str(own[key])[:60]}, {values[0]} '
         'expected; mt/gemma/model.py computes nothing else.'
       )
 
 
-def _gemma4_config(file, get):
-  """The shape of a Gemma 4, whose header has some numbers for each layer."""
-  layers, fields = get('block_count', high=_MAX_LAYERS), file.fields
-
-  def bad(key, expected):
-    value = str(fields.get(f'gemma4.{key}'))[:60]
-    return errors.UserError(
-      f'{file.path}: gemma4.{key} is {value}, {expected} expected; the GGUF '
-      'header is damaged or of a model not known here.'
-    )
+def _gemma4(file, fields):
+  """What a header of Gemma 4 has for each layer, or says in another way."""
+  values, layers = fields.values, fields.number('num_hidden_layers')
+  local = values.get('layer_types')
+  if not isinstance(local, list) or len(local) != layers or all(local):
+    raise fields.bad('layer_types', f'{layers} of them, one false at least,')
+  own = local.index(False)  # The first global layer.
+  sharing = values.get('num_kv_shared_layers')
+  sharing = fields.number('num_kv_shared_layers') if sharing else 0
 
   def each(key):  # Its value in each layer; one number is of all.
-    value = fields.get(f'gemma4.{key}')
-    if not isinstance(value, np.ndarray):
-      return [get(key)] * layers
-    if value.dtype.kind not in 'iu' or len(value) != layers or min(value) < 1:
-      raise bad(key, f'{layers} whole numbers')
-    return value.tolist()
+    x = values.get(key)
+    return x if isinstance(x, list) else [x] * layers
 
-  local = fields.get('gemma4.attention.sliding_window_pattern')
-  kinds = ''.join('GL'[bool(x)] for x in np.ravel(local))
-  period = kinds.find('G') + 1
-  sharing = get('attention.shared_kv_layers', 0, low=0)
-  if (
-    period < 2
-    or kinds != (kinds[:period] * layers)[:layers]
-    or layers % period
-    or sharing % period
-    or sharing >= layers
-  ):
-    raise bad('attention.sliding_window_pattern', 'whole periods of layers')
-  kv_heads, hidden = (
-    each('attention.head_count_kv'),
-    each('feed_forward_length'),
-  )
-  own, last = period - 1, layers - 1
-  by_kind = [kv_heads[own if k == 'G' else 0] for k in kinds]
-  by_part = [
-    hidden[last if n >= layers - sharing else 0] for n in range(layers)
-  ]
+  kv_heads, hidden = each('num_key_value_heads'), each('intermediate_size')
+  by_kind = [kv_heads[0 if x else own] for x in local]
+  by_part = [hidden[-1 if n >= layers - sharing else 0] for n in range(layers)]
   if kv_heads != by_kind or hidden != by_part:
-    raise bad('feed_forward_length', 'one number for each kind of layer')
-  width = get('embedding_length_per_layer_input', 0, low=0)
-  head_dim = get('attention.key_length')
-  return sizes.ModelConfig(
-    vocab_size=file.tensors[_EMBEDDING].shape[0],
-    num_layers=layers,
-    embed_dim=get('embedding_length'),
-    hidden_dim=hidden[0],
-    num_heads=get('attention.head_count'),
-    num_kv_heads=kv_heads[0],
-    head_dim=get('attention.key_length_swa'),
-    query_scale=1.0,
-    attention=kinds[:period],
-    window=get('attention.sliding_window'),
-    rope_base_local=get('rope.freq_base_swa', 1e4, float),
-    rope_base_global=get('rope.freq_base', 1e6, float),
-    final_softcap=(
-      get(_FINAL_CAP, None, float) if f'gemma4.{_FINAL_CAP}' in fields else None
+    raise fields.bad('intermediate_size', 'one number for each kind of layer')
+  turned = _turned_part(file, fields.number('global_head_dim'))
+  return values | {
+    'num_key_value_heads': kv_heads[0],
+    'num_global_key_value_heads': (
+      None if kv_heads[own] == kv_heads[0] else kv_heads[own]
     ),
-    qk_norm=True,
-    post_norms=True,
-    norm_offset=0.0,
-    value_norm=True,
-    layer_scale=True,
-    global_head_dim=head_dim,
-    global_kv_heads=None if kv_heads[own] == kv_heads[0] else kv_heads[own],
-    keys_are_values=f'blk.{own}.attn_v.weight' not in file.tensors,
-    rope_part_global=_turned_part(file, head_dim),
-    sharing_layers=sharing,
-    sharing_hidden_dim=None if hidden[last] == hidden[0] else hidden[last],
-    layer_input_dim=width,
-  )
+    'intermediate_size': hidden[0],
+    'use_double_wide_mlp': hidden[-1] != hidden[0],
+    'layer_types': [
+      'sliding_attention' if x else 'full_attention' for x in local
+    ],
+    'vocab_size_per_layer_input': values['vocab_size'],
+    'attention_k_eq_v': f'blk.{own}.attn_v.weight' not in file.tensors,
+    'rope_parameters': {
+      'sliding_attention': {'rope_theta': values.get('rope_local_base_freq')},
+      'full_attention': {
+        'rope_type': 'proportional',
+        'partial_rotary_factor': turned,
+        'rope_theta': values.get('rope_theta', 1e6),
+      },
+    },
+  }
 
 
 def _turned_part(file, head_dim):
@@ -246,7 +226,8 @@ def _turned_part(file, head_dim):
   if (
     factors.shape != (head_dim // 2,)
     or not turned
-    or not (np.all(factors[:turned] == 1) and np.all(factors[turned:] > 1e20))
+    or np.any(factors[:turned] != 1)
+    or not np.all(factors[turned:] > 1e20)
   ):
     raise errors.UserError(
       f'{file.path}: {name} does not say which part of a head RoPE turns; '
@@ -260,116 +241,87 @@ def tensor_name(row: parameters.Parameter, layer: int | None) -> str:
   return f'{"" if layer is None else f"blk.{layer}."}{row.gguf}.weight'
 
 
-def read_params(
-  file: gguf_file.GGUFFile,
-  cfg: sizes.ModelConfig,
-  key: chex.PRNGKey,
-  keep: kept.Keep = kept.FLOAT32,
-) -> tuple[parameters.Params, int]:
-  """The parameters of a GGUF file, read tensor by tensor.
-
-  Args:
-    file: opened.
-    cfg: its shape.
-    key: of the initial values of what a fork has added and the file lacks.
-    keep: their format and place.
-
-  Returns:
-    The parameters, and the CRC-32 of all of them as float32.
+def open_weights(path: pathlib.Path) -> load.Weights:
+  """Reads the header of a file; no tensor yet, but for RoPE's of Gemma 4.
 
   Raises:
-    errors.UserError: a tensor is missing, too much, or its shape is not the
-      model's.
+    errors.UserError: no GGUF file, damaged, no Gemma, or its tensors are not
+      those that the header promises.
   """
-
-  def get(place):
-    if not (place.row.norm or place.row.transposed):
-      # Embeddings, the largest of all, in parts: no second one in float32.
-      rows = max(1, _AT_ONCE // place.shape[1])
-      return (
-        gguf_file.read_tensor(file, place.name, i, i + rows)
-        for i in range(0, cfg.vocab_size, rows)
-      )
-    x = gguf_file.read_tensor(file, place.name)
-    x = x - cfg.norm_offset if place.row.norm else x
-    return x.T if place.row.transposed else x
-
-  # Files have what layers that share keys and values never read.
-  unread = tuple(
-    f'blk.{n}.attn_{x}'
-    for n in range(cfg.num_layers - cfg.sharing_layers, cfg.num_layers)
-    for x in ('k', 'v')
+  file = gguf_file.open_gguf(path)
+  cfg = read_config(file)
+  return load.Weights(
+    path,
+    cfg,
+    functools.partial(load.places, tensor_name),
+    {
+      name: tensor.shape
+      for name, tensor in file.tensors.items()
+      if not name.startswith(_OTHER_PARTS)
+    },
+    functools.partial(_get, file, cfg),
+    lambda: read_tokenizer(file),
+    [_HEAD] if _HEAD in file.tensors else [],
+    quantised=file.tensors[_EMBEDDING].kind not in gguf_file.FLOATS,
   )
-  found = {
-    n: t.shape
-    for n, t in file.tensors.items()
-    if not n.startswith((*_OTHER_PARTS, *unread))
-  }
-  if _HEAD in found:
-    read = functools.partial(gguf_file.read_tensor, file)
-    load.check_head(file.path, found, _HEAD, _EMBEDDING, read)
-    del found[_HEAD]
-  wanted = load.places(cfg, tensor_name)
-  read = functools.partial(load.read, cfg, file.path, wanted, found, get, key)
-  quantised = file.tensors[_EMBEDDING].kind not in gguf_file.FLOATS
-  if quantised and found.keys() >= {p.name for p in wanted}:
-    return mapped.read(file.path, cfg, keep, read)
-  return read(keep)
+
+
+def _get(file, cfg, place):
+  """A tensor in our orientation; embeddings, the largest of all, in parts."""
+  x = functools.partial(gguf_file.read_tensor, file, place.name)
+  if place.row.transposed:
+    return x().T
+  if place.row.norm:
+    return x() - cfg.norm_offset
+  rows = max(1, _AT_ONCE // place.shape[1])
+  return (x(at, at + rows) for at in range(0, place.shape[0], rows))
 
 
 def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:
   """Rebuilds Gemma's SentencePiece model from a GGUF vocabulary.
 
-  GGUF keeps pieces, scores and types, and of the trainer's settings only what
-  llama.cpp needs; see tokenizer.set_gemma_spec for the others.
+  GGUF keeps pieces, types, scores or (of Gemma 4) merges, and of the trainer's
+  settings only what llama.cpp needs; see tokenizer.set_gemma_spec for others.
 
   Raises:
-    errors.UserError: the vocabulary is missing, damaged, or not of
-      SentencePiece's kind.
+    errors.UserError: the vocabulary is missing, damaged, or of another kind.
   """
-  kind, pieces, scores, types = (
+  kind, pieces, types, scores, merges = (
     file.fields.get(f'tokenizer.ggml.{key}')
-    for key in ('model', 'tokens', 'scores', 'token_type')
+    for key in ('model', 'tokens', 'token_type', 'scores', 'merges')
   )
+  shape = (len(pieces),) if isinstance(pieces, list) else None
+  whole = shape is not None and getattr(types, 'shape', None) == shape
   # Ollama calls that of Gemma 4 llama, with ids in place of scores.
-  if 'gemma4' in (str(kind), str(file.fields.get('tokenizer.ggml.pre'))):
-    return _gemma4_tokenizer(file, pieces, types)
-  if (
-    str(kind) != 'llama'
-    or not isinstance(pieces, list)
-    or getattr(scores, 'dtype', None) != np.float32
-    or getattr(types, 'dtype', None) != np.int32
-    or not len(pieces) == len(scores) == len(types)
+  of_4 = 'gemma4' in (str(kind), str(file.fields.get('tokenizer.ggml.pre')))
+  if whole and of_4 and isinstance(merges, list):
+    return _of_merges(file, pieces, types, merges)
+  if not (
+    whole and str(kind) == 'llama' and getattr(scores, 'shape', None) == shape
   ):
     raise errors.UserError(
-      f'{file.path}: tokenizer kind {kind!r} found, "llama" (SentencePiece, '
-      'each piece with a score and a type) expected; set weights.tokenizer to '
-      'a tokenizer.model.'
+      f'{file.path}: tokenizer kind {kind!r} found, "llama" (pieces with a '
+      'score and a type each) or "gemma4" (with a type each, and merges) '
+      'expected; set weights.tokenizer to a tokenizer.model or tokenizer.json.'
     )
   n = len(pieces)
-  while (
-    n
-    and types[n - 1] == tokenizer.UNUSED
-    and _NO_PIECE.fullmatch(pieces[n - 1])
-  ):
+  while n and types[n - 1] == tokenizer.UNUSED:
+    if not _NO_PIECE.fullmatch(pieces[n - 1]):
+      break
     n -= 1  # A row without a piece.
   ids = _roles(file, n)
-  proto = sp_pb2.ModelProto()
-  rows = zip(pieces[:n], scores[:n].tolist(), types[:n].tolist(), strict=True)
-  for i, (piece, score, type_) in enumerate(rows):
-    try:
-      text = piece.decode()
-      type_ = _piece_type(text, type_, i, ids)
-      if type_ == tokenizer.USER_DEFINED:
-        text = text.replace(' ', _SPACE)
-      proto.pieces.add(piece=text, score=score, type=type_)
-    except ValueError as e:  # UnicodeDecodeError is one.
-      raise errors.UserError(
-        f'{file.path}: piece {i} is {piece[:40]!r} of type {type_}, UTF-8 and '
-        'a SentencePiece type expected; the file is damaged.'
-      ) from e
-  tokenizer.set_gemma_spec(proto, ids)
-  return tokenizer.from_proto(proto.SerializeToString(), str(file.path))
+  try:
+    texts = [piece.decode() for piece in pieces[:n]]
+  except UnicodeDecodeError as e:
+    raise hf_tokenizer.bad(file.path, f'a piece is no UTF-8 ({e})') from e
+  kinds = (
+    _piece_type(text, type_, i, ids)
+    for i, (text, type_) in enumerate(
+      zip(texts, types[:n].tolist(), strict=True)
+    )
+  )
+  rows = zip(texts, scores[:n].tolist(), kinds, strict=True)
+  return hf_tokenizer.assemble(file.path, rows, ids)
 
 
 def _piece_type(text, type_, i, ids):
@@ -401,18 +353,8 @@ def _roles(file, n):
   return ids
 
 
-def _gemma4_tokenizer(file, pieces, types):
+def _of_merges(file, pieces, types, merges):
   """Gemma 4 has merges in place of scores, as a tokenizer.json has."""
-  merges = file.fields.get('tokenizer.ggml.merges')
-  if (
-    not isinstance(pieces, list)
-    or not isinstance(merges, list)
-    or getattr(types, 'shape', None) != (len(pieces),)
-  ):
-    raise errors.UserError(
-      f'{file.path}: pieces with a type each, and merges, expected; set '
-      'weights.tokenizer to a tokenizer.json.'
-    )
   pieces = [p.decode(errors='replace') for p in pieces]
   ranks = {}
   for rank, merge in enumerate(merges):

@@ -12,7 +12,6 @@ import math
 import mmap
 import os
 import pathlib
-import struct
 from typing import Any
 
 import gguf
@@ -21,20 +20,9 @@ import numpy as np
 from mt.base import errors
 from mt.base import foreign
 
-_SCALARS = {
-  0: '<u1',
-  1: '<i1',
-  2: '<u2',
-  3: '<i2',
-  4: '<u4',
-  5: '<i4',
-  6: '<f4',
-  7: '|b1',
-  10: '<u8',
-  11: '<i8',
-  12: '<f8',
-}
-_UINT32, _STRING, _ARRAY, _UINT64 = 4, 8, 9, 10
+_SCALARS = gguf.GGUFReader.gguf_scalar_to_np  # Type of a value -> of numpy.
+_UINT32, _UINT64 = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.UINT64
+_STRING, _ARRAY = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
 FLOATS = [gguf.GGMLQuantizationType[x] for x in ('F32', 'F16', 'BF16')]
 _AT_ONCE = 2**18  # Weights that are dequantised in one go.
 _THREADS = min(8, os.cpu_count() or 1)  # That do so side by side.
@@ -65,13 +53,11 @@ class GGUFFile:
     path: of the file.
     fields: its metadata: scalars, str, numpy arrays or lists of bytes.
     tensors: by name.
-    data: the file, memory-mapped read-only.
   """
 
   path: pathlib.Path
   fields: dict[str, Any]
   tensors: dict[str, Tensor]
-  data: mmap.mmap
 
 
 class _Header:
@@ -104,8 +90,7 @@ class _Header:
     return self.array(kind, 1)[0].item()
 
   def string(self) -> bytes:
-    (size,) = struct.unpack('<Q', self.take(8))
-    return self.take(size)
+    return self.take(int.from_bytes(self.take(8), 'little'))
 
   def text(self) -> str:
     return self.string().decode(errors='replace')
@@ -184,19 +169,16 @@ def open_gguf(path: str | pathlib.Path) -> GGUFFile:
       f'{path}: one of {fields["split.count"]} files that make up the model; '
       'join them with llama.cpp: `llama-gguf-split --merge FIRST OUT.gguf`.'
     )
-  return GGUFFile(path, fields, tensors, data)
+  return GGUFFile(path, fields, tensors)
 
 
 def _tensor(h, name, shape, kind, offset) -> Tensor:
   """What the header says of a tensor, once it is known to lie in the file."""
   try:
     kind = gguf.GGMLQuantizationType(kind)
-  except ValueError as e:
-    raise h.fail(f'tensor {name!r} has unknown type {kind}') from e
-  block, size = gguf.GGML_QUANT_SIZES[kind]
-  if not shape or shape[-1] % block:
-    raise h.fail(f'tensor {name!r} {shape} does not divide into {kind.name}')
-  nbytes = math.prod(shape) // block * size
+    nbytes = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+  except (ValueError, IndexError) as e:  # No such type, half a block, no axis.
+    raise h.fail(f'tensor {name!r} of the shape {shape}: {e}') from e
   if offset + nbytes > len(h.data):
     raise h.fail(f'tensor {name!r} ends at byte {offset + nbytes:,}')
   return Tensor(shape, kind, offset, nbytes)
@@ -231,8 +213,6 @@ def read_tensor(
     ) from e
   if t.kind == gguf.GGMLQuantizationType.F32:
     return raw.view('<f4').reshape(shape)
-  if t.kind == gguf.GGMLQuantizationType.F16:
-    return raw.view('<f2').reshape(shape).astype(np.float32)
   try:
     return _dequantise(raw, t.kind).reshape(shape)
   except NotImplementedError as e:

@@ -28,12 +28,6 @@ KINDS = {
   'bfloat16': gguf.GGMLQuantizationType.BF16,
   'q8_0': gguf.GGMLQuantizationType.Q8_0,
 }
-_FILE_TYPES = {
-  'float32': gguf.LlamaFileType.ALL_F32,
-  'bfloat16': gguf.LlamaFileType.MOSTLY_BF16,
-  'q8_0': gguf.LlamaFileType.MOSTLY_Q8_0,
-}
-_ARCHITECTURES = {'gemma': 'gemma', 'gemma2': 'gemma2', 'gemma3_text': 'gemma3'}
 _SPECIAL_SCORE = -1000.0  # Of pieces that no merge makes.
 
 
@@ -72,7 +66,7 @@ def write(
   writer = _header(path, cfg, dtype)
   _add_vocabulary(writer, tok, chat_template)
   flat, tensors = parameters.flatten(params), []
-  for place in load.places(cfg, gguf_in.tensor_name):
+  for place in load.places(gguf_in.tensor_name, cfg):
     kind = KINDS[dtype]
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     if place.row.norm or place.shape[-1] % block:
@@ -85,47 +79,36 @@ def write(
   writer.write_kv_data_to_file()
   writer.write_ti_data_to_file()
   for place, kind in tensors:
-    row, x = place.row, flat[place.row.path]
-    x = np.asarray(x if place.layer is None else x[place.layer], np.float32)
-    x = x + np.float32(cfg.norm_offset) if row.norm else x
-    x = np.ascontiguousarray((x.T if row.transposed else x)[: place.shape[0]])
+    x = load.put(flat, place)[: place.shape[0]].astype(np.float32)
+    x = x + np.float32(cfg.norm_offset) if place.row.norm else x
+    x = np.ascontiguousarray(x)
     writer.write_tensor_data(gguf.quantize(x, kind))
   writer.close()
 
 
 def _header(path, cfg, dtype):
   """A writer that has the model's keys, which are read back to be compared."""
-  arch = _ARCHITECTURES.get(hf_config.kind_of(cfg))
-  if arch is None:
+  arch = hf_config.kind_of(cfg).removesuffix('_text')
+  if arch == 'gemma4':
     raise errors.UserError(
       '--to=gguf: Gemma 4 is not written as GGUF; use --to=hf, and '
       "llama.cpp's convert_hf_to_gguf.py on that folder."
     )
   w = gguf.GGUFWriter(path, arch)
-  scaled = cfg.rope_scale_global != 1.0
-  w.add_context_length(131_072 if scaled else 32_768 if cfg.qk_norm else 8192)
-  w.add_embedding_length(cfg.embed_dim)
-  w.add_block_count(cfg.num_layers)
-  w.add_feed_forward_length(cfg.hidden_dim)
-  w.add_head_count(cfg.num_heads)
-  w.add_head_count_kv(cfg.num_kv_heads)
-  w.add_layer_norm_rms_eps(1e-6)
-  w.add_key_length(cfg.head_dim)
-  w.add_value_length(cfg.head_dim)
-  w.add_rope_freq_base(cfg.rope_base_global)
-  w.add_file_type(_FILE_TYPES[dtype])
-  w.add_quantization_version(gguf.GGML_QUANT_VERSION)
-  if cfg.window:
-    w.add_sliding_window(cfg.window)
-  if cfg.attn_softcap:
-    w.add_attn_logit_softcapping(cfg.attn_softcap)
-  if cfg.final_softcap:
-    w.add_final_logit_softcapping(cfg.final_softcap)
-  if cfg.qk_norm:
-    w.add_rope_freq_base_swa(cfg.rope_base_local)
-  if scaled:
+  fields = hf_config.fields_of(cfg)
+  scaling = fields.get('rope_scaling') or {}
+  for ours, name in gguf_in.NAMES.items():
+    value = (fields | scaling).get(ours)
+    if value is not None:
+      add = w.add_float32 if isinstance(value, float) else w.add_uint32
+      add(f'{arch}.{name}', value)
+  if scaling:
     w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-    w.add_rope_scaling_factor(cfg.rope_scale_global)
+  w.add_context_length(fields['max_position_embeddings'])
+  w.add_value_length(cfg.head_dim)
+  most = 'ALL' if dtype == 'float32' else 'MOSTLY'
+  w.add_file_type(gguf.LlamaFileType[f'{most}_{KINDS[dtype].name}'])
+  w.add_quantization_version(gguf.GGML_QUANT_VERSION)
   _check(path, cfg, w)
   return w
 
@@ -135,7 +118,7 @@ def _check(path, cfg, writer):
   fields = {key: x.value for key, x in writer.kv_data[0].items()}
   shape = cfg.vocab_size, cfg.embed_dim
   tensors = {'token_embd.weight': gguf_file.Tensor(shape, _F32, 0, 0)}
-  said = gguf_in.read_config(gguf_file.GGUFFile(path, fields, tensors, None))
+  said = gguf_in.read_config(gguf_file.GGUFFile(path, fields, tensors))
   for name, value in dataclasses.asdict(said).items():
     if value != getattr(cfg, name):
       raise errors.UserError(

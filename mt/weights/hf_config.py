@@ -9,32 +9,24 @@ shape of its global layers is in `global_head_dim` and
 `per_layer_config`, as version 5.24 writes it.
 """
 
+from collections.abc import Mapping
 import dataclasses
-import functools
 import json
 import pathlib
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from mt.base import errors
+from mt.base import files
 from mt.base import foreign
 from mt.gemma import sizes
 
 # What transformers fills in; the published files of the multimodal Gemma 3
 # leave out what equals it.
 _DEFAULTS = {
-  'gemma': {
-    'vocab_size': 256_000,
-    'num_attention_heads': 16,
-    'num_key_value_heads': 16,
-  },
+  'gemma': {},
   'gemma2': {
-    'vocab_size': 256_000,
-    'num_attention_heads': 8,
-    'num_key_value_heads': 4,
-    'sliding_window': 4096,
     'attn_logit_softcapping': 50.0,
     'final_logit_softcapping': 30.0,
   },
@@ -70,13 +62,25 @@ _GEMMA4_ROPE = {
   },
 }
 _KINDS = {'sliding_attention': 'L', 'full_attention': 'G'}
-_OLD = 'rope_scaling'
-_MAX_LAYERS = 1024  # Far above any real model.
+_NUMBERS = {
+  'vocab_size': 'vocab_size',
+  'num_layers': 'num_hidden_layers',
+  'embed_dim': 'hidden_size',
+  'hidden_dim': 'intermediate_size',
+  'num_heads': 'num_attention_heads',
+  'num_kv_heads': 'num_key_value_heads',
+}
+_CAPS = {
+  'attn_softcap': 'attn_logit_softcapping',
+  'final_softcap': 'final_logit_softcapping',
+}
+# Far above any real model; other numbers are at most 2**31.
+_AT_MOST = {'num_hidden_layers': 1024, 'partial_rotary_factor': 1}
 # What mt/gemma/model.py computes; None where the file does not say.
 _ONLY = {
   'hidden_activation': (None, 'gelu', 'gelu_pytorch_tanh'),
   'hidden_act': (None, 'gelu', 'gelu_pytorch_tanh'),  # All mean the latter.
-  'rms_norm_eps': (None, 1e-6),
+  'rms_norm_eps': (None, float(np.float32(1e-6)), 1e-6),
   'attention_bias': (None, False),
   'use_bidirectional_attention': (None, False, 'vision'),  # Text is causal.
   'enable_moe_block': (None, False),
@@ -100,7 +104,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     value = json.loads(path.read_bytes())
   except OSError as e:
     raise errors.UserError(
-      f'{path}: cannot read it ({e.strerror}); fetch the folder again.'
+      f'{path}: cannot read it ({e.strerror}); fetch the whole folder.'
     ) from e
   except (ValueError, RecursionError) as e:
     foreign.refuse(path, foreign.JSON)
@@ -115,82 +119,116 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return value
 
 
+@dataclasses.dataclass(frozen=True)
+class Fields:
+  """What a file says of a model, by the names of config.json.
+
+  Attributes:
+    path: of the file, for messages.
+    kind: the `model_type` of the text model.
+    values: by name.
+    names: the file's own names, where they are others.
+  """
+
+  path: pathlib.Path
+  kind: str
+  values: Mapping[str, Any]
+  names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def is_4(self) -> bool:
+    """Whether it is a Gemma 4."""
+    return self.kind.startswith('gemma4')
+
+  def bad(self, key: str, expected: str) -> errors.UserError:
+    """That the value of `key` is none that is `expected`."""
+    return errors.UserError(
+      f'{self.path}: {self.names.get(key, key)} is '
+      f'{str(self.values.get(key))[:60]}, {expected} expected; the file is '
+      'damaged or of a model not known here: fetch or convert it again.'
+    )
+
+  def number(self, key: str, default: float | None = None, kind=int) -> Any:
+    """A positive number; a whole one unless kind is float.
+
+    Raises:
+      errors.UserError: another value, or none and no default.
+    """
+    value, high = self.values.get(key), _AT_MOST.get(key, 2**31)
+    value = default if value is None else value
+    if type(value) not in (int, kind) or not 0 < value <= high:  # Nor NaN.
+      raise self.bad(key, f'a number from 1 to {high:,}')
+    return kind(value)
+
+
 def read(path: pathlib.Path) -> sizes.ModelConfig:
   """The text model's shape out of a config.json.
 
   Raises:
-    errors.UserError: another model, a missing or impossible value, or a
-      variant of Gemma that mt/gemma/model.py does not compute.
+    errors.UserError: another model, or see `shape`.
   """
-  kind, fields = _text_fields(path)
-  if fields.get('enable_moe_block'):
-    raise errors.UserError(f'{path}: {OTHERS["moe"]}')
-  bad = functools.partial(_bad, path, fields)
-  number = functools.partial(_number, path, fields)
+  return shape(Fields(path, *_text_fields(path)))
+
+
+def shape(f: Fields) -> sizes.ModelConfig:
+  """The shape of a model.
+
+  Raises:
+    errors.UserError: a missing or impossible value, or a variant of Gemma that
+      mt/gemma/model.py does not compute.
+  """
+  if f.values.get('enable_moe_block'):
+    raise errors.UserError(f'{f.path}: {OTHERS["moe"]}')
   for key, allowed in _ONLY.items():
-    if fields.get(key) not in allowed:
-      raise bad(key, str(allowed[-1]))
-  layers = number('num_hidden_layers', high=_MAX_LAYERS)
-  head_dim = query_dim = number('head_dim', 256)
-  caps, fourth = {'attn_softcap': None, 'final_softcap': None}, _is_4(kind)
-  if kind != 'gemma':
-    query_dim = 1.0
-    if not fourth:
-      query_dim = number('query_pre_attn_scalar', 256, float)
-    for ours, key in zip(
-      caps, ('attn_logit_softcapping', 'final_logit_softcapping'), strict=True
-    ):
-      if fields.get(key) is not None:
-        caps[ours] = number(key, kind=float)
-  local, global_, scale, part = _rope(path, kind, fields)
+    if f.values.get(key) not in allowed:
+      raise f.bad(key, str(allowed[-1]))
+  head_dim = query_dim = f.number('head_dim', 256)
+  later, caps = f.kind != 'gemma', {}
+  if later:
+    query_dim = 1 if f.is_4 else f.number('query_pre_attn_scalar', 256, float)
+    given = {k: x for k, x in _CAPS.items() if f.values.get(x) is not None}
+    caps = {
+      ours: f.number(theirs, kind=float) for ours, theirs in given.items()
+    }
+  local, global_, scale, part = _rope(f)
+  numbers = {ours: f.number(theirs) for ours, theirs in _NUMBERS.items()}
   cfg = sizes.ModelConfig(
-    vocab_size=number('vocab_size'),
-    num_layers=layers,
-    embed_dim=number('hidden_size'),
-    hidden_dim=number('intermediate_size'),
-    num_heads=number('num_attention_heads'),
-    num_kv_heads=number('num_key_value_heads'),
+    **numbers,
     head_dim=head_dim,
     query_scale=query_dim**-0.5,
-    attention=_attention(kind, fields, layers, number, bad),
-    window=number('sliding_window') if kind != 'gemma' else None,
+    attention=_attention(f, numbers['num_layers']),
+    window=f.number('sliding_window') if later else None,
     rope_base_local=local,
     rope_base_global=global_,
     rope_scale_global=scale,
-    qk_norm=fourth or kind == 'gemma3_text',
-    post_norms=kind != 'gemma',
+    rope_part_global=part,
+    qk_norm=f.is_4 or f.kind == 'gemma3_text',
+    post_norms=later,
     **caps,
   )
-  if not fourth:
-    return cfg
-  cfg = dataclasses.replace(cfg, rope_part_global=part)
-  return _gemma4(cfg, fields, number, bad)
+  return _gemma4(f, cfg) if f.is_4 else cfg
 
 
-def _is_4(kind):
-  return kind.startswith('gemma4')
-
-
-def _gemma4(cfg, fields, number, bad):
+def _gemma4(f, cfg):
   """What Gemma 4 has besides."""
-
-  def amount(key, high):  # 0 is one, too.
-    return number(key, high=high) if fields.get(key) else 0
-
-  sharing = amount('num_kv_shared_layers', cfg.num_layers)
   period = len(cfg.attention)
   if cfg.attention != 'L' * (period - 1) + 'G' or period == 1:
-    raise bad('layer_types', 'periods of sliding layers and a full one')
-  if cfg.num_layers % period or sharing % period:
-    raise bad('num_kv_shared_layers', f'whole periods of {period} layers')
-  width = amount('hidden_size_per_layer_input', 2**31)
-  if width and number('vocab_size_per_layer_input') != cfg.vocab_size:
-    raise bad('vocab_size_per_layer_input', f'{cfg.vocab_size}, as vocab_size,')
-  same = bool(fields.get('attention_k_eq_v'))
-  head_dim, kv_heads = _global_shape(cfg, fields, number, bad)
+    raise f.bad('layer_types', 'periods of sliding layers and a full one')
+  sharing, width = (
+    f.number(key) if f.values.get(key) else 0
+    for key in ('num_kv_shared_layers', 'hidden_size_per_layer_input')
+  )
+  if cfg.num_layers % period or sharing % period or sharing >= cfg.num_layers:
+    raise f.bad('num_kv_shared_layers', f'whole periods of {period} layers')
+  if width and f.number('vocab_size_per_layer_input') != cfg.vocab_size:
+    raise f.bad(
+      'vocab_size_per_layer_input', f'{cfg.vocab_size}, as vocab_size,'
+    )
+  same = bool(f.values.get('attention_k_eq_v'))
+  head_dim, kv_heads = _global_shape(f, cfg)
   if kv_heads not in (None, cfg.num_kv_heads) and not same:
-    raise bad('attention_k_eq_v', 'true, as global layers have other heads,')
-  doubled = sharing and fields.get('use_double_wide_mlp')
+    raise f.bad('attention_k_eq_v', 'true, as global layers have other heads,')
+  doubled = sharing and f.values.get('use_double_wide_mlp')
   return dataclasses.replace(
     cfg,
     norm_offset=0.0,
@@ -205,33 +243,32 @@ def _gemma4(cfg, fields, number, bad):
   )
 
 
-def _global_shape(cfg, fields, number, bad):
+def _global_shape(f, cfg):
   """(A, K or None) of global layers, in either of the two ways."""
-  kv_heads = fields.get('num_global_key_value_heads')
-  if kv_heads is not None:
-    kv_heads = number('num_global_key_value_heads')
-  layers = fields.get('per_layer_config')
-  if layers is None:
-    return number('global_head_dim', 512), kv_heads
-  wanted = {n for n in range(cfg.num_layers) if cfg.kind(n) == 'G'}
-  expected = 'the same head_dim and num_key_value_heads of all global layers'
-  try:
-    found = {int(n): dict(shape) for n, shape in layers.items()}
-    first = found[min(wanted)]
-  except (AttributeError, KeyError, TypeError, ValueError) as e:
-    raise bad('per_layer_config', expected) from e
-  shape = first.get('head_dim', cfg.head_dim), first.get('num_key_value_heads')
-  whole = all(type(x) is int and x > 0 for x in shape if x is not None)
-  known = {'head_dim', 'num_key_value_heads'}
-  if (
-    found != dict.fromkeys(wanted, first)
-    or not (whole and shape[0])
-    or first.keys() - known
-    or fields.get('global_head_dim') not in (None, shape[0])
-    or kv_heads not in (None, shape[1])
-  ):
-    raise bad('per_layer_config', expected)
-  return shape
+  layers, default = f.values.get('per_layer_config'), 512
+  names = plain = 'global_head_dim', 'num_global_key_value_heads'
+  if layers is not None:
+    wanted = [str(n) for n in range(cfg.num_layers) if cfg.kind(n) == 'G']
+    layers = layers if isinstance(layers, dict) else {}
+    shapes = list(layers.values())
+    names, default = ('head_dim', 'num_key_value_heads'), cfg.head_dim
+    if (
+      sorted(n.lstrip('0') or '0' for n in layers) != sorted(wanted)
+      or not isinstance(shapes[0], dict)
+      or shapes[0].keys() - {*names}
+      or any(x != shapes[0] for x in shapes)
+      or any(
+        f.values.get(ours) not in (None, shapes[0].get(name))
+        for ours, name in zip(plain, names, strict=True)
+      )
+    ):
+      raise f.bad(
+        'per_layer_config', f'one {" and ".join(names)} of all global layers'
+      )
+    f = dataclasses.replace(f, values=shapes[0])
+  head_dim, kv_heads = names
+  heads = None if f.values.get(kv_heads) is None else f.number(kv_heads)
+  return f.number(head_dim, default), heads
 
 
 def _text_fields(path):
@@ -253,83 +290,66 @@ def _text_fields(path):
 
 def is_tied(path: pathlib.Path) -> bool:
   """Whether a config.json says that the head is the embedding."""
-  whole = read_json(path)
-  both = (whole, _text_fields(path)[1])
+  both = read_json(path), _text_fields(path)[1]
   return all(d.get('tie_word_embeddings') in (None, True) for d in both)
 
 
-def _bad(path, fields, key, expected):
-  return errors.UserError(
-    f'{path}: {key} is {str(fields.get(key))[:60]}, {expected} expected; the '
-    'file is damaged or of a model not known here.'
-  )
-
-
-def _number(path, fields, key, default=None, kind=int, high=2**31):
-  """A positive number; a whole one unless kind is float."""
-  value = fields.get(key)
-  value = default if value is None else value
-  if type(value) not in (int, kind) or not 0 < value < high:  # Nor NaN.
-    raise _bad(path, fields, key, f'a number from 1 to {high:,}')
-  return kind(value)
-
-
-def _rope(path, kind, fields):
+def _rope(f):
   """Bases of local and of global layers; factor and part of global ones."""
-  old = fields.get('rope_scaling')
-  new = fields.get('rope_parameters') or (_GEMMA4_ROPE if _is_4(kind) else None)
-  both = kind not in ('gemma', 'gemma2')  # Two kinds of layers, two of RoPE.
-  key = 'rope_parameters' if new else _OLD
+  old, new = f.values.get('rope_scaling'), f.values.get('rope_parameters')
   if old and new and old != new:
-    raise _bad(path, fields, key, f'the same as {_OLD}, or one of them')
-  base = _number(path, fields, 'rope_theta', 10_000.0, float)
-
-  def read(value, base):
-    value = {} if value is None else value
-    if not isinstance(value, dict):
-      raise _bad(path, fields, key, 'an object')
-    types = {value.get(k) for k in ('rope_type', 'type')} - {None}
-    known = ('default', 'linear', 'proportional')[: 3 if _is_4(kind) else 2]
-    if types - {*known} or len(types) > 1:
-      raise _bad(path, fields, key, f'a rope_type of {" or ".join(known)}')
-    base = _number(path, value, 'rope_theta', base, float)
-    factor = _number(path, value, 'factor', 1.0, float)
-    if factor != 1.0 and types != {'linear'}:
-      raise _bad(path, fields, key, 'a rope_type of linear with a factor')
-    part = value.get('partial_rotary_factor', 1.0)
-    if types != {'proportional'} and part != 1.0:
-      raise _bad(path, fields, key, 'no partial_rotary_factor')
-    if type(part) not in (int, float) or not 0 < part <= 1:
-      raise _bad(path, value, 'partial_rotary_factor', 'a part of 1')
-    return base, factor, part
-
-  base_local = _number(path, fields, 'rope_local_base_freq', 10_000.0, float)
-  if both and new:
-    if not isinstance(new, dict) or new.keys() - _KINDS:
-      raise _bad(path, fields, key, f'an object of {", ".join(_KINDS)}')
-    local = read(new.get('sliding_attention'), base_local)
-    global_ = read(new.get('full_attention'), base)
-  elif both:
-    local, global_ = (base_local, 1.0, 1.0), read(old, base)
+    raise f.bad('rope_parameters', 'the same as rope_scaling, or one of them')
+  if f.is_4:
+    new = new or _GEMMA4_ROPE
+  key = 'rope_parameters' if new else 'rope_scaling'
+  base = f.number('rope_theta', 10_000.0, float)
+  if f.kind in ('gemma', 'gemma2'):  # One kind of RoPE in all layers.
+    local = global_ = _rope_of_kind(f, key, new or old, base)
   else:
-    local = global_ = read(new or old, base)
+    base_local = f.number('rope_local_base_freq', 10_000.0, float)
+    new = new or {'full_attention': old}
+    if not isinstance(new, dict) or new.keys() - _KINDS:
+      raise f.bad(key, f'an object of {", ".join(_KINDS)}')
+    local = _rope_of_kind(f, key, new.get('sliding_attention'), base_local)
+    global_ = _rope_of_kind(f, key, new.get('full_attention'), base)
   if local[1:] != (1.0, 1.0):
-    raise _bad(path, fields, key, 'no scaling of sliding_attention')
+    raise f.bad(key, 'no scaling of sliding_attention')
   return local[0], *global_
 
 
-def _attention(kind, fields, layers, number, bad):
+def _rope_of_kind(f, key, value, base):
+  """Base, factor and part of a head that is turned."""
+  value = {} if value is None else value
+  if not isinstance(value, dict):
+    raise f.bad(key, 'an object')
+  own = dataclasses.replace(f, values=value)
+  types = {str(value[k]) for k in ('rope_type', 'type') if value.get(k)}
+  known = ('default', 'linear', 'proportional')[: 3 if f.is_4 else 2]
+  if types - {*known} or len(types) > 1:
+    raise f.bad(key, f'a rope_type of {" or ".join(known)}')
+  factor = own.number('factor', 1.0, float)
+  part = own.number('partial_rotary_factor', 1.0, float)
+  if (factor != 1.0 and types != {'linear'}) or (
+    part != 1.0 and types != {'proportional'}
+  ):
+    raise f.bad(
+      key,
+      'factor with the rope_type linear, partial_rotary_factor with '
+      'proportional',
+    )
+  return own.number('rope_theta', base, float), factor, part
+
+
+def _attention(f, layers):
   """The pattern of 'L' and 'G', as short as it can be."""
-  if kind == 'gemma':
+  types = f.values.get('layer_types')
+  if f.kind == 'gemma':
     return 'G'
-  types = fields.get('layer_types')
   if types is None:
-    if kind == 'gemma2':
-      return 'LG'
-    period = number('sliding_window_pattern', 6, high=_MAX_LAYERS)
+    period = 2 if f.kind == 'gemma2' else f.number('sliding_window_pattern', 6)
     return 'L' * (period - 1) + 'G'
   if len(types) != layers or not all(str(t) in _KINDS for t in types):
-    raise bad('layer_types', f'{layers} of {", ".join(_KINDS)}')
+    raise f.bad('layer_types', f'{layers} of {", ".join(_KINDS)}')
   text = ''.join(_KINDS[t] for t in types)
   # Its own length is a period.
   periods = (text[:n] for n in range(1, layers + 1))
@@ -346,10 +366,7 @@ def kind_of(cfg: sizes.ModelConfig) -> str:
 
 
 def write(
-  path: pathlib.Path,
-  cfg: sizes.ModelConfig,
-  dtype: np.dtype,
-  ids: dict[str, int],
+  path: pathlib.Path, cfg: sizes.ModelConfig, dtype: str, ids: Mapping[str, Any]
 ) -> None:
   """Writes a config.json that `read` reads back to the same function.
 
@@ -359,67 +376,52 @@ def write(
     dtype: of the weights beside it.
     ids: `pad_token_id`, `bos_token_id`, `eos_token_id`.
   """
+  files.write_json(path, fields_of(cfg) | {'torch_dtype': dtype} | ids)
+
+
+def fields_of(cfg: sizes.ModelConfig) -> dict[str, Any]:
+  """What a config.json says of a shape."""
   kind = kind_of(cfg)
-  name = kind.removesuffix('_text').capitalize()
-  bfloat16 = dtype == ml_dtypes.bfloat16
   fields = {
-    'architectures': [f'{name}ForCausalLM'],
+    'architectures': [f'{kind.removesuffix("_text").capitalize()}ForCausalLM'],
     'model_type': kind,
-    'torch_dtype': 'bfloat16' if bfloat16 else np.dtype(dtype).name,
-    'vocab_size': cfg.vocab_size,
-    'num_hidden_layers': cfg.num_layers,
-    'hidden_size': cfg.embed_dim,
-    'intermediate_size': cfg.hidden_dim,
-    'num_attention_heads': cfg.num_heads,
-    'num_key_value_heads': cfg.num_kv_heads,
+    **{theirs: getattr(cfg, ours) for ours, theirs in _NUMBERS.items()},
     'head_dim': cfg.head_dim,
     'hidden_act': 'gelu_pytorch_tanh',
     'hidden_activation': 'gelu_pytorch_tanh',
     'max_position_embeddings': 32_768 if cfg.qk_norm else 8192,
     'rms_norm_eps': 1e-6,
-    'rope_theta': cfg.rope_base_global,
-    'attention_bias': False,
-    'attention_dropout': 0.0,
     'tie_word_embeddings': True,
-    'use_cache': True,
-  } | ids
+  }
   if kind != 'gemma':
     kinds = {short: long for long, short in _KINDS.items()}
-    pattern = cfg.attention * cfg.num_layers
-    fields |= {
-      'query_pre_attn_scalar': _tidy(cfg.query_scale**-2),
-      'sliding_window': cfg.window,
-      'layer_types': [kinds[k] for k in pattern[: cfg.num_layers]],
-      'attn_logit_softcapping': cfg.attn_softcap,
-      'final_logit_softcapping': cfg.final_softcap,
-    }
-  if kind == 'gemma3_text':
-    factor = cfg.rope_scale_global
-    fields |= {
-      'rope_local_base_freq': cfg.rope_base_local,
-      'rope_scaling': None,
-    }
-    if factor != 1.0:
-      fields |= {
-        'rope_scaling': {'rope_type': 'linear', 'factor': factor},
-        'max_position_embeddings': 131_072,
-      }
+    fields |= {theirs: getattr(cfg, ours) for ours, theirs in _CAPS.items()}
+    fields['sliding_window'] = cfg.window
+    fields['layer_types'] = [kinds[cfg.kind(n)] for n in range(cfg.num_layers)]
   if kind == 'gemma4_text':
-    fields = _gemma4_fields(fields, cfg)
-  path.write_text(json.dumps(fields, indent=2) + '\n', encoding='utf-8')
+    del fields['attn_logit_softcapping']
+    fields |= _gemma4_fields(cfg)
+  else:
+    fields['rope_theta'] = cfg.rope_base_global
+  if kind in ('gemma2', 'gemma3_text'):
+    fields['query_pre_attn_scalar'] = _tidy(cfg.query_scale**-2)
+  if kind == 'gemma3_text':
+    fields['rope_local_base_freq'] = cfg.rope_base_local
+    factor, fields['rope_scaling'] = cfg.rope_scale_global, None
+    if factor != 1.0:
+      fields['rope_scaling'] = {'rope_type': 'linear', 'factor': factor}
+      fields['max_position_embeddings'] = 131_072
+  return fields
 
 
-def _gemma4_fields(fields, cfg):
-  dead = 'rope_theta', 'query_pre_attn_scalar', 'attn_logit_softcapping'
+def _gemma4_fields(cfg):
   local, global_ = _GEMMA4_ROPE.values()
   local = local | {'rope_theta': cfg.rope_base_local}
   global_ = global_ | {
     'rope_theta': cfg.rope_base_global,
     'partial_rotary_factor': cfg.rope_part_global,
   }
-  if cfg.rope_scale_global != 1.0:
-    global_['factor'] = cfg.rope_scale_global
-  return {k: v for k, v in fields.items() if k not in dead} | {
+  return {
     'max_position_embeddings': 131_072,
     'rope_parameters': {'sliding_attention': local, 'full_attention': global_},
     'global_head_dim': cfg.global_head_dim,
@@ -429,7 +431,6 @@ def _gemma4_fields(fields, cfg):
     'use_double_wide_mlp': cfg.sharing_hidden_dim is not None,
     'hidden_size_per_layer_input': cfg.layer_input_dim,
     'vocab_size_per_layer_input': cfg.vocab_size,
-    'enable_moe_block': False,
   }
 
 

@@ -6,9 +6,9 @@ scores, and the symbols that are never split as added tokens.
 """
 
 from collections.abc import Container
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import functools
 import json
 import pathlib
 import re
@@ -16,6 +16,7 @@ import re
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt.base import errors
+from mt.base import files
 from mt.data import tokenizer
 from mt.weights import hf_config
 
@@ -59,8 +60,7 @@ def read_folder(folder: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
 
 def _with_roles(tok, folder):
   """A tokenizer.model, whose roles are those of tokenizer_config.json."""
-  spm = tok.spm
-  own = [tok.pad_id, tok.eos_id, tok.bos_id, spm.unk_id()]
+  spm, own = tok.spm, _ids(tok)
   names = _role_pieces(folder, spm.id_to_piece(spm.unk_id()))
   ids = [spm.piece_to_id(names[role]) for role in ROLES]
   ids = [
@@ -75,9 +75,14 @@ def _with_roles(tok, folder):
   return tokenizer.from_proto(proto.SerializeToString(), where)
 
 
+def _ids(tok):
+  """Of ROLES."""
+  return [tok.pad_id, tok.eos_id, tok.bos_id, tok.spm.unk_id()]
+
+
 def _agree(tok, path, rows):
   """Whether a tokenizer.json has the pieces of a tokenizer.model."""
-  _, pieces, symbols, _ = _parse(path, rows, functools.partial(_bad, path))
+  _, pieces, symbols, _ = _parse(path, rows)
   proto = sp_pb2.ModelProto.FromString(tok.proto)
   return len(pieces) == tok.vocab_size and all(
     p.piece == (piece.replace(' ', _SPACE) if i in symbols else piece)
@@ -121,8 +126,7 @@ def read(path: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
   Raises:
     errors.UserError: damaged, or not of Gemma's kind.
   """
-  bad = functools.partial(_bad, path)
-  model, pieces, symbols, ranks = _parse(path, rows, bad)
+  model, pieces, symbols, ranks = _parse(path, rows)
   roles = _role_pieces(path.parent, model.get('unk_token'))
   return build(path, pieces, symbols, ranks, roles)
 
@@ -146,8 +150,7 @@ def build(
   Raises:
     errors.UserError: a piece is no text, or a special one is missing.
   """
-  bad = functools.partial(_bad, path)
-  proto = sp_pb2.ModelProto()
+  rows = []
   for i, piece in enumerate(pieces):
     score, rank = 0.0, ranks.get(piece)
     if piece == roles.get('unk'):
@@ -165,27 +168,50 @@ def build(
       # Single characters come last: no merge makes them.
       kind = tokenizer.NORMAL
       score = -float(len(ranks) + i if rank is None else rank)
+    rows.append((piece, score, kind))
+  ids = {role: pieces.index(p) for role, p in roles.items() if p in pieces}
+  if len(ids) != len(ROLES):
+    raise bad(path, f'of pad, EOS, BOS, unknown only {sorted(ids)} found')
+  return assemble(path, rows, [ids[role] for role in ROLES])
+
+
+def assemble(
+  path: pathlib.Path,
+  rows: Iterable[tuple[str, float, int]],
+  ids: Sequence[int],
+) -> tokenizer.Tokenizer:
+  """A SentencePiece model of pieces, with the settings of all Gemmas.
+
+  Args:
+    path: of the file, for messages.
+    rows: piece, score and SentencePiece's type.
+    ids: of pad, EOS, BOS and the unknown piece.
+
+  Raises:
+    errors.UserError: a piece is no text, or has a type that is none.
+  """
+  proto = sp_pb2.ModelProto()
+  for i, (piece, score, kind) in enumerate(rows):
     whole = kind == tokenizer.USER_DEFINED
     text = piece.replace(' ', _SPACE) if whole else piece
     try:
       proto.pieces.add(piece=text, score=score, type=kind)
     except ValueError as e:  # A lone surrogate: UnicodeEncodeError.
-      raise bad(f'piece {i} is {piece[:40]!r}, no UTF-8') from e
-  ids = {role: pieces.index(p) for role, p in roles.items() if p in pieces}
-  if len(ids) != len(ROLES):
-    raise bad(f'of pad, EOS, BOS, unknown only {sorted(ids)} found')
-  tokenizer.set_gemma_spec(proto, [ids[role] for role in ROLES])
+      what = f'piece {i} is {piece[:40]!r} of type {kind}'
+      raise bad(path, f'{what}, no UTF-8 or no type of SentencePiece') from e
+  tokenizer.set_gemma_spec(proto, ids)
   return tokenizer.from_proto(proto.SerializeToString(), str(path))
 
 
-def _bad(path, what):
+def bad(path: pathlib.Path, what: str) -> errors.UserError:
+  """What is wrong with a vocabulary."""
   return errors.UserError(
     f"{path}: {what}; Gemma's BPE with byte fallback expected: set "
     'weights.tokenizer to a tokenizer.model.'
   )
 
 
-def _parse(path, rows, bad):
+def _parse(path, rows):
   """(model, pieces by id, added tokens by id, ranks of the merges)."""
   whole = hf_config.read_json(path)
   try:
@@ -206,14 +232,13 @@ def _parse(path, rows, bad):
       ranks.setdefault(left + right, rank)
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise bad(
-      f'no vocabulary, merges and added tokens found ({str(e)[:60]})'
+      path, f'no vocabulary, merges and added tokens found ({str(e)[:60]})'
     ) from e
   if kind != 'BPE':
-    raise bad(f'a tokenizer of type {str(kind)[:40]!r} found')
-  if not pieces or not all(pieces):
-    raise bad('the ids of its pieces are not 0, 1, 2, …')
-  if len(set(pieces)) != len(pieces) or len(pieces) < len(vocab):
-    raise bad('two pieces have one id, or one piece has two')
+    raise bad(path, f'a tokenizer of type {str(kind)[:40]!r} found')
+  unique = len(set(pieces)) == len(pieces) >= len(vocab)
+  if not pieces or not all(pieces) or not unique:
+    raise bad(path, 'its ids are not 0, 1, 2, …, each of a piece of its own')
   # Those of Gemma 1 and 2 have the tab where the model has its byte.
   tab = vocab.get('<0x08>', -2) + 1 if '<0x09>' not in vocab else -1
   if 0 <= tab < len(pieces) and pieces[tab] == '\t' and tab not in symbols:
@@ -249,23 +274,17 @@ def write(
   """
   proto = sp_pb2.ModelProto.FromString(tok.proto)
   pieces = [p.piece for p in proto.pieces]
-  special = {
-    f'{role}_token': pieces[i]
-    for role, i in (
-      ('bos', tok.bos_id),
-      ('eos', tok.eos_id),
-      ('pad', tok.pad_id),
-      ('unk', tok.spm.unk_id()),
-    )
-  }
+  ids = zip(ROLES, _ids(tok), strict=True)
+  special = {f'{role}_token': pieces[i] for role, i in ids}
   (folder / 'tokenizer.model').write_bytes(tok.proto)
   # Indented it takes twice as long, for 500,000 merges.
-  _write_json(folder / 'tokenizer.json', _fast(proto, tok, special), None)
-  _write_json(folder / 'special_tokens_map.json', special)
+  fast = json.dumps(_fast(proto, tok, special), ensure_ascii=False)
+  files.write(folder / 'tokenizer.json', fast + '\n')
+  files.write_json(folder / 'special_tokens_map.json', special)
   chat = {'chat_template': chat_template} if chat_template else {}
   if chat:
     (folder / 'chat_template.jinja').write_text(chat_template, 'utf-8')
-  _write_json(
+  files.write_json(
     folder / 'tokenizer_config.json',
     special
     | chat
@@ -278,11 +297,6 @@ def write(
       'model_max_length': 10**30,  # As the published ones: no limit.
     },
   )
-
-
-def _write_json(path, value, indent=2):
-  text = json.dumps(value, ensure_ascii=False, indent=indent)
-  path.write_text(text + '\n', encoding='utf-8')
 
 
 def _fast(proto, tok, special):
@@ -308,11 +322,8 @@ def _fast(proto, tok, special):
   )
   return {
     'version': '1.0',
-    'truncation': None,
-    'padding': None,
     'added_tokens': added,
     'normalizer': {'type': 'Replace', **to_visible},
-    'pre_tokenizer': None,
     'post_processor': {
       'type': 'TemplateProcessing',
       'single': first,
@@ -331,13 +342,9 @@ def _fast(proto, tok, special):
     },
     'model': {
       'type': 'BPE',
-      'dropout': None,
       'unk_token': special['unk_token'],
-      'continuing_subword_prefix': None,
-      'end_of_word_suffix': None,
       'fuse_unk': True,
       'byte_fallback': proto.trainer_spec.byte_fallback,
-      'ignore_merges': False,
       'vocab': vocab,
       'merges': _merges(proto, vocab),
     },

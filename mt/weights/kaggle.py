@@ -7,7 +7,6 @@ KAGGLE_USERNAME and KAGGLE_KEY, KAGGLE_API_TOKEN, or files in ~/.kaggle.
 The cache is ~/.cache/kagglehub, or where KAGGLEHUB_CACHE says.
 """
 
-import functools
 import os
 import pathlib
 import re
@@ -43,68 +42,58 @@ def download(handle: str, *, force: bool = False) -> pathlib.Path:
   from kagglehub import exceptions
   import requests
 
-  failed = functools.partial(_failed, handle)
   try:
     return pathlib.Path(kagglehub.model_download(handle, force_download=force))
-  except requests.exceptions.ChunkedEncodingError as e:
-    raise failed(
-      f'the connection was cut off ({_reason(e)})',
-      'give the same command again, it goes on from there',
-    ) from e
-  except (requests.ConnectionError, requests.Timeout) as e:
-    cached = None if force else _newest_in_cache(handle)
-    if cached is None:
-      raise failed(
-        f'Kaggle does not answer ({_reason(e)})',
-        'try again later, or give the folder of a checkpoint that is here',
-      ) from e
-    journal.say(f'weights: Kaggle does not answer, taken from {cached}')
-    return cached
-  except requests.RequestException as e:
-    status = 0 if e.response is None else e.response.status_code
-    raise failed(*_refused(handle, status, e)) from e
-  except exceptions.DataCorruptionError as e:
-    raise failed(
-      'a file came damaged (md5)', 'give the same command again'
-    ) from e
-  except OSError as e:
-    raise failed(
-      f'{e.filename or "the cache"}: {e.strerror or e}',
-      'make room or mend it, or set KAGGLEHUB_CACHE to a folder with space for '
-      'it (2B takes 5 GB, 27B 55 GB)',
-    ) from e
-  except ValueError as e:  # The client's own complaints.
-    raise failed(
-      str(e)[:200],
-      f'check the handle, and the token of {_TOKENS}',
+  except (
+    requests.RequestException,
+    exceptions.DataCorruptionError,
+    OSError,
+    ValueError,
+  ) as e:
+    away = isinstance(e, requests.ConnectionError | requests.Timeout)
+    if away and not force and (cached := _newest_in_cache(handle)):
+      journal.say(f'weights: Kaggle does not answer, taken from {cached}')
+      return cached
+    what, remedy = _refused(handle, away, e)
+    raise errors.UserError(
+      f'weights.source=kaggle:{handle}: {what}; {remedy}.'
     ) from e
 
 
-def _refused(handle, status, e):
-  """What was found and what to do, by HTTP status."""
+def _refused(handle, away, e):
+  """What was found and what to do, of what the client raises."""
   from kagglehub import config
+  from kagglehub import exceptions
+  import requests
 
-  owner, model, *_ = handle.split('/')
-  page = f'{_SITE}/models/{owner}/{model}'
-  token = (
-    f'make a new token at {_TOKENS} and set KAGGLE_USERNAME and KAGGLE_KEY'
-  )
-  known = config.get_kaggle_credentials()
-  who = (known and known.username) or 'whoever has the token'
-  if status in (401, 403) and known is None:
-    return f'Kaggle wants to know who you are ({status})', token
-  if status == 401:
-    return f'Kaggle does not accept the credentials of {who} (401)', token
-  if status == 403:
-    what = 'Kaggle does not let you have it (403)'
-    return what, f'accept its licence at {page} as {who}, or {token}'
+  again = 'give the same command again'
+  if isinstance(e, requests.exceptions.ChunkedEncodingError):
+    what = f'the connection was cut off ({_reason(e)})'
+    return what, f'{again}, it goes on from there'
+  if isinstance(e, exceptions.DataCorruptionError):
+    return 'a file came damaged (md5)', again
+  if away:
+    what = f'Kaggle does not answer ({_reason(e)})'
+    return what, 'try again later, or give the folder of a checkpoint'
+  if not isinstance(e, requests.RequestException):
+    if isinstance(e, ValueError):  # The client's own complaints.
+      return str(e)[:200], f'check the handle, and the token of {_TOKENS}'
+    return f'{e.filename or "the cache"}: {e.strerror or e}', (
+      'make room or mend it, or set KAGGLEHUB_CACHE to a folder with space for '
+      'it (2B takes 5 GB, 27B 55 GB)'
+    )
+  status = 0 if e.response is None else e.response.status_code
+  page = f'{_SITE}/models/{"/".join(handle.split("/")[:2])}'
+  if status in (401, 403):
+    known = config.get_kaggle_credentials()
+    who = (known and known.username) or ('the token' if known else 'nobody')
+    return f'Kaggle does not give it to {who} ({status})', (
+      f'accept its licence at {page}, or make a new token at {_TOKENS} and set '
+      'KAGGLE_USERNAME and KAGGLE_KEY'
+    )
   if status == 404:
     return 'Kaggle has no such model (404)', f'see the variations at {page}'
   return f'Kaggle answers {status or _reason(e)}', 'try again later'
-
-
-def _failed(handle, what, remedy) -> errors.UserError:
-  return errors.UserError(f'weights.source=kaggle:{handle}: {what}; {remedy}.')
 
 
 def _reason(e: BaseException) -> str:

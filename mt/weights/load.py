@@ -1,8 +1,8 @@
 """Tensors of one layer each, as files have them -> the stacked tree.
 
 Each format says which of a file's tensors goes where (`Place`) and how to read
-one; what is the same for all of them is here. Names and shapes are checked
-before anything is allocated, so that a damaged header asks for no memory.
+one (`Weights`); what is the same for all of them is here. Names and shapes are
+checked before anything is allocated: a damaged header asks for no memory.
 """
 
 from collections.abc import Callable
@@ -10,19 +10,19 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import pathlib
+from typing import Any
 
 import chex
 import jax
 import numpy as np
 
 from mt.base import errors
+from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import kept
 
 Shape = tuple[int, ...]
-
-_AT_ONCE = 2**22  # Weights that are compared in one go.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +42,72 @@ class Place:
   shape: Shape
 
 
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """A model's opened files; no tensor is read yet.
+
+  Attributes:
+    path: of them, for messages.
+    config: the model's shape.
+    places: shape -> the tensors of such a model in this format.
+    found: name -> shape of the tensors in the files, but for those of other
+      parts (vision), which nobody reads.
+    get: place -> that tensor, of any float type, in our orientation; or its
+      parts along the first axis, in order.
+    tokenizer: reads the one that belongs to them.
+    heads: names of output layers, which must be the embedding: ours is.
+    quantised: whether `get` dequantises, which takes most of the reading.
+
+  Raises:
+    errors.UserError: a tensor is missing, too much, or has another shape. A
+      bias or a scale that we do not read would be another function. A row of
+      the table with published=False may be missing as a whole.
+  """
+
+  path: pathlib.Path
+  config: sizes.ModelConfig
+  places: Callable[[sizes.ModelConfig], list[Place]]
+  found: Mapping[str, Shape]
+  get: Callable[[Place], kept.Tensor]
+  tokenizer: Callable[[], tokenizer.Tokenizer]
+  heads: Sequence[str] = ()
+  quantised: bool = False
+
+  def __post_init__(self):
+    wanted, found = self.places(self.config), self.found
+    there = {p.row.path for p in wanted if p.name in found}
+    for p in wanted:
+      if p.name not in found and (p.row.published or p.row.path in there):
+        raise errors.UserError(
+          f'{self.path}: no tensor {p.name!r}; the weights are not a complete '
+          'Gemma: fetch them again.'
+        )
+      if found.get(p.name, p.shape) != p.shape:
+        raise errors.UserError(
+          f'{self.path}: tensor {p.name} has the shape {found[p.name]}, the '
+          f'model {p.shape}; the files are damaged or do not belong together.'
+        )
+    # Files have keys and values of layers that see those of others, too.
+    each_its_own = dataclasses.replace(self.config, sharing_layers=0)
+    unread = {p.name for p in self.places(each_its_own)}
+    known = unread.union((p.name for p in wanted), self.heads)
+    if extra := sorted(found.keys() - known):
+      raise errors.UserError(
+        f'{self.path}: {extra[0]} (and {len(extra) - 1} more) is no part of '
+        'this Gemma; merge an adapter first, take weights that are not '
+        'quantised, or add it to mt/gemma/parameters.py.'
+      )
+
+
 def places(
-  cfg: sizes.ModelConfig,
   name: Callable[[parameters.Parameter, int | None], str],
+  cfg: sizes.ModelConfig,
 ) -> list[Place]:
   """All tensors of a format that has each matrix apart, as [out, in].
 
   Args:
-    cfg: the model's shape.
     name: (row, number of the layer in the model, or None) -> name in the file.
+    cfg: the model's shape.
   """
   shapes, out = parameters.shapes(cfg), []
   layers = {stack.name: stack.layers for stack in cfg.stacks()}
@@ -62,102 +119,52 @@ def places(
   return out
 
 
-def check(
-  path: pathlib.Path, wanted: Sequence[Place], found: Mapping[str, Shape]
-) -> None:
-  """Refuses a file whose tensors are not those of the model.
+def put(flat: Mapping[str, Any], place: Place) -> np.ndarray:
+  """A tensor as the files have it, on the host, out of {path: parameter}."""
+  x = flat[place.row.path]
+  x = np.asarray(x if place.layer is None else x[place.layer])
+  return x.T if place.row.transposed else x
 
-  A row of the table with published=False may be missing as a whole.
 
-  Args:
-    path: of the file, for the message.
-    wanted: the tensors of the model.
-    found: name -> shape of the file's tensors, but for those of other parts
-      (vision), which nobody reads, and a head, see `check_head`. A bias or a
-      scale that we do not read would be another function.
-
-  Raises:
-    errors.UserError: a tensor is missing, too much, or has another shape.
-  """
-  there = {p.row.path for p in wanted if p.name in found}
-  for p in wanted:
-    if p.name not in found and (p.row.published or p.row.path in there):
-      raise errors.UserError(
-        f'{path}: no tensor {p.name!r}; the weights are not a complete Gemma: '
-        'fetch them again.'
-      )
-    if found.get(p.name, p.shape) != p.shape:
-      raise errors.UserError(
-        f'{path}: tensor {p.name} has the shape {found[p.name]}, the model '
-        f'{p.shape}; the files are damaged or do not belong together.'
-      )
-  if extra := sorted(found.keys() - {p.name for p in wanted}):
-    raise errors.UserError(
-      f'{path}: {extra[0]} (and {len(extra) - 1} more) is no part of this '
-      'Gemma; merge an adapter first, take weights that are not quantised, or '
-      'add it to mt/gemma/parameters.py.'
+def _check_head(weights, embedding, head):
+  # Both by their rows, or in parts.
+  same = weights.found[head] == embedding.shape and all(
+    np.array_equal(ours, theirs)
+    for ours, theirs in zip(
+      weights.get(embedding),
+      weights.get(dataclasses.replace(embedding, name=head)),
+      strict=True,
     )
-
-
-def check_head(
-  path: pathlib.Path,
-  found: Mapping[str, Shape],
-  head: str,
-  embedding: str,
-  rows: Callable[[str, int, int], np.ndarray],
-) -> None:
-  """Refuses a head that is not the embedding, with which ours is tied.
-
-  Args:
-    path: of the file, for the message.
-    found: name -> shape.
-    head, embedding: names.
-    rows: (name, first, last + 1) -> those rows of it.
-
-  Raises:
-    errors.UserError: they differ.
-  """
-  shape = found[head]
-  same = shape == found.get(embedding) and len(shape) == 2
-  step = max(1, _AT_ONCE // max(1, shape[-1]))
-  for at in range(0, shape[0], step) if same else ():
-    stop = min(at + step, shape[0])
-    parts = [rows(name, at, stop) for name in (head, embedding)]
-    same = same and np.array_equal(*(x.astype(np.float32) for x in parts))
+  )
   if not same:
     raise errors.UserError(
-      f'{path}: the head {head} is another matrix than {embedding}, and here '
-      'they are one; take weights whose head is the embedding, as in every '
-      'published Gemma.'
+      f'{weights.path}: the head {head} is another matrix than '
+      f'{embedding.name}, and here they are one; take weights whose head is '
+      'the embedding, as in every published Gemma.'
     )
 
 
 def read(
-  cfg: sizes.ModelConfig,
-  path: pathlib.Path,
-  wanted: Sequence[Place],
-  found: Mapping[str, Shape],
-  get: Callable[[Place], kept.Tensor],
-  key: chex.PRNGKey,
-  keep: kept.Keep,
+  weights: Weights, key: chex.PRNGKey, keep: kept.Keep = kept.FLOAT32
 ) -> tuple[parameters.Params, int]:
-  """The parameters, checked and then read tensor by tensor.
+  """The parameters, read tensor by tensor.
 
   Args:
-    cfg: the model's shape.
-    path, wanted, found: see `check`.
-    get: place -> that tensor, of any float type, in our orientation; or its
-      parts along the first axis, in order.
-    key: of the initial values of what a fork has added and the file lacks.
+    weights: opened.
+    key: of the initial values of what a fork has added and the files lack.
     keep: their format and place.
 
   Returns:
     The parameters, and the CRC-32 of all of them as float32.
 
   Raises:
-    errors.UserError: see `check`.
+    errors.UserError: a file cannot be read, or a head is not the embedding.
   """
-  check(path, wanted, found)
+  cfg, get = weights.config, weights.get
+  wanted, found = weights.places(cfg), weights.found
+  embedding = next(p for p in wanted if p.row.path == 'embedding')
+  for head in weights.heads:
+    _check_head(weights, embedding, head)
   numbers = {row.path: i for i, row in enumerate(parameters.table(cfg))}
   flat, crc = {}, 0
   for row in kept.in_order(cfg):

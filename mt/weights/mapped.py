@@ -41,17 +41,17 @@ _ALIGN = 64
 def read(
   source: pathlib.Path,
   cfg: sizes.ModelConfig,
-  keep: kept.Keep,
   dequantise: Callable[[kept.Keep], tuple[parameters.Params, int]],
+  keep: kept.Keep,
 ) -> tuple[parameters.Params, int]:
   """What `dequantise(keep)` returns, out of the cache from the second time on.
 
   Args:
     source: the file that is dequantised; nothing else decides the result.
     cfg: the model's shape.
-    keep: format and place of the parameters.
     dequantise: how they are kept -> the parameters, and the CRC-32 of all of
       them as float32.
+    keep: format and place of the parameters.
   """
   places, size = _places(cfg)
   if size not in _WORTH or jax.process_count() > 1:

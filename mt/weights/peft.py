@@ -6,13 +6,14 @@ A [r, in] and B [out, r], which are ours transposed.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 
 import numpy as np
+import safetensors.numpy
 
 from mt.base import errors
+from mt.base import files
 from mt.gemma import lora
 from mt.gemma import parameters
 from mt.gemma import sizes
@@ -20,7 +21,7 @@ from mt.weights import hf
 from mt.weights import hf_config
 
 _CONFIG, _TENSORS = 'adapter_config.json', 'adapter_model.safetensors'
-_FACTOR = re.compile(r'(.*)layers\.(\d{1,4})\.([\w.]+)\.lora_([AB])\.weight')
+_PREFIX = re.compile(r'(.*)layers\.\d+\..*\.lora_')
 # What a field must be, where it says something. Any other that is set would be
 # another function than y = W x + (lora_alpha / r) B A x, or another base.
 _ONLY = {
@@ -97,42 +98,39 @@ def read(folder: pathlib.Path, cfg: sizes.ModelConfig) -> Adapter:
 
 def _stacked(path, cfg, rank):
   """The factors of all layers, checked and stacked."""
-  opened, prefixes, found = hf.open_file(path), set(), {}
-  for name in opened.keys():  # noqa: SIM118  It is no dict.
-    match = _FACTOR.fullmatch(name)
-    if not match:
-      raise errors.UserError(
-        f'{path}: {name} is no factor of a layer; merge the adapter with PEFT '
-        'and give the whole model.'
-      )
-    prefix, layer, module, letter = match.groups()
-    prefixes.add(prefix)
-    found[module, letter, int(layer)] = name
+  with hf.reading(path):
+    tensors = safetensors.numpy.load_file(path)
+  given = '\n'.join(tensors)
+  prefix = _PREFIX.search(given)
   shapes, out = parameters.shapes(cfg), {}
   layers = {stack.name: stack.layers for stack in cfg.stacks()}
-  modules = {module for module, _, _ in found}
   for row in parameters.table(cfg):
-    if not row.lora or row.hf not in modules:
+    if not row.lora or f'.{row.hf}.lora_' not in given:
       continue
     _, fan_in, fan_out = shapes[row.path]
     for letter, shape in ('A', (rank, fan_in)), ('B', (fan_out, rank)):
-      names = [found.pop((row.hf, letter, i), '') for i in layers[row.stack]]
-      xs = [hf.read_tensor(opened, path, n) for n in names if n]
-      if len(xs) != len(names) or any(x.shape != shape for x in xs):
+      xs = [
+        tensors.pop(_name(prefix[1], i, row, letter), np.zeros(0))
+        for i in layers[row.stack]
+      ]
+      if any(x.shape != shape for x in xs):
         raise errors.UserError(
-          f'{path}: the factors {letter} of {row.hf} are not {len(names)} of '
+          f'{path}: the factors {letter} of {row.hf} are not {len(xs)} of '
           f'the shape {shape}; the adapter is of another model, or has not all '
           'layers.'
         )
       stacked = np.stack([x.T for x in xs]).astype(np.float32)
       out[f'{row.path}_lora_{letter.lower()}'] = stacked
-  if found or len(prefixes) != 1 or not out:
+  if tensors or not out:
     raise errors.UserError(
-      f'{path}: {next(iter(found.values()), "nothing")} is beside the factors '
-      f'of this Gemma ({len(prefixes)} parts of a model); merge the adapter '
-      'with PEFT and give the whole model.'
+      f'{path}: {next(iter(tensors), "nothing")} is beside the factors of this '
+      'Gemma; merge the adapter with PEFT and give the whole model.'
     )
   return out
+
+
+def _name(prefix, layer, row, letter):
+  return f'{prefix}layers.{layer}.{row.hf}.lora_{letter}.weight'
 
 
 def write(
@@ -142,7 +140,7 @@ def write(
   *,
   alpha: float,
   base: str,
-  dtype: np.dtype = np.float32,
+  dtype: str = 'float32',
 ) -> None:
   """Writes what `peft.PeftModel.from_pretrained(base_model, folder)` reads.
 
@@ -168,8 +166,8 @@ def write(
     for letter in 'AB':
       stacked = np.asarray(trained[f'{row.path}_lora_{letter.lower()}'])
       for i, x in zip(layers[row.stack], stacked, strict=True):
-        module = f'base_model.model.model.layers.{i}.{row.hf}'
-        tensors[f'{module}.lora_{letter}.weight'] = x.T.astype(dtype)
+        name = _name('base_model.model.model.', i, row, letter)
+        tensors[name] = x.T.astype(dtype)
   hf.save(folder / _TENSORS, tensors)
   fields = {
     'peft_type': 'LORA',
@@ -186,6 +184,4 @@ def write(
     'use_dora': False,
     'target_modules': sorted({row.hf.split('.')[-1] for row in rows}),
   }
-  (folder / _CONFIG).write_text(
-    json.dumps(fields, indent=2) + '\n', encoding='utf-8'
-  )
+  files.write_json(folder / _CONFIG, fields)

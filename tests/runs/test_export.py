@@ -155,7 +155,7 @@ def test_a_search_reaches_the_folder(tmp_path, run):
   config, source = checkpoint.open_source(run)
   config.decode.update({'beam': 4, 'length_penalty': 0.5})
   config.decode.no_repeat_ngram = 3  # Another thing in transformers.
-  found = export.Model(source, {}, '', config).generation
+  found = export.generation(config, source.config, source.tokenizer)
   assert (found['num_beams'], found['length_penalty']) == (4, 0.5)
   assert 'no_repeat_ngram_size' not in found
   assert 'suppress_tokens' not in found
@@ -163,8 +163,7 @@ def test_a_search_reaches_the_folder(tmp_path, run):
   tok = source.tokenizer
   tok = dataclasses.replace(tok, controls=tok.controls | {'<image|>': 7})
   cfg = dataclasses.replace(source.config, vocab_size=tok.vocab_size + 1)
-  source = dataclasses.replace(source, tokenizer=tok, config=cfg)
-  found = export.Model(source, {}, '', config).generation
+  found = export.generation(config, cfg, tok)
   assert found['suppress_tokens'] == [7, tok.vocab_size]
 
 
@@ -190,17 +189,16 @@ def test_an_adapter_has_the_base_that_it_was_trained_on(
   tmp_path, run, source, base
 ):
   config, opened, trained, _ = checkpoint.load_trained(run)
-  config.weights.source = source
-  model = export.Model(opened, trained, '', config)
-  export._write_peft(tmp_path, model, 'float32')
-  fields = json.loads((tmp_path / 'adapter_config.json').read_text())
+  cfg, tok = opened.config, opened.tokenizer
+  about = card.Model('peft', '', source, '', cfg, tok, 'float32', config, run)
+  export.write(tmp_path / 'a', trained, about)
+  fields = json.loads((tmp_path / 'a' / 'adapter_config.json').read_text())
   assert fields['base_model_name_or_path'] == base
 
 
 @pytest.mark.parametrize('dtype', sorted(gguf_out.KINDS))
 def test_a_gguf_file_is_the_model_of_the_run(tmp_path, run, finetuned, dtype):
-  done = export.to_gguf(run, tmp_path / 'o', dtype, base=False)
-  assert done is None
+  export.from_run('gguf', run, tmp_path / 'o', dtype)
   kind = {'float32': 'F32', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}[dtype]
   names = {p.name for p in (tmp_path / 'o').iterdir()}
   assert names == {f'model-{kind}.gguf', 'README.md'}
@@ -213,12 +211,10 @@ def test_a_gguf_file_is_the_model_of_the_run(tmp_path, run, finetuned, dtype):
     assert off < error, name
 
 
-@pytest.mark.parametrize(
-  'write', [export.to_hf, export.to_gemma, export.to_gguf, export.to_peft]
-)
-def test_the_checkpoint_is_chosen(tmp_path, run, write):
+@pytest.mark.parametrize('to', export.FORMATS)
+def test_the_checkpoint_is_chosen(tmp_path, run, to):
   refusal(
-    lambda: write(run, tmp_path / 'o', 'float32', False, '7'),
+    lambda: export.from_run(to, run, tmp_path / 'o', 'float32', False, '7'),
     "no checkpoint '7'",
   )
 
@@ -233,14 +229,16 @@ def test_the_adapter_is_of_that_checkpoint(tmp_path, run, monkeypatch):
   monkeypatch.setattr(checkpoint, 'find_step', lambda _, which: (5, which))
   monkeypatch.setattr(checkpoint, 'load_trained', load)
   refusal(
-    lambda: export.to_peft(run, tmp_path / 'o', 'float32', False, 'last'),
+    lambda: export.from_run(
+      'peft', run, tmp_path / 'o', 'float32', False, 'last'
+    ),
     'Enough',
   )
   assert asked == [5]
 
 
 def test_the_official_layout(tmp_path, run, finetuned):
-  export.to_gemma(run, tmp_path / 'o', 'float32', base=False)
+  export.from_run('gemma', run, tmp_path / 'o', 'float32')
   source, params = finetuned
   read = gemma_params.load_and_format_params(str(tmp_path / 'o' / 'checkpoint'))
   params = jax.tree.map(np.asarray, params)
@@ -249,7 +247,7 @@ def test_the_official_layout(tmp_path, run, finetuned):
   assert (tmp_path / 'o' / 'tokenizer.model').read_bytes() == (
     source.tokenizer.proto
   )
-  export.to_gemma(run, tmp_path / 'base', 'bfloat16', base=True)
+  export.from_run('gemma', run, tmp_path / 'base', 'bfloat16', base=True)
   path = str(tmp_path / 'base' / 'checkpoint')
   read = gemma_params.load_and_format_params(path)['transformer']
   base = jax.tree.map(
@@ -260,8 +258,8 @@ def test_the_official_layout(tmp_path, run, finetuned):
 
 
 def test_training_shows_in_the_export(tmp_path, run):
-  export.to_hf(run, tmp_path / 'tuned', 'float32', base=False)
-  export.to_hf(run, tmp_path / 'base', 'float32', base=True)
+  export.from_run('hf', run, tmp_path / 'tuned', 'float32')
+  export.from_run('hf', run, tmp_path / 'base', 'float32', base=True)
   tuned, base = (_open(tmp_path / x).read() for x in ('tuned', 'base'))
   config, source = checkpoint.open_source(run)
   assert config.weights.source.endswith('a.gguf')
@@ -280,7 +278,7 @@ def test_low_rank_products_are_added_to_the_weights_as_they_were(
   other = write_run(
     tmp_path / 'run', config.weights.source, proto, frozen_dtype='int4'
   )
-  export.to_hf(other, tmp_path / 'hf', 'float32', base=False)
+  export.from_run('hf', other, tmp_path / 'hf', 'float32')
   want = jax.tree.map(np.asarray, finetuned[1])
   hf_fixture.assert_same(_open(tmp_path / 'hf').read(), want)
   layers = checkpoint.load_finetuned(other)[2]['layers']
@@ -288,7 +286,7 @@ def test_low_rank_products_are_added_to_the_weights_as_they_were(
 
 
 def test_bfloat16_is_half_as_large(tmp_path, run, finetuned):
-  export.to_hf(run, tmp_path / 'a', 'bfloat16', base=False)
+  export.from_run('hf', run, tmp_path / 'a', 'bfloat16')
   arrays = load_file(tmp_path / 'a' / 'model.safetensors')
   assert {x.dtype for x in arrays.values()} == {np.dtype(ml_dtypes.bfloat16)}
   config = json.loads((tmp_path / 'a' / 'config.json').read_text())
@@ -301,7 +299,7 @@ def test_bfloat16_is_half_as_large(tmp_path, run, finetuned):
 
 
 def test_an_adapter_holds_the_factors(tmp_path, run, finetuned, capsys):
-  export.to_peft(run, tmp_path / 'a', 'float32', base=False)
+  export.from_run('peft', run, tmp_path / 'a', 'float32')
   assert 'set base_model_name_or_path' in capsys.readouterr().out
   files = {p.name for p in (tmp_path / 'a').iterdir()}
   weights = {'adapter_config.json', 'adapter_model.safetensors'}
@@ -320,8 +318,8 @@ def test_an_adapter_holds_the_factors(tmp_path, run, finetuned, capsys):
     'v_proj',
   ]
   # W + alpha / r * B A is the exported matrix, in PEFT's layout [out, in].
-  export.to_hf(run, tmp_path / 'tuned', 'float32', base=False)
-  export.to_hf(run, tmp_path / 'base', 'float32', base=True)
+  export.from_run('hf', run, tmp_path / 'tuned', 'float32')
+  export.from_run('hf', run, tmp_path / 'base', 'float32', base=True)
   tuned, base = (
     load_file(tmp_path / x / 'model.safetensors') for x in ('tuned', 'base')
   )
@@ -339,7 +337,7 @@ def test_an_adapter_holds_the_factors(tmp_path, run, finetuned, capsys):
 
 
 def test_an_adapter_is_merged_without_a_run(tmp_path, run, finetuned):
-  export.to_peft(run, tmp_path / 'a', 'float32', base=False)
+  export.from_run('peft', run, tmp_path / 'a', 'float32')
   source = run_folder.read_config(run).weights.source
   done = _command(
     f'--source={source}', f'--adapter={tmp_path / "a"}', f'--out={tmp_path}/o'
@@ -355,7 +353,7 @@ def test_an_adapter_is_merged_without_a_run(tmp_path, run, finetuned):
 
 
 def test_an_adapter_is_what_a_run_begins_with(tmp_path, run, capsys):
-  export.to_peft(run, tmp_path / 'a', 'float32', base=False)
+  export.from_run('peft', run, tmp_path / 'a', 'float32')
   path = tmp_path / 'a' / 'adapter_config.json'
   fields = json.loads(path.read_text()) | {'lora_dropout': 0.125}
   path.write_text(json.dumps(fields))
@@ -440,9 +438,9 @@ def _card(run, folder, to='hf', **knobs):
     'step 70',
     source.config,
     source.tokenizer,
+    'q8_0',
     config,
     folder,
-    'q8_0',
   )
   return card.text(model), both
 
@@ -530,21 +528,21 @@ def test_what_fails_in_the_middle_leaves_nothing(
   out = tmp_path / 'new' / 'out'
   if error is OSError:
     refusal(
-      lambda: export.to_hf(run, out, 'float32', base=True),
+      lambda: export.from_run('hf', run, out, 'float32', base=True),
       'No space left on device',
       '--out',
     )
   else:
     with pytest.raises(KeyboardInterrupt):
-      export.to_hf(run, out, 'float32', base=True)
+      export.from_run('hf', run, out, 'float32', base=True)
   assert list((tmp_path / 'new').iterdir()) == []
 
 
 def test_no_run_there_is_refused(tmp_path):
-  for write in (export.to_hf, export.to_peft):
+  for to in 'hf', 'peft':
     refusal(
-      lambda write=write: write(
-        tmp_path, tmp_path / 'out', 'float32', base=False
+      lambda to=to: export.from_run(
+        to, tmp_path, tmp_path / 'out', 'float32', base=False
       ),
       tmp_path / 'config.json',
       '--workdir',
@@ -557,13 +555,17 @@ def test_only_lora_gives_an_adapter(tmp_path, run):
   config['train']['parts'] = 'blocks'
   (tmp_path / 'config.json').write_text(json.dumps(config))
   refusal(
-    lambda: export.to_peft(tmp_path, tmp_path / 'out', 'float32', base=False),
+    lambda: export.from_run(
+      'peft', tmp_path, tmp_path / 'out', 'float32', base=False
+    ),
     tmp_path,
     "'blocks'",
     '--to=hf',
   )
   refusal(
-    lambda: export.to_peft(run, tmp_path / 'out', 'float32', base=True),
+    lambda: export.from_run(
+      'peft', run, tmp_path / 'out', 'float32', base=True
+    ),
     '--base',
   )
 

@@ -87,7 +87,7 @@ def test_a_chat_is_served_as_the_run_translates(tmp_path):
   path = gguf_fixture.write_gguf(tmp_path / 'a.gguf', cfg, params, proto)
   t = test_transformers.chat_run(tmp_path / 'run', path, proto)
   out, text = tmp_path / 'out', 'Hello!'
-  export.to_gguf(tmp_path / 'run', out, 'float32', base=True)
+  export.from_run('gguf', tmp_path / 'run', out, 'float32', base=True)
   tok = tokenizer.from_proto(proto, 'x')
   ids = template.prompt_ids(text, tok, t)
   made, _ = _ask(out / 'model-F32.gguf', ids, limit=48)

@@ -171,9 +171,9 @@ def test_an_adapter_on_its_base_is_the_merged_model(tmp_path, arch):
     tmp_path / 'a.gguf', cfg, gguf_fixture.tiny_params(cfg), proto, arch
   )
   run = test_export.write_run(tmp_path / 'run', path, proto)
-  export.to_hf(run, tmp_path / 'merged', 'float32', base=False)
-  export.to_hf(run, tmp_path / 'base', 'float32', base=True)
-  export.to_peft(run, tmp_path / 'adapter', 'float32', base=False)
+  export.from_run('hf', run, tmp_path / 'merged', 'float32', base=False)
+  export.from_run('hf', run, tmp_path / 'base', 'float32', base=True)
+  export.from_run('peft', run, tmp_path / 'adapter', 'float32', base=False)
   tokens, texts = range(4, 60), ['My name']
   merged, _ = _ask(tmp_path, tmp_path / 'merged', tokens, texts)
   base, _ = _ask(tmp_path, tmp_path / 'base', tokens, texts)
@@ -226,7 +226,7 @@ def test_a_chat_is_served_as_the_run_translates(tmp_path):
   path = gguf_fixture.write_gguf(tmp_path / 'a.gguf', cfg, params, proto)
   t = chat_run(tmp_path / 'run', path, proto)
   out, text = tmp_path / 'out', 'Hello!'
-  export.to_hf(tmp_path / 'run', out, 'float32', base=True)
+  export.from_run('hf', tmp_path / 'run', out, 'float32', base=True)
   chat = [{'role': 'user', 'content': text}]
   _, answers = _ask(tmp_path, out, range(4, 9), ['x'], chat=chat)
   tok = tokenizer.from_proto(proto, 'x')
@@ -301,8 +301,8 @@ def test_a_prompt_is_served_as_the_model_card_says(tmp_path):
   config = run_folder.read_config(run)
   config.decode.max_ratio = 0.125
   files.write_json(run / 'config.json', config.to_dict())
-  export.to_hf(run, tmp_path / 'hf', 'float32', base=False)
-  export.to_peft(run, tmp_path / 'peft', 'float32', base=False)
+  export.from_run('hf', run, tmp_path / 'hf', 'float32', base=False)
+  export.from_run('peft', run, tmp_path / 'peft', 'float32', base=False)
   said = 'English: Hello!\nFrench:'
   _, answers = _ask(
     tmp_path, tmp_path / 'hf', range(4, 9), [said], new_tokens=48

@@ -39,7 +39,7 @@ def test_the_weights_and_nothing_else(debug_config, tmp_path, capsys, parts):
   assert 'warm start' in capsys.readouterr().out
   assert _first_loss(tmp_path / 'warm') == losses[2]
   if parts == 'lora':  # An adapter is another way to the same weights.
-    export.to_peft(first, tmp_path / 'adapter', 'float32', False, '2')
+    export.from_run('peft', first, tmp_path / 'adapter', 'float32', False, '2')
     warm.weights.warm_start = ''
     warm.weights.adapter = str(tmp_path / 'adapter')
     run_lib.run(warm, tmp_path / 'adapted')

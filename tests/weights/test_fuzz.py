@@ -31,6 +31,7 @@ from mt.weights import flax
 from mt.weights import gguf
 from mt.weights import gguf_file
 from mt.weights import hf_tokenizer
+from mt.weights import load
 from tests.fixtures import flax_fixture
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
@@ -73,10 +74,9 @@ def _gguf_cases(folder, number, rng):
   path = folder / 'damaged.gguf'
 
   def read():
-    file = gguf_file.open_gguf(path)
-    gguf.read_tokenizer(file)
-    cfg = gguf.read_config(file)
-    return gguf.read_params(file, cfg, jax.random.key(0))
+    weights = gguf.open_weights(path)
+    weights.tokenizer()
+    return load.read(weights, jax.random.key(0))[0]
 
   for i in range(number):
     if i % 10 == 0:
@@ -100,8 +100,7 @@ def _orbax_cases(folder, number, rng, ocdbt):
   path = folder / 'damaged'
 
   def read():
-    ckpt = flax.open_checkpoint(path)
-    return flax.read_params(ckpt, flax.read_config(ckpt), jax.random.key(0))[0]
+    return load.read(flax.open_folder(path), jax.random.key(0))[0]
 
   cases = [(file, how) for how in range(6) for file in files]
   rng.shuffle(cases)

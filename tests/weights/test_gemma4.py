@@ -28,6 +28,7 @@ from mt.weights import flax
 from mt.weights import flax_out
 from mt.weights import hf
 from mt.weights import hf_tokenizer
+from mt.weights import load
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
 from tests.fixtures import tiny_gemma4
@@ -130,7 +131,7 @@ def test_values_gradients_and_greedy_tokens_are_transformers(tmp_path):
     settings = batching.Settings(cfg, search.Search(), (1,), batch_size=1)
     ((best,),) = batching.decode_all(settings, decode.unstack(params), [prompt])
     assert best.tokens == [t for t in theirs.pop('made') if t != 1], name
-    for place in hf._places(cfg, 'model.'):
+    for place in hf._places('model.', cfg):
       if place.row.name == 'scale':  # A buffer there: it has no gradient.
         continue
       x = grads[place.row.path]
@@ -331,9 +332,9 @@ def test_an_orbax_checkpoint_is_read(tmp_path, monkeypatch, name):
     tree.setdefault(module, {})[last] = jnp.asarray(x, jnp.float32)
   with ocp.PyTreeCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / 'checkpoint', tree)
-  checkpoint = flax.open_checkpoint(tmp_path / 'checkpoint')
-  assert flax.read_config(checkpoint) == cfg
-  read = flax.read_params(checkpoint, cfg, jax.random.key(0))[0]
+  weights = flax.open_folder(tmp_path)
+  assert weights.config == cfg
+  read = load.read(weights, jax.random.key(0))[0]
   jax.tree.map(np.testing.assert_array_equal, read, params)
 
 

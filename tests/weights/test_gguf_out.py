@@ -12,6 +12,7 @@ from mt.data import tokenizer
 from mt.weights import gguf as weights_gguf
 from mt.weights import gguf_file
 from mt.weights import gguf_out
+from mt.weights import load
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
 from tests.fixtures import nasty
@@ -29,9 +30,9 @@ def tok():
 
 def _written(path, cfg, params, tok, *args):
   gguf_out.write(path, cfg, params, tok, *args)
-  file = gguf_file.open_gguf(path)
-  read = weights_gguf.read_config(file)
-  return file, read, weights_gguf.read_params(file, read, jax.random.key(0))[0]
+  weights = weights_gguf.open_weights(path)
+  params, _ = load.read(weights, jax.random.key(0))
+  return gguf_file.open_gguf(path), weights.config, params
 
 
 @pytest.mark.parametrize('dtype', sorted(gguf_out.KINDS))
@@ -44,8 +45,8 @@ def test_the_model_comes_back(tmp_path, tok, arch, dtype):
   # The fixture's file, laid out as llama.cpp's converter does.
   path, kind = tmp_path / 'b', gguf_out.KINDS[dtype]
   gguf_fixture.write_gguf(path, cfg, params, tok.proto, arch, kind)
-  file = gguf_file.open_gguf(path)
-  expected = weights_gguf.read_params(file, cfg, jax.random.key(0))[0]
+  weights = weights_gguf.open_weights(path)
+  expected, _ = load.read(weights, jax.random.key(0))
   hf_fixture.assert_same(found, jax.tree.map(np.asarray, expected))
   same = np.array_equal(found['layers']['q'], params['layers']['q'])
   assert same == (dtype == 'float32')
@@ -151,7 +152,7 @@ def test_rows_that_are_no_whole_blocks_stay_float32(tmp_path, tok):
   [
     ('gemma3', {'attention': 'LLG'}, ('attention', "'LLG'")),
     ('gemma2', {'query_scale': 0.5}, ('query_scale', '0.5')),
-    ('gemma', {'final_softcap': 30.0}, ('final_logit_softcapping',)),
+    ('gemma', {'final_softcap': 30.0}, ('final_softcap', '30.0')),
   ],
 )
 def test_a_shape_that_llama_cpp_would_take_for_another(

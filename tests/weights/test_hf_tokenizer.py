@@ -285,7 +285,7 @@ _BROKEN = {
   'a negative id': (_set('model', 'vocab', 'new', -1), '0, 1, 2'),
   'a huge id': (_set('model', 'vocab', 'new', 2**60), '0, 1, 2'),
   'a hole': (_hole, '0, 1, 2'),
-  'two pieces of one id': (_swap_id, 'one id'),
+  'two pieces of one id': (_swap_id, '0, 1, 2'),
   'a merge of three': (_set('model', 'merges', [['a', 'b', 'c']]), 'merges'),
   'a merge of numbers': (_set('model', 'merges', [1]), 'merges'),
   'added tokens as text': (_set('added_tokens', 'x'), 'added tokens'),

@@ -118,7 +118,7 @@ def test_a_gated_model(server, monkeypatch):
   [
     ('google/gemma-9', '', ('no such model', '(401)', 'its name', 'HF_TOKEN')),
     ('google/gemma-9', hub_server.TOKEN, ('no such model', '(404)', 'name')),
-    (NAME, 'hf_old', ('does not accept your token', 'settings/tokens')),
+    (NAME, 'hf_old', ('of your token', '(401)', 'settings/tokens')),
     (f'{NAME}@v9', '', ("no revision 'v9'", '/tree/main')),
     (f'{NAME}@', '', ('OWNER/MODEL',)),
     ('gemma-3-270m', '', ('OWNER/MODEL',)),
@@ -202,11 +202,11 @@ def test_a_folder_that_the_hub_does_not_take(server, published, monkeypatch):
 
   again = f'`hf upload {hub_server.OWN} {published} --private`'
   monkeypatch.setenv('HF_TOKEN', 'hf_old')
-  refusal(upload(), 'does not accept your token', 'settings/tokens', again)
+  refusal(upload(), '(401)', 'settings/tokens', again)
   monkeypatch.setenv('HF_TOKEN', hub_server.TOKEN)
   refusal(upload(NAME), 'there already', 'nothing is overwritten', 'name')
   server.status = 403
-  refusal(upload(), '403', 'may write to somebody', again)
+  refusal(upload(), '(403)', 'may read or write', again)
   _nobody(monkeypatch)
   refusal(upload(), f'--push=hf:{hub_server.OWN}', 'does not answer', again)
   assert not server.sent

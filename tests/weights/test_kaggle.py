@@ -184,7 +184,7 @@ def test_no_credentials(server, monkeypatch):
   refusal(
     lambda: kaggle.download(HANDLE),
     HANDLE,
-    'who you are (403)',
+    'to nobody (403)',
     'https://www.kaggle.com/settings',
     'KAGGLE_USERNAME and KAGGLE_KEY',
   )
@@ -194,13 +194,11 @@ def test_wrong_credentials(server, monkeypatch):
   monkeypatch.setenv('KAGGLE_KEY', 'of last year')
   refusal(
     lambda: kaggle.download(HANDLE),
-    'of morgane (401)',
+    'to morgane (401)',
     'new token at https://www.kaggle.com/settings',
   )
   monkeypatch.setenv('KAGGLE_API_TOKEN', 'of last year')
-  refusal(
-    lambda: kaggle.download(HANDLE), 'whoever has the token (401)', 'settings'
-  )
+  refusal(lambda: kaggle.download(HANDLE), 'the token (401)', 'settings')
 
 
 def test_credentials_in_a_file(server, monkeypatch, tmp_path):
@@ -219,8 +217,8 @@ def test_a_licence_to_be_accepted(server):
   refusal(
     lambda: kaggle.download(HANDLE),
     '(403)',
-    'accept its licence at https://www.kaggle.com/models/google/gemma as '
-    'morgane',
+    'to morgane',
+    'accept its licence at https://www.kaggle.com/models/google/gemma',
   )
 
 

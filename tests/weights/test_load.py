@@ -13,6 +13,7 @@ from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import hf
+from mt.weights import load
 from tests.fixtures import flax_fixture
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
@@ -95,9 +96,7 @@ def test_what_a_fork_has_written_is_read(tmp_path, monkeypatch):
   assert params['layers'].keys() >= {'attn_gate', 'extra'}
   tok = tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
   hf.write(tmp_path, _CFG, params, tok)
-  hf_fixture.assert_same(
-    hf.read_params(hf.open_folder(tmp_path), _KEY)[0], params
-  )
+  hf_fixture.assert_same(load.read(hf.open_folder(tmp_path), _KEY)[0], params)
   # In one layer and not in the other it is damage, and no new parameter.
   path = tmp_path / 'model.safetensors'
   tensors = load_file(path)

@@ -8,10 +8,10 @@ import pytest
 
 from mt.base import cache
 from mt.gemma import parameters
-from mt.weights import gguf as weights_gguf
 from mt.weights import gguf_file
 from mt.weights import kept
 from mt.weights import mapped
+from tests.fixtures import hf_fixture
 from tests.fixtures import tiny_gguf
 from tests.fixtures.hf_fixture import assert_same
 
@@ -37,9 +37,7 @@ def dequantised(monkeypatch):
 
 
 def _read(path, keep=kept.FLOAT32):
-  file = gguf_file.open_gguf(path)
-  cfg = weights_gguf.read_config(file)
-  return weights_gguf.read_params(file, cfg, jax.random.key(0), keep)
+  return hf_fixture.open_folder(path).read_kept(keep)
 
 
 def _copies():

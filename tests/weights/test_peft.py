@@ -159,7 +159,7 @@ _LAYER = 'base_model.model.model.layers.0.'
     (lambda t: t | {'base_model.model.lm_head.weight': t[_ANY]}, ('lm_head',)),
     (
       lambda t: t | {_ANY.replace('lora_A', 'lora_magnitude_vector'): t[_ANY]},
-      ('no factor',),
+      ('lora_magnitude_vector', 'beside'),
     ),
     (
       lambda t: t | {_ANY.replace('layers.0', 'layers.2'): t[_ANY]},
@@ -173,7 +173,7 @@ _LAYER = 'base_model.model.model.layers.0.'
       lambda t: (
         t | {k.replace('model.layers', 'vision_tower.layers'): t[k] for k in t}
       ),
-      ('2 parts of a model',),
+      ('layers.0', 'beside'),
     ),
     (lambda t: {}, ('nothing',)),
   ],
