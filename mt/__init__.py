@@ -40,9 +40,7 @@ base, what every room stands on
   run_folder  the files of a run, and what a resume may change
   screen      what a terminal cannot show ends no run
   journal     metrics.jsonl, progress bar, lines
-  events      metrics for TensorBoard
-  tracking    the same for Weights & Biases
-  recorder    all of these at once
+  recorder    metrics, for TensorBoard and Weights & Biases too
   profiling   a trace of some steps
   signals     SIGTERM, SIGHUP, a cloud's notice, …: save and leave
 
@@ -53,7 +51,6 @@ data, from parallel text to rows of tokens; `python -m mt.data` shows them
   columns     what the columns of a text mean, checked on its lines
   faults      what spoils a result: leaks, copies, other scripts, …
   bitext      parallel text on disk: bad lines counted, pairs read by number
-  tfds        MTNT as TFDS reads it
   mtnt        MTNT 1.1 fetched; archives unpacked
   sacrebleu_sets  test sets by name
   directions  several directions in one run

@@ -45,14 +45,12 @@ def open_metrics(path: pathlib.Path) -> IO[bytes] | None:
     raise files.unwritable(path, e) from e
 
 
-def add_metrics(file: IO[bytes] | None, line: dict[str, Any]) -> None:
+def add_metrics(file: IO[bytes], line: dict[str, Any]) -> None:
   """Appends one JSON object; `step` says how many steps were done.
 
   It is written at once, so that a kill loses the line under way at the most.
   JSON has no infinity and no NaN: they become null.
   """
-  if file is None:
-    return
   line = {
     k: None if isinstance(v, float) and not math.isfinite(v) else v
     for k, v in line.items()

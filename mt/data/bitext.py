@@ -53,13 +53,11 @@ class Bitext:
   notes: tuple[str, ...]  # What else a reader should know.
   digest: str  # Changes with the content and with how it is read.
   pair: str  # The direction, such as en-fr.
-  # Instead of lines, the pairs themselves, see mt/data/tfds.py.
-  pairs: tuple[lines.Pair, ...] = ()
   rules: faults.Rules | None = None  # What training leaves out, see corpus.
 
   def __len__(self) -> int:
     """Lines, usable or not."""
-    return len(self.pairs) or len(self.starts[0]) - 1
+    return len(self.starts[0]) - 1
 
   @property
   def where(self) -> str:
@@ -104,8 +102,6 @@ class Bitext:
     return Looked(len(which), pairs, np.array(usable, np.int64), unusable)
 
   def _parsed(self, which) -> list[lines.Pair | str]:
-    if self.pairs:
-      return [self.pairs[i] for i in which]
     raws = [
       _read_lines(*file, which)
       for file in zip(self.files, self.stats, self.starts, strict=True)
@@ -170,7 +166,7 @@ def open_bitext(
     columns: of source and target: numbers from 1, or names out of a header
       line; keys in JSON lines and parquet. () takes columns `id source target`
       or `source target`, and the languages as keys.
-    quotes: `csv` or `text`, see data.quotes.
+    quotes: `csv` or `text`, see data.quotes; or `tfds`, see data.tfds_quoting.
     reversed_pair: the usual columns hold target and source.
     max_bad_fraction: of unusable lines that are put up with.
 

@@ -47,6 +47,10 @@ def choose(
     return lines.Aligned(), ()
   if files[0].kind == 'json':
     return lines.Keys(*(keys(pair, columns))), ()
+  if quotes == 'tfds':
+    sides = (2, 1) if reversed_pair else (1, 2)
+    parse = lines.Columns(3, *sides, id=0, json=True, may_be_empty=True)
+    return parse, ('rows as TFDS counts them',)
   is_json = files[0].kind == 'cells'
   if not is_json and quotes != 'text':
     _refuse_quotes(where, first)

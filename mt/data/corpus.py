@@ -32,7 +32,6 @@ from mt.data import faults
 from mt.data import lines
 from mt.data import mtnt
 from mt.data import sacrebleu_sets
-from mt.data import tfds
 
 SAMPLE = pathlib.Path(__file__).parent / 'sample'
 
@@ -156,17 +155,16 @@ class _Files(NamedTuple):
 
 def _open(files, data) -> bitext.Bitext:
   paths, pair, other_way, shared = files
-  if data.tfds_quoting:
-    return tfds.read_as_tfds(paths[0], other_way, pair)
   first, *more = directions.each(data.pair)
   turn = more and other_way  # What data.columns says is of the file.
   text = bitext.open_bitext(
     paths,
     pair,
     data.columns[::-1] if turn else data.columns,
-    quotes=data.quotes,
+    quotes='tfds' if data.tfds_quoting else data.quotes,
     reversed_pair=other_way,
-    max_bad_fraction=data.max_bad_fraction,
+    # TFDS passes over short rows, however many there are.
+    max_bad_fraction=1 if data.tfds_quoting else data.max_bad_fraction,
   )
   by_language = isinstance(text.parse, lines.Keys) and not data.columns
   both_ways = first, directions.turned(first)

@@ -33,6 +33,7 @@ class Columns:
   target: int
   id: int | None = None
   json: bool = dataclasses.field(default=False, repr=False)
+  may_be_empty: bool = dataclasses.field(default=False, repr=False)  # A text.
 
   def __call__(self, number: int, line: str) -> Pair | str:
     cells = json.loads(line) if self.json else line.split('\t')
@@ -122,7 +123,8 @@ def parse_line(parse: Parser, number: int, raws: Sequence[bytes]) -> Pair | str:
   if not any(map(str.strip, texts)):
     return 'an empty line'
   pair = parse(number, *texts)
-  if isinstance(pair, str):
+  may_be_empty = isinstance(parse, Columns) and parse.may_be_empty
+  if isinstance(pair, str) or may_be_empty:
     return pair
   if not pair.source.strip():
     return 'an empty source'

@@ -61,6 +61,18 @@ def thin(points: Sequence[Point], most: int = _MOST) -> list[Point]:
   return out
 
 
+def figure(title: str, unit: str, series: Sequence[Series]) -> str:
+  """A chart under its title, with what each colour stands for."""
+  keys = ', '.join(
+    f'<span class="key{i}">● {html.escape(name)}</span>'
+    for i, (name, _) in enumerate(series)
+  )
+  return (
+    f'<figure><figcaption><b>{title}</b>, {unit}<br>{keys}</figcaption>'
+    f'{lines(title, series)}</figure>'
+  )
+
+
 def lines(title: str, series: Sequence[Series]) -> str:
   """A chart of one to three curves.
 
@@ -73,7 +85,7 @@ def lines(title: str, series: Sequence[Series]) -> str:
     An <svg> element; its width is that of what it stands in.
   """
   import matplotlib as mpl  # Here: loading it takes half a second.
-  from matplotlib import figure
+  from matplotlib import figure as mpl_figure
 
   series = [
     (name, [p for p in points if all(map(math.isfinite, p))])
@@ -82,7 +94,7 @@ def lines(title: str, series: Sequence[Series]) -> str:
   if not any(points for _, points in series):
     return '<p class="empty">nothing yet</p>'
   with mpl.rc_context(_STYLE):
-    fig = figure.Figure(figsize=(5.4, 3.1))
+    fig = mpl_figure.Figure(figsize=(5.4, 3.1))
     axes = fig.add_axes(_PLACE)
     for (_, points), color in zip(series, _VARIABLES, strict=False):
       x, y = zip(*thin(points), strict=True) if points else ((), ())

@@ -38,6 +38,7 @@ from mt.base import cli
 from mt.base import compiling
 from mt.base import errors
 from mt.base import files
+from mt.base import foreign
 from mt.base import run_folder
 from mt.base import screen
 from mt.data import directions
@@ -219,7 +220,7 @@ def _read_lines(stream):
 
 def _text(raw, number, name, key):
   if number == 1:
-    formats.refuse_binary(raw, name)
+    foreign.refuse_no_text(raw, name)
     raw = raw.removeprefix(formats.BOM)
   text, fault = lines.decode(raw)
   if key and not fault:

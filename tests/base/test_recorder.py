@@ -10,7 +10,6 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from configs import default
-from mt.base import events
 from mt.base import journal
 from mt.base import recorder
 from tests.fixtures.refusal import refusal
@@ -59,10 +58,10 @@ def _read(workdir):
 
 
 def test_events_are_those_of_metrics_jsonl(tmp_path):
-  writer = events.open_writer(tmp_path)
-  events.add(writer, {'step': 0, 'valid_loss': 2.5})
-  events.add(writer, {'step': 1, 'loss': 0.1, 'targets': 12, 'bad': None})
-  writer.close()
+  made = recorder.Recorder(tmp_path, default.get_config(), -1)
+  made.add({'step': 0, 'valid_loss': 2.5})
+  made.add({'step': 1, 'loss': 0.1, 'targets': 12, 'bad': None})
+  made.close()
   assert _read(tmp_path) == [
     ('valid_loss', 0, 2.5),
     ('loss', 1, pytest.approx(0.1)),
@@ -86,6 +85,8 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
   (tmp_path / 'tensorboard').write_text('')
+  config = default.get_config()
   refusal(
-    lambda: events.open_writer(tmp_path), tmp_path, 'cannot write', '--workdir'
+    lambda: recorder.Recorder(tmp_path, config, -1),
+    *(tmp_path, 'cannot write', '--workdir'),
   )
