@@ -7,9 +7,9 @@ from mt.base import errors
 JSON = b'{'
 SAFETENSORS = b'{"'  # From the ninth byte on, after the length of a header.
 _SIZE = 512  # First bytes that tell.
-HTML = (
+_HTML = (
   'a web page, such as a site shows instead of a file; fetch the file again, '
-  'from where the page links to, with the token that its site asks for'
+  'with the token that its site asks for'
 )
 _UTF16 = (
   'UTF-16 found, UTF-8 expected; convert it, for example with '
@@ -31,8 +31,8 @@ _NO_TEXT = {
   b'\xfe\xff': _UTF16,
 }
 _KINDS = _NO_TEXT | {
-  b'<!doctype html': HTML,
-  b'<html': HTML,
+  b'<!doctype html': _HTML,
+  b'<html': _HTML,
   b'\x1f\x8b': 'a gzip archive; unpack it and give what is in it',
   b'\x89HDF': 'an HDF5 file of Keras; take the flax or the transformers '
   'variation of the model',

@@ -17,6 +17,7 @@ A source is one of
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -147,7 +148,7 @@ def some_texts(text: bitext.Bitext, most: int = 4000) -> list[str]:
 class _Files(NamedTuple):
   """The files of a direction of a split."""
 
-  paths: list[pathlib.Path]
+  paths: Sequence[str | pathlib.Path]
   pair: str
   reversed_pair: bool = False  # They hold the pair the other way.
   shared: bool = False  # With all other directions.
@@ -179,42 +180,28 @@ def _open(files, data) -> bitext.Bitext:
 
 def _find(source, split, pair, data) -> _Files:
   if not _is_text(source):
-    return _find_in_folder(_open_folder(source) / split, split, pair)
+    source = f'{_open_folder(source)}/{{split}}/{{split}}.{{pair}}.tsv'
   path = source.replace('{split}', split)
   if path.startswith(sacrebleu_sets.PREFIX):
     name = path.removeprefix(sacrebleu_sets.PREFIX)
     return _Files(sacrebleu_sets.find(name, pair), pair)
   if '{lang}' in path:
     path = path.replace('{pair}', pair)
-    sides = pair.split('-')
-    return _Files(
-      [pathlib.Path(path.replace('{lang}', x)) for x in sides], pair
-    )
+    return _Files([path.replace('{lang}', x) for x in pair.split('-')], pair)
   if '{pair}' in path:
-    own, other = (
-      pathlib.Path(path.replace('{pair}', p))
-      for p in (pair, directions.turned(pair))
-    )
-    turn = not os.path.exists(own) and os.path.exists(other)
+    own = path.replace('{pair}', pair)
+    other = path.replace('{pair}', directions.turned(pair))
+    there = glob.glob(glob.escape(path).replace('{pair}', '*'))
+    if there and own not in there and other not in there:
+      raise errors.UserError(
+        f'{own}: there is no such file; data.pair is {pair!r}, expected that '
+        f'of one that is there: {", ".join(sorted(there))}.'
+      )
+    turn = own not in there and other in there
     return _Files([other if turn else own], pair, turn)
   first = directions.each(data.pair)[0]
   turn = pair != first and pair == directions.turned(first)
-  return _Files([pathlib.Path(path)], pair, turn, shared=True)
-
-
-def _find_in_folder(folder, split, pair) -> _Files:
-  path, other = folder / f'{split}.{pair}.tsv', directions.turned(pair)
-  # glob raises for a name that is too long; isdir says False.
-  found = folder.glob(f'{split}.*.tsv') if os.path.isdir(folder) else ()
-  pairs = [p.name.split('.')[-2] for p in found]
-  if pair in pairs or not pairs:
-    return _Files([path], pair)
-  if other in pairs:
-    return _Files([folder / f'{split}.{other}.tsv'], pair, True)
-  raise errors.UserError(
-    f'{path}: there is no such file; data.pair is {pair!r}, expected one of '
-    f'{", ".join(sorted(pairs))}.'
-  )
+  return _Files([path], pair, turn, shared=True)
 
 
 def _is_text(source) -> bool:

@@ -68,7 +68,12 @@ def open_plain(
   head = _head(path)
   foreign.refuse_no_text(head, name)
   if _MARKUP.match(head):
-    raise errors.UserError(f'{name}: {_markup(head)}.')
+    raise errors.UserError(
+      f"{name}: markup, as of TMX, of WMT's .sgm and .xml, or of a web page in "
+      'the place of a file; write its pairs into a .jsonl, or its '
+      'segments one a line into two aligned files, as `sacrebleu -t wmt20 -l '
+      'en-de --echo src ref` does.'
+    )
   if head.startswith(_PARQUET):
     if aligned:
       raise errors.UserError(
@@ -207,18 +212,3 @@ def _parquet(name, path, keys, out):
     raise errors.UserError(
       f'{name}: damaged parquet ({" ".join(str(e).split())[:200]}).'
     ) from e
-
-
-def _markup(head) -> str:
-  low = head.lower()
-  if b'<tmx' in low:
-    return (
-      'TMX; write its pairs into a .jsonl or into two aligned files, one '
-      'segment a line'
-    )
-  if b'<html' in low or b'<!doctype html' in low:
-    return foreign.HTML
-  return (
-    "markup (as of WMT's .sgm and .xml); write its segments one a line into "
-    'two aligned files, as `sacrebleu -t wmt20 -l en-de --echo src ref` does'
-  )

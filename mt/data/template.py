@@ -43,7 +43,7 @@ TURNS = ((START_OF_TURN, END_OF_TURN), ('<|turn>', '<turn|>'))
 
 _TARGET = '\0'  # Stands for the target after its prefix; no text has it.
 
-# Codes of ISO 639 and their English names, as TranslateGemma has them.
+# Codes of ISO 639, their English names as TranslateGemma has them, and scripts.
 _LANGUAGES = pathlib.Path(__file__).parent / 'languages.tsv'
 
 _CHAT = (
@@ -89,10 +89,15 @@ def base_language(code: str) -> str:
   return code.replace('_', '-').partition('-')[0].lower()
 
 
+def languages() -> list[list[str]]:
+  """[code, English name], and of what is not in Latin letters its scripts."""
+  rows = _LANGUAGES.read_text('utf-8').splitlines()
+  return [row.split('\t') for row in rows]
+
+
 def language_names() -> dict[str, str]:
   """English names of languages by their codes, such as `fr`: `French`."""
-  rows = _LANGUAGES.read_text('utf-8').splitlines()
-  return dict(row.split('\t') for row in rows)
+  return {code: name for code, name, *_ in languages()}
 
 
 def from_config(config: ml_collections.ConfigDict) -> Template:

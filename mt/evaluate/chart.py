@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import html
 import io
 import math
+import pathlib
 import re
 
 Point = tuple[float, float]
@@ -22,32 +23,10 @@ _VARIABLES = {
   '#000004': '--dim',
   '#000005': '--line',
 }
-*_, _DIM, _LINE = _VARIABLES
 _NO_METADATA = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
 # Left, bottom, width, height. A layout that fits itself takes twice the time.
 _PLACE = 0.13, 0.18, 0.86, 0.79
-_STYLE = {
-  'svg.fonttype': 'none',  # Text stays text.
-  'svg.hashsalt': '',  # The same page again has the same names in it.
-  'font.size': 12,
-  'lines.markersize': 4,
-  'axes.edgecolor': _LINE,
-  'axes.formatter.limits': (-6, 9),
-  'axes.formatter.useoffset': False,
-  'axes.facecolor': 'none',
-  'axes.grid': True,
-  'axes.grid.axis': 'y',
-  'axes.labelcolor': _DIM,
-  'axes.spines.left': False,
-  'axes.spines.right': False,
-  'axes.spines.top': False,
-  'grid.color': _LINE,
-  'xtick.color': _LINE,
-  'ytick.color': _LINE,
-  'xtick.labelcolor': _DIM,
-  'ytick.labelcolor': _DIM,
-  'ytick.major.size': 0,
-}
+_STYLE = pathlib.Path(__file__).with_suffix('.mplstyle')
 
 
 def thin(points: Sequence[Point], most: int = _MOST) -> list[Point]:
@@ -93,7 +72,7 @@ def lines(title: str, series: Sequence[Series]) -> str:
   ]
   if not any(points for _, points in series):
     return '<p class="empty">nothing yet</p>'
-  with mpl.rc_context(_STYLE):
+  with mpl.rc_context(fname=_STYLE):
     fig = mpl_figure.Figure(figsize=(5.4, 3.1))
     axes = fig.add_axes(_PLACE)
     for (_, points), color in zip(series, _VARIABLES, strict=False):
