@@ -88,9 +88,8 @@ evaluate, how good that is; `python -m mt.evaluate`
   scores      BLEU and chrF: of all, by noise, of two systems
   comet       COMET, in an environment of its own
   cached      translations that are there are not made again
-  samples     sentences to read
   card        the model card of an export
-  sentences   texts side by side with their differences marked
+  sentences   texts side by side, with their differences marked
   chart       curves as SVG
   report      report.html: a run on one page
   comparison  several runs on one page

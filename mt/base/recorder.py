@@ -9,11 +9,13 @@ wandb        Weights & Biases, an optional library, imported only then. It gets
 """
 
 import importlib.util
+import json
 import math
 import os
 import pathlib
 import secrets
 import time
+from typing import IO
 from typing import Any
 
 import ml_collections
@@ -24,6 +26,7 @@ from tensorboardX.proto import event_pb2
 from mt.base import errors
 from mt.base import files
 from mt.base import journal
+from mt.base import processes
 
 # tensorboardX's usual writer is a thread: where the disk is full it dies, and
 # whoever has more events for it waits for ever.
@@ -46,14 +49,17 @@ class Recorder:
         login, or no network.
     """
     path, to = workdir / 'metrics.jsonl', config.log.to.split(',')
-    journal.cut_metrics(path, last)
-    self._metrics = journal.open_metrics(path)
-    self._events = self._wandb = None
-    if self._metrics and 'tensorboard' in to:
+    self._metrics = self._events = self._wandb = None
+    if not processes.is_first():
+      return
+    kept = (x for x in journal.read_metrics(path) if x['step'] <= last)
+    files.write(path, ''.join(f'{json.dumps(x)}\n' for x in kept))
+    self._metrics = _open(path)
+    if 'tensorboard' in to:
       self._events = _new_events(workdir / 'tensorboard')
       for line in journal.read_metrics(path):
         _add_event(self._events, line)
-    if self._metrics and 'wandb' in to:
+    if 'wandb' in to:
       self._wandb = _start_wandb(workdir, config)
 
   def add(self, line: dict[str, Any]) -> None:
@@ -75,6 +81,13 @@ class Recorder:
         each.close()
     if self._wandb:
       self._wandb.finish()  # Sends what is left.
+
+
+def _open(path: pathlib.Path) -> IO[bytes]:
+  try:
+    return open(path, 'ab', buffering=0)
+  except OSError as e:
+    raise files.unwritable(path, e) from e
 
 
 def _new_events(folder: pathlib.Path) -> _Writer:

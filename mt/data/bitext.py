@@ -209,8 +209,6 @@ def open_bitext(
     digest=hashlib.sha256(identity.encode()).hexdigest(),
     pair=pair,
   )
-  if not len(text):
-    raise no_pair(text.where)
   text.check(text.sample.unusable, text.sample.number)
   return text
 

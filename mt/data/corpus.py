@@ -64,7 +64,8 @@ def read_splits(
       raise errors.UserError(
         f'data.source is {sources(data)[0]!r} and data.{split} is empty: the '
         'same text would be trained on and scored; name the text of the '
-        f'{split} split in data.{split}, or write {{split}} in the path.'
+        f'{split} split in data.{split} (of mt.evaluate, in --data), or write '
+        '{split} in the path.'
       )
     names = sources(data) if split == 'train' else [source]
     found[split] = [

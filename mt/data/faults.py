@@ -159,18 +159,21 @@ def count(text: Any, which: Sequence[int]) -> Counts:
 
 def describe(counts: Counts) -> str:
   """Them in a line, the most frequent first; or nothing."""
-  found = sorted(counts.items(), key=lambda item: -item[1][0])
-  return ', '.join(f'{number:,} {name}' for name, (number, _) in found)
+  return ', '.join(f'{number:,} {name}' for name, number, _ in _sorted(counts))
 
 
 def show(counts: Counts) -> list[str]:
   """A line for each fault, with its first pair and what leaves it out."""
-  found = sorted(counts.items(), key=lambda item: -item[1][0])
   return [
     f'  {name:10} {number:9,}  {p.id}: {p.source[:50]!r} -> {p.target[:50]!r}  '
     f'(data.filter={name} leaves them out)'
-    for name, (number, p) in found
+    for name, number, p in _sorted(counts)
   ]
+
+
+def _sorted(counts):
+  rows = [(name, *found) for name, found in counts.items()]
+  return sorted(rows, key=lambda row: -row[1])
 
 
 def refuse_leaks(where: str, pairs: Iterable[lines.Pair], rules: Rules) -> None:

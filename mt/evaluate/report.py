@@ -22,21 +22,13 @@ from mt.evaluate import scores as scores_lib
 from mt.evaluate import sentences
 
 # Of the machine and the schedule: title, unit, factor, name of each curve.
+_RATES = {'targets_per_s': 'target tokens', 'tokens_per_s': 'all tokens'}
+_MEMORY = {'memory_gb': 'in use', 'peak_memory_gb': 'at the peak'}
 _MORE_CHARTS = (
-  (
-    'Throughput',
-    'a second',
-    1,
-    {'targets_per_s': 'target tokens', 'tokens_per_s': 'all tokens'},
-  ),
+  ('Throughput', 'a second', 1, _RATES),
   ('Learning rate', 'millionths', 1e6, {'learning_rate': 'of the step'}),
   ('MFU', '%', 100, {'mfu': 'useful FLOPs of the peak'}),
-  (
-    'Device memory',
-    'GB',
-    1,
-    {'memory_gb': 'in use', 'peak_memory_gb': 'at the peak'},
-  ),
+  ('Device memory', 'GB', 1, _MEMORY),
 )
 _CURVES = ('loss', 'valid_loss', 'minitrain_loss', 'valid_chrf') + tuple(
   key for *_, names in _MORE_CHARTS for key in names

@@ -1,15 +1,20 @@
-"""Sentences side by side, as HTML: source, reference, and translations."""
+"""Sentences to read: source, reference and translations, as text and HTML."""
 
 from collections.abc import Sequence
 import difflib
 import html
+import pathlib
 
 import chex
 import numpy as np
 import regex
 
+from mt.base import files
+from mt.base import journal
 from mt.evaluate import noise
 from mt.evaluate import scores
+from mt.gemma import parameters
+from mt.translate import translator as translator_lib
 
 COLUMNS = ('source', 'reference', 'before', 'after')
 
@@ -77,9 +82,9 @@ def _check(texts) -> list[Sequence[str]]:
   return columns
 
 
-def _spread(numbers: Sequence[int]) -> list[int]:
-  most = min(len(numbers), _SPREAD)
-  places = np.linspace(0, len(numbers) - 1, most).astype(int)
+def _spread(numbers: Sequence[int], most: int = _SPREAD) -> list[int]:
+  number = min(len(numbers), most)
+  places = np.linspace(0, len(numbers) - 1, number).astype(int)
   return [numbers[i] for i in places]
 
 
@@ -150,3 +155,39 @@ def change(before: float, after: float) -> str:
   """A difference of scores, coloured, as HTML."""
   kind = 'up' if after > before else 'down' if after < before else 'dim'
   return f'<span class="{kind}">{after - before:+.2f}</span>'
+
+
+def samples(
+  sources: Sequence[str],
+  references: Sequence[str],
+  before: Sequence[str],
+  after: Sequence[str],
+  number: int = 8,
+) -> str:
+  """`number` sentences, evenly spread over the split, to be read."""
+  chex.assert_equal(
+    [len(sources)] * 3, [len(references), len(before), len(after)]
+  )
+  return '\n'.join(
+    f'source     {sources[i]}\n'
+    f'reference  {references[i]}\n'
+    f'before     {before[i]}\n'
+    f'after      {after[i]}\n'
+    for i in _spread(range(len(sources)), number)
+  )
+
+
+def show_texts(
+  translator: translator_lib.Translator,
+  params: parameters.Params,
+  texts: Sequence[str],
+  workdir: pathlib.Path,
+  called: str = 'texts',
+) -> None:
+  """Translates texts, shows them, leaves them in translations/CALLED.*.txt."""
+  made = translator(params, list(texts))
+  for name, lines in (('source', texts), ('after', made)):
+    path = workdir / 'translations' / f'{called}.{name}.txt'
+    files.write_lines(path, lines)
+  for source, after in zip(texts, made, strict=True):
+    journal.say(f'source     {source}\nafter      {after}')

@@ -181,18 +181,8 @@ _WRITERS = {
 def _write(to, model, name, out, dtype, push=''):
   with files.new_folder(out) as part:
     _WRITERS[to](part, model, dtype)
-    about = card.Model(
-      to=to,
-      name=push or out.absolute().name,
-      source=name,
-      about=model.about,
-      cfg=model.source.config,
-      tok=model.source.tokenizer,
-      config=model.config,
-      workdir=model.workdir,
-      dtype=dtype,
-    )
-    card.write(part, about)
+    about = card.text(model, to, push or out.absolute().name, name, dtype)
+    files.write(part / 'README.md', about)
 
 
 def _to(

@@ -4,6 +4,7 @@ A TFRecord is a length (uint64), its masked CRC-32C, the data, and theirs
 (tensorflow/core/lib/io/record_writer.h).
 """
 
+import json
 import struct
 
 import pytest
@@ -90,3 +91,33 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     lambda: recorder.Recorder(tmp_path, config, -1),
     *(tmp_path, 'cannot write', '--workdir'),
   )
+
+
+def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
+  path, config = tmp_path / 'metrics.jsonl', default.get_config()
+  made = recorder.Recorder(tmp_path, config, -1)
+  for step in (0, 1, 2, 3):
+    made.add({'step': step, 'loss': 1 / 3})
+    assert path.read_text().count('\n') == step + 1  # Whatever comes next.
+  made.close()
+  with open(path, 'ab') as f:
+    f.write(b'\xff\0\n{"step": 2, "lo')  # A crash in the middle of a line.
+  recorder.Recorder(tmp_path, config, 2).close()
+  lines = [json.loads(x) for x in path.read_text().splitlines()]
+  assert [x['step'] for x in lines] == [0, 1, 2]
+  assert lines[0]['loss'] == 1 / 3  # To the last bit.
+  recorder.Recorder(tmp_path, config, -1).close()
+  assert path.read_text() == ''
+
+
+def test_metrics_that_cannot_be_written(tmp_path):
+  (tmp_path / 'file').write_text('')
+  refusal(
+    lambda: recorder.Recorder(tmp_path / 'file', default.get_config(), -1),
+    *(tmp_path / 'file', 'cannot write it'),
+  )
+  with open('/dev/full', 'wb', buffering=0) as file:
+    refusal(
+      lambda: journal.add_metrics(file, {'step': 0}),
+      '/dev/full: cannot write metrics',
+    )

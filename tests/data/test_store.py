@@ -44,9 +44,7 @@ def _text(folder, n=23, name='a.tsv', word='mots'):
 
 
 def _open(text, template=PLAIN, tok=None):
-  return store.open_store(
-    text, tok or numbered_rows.sample_tokenizer(), template
-  )
+  return store.Store(text, tok or numbered_rows.sample_tokenizer(), template)
 
 
 def _lists(examples):

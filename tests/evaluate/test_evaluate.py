@@ -211,7 +211,7 @@ def test_a_split_that_there_is_not(run):
     config['data']['source'] = __file__
 
   _change(run / 'config.json', change)
-  refusal(lambda: evaluate.evaluate(run, TEST), run, 'data.test', '--data')
+  refusal(lambda: evaluate.evaluate(run, TEST), 'data.test', '--data')
 
 
 @pytest.mark.parametrize('flag', ['--columns=1,2,3', '--columns=en,fr'])

@@ -420,18 +420,9 @@ def _card(run, folder, to='hf', **knobs):
   config = run_folder.read_config(run)
   config.update_from_flattened_dict(knobs)
   _, source = checkpoint.open_source(run)
-  model = card.Model(
-    to,
-    'me/mine',
-    config.weights.source,
-    'step 70',
-    source.config,
-    source.tokenizer,
-    config,
-    folder,
-    'q8_0',
-  )
-  return card.text(model), both
+  model = export.Model(source, {}, 'step 70', config, folder)
+  base = config.weights.source
+  return card.text(model, to, 'me/mine', base, 'q8_0'), both
 
 
 def test_the_model_card_says_what_a_stranger_needs(tmp_path, run):

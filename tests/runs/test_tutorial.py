@@ -21,7 +21,7 @@ from mt.data import corpus
 from mt.data import splits
 from mt.data import template as template_lib
 from mt.data import tokenizer
-from mt.evaluate import samples
+from mt.evaluate import sentences
 from mt.gemma import model
 from mt.gemma import parameters
 from mt.gemma import sizes
@@ -232,7 +232,7 @@ def test_texts_are_shown_and_left(tmp_path, capsys):
   def translator(params, texts):
     return [f'{params} {text.upper()}' for text in texts]
 
-  samples.show_texts(translator, 7, ('Hello there', 'lol\nno'), tmp_path)
+  sentences.show_texts(translator, 7, ('Hello there', 'lol\nno'), tmp_path)
   out = capsys.readouterr().out
   assert 'source     Hello there\nafter      7 HELLO THERE\n' in out
   left = tmp_path / 'translations'
