@@ -69,12 +69,12 @@ def read_splits(
       )
     names = sources(data) if split == 'train' else [source]
     found[split] = [
-      _find(name, split, pair, data)
+      (_find(name, split, pair, data), pair)
       for name in names
       for pair in directions.each(data.pair)
     ]
   texts = {
-    split: [_open(files, data) for files in of_split]
+    split: [_open(*files, data) for files in of_split]
     for split, of_split in found.items()
   }
   if 'train' in texts:
@@ -96,7 +96,8 @@ def _held_out(data, texts) -> dict[str, tuple[str, str]]:
     if not opened and source is not None:
       for pair in directions.each(data.pair):
         with contextlib.suppress(errors.UserError):
-          opened.append(_open(_find(source, split, pair, data), data))
+          files = _find(source, split, pair, data)
+          opened.append(_open(files, pair, data))
     for text in opened:
       for p in text.read():
         for side in p[1:] if several else [p.source]:
@@ -150,13 +151,12 @@ class _Files(NamedTuple):
   """The files of a direction of a split."""
 
   paths: Sequence[str | pathlib.Path]
-  pair: str
   reversed_pair: bool = False  # They hold the pair the other way.
   shared: bool = False  # With all other directions.
 
 
-def _open(files, data) -> bitext.Bitext:
-  paths, pair, other_way, shared = files
+def _open(files, pair, data) -> bitext.Bitext:
+  paths, other_way, shared = files
   first, *more = directions.each(data.pair)
   turn = more and other_way  # What data.columns says is of the file.
   text = bitext.open_bitext(
@@ -185,10 +185,10 @@ def _find(source, split, pair, data) -> _Files:
   path = source.replace('{split}', split)
   if path.startswith(sacrebleu_sets.PREFIX):
     name = path.removeprefix(sacrebleu_sets.PREFIX)
-    return _Files(sacrebleu_sets.find(name, pair), pair)
+    return _Files(sacrebleu_sets.find(name, pair))
   if '{lang}' in path:
     path = path.replace('{pair}', pair)
-    return _Files([path.replace('{lang}', x) for x in pair.split('-')], pair)
+    return _Files([path.replace('{lang}', x) for x in pair.split('-')])
   if '{pair}' in path:
     own = path.replace('{pair}', pair)
     other = path.replace('{pair}', directions.turned(pair))
@@ -199,10 +199,10 @@ def _find(source, split, pair, data) -> _Files:
         f'of one that is there: {", ".join(sorted(there))}.'
       )
     turn = own not in there and other in there
-    return _Files([other if turn else own], pair, turn)
+    return _Files([other if turn else own], turn)
   first = directions.each(data.pair)[0]
   turn = pair != first and pair == directions.turned(first)
-  return _Files([path], pair, turn, shared=True)
+  return _Files([path], turn, shared=True)
 
 
 def _is_text(source) -> bool:

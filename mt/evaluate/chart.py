@@ -16,13 +16,8 @@ Series = tuple[str, Sequence[Point]]  # Its name, its points by growing x.
 
 _MOST = 120  # Points in a line; more would be in the same pixels.
 # Matplotlib knows no variables: each has a colour of its own in its output.
-_VARIABLES = {
-  '#000001': '--a',
-  '#000002': '--b',
-  '#000003': '--good',
-  '#000004': '--dim',
-  '#000005': '--line',
-}
+_NAMES = '--a', '--b', '--good', '--dim', '--line'
+_VARIABLES = {f'#00000{i}': name for i, name in enumerate(_NAMES, 1)}
 _NO_METADATA = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
 # Left, bottom, width, height. A layout that fits itself takes twice the time.
 _PLACE = 0.13, 0.18, 0.86, 0.79

@@ -156,8 +156,9 @@ def _scores(found: dict[str, Any]) -> str:
     (f'<b>{name}</b>', *_numbers([each[key] for each in found.values()]))
     for key, name in scores_lib.names(last).items()
   ]
-  head = f'{last["sentences"]:,} sentences', *found, 'change'
-  return table(head[: 1 + len(rows[0])], rows, range(1, 4))
+  head = [f'{last["sentences"]:,} sentences', *found]
+  head += ['change'] * (len(found) == 2)
+  return table(head, rows, range(1, 4))
 
 
 def _before_after(both) -> str:

@@ -246,7 +246,9 @@ def test_what_mt_evaluate_found(folder):
   }
   files.write_json(folder / 'evaluation' / 'test.json', result)
   files.write_json(folder / 'evaluation' / 'test.hypothesis.json', {})
-  shown = _page(folder).text()
+  page = _page(folder)
+  assert 'sentences score class' in page.text('th')  # One, without a change.
+  shown = page.text()
   assert 'Evaluation: test, step 20' in shown
   assert 'against runs/<other>, step 7' in shown
   row = result['against']['scores']['chrf']
