@@ -120,7 +120,7 @@ def training_rows(
   """The rows of each training text, and its share of all rows."""
   rows = [
     batches.Rows(
-      store.Store(
+      store.open_store(
         *(text, tok, _template(config, text.pair)),
         noise=config.data.noise,
         seed=config.seed,

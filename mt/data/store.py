@@ -46,11 +46,12 @@ _CHUNK = 1 << 10  # Lines tokenised in one call, which holds Python's lock.
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-  """The blocks of one parallel text; until one is asked for, none is made."""
+  """The blocks of one parallel text."""
 
   bitext: bitext_lib.Bitext
   tok: tokenizer.Tokenizer
   template: template_lib.Template
+  folder: pathlib.Path
   noise: float = 0.0  # Share of words and sentences, see noising.noised.
   seed: int = 0  # Of the noise.
   _noisy: dict = dataclasses.field(
@@ -63,17 +64,9 @@ class Store:
   def __len__(self) -> int:
     return -(-len(self.bitext) // _BLOCK)
 
-  @functools.cached_property
-  def key(self) -> str:
-    """Changes with the text, the tokenizer and the template."""
-    proto = hashlib.sha256(self.tok.proto).hexdigest()
-    template = repr(self.template)
-    parts = [_VERSION, _BLOCK, self.bitext.digest, template, proto]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
   @property
-  def folder(self) -> pathlib.Path:
-    return cache.cache_dir() / 'tokens' / self.key
+  def key(self) -> str:
+    return self.folder.name
 
   @functools.cached_property
   def _order(self) -> np.ndarray:
@@ -218,3 +211,18 @@ def _load(path) -> tuple[np.ndarray, template_lib.Examples] | None:
   if len(starts) != n or sizes.sum() != len(tokens):
     return None
   return usable, template_lib.Examples(tokens, sizes, starts)
+
+
+def open_store(
+  bitext: bitext_lib.Bitext,
+  tok: tokenizer.Tokenizer,
+  template: template_lib.Template,
+  noise: float = 0.0,
+  seed: int = 0,
+) -> Store:
+  """The store of a text in the cache; nothing is tokenised yet."""
+  proto = hashlib.sha256(tok.proto).hexdigest()
+  parts = [_VERSION, _BLOCK, bitext.digest, repr(template), proto]
+  key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+  folder = cache.cache_dir() / 'tokens' / key
+  return Store(bitext, tok, template, folder, noise, seed)

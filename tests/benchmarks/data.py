@@ -51,7 +51,7 @@ def start(path, model):
   text = bitext.open_bitext([path], 'en-fr', max_bad_fraction=0.01)
   opened = time.perf_counter()
   prompt = template.Template('English: {source}\nFrench:', ' ')
-  rows = batches.Rows(store.Store(text, tok, prompt), 256, 0)
+  rows = batches.Rows(store.open_store(text, tok, prompt), 256, 0)
   with contextlib.closing(batches.TrainBatches([rows], [1], 8, 100)) as train:
     next(train)
   most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

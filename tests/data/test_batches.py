@@ -125,7 +125,7 @@ def test_no_pair_fits(blocks, tmp_path, monkeypatch):
   path = tmp_path / 'a.tsv'
   path.write_text('long text, really\tun texte\nshort\tcourt\n' * 2)
   text = bitext.open_bitext([path], 'en-fr')
-  made = store.Store(text, numbered_rows.sample_tokenizer(), PLAIN)
+  made = store.open_store(text, numbered_rows.sample_tokenizer(), PLAIN)
   assert len(made) == blocks
   shortest = min(int(made.block(i).sizes.min()) for i in range(blocks))
   rows = batches.Rows(made, shortest - 1, 0)
@@ -280,7 +280,7 @@ def test_an_error_while_reading_ahead_is_raised(tmp_path):
   path = tmp_path / 'a.tsv'
   path.write_text('a\tb\n')
   text = bitext.open_bitext([path], 'en-fr')
-  made = store.Store(text, numbered_rows.sample_tokenizer(), PLAIN)
+  made = store.open_store(text, numbered_rows.sample_tokenizer(), PLAIN)
   path.unlink()
   iterator = batches.TrainBatches([batches.Rows(made, 64, 0)], [1], 4, 9)
   refusal(lambda: next(iterator), path, 'changed or gone')

@@ -58,7 +58,7 @@ def test_little_of_a_packed_row_is_padding(name):
     pytest.skip(f'no {path}')
   text = bitext.open_bitext([path], 'en-fr', max_bad_fraction=0.01)
   plain = template_lib.Template('English: {source}\nFrench:', ' ')
-  made = store.Store(text, numbered_rows.gemma('gemma3'), plain)
+  made = store.open_store(text, numbered_rows.gemma('gemma3'), plain)
   examples, rows = batches.Rows(made, 256, seed=0).block_of_epoch(0)
   fits = examples.sizes <= 256
   assert fits.mean() > 0.99

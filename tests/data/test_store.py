@@ -44,7 +44,9 @@ def _text(folder, n=23, name='a.tsv', word='mots'):
 
 
 def _open(text, template=PLAIN, tok=None):
-  return store.Store(text, tok or numbered_rows.sample_tokenizer(), template)
+  return store.open_store(
+    text, tok or numbered_rows.sample_tokenizer(), template
+  )
 
 
 def _lists(examples):

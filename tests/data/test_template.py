@@ -392,7 +392,7 @@ def test_the_batches_of_the_tutorial(tmp_path):
     ''.join(f'{p.source}\t{p.target}\n' for p in pairs), encoding='utf-8'
   )
   text = bitext.open_bitext([path], 'en-fr')
-  made = store.Store(text, tok, TUTORIAL)
+  made = store.open_store(text, tok, TUTORIAL)
   rows = batches.Rows(made, 20, 0, packing=False, group=3)
   got = list(batches.TrainBatches([rows], [6], 3, 2))
   assert [b['tokens'].shape for b in got] == [(3, 20)] * 2
