@@ -10,6 +10,7 @@ from mt.evaluate import scores as scores_lib
 from mt.translate import translator
 from mt.weights import gguf_out
 
+_CARD = pathlib.Path(__file__).with_suffix('.md')
 _TERMS = (
   'Gemma is provided under and subject to the Gemma Terms of Use found at '
   '[ai.google.dev/gemma/terms](https://ai.google.dev/gemma/terms), and so is '
@@ -47,7 +48,6 @@ def text(m: Any, to: str, name: str, source: str, dtype: str) -> str:
   codes = m.config.data.pair.split('-') if m.config else []
   names = template_lib.language_names()
   codes = [template_lib.base_language(code) for code in codes]
-  title = ' to '.join(names.get(code, code) for code in codes) or 'Gemma'
   shown = base or (source if source[:7] == 'kaggle:' else _last(source))
   about = {
     'license': 'apache-2.0' if fourth else 'gemma',
@@ -56,38 +56,19 @@ def text(m: Any, to: str, name: str, source: str, dtype: str) -> str:
     'pipeline_tag': 'translation',
     'library_name': 'transformers' if to == 'hf' else to,
   }
-  about = [f'{k}: {json.dumps(v)}' for k, v in about.items() if v]
-  return f"""---
-{chr(10).join(about)}
----
-
-# {title}: {shown}, {m.about}
-
-## Base model and licence
-
-{f'[{base}](https://huggingface.co/{base})' if base else shown}.
-{_APACHE if fourth else _TERMS}{_ADAPTER if to == 'peft' else ''}
-
-## Data
-
-{_data(m)}
-
-## Prompt
-
-{_prompt(m)}
-
-## Scores
-
-{_scores(m)}
-
-## Use
-
-```python
-{_use(m.config, to, name, dtype)}
-```
-
-Weights are {dtype}. Not tried with vLLM.
-"""
+  return _CARD.read_text('utf-8').format(
+    about='\n'.join(f'{k}: {json.dumps(v)}' for k, v in about.items() if v),
+    title=' to '.join(names.get(code, code) for code in codes) or 'Gemma',
+    shown=shown,
+    step=m.about,
+    link=f'[{base}](https://huggingface.co/{base})' if base else shown,
+    terms=(_APACHE if fourth else _TERMS) + (_ADAPTER if to == 'peft' else ''),
+    data=_data(m),
+    prompt=_prompt(m),
+    scores=_scores(m),
+    use=_use(m.config, to, name, dtype),
+    dtype=dtype,
+  )
 
 
 def _last(source):
