@@ -40,9 +40,7 @@ base, what every room stands on
   run_folder  the files of a run, and what a resume may change
   screen      what a terminal cannot show ends no run
   journal     metrics.jsonl, progress bar, lines
-  events      metrics for TensorBoard
-  tracking    the same for Weights & Biases
-  recorder    all of these at once
+  recorder    metrics, for TensorBoard and Weights & Biases too
   profiling   a trace of some steps
   signals     SIGTERM, SIGHUP, a cloud's notice, …: save and leave
 
@@ -53,7 +51,6 @@ data, from parallel text to rows of tokens; `python -m mt.data` shows them
   columns     what the columns of a text mean, checked on its lines
   faults      what spoils a result: leaks, copies, other scripts, …
   bitext      parallel text on disk: bad lines counted, pairs read by number
-  tfds        MTNT as TFDS reads it
   mtnt        MTNT 1.1 fetched; archives unpacked
   sacrebleu_sets  test sets by name
   directions  several directions in one run
@@ -91,9 +88,8 @@ evaluate, how good that is; `python -m mt.evaluate`
   scores      BLEU and chrF: of all, by noise, of two systems
   comet       COMET, in an environment of its own
   cached      translations that are there are not made again
-  samples     sentences to read
   card        the model card of an export
-  sentences   texts side by side with their differences marked
+  sentences   texts side by side, with their differences marked
   chart       curves as SVG
   report      report.html: a run on one page
   comparison  several runs on one page

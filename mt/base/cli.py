@@ -60,20 +60,18 @@ def run(main: Callable[[Sequence[str]], None], words_of: str = '') -> None:
         )
       main(argv)
     except (errors.UserError, errors.Interrupted) as e:
-      _leave(e, e.code)
+      _leave(e, code=e.code)
     except KeyboardInterrupt as e:
-      _leave(e, 130, 'interrupted; of a run, the last checkpoint stands')
+      _leave(e, 'interrupted; of a run, the last checkpoint stands', 130)
     except OSError as e:
       if e.errno not in _OF_THE_MACHINE:
         raise
-      _leave(
-        e, errors.UserError.code, f'{e}; make room, or name another folder'
-      )
+      _leave(e, f'{e}; make room, or name another folder')
     except (RuntimeError, AssertionError) as e:
       problem = accelerator.problem()
       if not problem:
         raise
-      _leave(e, errors.UserError.code, problem)
+      _leave(e, problem)
 
   app.run(guarded, flags_parser=_parse_flags)
 
@@ -83,12 +81,8 @@ def _check_temporary_folder():
   try:
     tempfile.gettempdir()
   except OSError as e:
-    _leave(
-      e,
-      errors.UserError.code,
-      f'{e.strerror}; make room there, or set TMPDIR to a folder that you may '
-      'write to',
-    )
+    what = 'make room there, or set TMPDIR to a folder that you may write to'
+    _leave(e, f'{e.strerror}; {what}')
 
 
 def _terminated(number, _frame):
@@ -97,7 +91,7 @@ def _terminated(number, _frame):
   )
 
 
-def _leave(e, code, message=''):
+def _leave(e, message='', code=errors.UserError.code):
   sys.stdout.flush()
   parsed = flags.FLAGS.is_parsed()
   if flags.FLAGS.traceback if parsed else '--traceback' in sys.argv:
@@ -114,7 +108,7 @@ def define_config() -> None:
   try:
     _check_knobs(sys.argv)  # ml_collections reads them while it defines.
   except errors.UserError as e:
-    _leave(e, e.code)
+    _leave(e)
   config_flags.DEFINE_config_file(
     'config',
     'configs/gemma3_270m.py',
@@ -138,14 +132,14 @@ def _parse_flags(argv):
   try:
     return flags.FLAGS(argv)
   except flags.Error as e:
-    _leave(e, 1, ' '.join(str(e).split()))
+    _leave(e, ' '.join(str(e).split()), 1)
   except (AttributeError, KeyError, TypeError, ValueError, OSError) as e:
     # ml_collections raises these out of --config and --config.knob=value.
     if any(
       f.name == 'get_config' for f in traceback.extract_tb(e.__traceback__)
     ):
       raise  # A bug in the config file, whose line is to be seen.
-    _leave(e, errors.UserError.code, f'--config: {" ".join(str(e).split())}')
+    _leave(e, f'--config: {" ".join(str(e).split())}')
 
 
 def _check_knobs(argv):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -55,6 +56,26 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
       shutil.rmtree(part, ignore_errors=True)
   except OSError as e:
     raise unwritable(e.filename or path, e) from e
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, busy: str = '') -> Iterator[None]:
+  """Holds a file's lock; whoever dies gives it free.
+
+  Raises:
+    errors.UserError: another process holds it, which `busy` says; without such
+      words it is waited for. Or the file cannot be written.
+  """
+  with contextlib.ExitStack() as stack:
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      lock = stack.enter_context(open(path, 'ab'))
+      fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+    except BlockingIOError as e:
+      raise errors.UserError(busy) from e
+    except OSError as e:
+      raise unwritable(path.parent, e) from e
+    yield
 
 
 def check_new(path: pathlib.Path) -> None:

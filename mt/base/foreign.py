@@ -7,36 +7,46 @@ from mt.base import errors
 JSON = b'{'
 SAFETENSORS = b'{"'  # From the ninth byte on, after the length of a header.
 _SIZE = 512  # First bytes that tell.
+_HTML = (
+  'a web page, such as a site shows instead of a file; fetch the file again, '
+  'with the token that its site asks for'
+)
+_UTF16 = (
+  'UTF-16 found, UTF-8 expected; convert it, for example with '
+  '`iconv -f utf-16 -t utf-8`'
+)
 _PICKLE = (
-  'a pickle, as PyTorch saves, which can run code when it is read',
-  'take the safetensors of the model, or let transformers write them where '
-  'you trust it (save_pretrained)',
+  'a pickle, as PyTorch saves, which can run code when it is read; take the '
+  'safetensors of the model, or let transformers write them where you trust it '
+  '(save_pretrained)'
 )
-_SAFETENSORS = (
-  'a safetensors file',
-  'give the folder that it is in, with config.json and a tokenizer',
-)
-# First bytes -> what has them, and what to do.
-_KINDS = {
-  b'version https://git-lfs': (
-    'a Git LFS pointer in the place of the file itself',
-    'run `git lfs pull` in its folder, or fetch the file by itself',
-  ),
-  b'<!doctype html': (
-    'a web page, such as a site shows instead of a file',
-    'fetch the file again, with the token that its site asks for',
-  ),
-  b'PK\x03\x04': ('a zip archive', 'unpack it and give what is in it'),
-  b'\x1f\x8b': ('a gzip archive', 'unpack it and give what is in it'),
-  b'\x89HDF': (
-    'an HDF5 file of Keras',
-    'take the flax or the transformers variation of the model',
-  ),
-  b'GGUF': ('a GGUF file', 'give it as weights.source'),
-  JSON: ('a JSON file', 'give the folder that it is in'),
+# First bytes of what is no text -> what it is, and what to do.
+_NO_TEXT = {
+  b'version https://git-lfs': 'a Git LFS pointer in the place of the file '
+  'itself; run `git lfs pull` in its folder, or fetch the file by itself',
+  b'PK\x03\x04': 'a zip archive; unpack it and give what is in it',
+  b'BZh': 'packed by bzip2; unpack it',
+  b'\x28\xb5\x2f\xfd': 'packed by zstd; unpack it',
+  b'\xff\xfe': _UTF16,
+  b'\xfe\xff': _UTF16,
+}
+_KINDS = _NO_TEXT | {
+  b'<!doctype html': _HTML,
+  b'<html': _HTML,
+  b'\x1f\x8b': 'a gzip archive; unpack it and give what is in it',
+  b'\x89HDF': 'an HDF5 file of Keras; take the flax or the transformers '
+  'variation of the model',
+  b'GGUF': 'a GGUF file; give it as weights.source',
+  JSON: 'a JSON file; give the folder that it is in',
 }
 _KINDS |= {bytes([0x80, version]): _PICKLE for version in range(2, 6)}
-_KINDS[b'<html'] = _KINDS[b'<!doctype html']
+
+
+def refuse_no_text(head: bytes, name: str) -> None:
+  """Refuses what cannot be lines of UTF-8, by the first bytes of a file."""
+  for magic, what in _NO_TEXT.items():
+    if head.startswith(magic):
+      raise errors.UserError(f'{name}: {what}.')
 
 
 def refuse(path: str | os.PathLike[str], wanted: bytes = b'') -> None:
@@ -56,11 +66,14 @@ def refuse(path: str | os.PathLike[str], wanted: bytes = b'') -> None:
     head = f.read(_SIZE)
   text = head.lstrip().lower()
   kind = next((k for k in _KINDS if text.startswith(k.lower())), wanted)
-  found = _KINDS.get(kind)
+  what = _KINDS.get(kind)
   if head[8:10] == SAFETENSORS:
-    kind, found = SAFETENSORS, _SAFETENSORS
+    kind = SAFETENSORS
+    what = (
+      'a safetensors file; give the folder that it is in, with config.json and '
+      'a tokenizer'
+    )
   elif b'/data.pkl' in head:  # In a zip.
-    found = _PICKLE
+    what = _PICKLE
   if kind != wanted:
-    what, remedy = found
-    raise errors.UserError(f'{os.fspath(path)}: {what}; {remedy}.')
+    raise errors.UserError(f'{os.fspath(path)}: {what}.')

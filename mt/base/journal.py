@@ -17,7 +17,6 @@ import numpy as np
 import tqdm
 
 from mt.base import errors
-from mt.base import files
 from mt.base import processes
 
 
@@ -28,31 +27,12 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def cut_metrics(path: pathlib.Path, last_step: int) -> None:
-  """Drops the lines after `last_step`, which a resumed run writes again."""
-  if processes.is_first() and path.exists():
-    kept = [json.dumps(x) for x in read_metrics(path) if x['step'] <= last_step]
-    files.write(path, ''.join(x + '\n' for x in kept))
-
-
-def open_metrics(path: pathlib.Path) -> IO[bytes] | None:
-  """metrics.jsonl, to be added to; None in other processes than the first."""
-  if not processes.is_first():
-    return None
-  try:
-    return open(path, 'ab', buffering=0)
-  except OSError as e:
-    raise files.unwritable(path, e) from e
-
-
-def add_metrics(file: IO[bytes] | None, line: dict[str, Any]) -> None:
+def add_metrics(file: IO[bytes], line: dict[str, Any]) -> None:
   """Appends one JSON object; `step` says how many steps were done.
 
   It is written at once, so that a kill loses the line under way at the most.
   JSON has no infinity and no NaN: they become null.
   """
-  if file is None:
-    return
   line = {
     k: None if isinstance(v, float) and not math.isfinite(v) else v
     for k, v in line.items()

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 import contextlib
 import functools
-import os
 from typing import TypeVar
 import zlib
 
@@ -35,37 +34,25 @@ def start(coordinator: str, processes: int, process: int) -> None:
 
   Args:
     coordinator: HOST:PORT of process 0; `auto` leaves all three to the cluster
-      (Cloud TPU, Slurm, Open MPI, Kubernetes); '' takes
-      JAX_COORDINATOR_ADDRESS, and a single process where that is not set.
-    processes: how many there are; 0 takes JAX_NUM_PROCESSES.
-    process: which one this is, from 0; -1 takes JAX_PROCESS_ID.
+      (Cloud TPU, Slurm, Open MPI, Kubernetes); '' for a single process.
+    processes: how many there are.
+    process: which one this is, from 0.
 
   Raises:
     errors.UserError: something is not given, or the others are not there.
   """
-  env = os.environ
-  coordinator = coordinator or env.get('JAX_COORDINATOR_ADDRESS', '')
-  if not coordinator:
-    if processes > 0 or process >= 0:
-      raise errors.UserError(
-        f'--processes={processes} and --process={process} need --coordinator='
-        'HOST:PORT of process 0.'
-      )
+  auto = coordinator == 'auto'
+  if not coordinator and processes <= 0 and process < 0:
     return
-  where = ()
-  if coordinator != 'auto':
-    processes = processes or _number('JAX_NUM_PROCESSES', 0)
-    process = _number('JAX_PROCESS_ID', -1) if process < 0 else process
-    if not 0 <= process < processes:
-      raise errors.UserError(
-        f'--process={process} of --processes={processes}: a number from 0 to '
-        'below the number of processes expected, by flag or as '
-        'JAX_PROCESS_ID and JAX_NUM_PROCESSES.'
-      )
-    where = coordinator, processes, process
+  if not auto and not (coordinator and 0 <= process < processes):
+    raise errors.UserError(
+      f'--coordinator={coordinator} --processes={processes} --process='
+      f'{process}: HOST:PORT of process 0, the number of processes, and from 0 '
+      'to below it which one this is expected, or --coordinator=auto.'
+    )
   try:
     jax.distributed.initialize(
-      *where,
+      *(() if auto else (coordinator, processes, process)),
       heartbeat_timeout_seconds=_HEARTBEAT,
       shutdown_timeout_seconds=_SHUTDOWN,
     )
@@ -74,14 +61,6 @@ def start(coordinator: str, processes: int, process: int) -> None:
       f'--coordinator={coordinator}: cannot join the other processes '
       f'({_short(e)}); start all of them with the same coordinator.'
     ) from e
-
-
-def _number(name, default):
-  text = os.environ.get(name, str(default))
-  try:
-    return int(text)
-  except ValueError as e:
-    raise errors.UserError(f'{name} is {text!r}; a number expected.') from e
 
 
 def _short(e):

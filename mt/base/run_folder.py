@@ -5,7 +5,7 @@ environment.json   versions, devices
 data.json          pairs in the training texts
 tokenizer.model    SentencePiece
 metrics.jsonl      a line for each step and each validation
-tensorboard/       the same for TensorBoard, see mt/base/events.py
+tensorboard/       the same for TensorBoard, see mt/base/recorder.py
 wandb_id.txt       of the run at Weights & Biases, if log.to names it
 scores.json        BLEU and chrF, before and after, and chrF by noise
 translations/      SPLIT.{source,reference,before,after}.txt; of several
@@ -20,7 +20,6 @@ lock               held while a run is at work
 
 from collections.abc import Iterator
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -42,7 +41,7 @@ _PATHS = 'source', 'tokenizer', 'adapter', 'warm_start'  # Of `weights`.
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """The config that a run was started with, in the knobs of today."""
-  saved = dict(_flat(_tuples(files.read_json(workdir / 'config.json'))))
+  saved = flat(files.read_json(workdir / 'config.json'))
   config = default.get_config()
   config.update_from_flattened_dict(
     {k.path: saved[k.path] for k in default.KNOBS if k.path in saved}
@@ -50,37 +49,20 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   return config
 
 
-def _tuples(value):
-  """JSON has lists, a config has tuples."""
-  if isinstance(value, dict):
-    return {k: _tuples(v) for k, v in value.items()}
-  return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
 def is_run(folder: pathlib.Path) -> bool:
   """Whether a run has left something in a folder."""
   return all((folder / n).exists() for n in ('config.json', 'environment.json'))
 
 
-@contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-  """A folder for one run at a time; whoever dies gives it free."""
+def locked(workdir: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+  """Holds a folder for one run; whoever dies gives it free."""
   if not processes.is_first():
-    yield
-    return
-  with contextlib.ExitStack() as stack:
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-      lock = stack.enter_context(open(workdir / 'lock', 'ab'))
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise errors.UserError(
-        f'{workdir}: another run is at work in it; wait for its end, or give '
-        'another --workdir.'
-      ) from e
-    except OSError as e:
-      raise files.unwritable(workdir, e) from e
-    yield
+    return contextlib.nullcontext()
+  return files.locked(
+    workdir / 'lock',
+    f'{workdir}: another run is at work in it; wait for its end, or give '
+    'another --workdir.',
+  )
 
 
 def claim(
@@ -132,23 +114,19 @@ def step_knobs(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
   Not the paths of weights: a checkpoint knows those by what is in them.
   """
-  flat = json.loads(json.dumps(dict(_flat(config.to_dict()))))
+  values = json.loads(json.dumps(flat(config.to_dict())))
   same = {k.path for k in default.KNOBS if k.resume == 'same'}
   same -= {f'weights.{name}' for name in _PATHS}
-  return {k: v for k, v in flat.items() if k in same}
+  return {k: v for k, v in values.items() if k in same}
 
 
-def flat(config: dict[str, Any]) -> dict[str, Any]:
+def flat(config: dict[str, Any], prefix: str = '') -> dict[str, Any]:
   """The values of a config under the names of its knobs, such as data.pair."""
-  return dict(_flat(config))
-
-
-def _flat(config, prefix=''):
+  out = {}
   for key, value in config.items():
-    if isinstance(value, dict):
-      yield from _flat(value, f'{prefix}{key}.')
-    else:
-      yield prefix + key, value
+    inner = isinstance(value, dict)
+    out |= flat(value, f'{prefix}{key}.') if inner else {prefix + key: value}
+  return out
 
 
 def differences(

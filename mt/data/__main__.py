@@ -34,8 +34,8 @@ _QUANTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 _EXAMPLES = 5
 
 
-def lengths(blocks: store.Store) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens of each prompt and of each target of a text: [n], [n].
+def lengths(blocks: store.Store) -> dict[str, np.ndarray]:
+  """Tokens of each `prompt`, each `target`, and `both` of a text: [n] each.
 
   Tokenises all blocks that are not in the store yet.
   """
@@ -49,26 +49,22 @@ def lengths(blocks: store.Store) -> tuple[np.ndarray, np.ndarray]:
     progress.update(number + 1)
   progress.close()
   prompt, size = map(np.concatenate, zip(*parts, strict=True))
-  return prompt, size - prompt
+  return {'prompt': prompt, 'target': size - prompt, 'both': size}
 
 
-def _kinds(prompt, target):
-  return {'prompt': prompt, 'target': target, 'both': prompt + target}
-
-
-def table(prompt: np.ndarray, target: np.ndarray, length: int) -> str:
-  """Quantiles of lengths ([n], [n]), and how many pairs exceed a row."""
-  chex.assert_equal_shape([prompt, target])
+def table(sizes: dict[str, np.ndarray], length: int) -> str:
+  """Quantiles of `lengths`, and how many pairs exceed a row."""
+  chex.assert_equal_shape([*sizes.values()])
   names = [f'{q} %' for q in _QUANTILES]
   names[0], names[-1] = 'least', 'most'
   out = ['  tokens    ' + ''.join(f'{n:>8}' for n in names) + '        sum']
-  for name, values in _kinds(prompt, target).items():
+  for name, values in sizes.items():
     marks = np.percentile(values, _QUANTILES, method='nearest')
     cells = ''.join(f'{int(m):8,}' for m in marks)
     out.append(f'  {name:10}{cells}{int(values.sum()):11,}')
-  dropped = int((prompt + target > length).sum())
+  dropped = int((values > length).sum())
   out.append(
-    f'  dropped: {dropped:,} of {len(prompt):,} pairs (more than data.length='
+    f'  dropped: {dropped:,} of {len(values):,} pairs (more than data.length='
     f'{length} tokens)'
   )
   return '\n'.join(out)
@@ -95,17 +91,17 @@ def example(
 
 
 def plot(
-  path: str, named: dict[str, tuple[np.ndarray, np.ndarray]], length: int
+  path: str, named: dict[str, dict[str, np.ndarray]], length: int
 ) -> None:
   """A PNG: histograms of prompt, target and both for each text."""
   figure = matplotlib.figure.Figure(
     figsize=(8, 3 * len(named)), layout='constrained'
   )
   axes = figure.subplots(len(named), squeeze=False)[:, 0]
-  for axis, (name, (prompt, target)) in zip(axes, named.items(), strict=True):
-    most = max(length, int(np.percentile(prompt + target, 99.5)))
+  for axis, (name, sizes) in zip(axes, named.items(), strict=True):
+    most = max(length, int(np.percentile(sizes['both'], 99.5)))
     bins = np.linspace(0, most, 65)
-    for label, values in _kinds(prompt, target).items():
+    for label, values in sizes.items():
       axis.hist(np.minimum(values, most), bins, histtype='step', label=label)
     axis.axvline(length, color='0.6', linestyle='--', label='data.length')
     axis.set(title=name, xlabel='tokens (longer ones in the last bar)')
@@ -154,7 +150,7 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
       numbers = range(len(source.store))
       if len(numbers) > 1 and (bad := source.store.unusable(numbers)):
         out.append(f'  not used of all lines: {bitext.reasons(bad)}')
-      out.append(table(*found, config.data.length))
+      out.append(table(found, config.data.length))
       if split == 'train':
         out += faults.show(faults.count(text, range(len(text))))
         out.append(_epoch(source, share / sum(mixture), config.train))
@@ -183,12 +179,6 @@ def _epoch(source, share, train) -> str:
   )
 
 
-def define_flags() -> None:
-  """Defines --config and --plot."""
-  cli.define_config()
-  flags.DEFINE_string('plot', '', 'A PNG of the lengths, to be written there.')
-
-
 def main(_: Sequence[str]) -> None:
   config, _ = cli.read_config()
   color = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
@@ -197,5 +187,6 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  define_flags()
+  cli.define_config()
+  flags.DEFINE_string('plot', '', 'A PNG of the lengths, to be written there.')
   cli.run(main)

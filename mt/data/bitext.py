@@ -40,26 +40,51 @@ class Looked(NamedTuple):
   unusable: Unusable
 
 
+class File(NamedTuple):
+  """A file of lines, as it was when it was opened."""
+
+  name: str  # As it was asked for.
+  path: str  # See formats.Plain.
+  stat: tuple[int, ...]  # A file that changes is refused.
+  starts: np.ndarray  # See line_index.Index.
+
+  def read(self, which: np.ndarray) -> list[bytes]:
+    """These lines of it, from 0.
+
+    Raises:
+      errors.UserError: it is gone, or not what it was.
+    """
+    begin, sizes = self.starts[which], self.starts[which + 1]
+    sizes = (sizes - begin).tolist()
+    try:
+      with open(self.path, 'rb', buffering=0) as f:
+        if _stat(f) != self.stat:
+          raise OSError(0, 'another size or time')
+        fd, places = f.fileno(), zip(sizes, begin.tolist(), strict=True)
+        return [os.pread(fd, size, at) for size, at in places]
+    except OSError as e:
+      raise errors.UserError(
+        f'{self.name}: changed or gone since the run began '
+        f'({e.strerror}); put the file back as it was and start again.'
+      ) from e
+
+
 @dataclasses.dataclass(frozen=True)
 class Bitext:
   """The lines of one split, on disk; line 0 is the first after a header."""
 
-  files: tuple[formats.Plain, ...]  # One, or two aligned ones.
-  stats: tuple[tuple[int, ...], ...]  # Of each; a file that changes is refused.
+  files: tuple[File, ...]  # One, or two aligned ones.
   parse: lines.Parser
-  starts: tuple[np.ndarray, ...]  # Of each [lines + 1], see line_index.Index.
   header: int  # Lines before line 0.
   max_bad_fraction: float  # Of unusable lines that are put up with.
   notes: tuple[str, ...]  # What else a reader should know.
   digest: str  # Changes with the content and with how it is read.
   pair: str  # The direction, such as en-fr.
-  # Instead of lines, the pairs themselves, see mt/data/tfds.py.
-  pairs: tuple[lines.Pair, ...] = ()
   rules: faults.Rules | None = None  # What training leaves out, see corpus.
 
   def __len__(self) -> int:
     """Lines, usable or not."""
-    return len(self.pairs) or len(self.starts[0]) - 1
+    return len(self.files[0].starts) - 1 - self.header
 
   @property
   def where(self) -> str:
@@ -88,33 +113,20 @@ class Bitext:
     """The pairs of these lines, and why others are none; see `read`."""
     which = np.asarray(which, np.int64)
     pairs, usable, unusable = [], [], {}
-    for at, (line, pair) in enumerate(
-      zip(which.tolist(), self._parsed(which), strict=True)
-    ):
+    raws = zip(*(f.read(which + self.header) for f in self.files), strict=True)
+    for at, (line, raw) in enumerate(zip(which.tolist(), raws, strict=True)):
+      number = line + self.header + 1
+      pair = lines.parse_line(self.parse, number, raw)
       why = pair if isinstance(pair, str) else ''
       if not why and self.rules:
         why = self.rules.why_left_out(line, pair)
       if why:
-        number = line + self.header + 1
         count, first = unusable.get(why, (0, number))
         unusable[why] = count + 1, min(first, number)
       else:
         pairs.append(pair)
         usable.append(at)
     return Looked(len(which), pairs, np.array(usable, np.int64), unusable)
-
-  def _parsed(self, which) -> list[lines.Pair | str]:
-    if self.pairs:
-      return [self.pairs[i] for i in which]
-    raws = [
-      _read_lines(*file, which)
-      for file in zip(self.files, self.stats, self.starts, strict=True)
-    ]
-    numbers = (which + self.header + 1).tolist()
-    return [
-      lines.parse_line(self.parse, number, raw)
-      for number, *raw in zip(numbers, *raws, strict=True)
-    ]
 
   def check(self, unusable: Unusable, number: int) -> None:
     """Refuses too many unusable ones among `number` lines."""
@@ -130,22 +142,6 @@ class Bitext:
       )
     if lost == number:
       raise no_pair(self.where)
-
-
-def _read_lines(file, stat, starts, which) -> list[bytes]:
-  begin, sizes = starts[which], starts[which + 1] - starts[which]
-  try:
-    with open(file.path, 'rb', buffering=0) as f:
-      if _stat(f) != stat:
-        raise OSError(0, 'another size or time')
-      fd = f.fileno()
-      places = zip(sizes.tolist(), begin.tolist(), strict=True)
-      return [os.pread(fd, size, at) for size, at in places]
-  except OSError as e:
-    raise errors.UserError(
-      f'{file.name}: changed or gone since the run began '
-      f'({e.strerror}); put the file back as it was and start again.'
-    ) from e
 
 
 def _stat(f) -> tuple[int, ...]:
@@ -170,7 +166,7 @@ def open_bitext(
     columns: of source and target: numbers from 1, or names out of a header
       line; keys in JSON lines and parquet. () takes columns `id source target`
       or `source target`, and the languages as keys.
-    quotes: `csv` or `text`, see data.quotes.
+    quotes: `csv` or `text`, see data.quotes; or `tfds`, see data.tfds_quoting.
     reversed_pair: the usual columns hold target and source.
     max_bad_fraction: of unusable lines that are put up with.
 
@@ -180,67 +176,61 @@ def open_bitext(
       something else.
   """
   keys = columns_lib.keys(pair, columns)
-  files, stats, indices = [], [], []
+  plain, indices, opened = [], [], []
   for path in map(str, paths):
     try:
       file = formats.open_plain(path, quotes, keys, aligned=len(paths) == 2)
       with open(file.path, 'rb') as f:
-        stats.append(_stat(f))
+        stat = _stat(f)
       indices.append(line_index.index(file.path, file.name))
     except OSError as e:
       raise unreadable(path, e) from e
-    files.append(file)
-  _check_alignment(files, indices)
+    plain.append(file)
+    opened.append(File(file.name, file.path, stat, indices[-1].starts))
+  _check_alignment(opened)
   named = columns_lib.has_header(columns)
-  first = _first_cells(files[0], stats[0], indices[0].starts, named)
+  first = _first_cells(opened[0], plain[0].kind, named)
   parse, notes = columns_lib.choose(
-    files, first, pair, columns, quotes=quotes, reversed_pair=reversed_pair
+    plain, first, pair, columns, quotes=quotes, reversed_pair=reversed_pair
   )
   header = named and isinstance(parse, lines.Columns)
   identity = json.dumps([[x.digest for x in indices], repr(parse), header])
   notes += tuple(
     f'{file.name}: a byte-order mark in front, left out'
-    for file, found in zip(files, indices, strict=True)
-    if found.starts[0]
+    for file in opened
+    if file.starts[0]
   )
   text = Bitext(
-    files=tuple(files),
-    stats=tuple(stats),
+    files=tuple(opened),
     parse=parse,
-    starts=tuple(x.starts[int(header) :] for x in indices),
     header=int(header),
     max_bad_fraction=max_bad_fraction,
     notes=notes,
     digest=hashlib.sha256(identity.encode()).hexdigest(),
     pair=pair,
   )
-  if not len(text):
-    raise no_pair(text.where)
   text.check(text.sample.unusable, text.sample.number)
   return text
 
 
-def _check_alignment(files, indices):
-  counts = [len(x.starts) - 1 for x in indices]
-  if len({*counts}) > 1:
-    more, less = (0, 1) if counts[0] > counts[1] else (1, 0)
+def _check_alignment(opened):
+  less, more = (f(opened, key=lambda x: len(x.starts)) for f in (min, max))
+  if len(less.starts) < len(more.starts):
     raise errors.UserError(
-      f'{files[more].name} has {counts[more]:,} lines and {files[less].name} '
-      f'{counts[less]:,}; aligned files have a line for each other: find where '
-      'they part.'
+      f'{more.name} has {len(more.starts) - 1:,} lines and {less.name} '
+      f'{len(less.starts) - 1:,}; aligned files have a line for each other: '
+      'find where they part.'
     )
 
 
-def _first_cells(file, stat, starts, named) -> list[list[str]]:
+def _first_cells(file, kind, named) -> list[list[str]]:
   """The columns of some first lines with something in them.
 
   Where columns are `named`, the very first is one of them.
   """
-  raws = _read_lines(
-    file, stat, starts, np.arange(min(len(starts) - 1, _FIRST))
-  )
+  raws = file.read(np.arange(min(len(file.starts) - 1, _FIRST)))
   texts = [lines.strip_end(raw).decode(errors='replace') for raw in raws]
-  if file.kind == 'cells':
+  if kind == 'cells':
     rows = list(map(json.loads, texts))
   else:
     rows = [text.split('\t') for text in texts]

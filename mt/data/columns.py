@@ -42,36 +42,33 @@ def choose(
     errors.UserError: the lines have not the columns that are asked for, or not
       the ones expected where none are.
   """
-  where = files[0].name
+  where, cells = files[0].name, first[0] if first else []
   if len(files) == 2:
     return lines.Aligned(), ()
   if files[0].kind == 'json':
     return lines.Keys(*(keys(pair, columns))), ()
-  is_json = files[0].kind == 'cells'
+  if quotes == 'tfds':
+    sides = (2, 1) if reversed_pair else (1, 2)
+    parse = lines.Columns(3, *sides, id=0, json=True, may_be_empty=True)
+    return parse, ('rows as TFDS counts them',)
+  is_json, number = files[0].kind == 'cells', len(cells)
   if not is_json and quotes != 'text':
     _refuse_quotes(where, first)
-  if has_header(columns):
-    for name in columns:
-      if name not in first[0]:
-        raise errors.UserError(
-          f'{where}: no column {name!r} in its first line, which has '
-          f'{" ".join(first[0])[:200]!r}; mend data.columns, or give the '
-          'numbers of the columns if there is no header.'
-        )
-    found = map(first[0].index, columns)
-    return lines.Columns(len(first[0]), *found, json=is_json), ()
-  number, header = len(first[0]), _header(first[0], pair)
   if columns:
-    if max(columns) > number:
-      raise _wrong_number(where, number, columns)
-    found = [n - 1 for n in columns]
+    known = cells if has_header(columns) else range(1, number + 1)
+    for column in columns:
+      if column not in known:
+        raise _wrong_columns(where, cells, f'{column!r}, of {columns},')
+    found = map(known.index, columns)
+    header = () if has_header(columns) else _header(cells, pair)
     note = f'its first line, {" | ".join(header)!r}, is taken for a pair'
     return lines.Columns(number, *found, json=is_json), (note,) * bool(header)
   if number not in (2, 3):
-    raise _wrong_number(where, number, 'id, source, target or source, target')
-  if header:
+    expected = 'id, source, target or source, target'
+    raise _wrong_columns(where, cells, expected)
+  if header := _header(cells, pair):
     raise errors.UserError(
-      f'{where}: its first line is a header ({" | ".join(first[0])[:200]}); '
+      f'{where}: its first line is a header ({" | ".join(cells)[:200]}); '
       f'set data.columns={header} to read these columns, or to numbers, such '
       'as (1, 2), if that line is a pair.'
     )
@@ -93,10 +90,11 @@ def keys(pair: str, columns: Sequence[int | str]) -> Sequence[str]:
   return columns if has_header(columns) else pair.split('-')
 
 
-def _wrong_number(where, number, expected):
+def _wrong_columns(where, cells, expected):
   return errors.UserError(
-    f'{where}: columns in its first line: {number}, expected {expected}; set '
-    'data.columns to the two that hold source and target.'
+    f'{where}: {len(cells)} columns in its first line '
+    f'({" | ".join(cells)[:200]!r}), {expected} expected; set data.columns to '
+    'the two that hold source and target: numbers, or names in a header.'
   )
 
 

@@ -17,6 +17,7 @@ A source is one of
 from collections.abc import Sequence
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -32,7 +33,6 @@ from mt.data import faults
 from mt.data import lines
 from mt.data import mtnt
 from mt.data import sacrebleu_sets
-from mt.data import tfds
 
 SAMPLE = pathlib.Path(__file__).parent / 'sample'
 
@@ -64,16 +64,17 @@ def read_splits(
       raise errors.UserError(
         f'data.source is {sources(data)[0]!r} and data.{split} is empty: the '
         'same text would be trained on and scored; name the text of the '
-        f'{split} split in data.{split}, or write {{split}} in the path.'
+        f'{split} split in data.{split} (of mt.evaluate, in --data), or write '
+        '{split} in the path.'
       )
     names = sources(data) if split == 'train' else [source]
     found[split] = [
-      _find(name, split, pair, data)
+      (_find(name, split, pair, data), pair)
       for name in names
       for pair in directions.each(data.pair)
     ]
   texts = {
-    split: [_open(files, data) for files in of_split]
+    split: [_open(*files, data) for files in of_split]
     for split, of_split in found.items()
   }
   if 'train' in texts:
@@ -95,7 +96,8 @@ def _held_out(data, texts) -> dict[str, tuple[str, str]]:
     if not opened and source is not None:
       for pair in directions.each(data.pair):
         with contextlib.suppress(errors.UserError):
-          opened.append(_open(_find(source, split, pair, data), data))
+          files = _find(source, split, pair, data)
+          opened.append(_open(files, pair, data))
     for text in opened:
       for p in text.read():
         for side in p[1:] if several else [p.source]:
@@ -148,25 +150,23 @@ def some_texts(text: bitext.Bitext, most: int = 4000) -> list[str]:
 class _Files(NamedTuple):
   """The files of a direction of a split."""
 
-  paths: list[pathlib.Path]
-  pair: str
+  paths: Sequence[str | pathlib.Path]
   reversed_pair: bool = False  # They hold the pair the other way.
   shared: bool = False  # With all other directions.
 
 
-def _open(files, data) -> bitext.Bitext:
-  paths, pair, other_way, shared = files
-  if data.tfds_quoting:
-    return tfds.read_as_tfds(paths[0], other_way, pair)
+def _open(files, pair, data) -> bitext.Bitext:
+  paths, other_way, shared = files
   first, *more = directions.each(data.pair)
   turn = more and other_way  # What data.columns says is of the file.
   text = bitext.open_bitext(
     paths,
     pair,
     data.columns[::-1] if turn else data.columns,
-    quotes=data.quotes,
+    quotes='tfds' if data.tfds_quoting else data.quotes,
     reversed_pair=other_way,
-    max_bad_fraction=data.max_bad_fraction,
+    # TFDS passes over short rows, however many there are.
+    max_bad_fraction=1 if data.tfds_quoting else data.max_bad_fraction,
   )
   by_language = isinstance(text.parse, lines.Keys) and not data.columns
   both_ways = first, directions.turned(first)
@@ -181,42 +181,28 @@ def _open(files, data) -> bitext.Bitext:
 
 def _find(source, split, pair, data) -> _Files:
   if not _is_text(source):
-    return _find_in_folder(_open_folder(source) / split, split, pair)
+    source = f'{_open_folder(source)}/{{split}}/{{split}}.{{pair}}.tsv'
   path = source.replace('{split}', split)
   if path.startswith(sacrebleu_sets.PREFIX):
     name = path.removeprefix(sacrebleu_sets.PREFIX)
-    return _Files(sacrebleu_sets.find(name, pair), pair)
+    return _Files(sacrebleu_sets.find(name, pair))
   if '{lang}' in path:
     path = path.replace('{pair}', pair)
-    sides = pair.split('-')
-    return _Files(
-      [pathlib.Path(path.replace('{lang}', x)) for x in sides], pair
-    )
+    return _Files([path.replace('{lang}', x) for x in pair.split('-')])
   if '{pair}' in path:
-    own, other = (
-      pathlib.Path(path.replace('{pair}', p))
-      for p in (pair, directions.turned(pair))
-    )
-    turn = not os.path.exists(own) and os.path.exists(other)
-    return _Files([other if turn else own], pair, turn)
+    own = path.replace('{pair}', pair)
+    other = path.replace('{pair}', directions.turned(pair))
+    there = glob.glob(glob.escape(path).replace('{pair}', '*'))
+    if there and own not in there and other not in there:
+      raise errors.UserError(
+        f'{own}: there is no such file; data.pair is {pair!r}, expected that '
+        f'of one that is there: {", ".join(sorted(there))}.'
+      )
+    turn = own not in there and other in there
+    return _Files([other if turn else own], turn)
   first = directions.each(data.pair)[0]
   turn = pair != first and pair == directions.turned(first)
-  return _Files([pathlib.Path(path)], pair, turn, shared=True)
-
-
-def _find_in_folder(folder, split, pair) -> _Files:
-  path, other = folder / f'{split}.{pair}.tsv', directions.turned(pair)
-  # glob raises for a name that is too long; isdir says False.
-  found = folder.glob(f'{split}.*.tsv') if os.path.isdir(folder) else ()
-  pairs = [p.name.split('.')[-2] for p in found]
-  if pair in pairs or not pairs:
-    return _Files([path], pair)
-  if other in pairs:
-    return _Files([folder / f'{split}.{other}.tsv'], pair, True)
-  raise errors.UserError(
-    f'{path}: there is no such file; data.pair is {pair!r}, expected one of '
-    f'{", ".join(sorted(pairs))}.'
-  )
+  return _Files([path], turn, shared=True)
 
 
 def _is_text(source) -> bool:

@@ -36,17 +36,11 @@ _LETTERS = 4  # In a text, at least, to tell a script.
 _CHUNK = 1 << 16
 _LINES_IN_MEMORY = 1 << 20
 
-# What languages are written in, if not in Latin letters.
+# What languages are written in, if not in Latin letters alone.
 _SCRIPTS = {
-  **dict.fromkeys(('ar', 'fa', 'ur'), 'Arabic'),
-  **dict.fromkeys(('be', 'bg', 'kk', 'mk', 'mn', 'ru', 'uk'), 'Cyrillic'),
-  **dict.fromkeys(('hi', 'mr', 'ne'), 'Devanagari'),
-  **{'bn': 'Bengali', 'el': 'Greek', 'gu': 'Gujarati', 'he': 'Hebrew'},
-  **{'hy': 'Armenian', 'ka': 'Georgian', 'ko': 'Hangul', 'ta': 'Tamil'},
-  **{'te': 'Telugu', 'th': 'Thai', 'zh': 'Han'},
-  'ja': r'Han}\p{Hiragana}\p{Katakana',
-  # Written in two scripts.
-  **dict.fromkeys(('az', 'sr', 'uz'), r'Latin}\p{Cyrillic'),
+  code: scripts.split()
+  for code, _, *others in template.languages()
+  for scripts in others
 }
 NAMES = (
   *('duplicates', 'leaks', 'copies', 'script', 'entities', 'lengths'),
@@ -105,9 +99,8 @@ def fold(text: str) -> str:
 def _other_script(code, text) -> bool:
   if text.isascii() and code not in _SCRIPTS:
     return False
-  letters = _letter.findall(text)
-  script = _SCRIPTS.get(code, 'Latin')
-  own = regex.findall(rf'[\p{{{script}}}]', text)
+  scripts = ''.join(rf'\p{{{x}}}' for x in _SCRIPTS.get(code, ['Latin']))
+  letters, own = _letter.findall(text), regex.findall(f'[{scripts}]', text)
   return len(letters) >= _LETTERS and 2 * len(own) < len(letters)
 
 
@@ -166,18 +159,21 @@ def count(text: Any, which: Sequence[int]) -> Counts:
 
 def describe(counts: Counts) -> str:
   """Them in a line, the most frequent first; or nothing."""
-  found = sorted(counts.items(), key=lambda item: -item[1][0])
-  return ', '.join(f'{number:,} {name}' for name, (number, _) in found)
+  return ', '.join(f'{number:,} {name}' for name, number, _ in _sorted(counts))
 
 
 def show(counts: Counts) -> list[str]:
   """A line for each fault, with its first pair and what leaves it out."""
-  found = sorted(counts.items(), key=lambda item: -item[1][0])
   return [
     f'  {name:10} {number:9,}  {p.id}: {p.source[:50]!r} -> {p.target[:50]!r}  '
     f'(data.filter={name} leaves them out)'
-    for name, (number, p) in found
+    for name, number, p in _sorted(counts)
   ]
+
+
+def _sorted(counts):
+  rows = [(name, *found) for name, found in counts.items()]
+  return sorted(rows, key=lambda row: -row[1])
 
 
 def refuse_leaks(where: str, pairs: Iterable[lines.Pair], rules: Rules) -> None:

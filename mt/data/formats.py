@@ -24,6 +24,7 @@ import zlib
 from mt.base import cache
 from mt.base import errors
 from mt.base import files
+from mt.base import foreign
 
 BOM = b'\xef\xbb\xbf'
 HEAD = 4096  # As many first bytes are looked at.
@@ -34,18 +35,6 @@ _PACKED = {b'\x1f\x8b': gzip.open, b'\xfd7zXZ\0': lzma.open}
 _JSON_LINES = ('.jsonl', '.ndjson', '.json')
 _PARQUET = b'PAR1'
 
-# First bytes -> what it is, and what to do.
-_BINARY = {
-  b'\xff\xfe': 'UTF-16 found, UTF-8 expected; convert it, for example with '
-  '`iconv -f utf-16 -t utf-8`',
-  b'PK\x03\x04': 'a zip archive; unpack it, and name two aligned files in it '
-  'as one path with {lang}',
-  b'BZh': 'packed by bzip2; unpack it, or pack it with gzip or xz',
-  b'\x28\xb5\x2f\xfd': 'packed by zstd; unpack it, or pack it with gzip or xz',
-  b'version https://git-lfs': 'a pointer of Git LFS, not the file itself; '
-  'fetch that with `git lfs pull`',
-}
-_BINARY[b'\xfe\xff'] = _BINARY[b'\xff\xfe']
 _MARKUP = re.compile(
   rb'\s*<(\?xml|tmx|!doctype|html|srcset|refset|tstset|doc|dataset|mteval)\b',
   re.IGNORECASE,
@@ -67,7 +56,7 @@ def open_plain(
 
   Args:
     quotes: `csv` and `text` say what a quote is, where the file's name would
-      say something else; see data.quotes.
+      say something else, see data.quotes; `tfds`, see data.tfds_quoting.
     keys: which columns of parquet are wanted, see lines.Keys.
     aligned: every line is a text.
 
@@ -77,9 +66,14 @@ def open_plain(
   """
   path, suffix = _unpacked(name)
   head = _head(path)
-  refuse_binary(head, name)
+  foreign.refuse_no_text(head, name)
   if _MARKUP.match(head):
-    raise errors.UserError(f'{name}: {_markup(head)}.')
+    raise errors.UserError(
+      f"{name}: markup, as of TMX, of WMT's .sgm and .xml, or of a web page in "
+      'the place of a file; write its pairs into a .jsonl, or its '
+      'segments one a line into two aligned files, as `sacrebleu -t wmt20 -l '
+      'en-de --echo src ref` does.'
+    )
   if head.startswith(_PARQUET):
     if aligned:
       raise errors.UserError(
@@ -91,6 +85,9 @@ def open_plain(
     return Plain(name, path, 'json')
   if aligned:
     return Plain(name, path, 'text')
+  if quotes == 'tfds':
+    path = _rewrite(path, (quotes,), lambda f: _tfds(name, path, f))
+    return Plain(name, path, 'cells')
   if suffix in _JSON_LINES:
     if head.lstrip().startswith(b'['):
       raise errors.UserError(
@@ -104,13 +101,6 @@ def open_plain(
     path = _rewrite(path, parts, lambda f: _csv(name, path, delimiter, f))
     return Plain(name, path, 'cells')
   return Plain(name, path, 'text')
-
-
-def refuse_binary(head: bytes, name: str) -> None:
-  """Refuses what cannot be lines of UTF-8, by its first bytes."""
-  for magic, what in _BINARY.items():
-    if head.startswith(magic):
-      raise errors.UserError(f'{name}: {what}.')
 
 
 def cache_path(path: str, parts: Sequence[str]) -> pathlib.Path:
@@ -171,31 +161,40 @@ def _delimiter(head) -> str:
   return ';' if b';' in first and b',' not in first else ','
 
 
+# What is not UTF-8 becomes surrogates, which a parser refuses by the line.
 def _csv(name, path, delimiter, out):
-  # What is not UTF-8 becomes surrogates, which a parser refuses by the line.
   with open(
     path, encoding='utf-8-sig', errors='surrogateescape', newline=''
   ) as f:
-    reader = csv.reader(f, delimiter=delimiter, strict=True)
-    try:
-      for cells in reader:
-        out.write(json.dumps(cells).encode() + b'\n')
-    except csv.Error as e:
-      raise errors.UserError(
-        f'{name}, line {reader.line_num}: not CSV ({e}); mend the line, or set '
-        "data.quotes='text' where a quote is a character and tabs part columns."
-      ) from e
+    _cells(name, csv.reader(f, delimiter=delimiter, strict=True), None, out)
+
+
+def _tfds(name, path, out):
+  """The rows that TFDS's `mtnt` reads, with the quoting that it takes.
+
+  A quote at the start of a column makes one text of all up to the next quote,
+  tabs and line ends too (tensorflow_datasets/translate/mtnt/mtnt.py).
+  """
+  with open(path, encoding='utf-8', errors='surrogateescape') as f:
+    _cells(name, csv.reader(f, delimiter='\t'), 3, out)
+
+
+def _cells(name, reader, most, out):
+  try:
+    for cells in reader:
+      out.write(json.dumps(cells[:most]).encode() + b'\n')
+  except csv.Error as e:
+    raise errors.UserError(
+      f'{name}, line {reader.line_num}: not CSV ({e}); mend the line, or set '
+      "data.quotes='text' and data.tfds_quoting=False where a quote is a "
+      'character and tabs part columns.'
+    ) from e
 
 
 def _parquet(name, path, keys, out):
-  try:
-    import pyarrow
-    from pyarrow import parquet
-  except ImportError as e:
-    raise errors.UserError(
-      f'{name}: parquet needs the package pyarrow; `pip install pyarrow`, or '
-      'convert it to JSON lines.'
-    ) from e
+  import pyarrow  # Here: it takes time to load.
+  from pyarrow import parquet
+
   try:
     file = parquet.ParquetFile(path)
     names = file.schema_arrow.names
@@ -213,18 +212,3 @@ def _parquet(name, path, keys, out):
     raise errors.UserError(
       f'{name}: damaged parquet ({" ".join(str(e).split())[:200]}).'
     ) from e
-
-
-def _markup(head) -> str:
-  low = head.lower()
-  if b'<tmx' in low:
-    return (
-      'TMX; write its pairs into a .jsonl or into two aligned files, one '
-      'segment a line'
-    )
-  if b'<html' in low or b'<!doctype html' in low:
-    return 'a web page, not the text itself; fetch the file that it links to'
-  return (
-    "markup (as of WMT's .sgm and .xml); write its segments one a line into "
-    'two aligned files, as `sacrebleu -t wmt20 -l en-de --echo src ref` does'
-  )

@@ -33,10 +33,11 @@ class Columns:
   target: int
   id: int | None = None
   json: bool = dataclasses.field(default=False, repr=False)
+  may_be_empty: bool = dataclasses.field(default=False, repr=False)  # A text.
 
   def __call__(self, number: int, line: str) -> Pair | str:
     cells = json.loads(line) if self.json else line.split('\t')
-    if not any(map(str.strip, cells)):
+    if not self.may_be_empty and not any(map(str.strip, cells)):
       return 'an empty line'
     if len(cells) != self.number:
       less = len(cells) < self.number
@@ -122,8 +123,8 @@ def parse_line(parse: Parser, number: int, raws: Sequence[bytes]) -> Pair | str:
   if not any(map(str.strip, texts)):
     return 'an empty line'
   pair = parse(number, *texts)
-  if isinstance(pair, str):
+  if isinstance(pair, str) or all(map(str.strip, pair[1:])):
     return pair
-  if not pair.source.strip():
-    return 'an empty source'
-  return pair if pair.target.strip() else 'an empty target'
+  if isinstance(parse, Columns) and parse.may_be_empty:
+    return pair
+  return 'an empty target' if pair.source.strip() else 'an empty source'

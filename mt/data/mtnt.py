@@ -5,9 +5,6 @@ archive unpacked. What has its final name there is whole. One process at a time
 works there; others wait.
 """
 
-from collections.abc import Iterator
-import contextlib
-import fcntl
 import gzip
 import hashlib
 import os
@@ -46,10 +43,11 @@ def fetch() -> pathlib.Path:
   folder = _root() / 'MTNT.1.1'
   archive = folder.with_name('MTNT.1.1.tar.gz')
   if not folder.is_dir():
-    with _alone():
-      if not archive.exists():
+    with files.locked(_root() / 'lock'):
+      if archive.exists():
+        _check(archive, archive)
+      else:
         _download(archive)
-      _check(archive, archive)
       _unpack(archive, folder)
   return split_root(folder)
 
@@ -65,7 +63,7 @@ def open_archive(archive: pathlib.Path) -> pathlib.Path:
   except OSError as e:
     raise bitext.unreadable(str(archive), e) from e
   if not folder.is_dir():
-    with _alone():
+    with files.locked(_root() / 'lock'):
       _unpack(archive, folder)
   return split_root(folder)
 
@@ -98,23 +96,6 @@ def _failed(what, archive) -> errors.UserError:
     f'{archive}: {" ".join(str(what).split())}; delete it, if it is there, '
     f'and try again later, or put {URL} there by hand.'
   )
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-  """Keeps other processes out of the folder of archives for so long."""
-  with contextlib.ExitStack() as stack:
-    try:
-      _root().mkdir(parents=True, exist_ok=True)
-      lock = stack.enter_context(open(_root() / 'lock', 'ab'))
-      fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as e:
-      raise errors.UserError(
-        f'{e.filename}: cannot prepare the data ({e.strerror}); set '
-        'XDG_CACHE_HOME to a folder that you may write to, or unpack the '
-        'archive by hand and name its folder in data.source.'
-      ) from e
-    yield
 
 
 def _download(archive: pathlib.Path) -> None:

@@ -10,6 +10,7 @@ subreddit or a name of a user is left as it is.
 """
 
 from collections.abc import Sequence
+import pathlib
 import random
 import unicodedata
 
@@ -17,24 +18,15 @@ import regex
 
 VERSION = 1  # To be raised when the noise of a text becomes other.
 
-# As MTNT's users shorten them; each is in the lists of mt/evaluate/words.
+# Language -> [a word, its short form], or ['', what ends a sentence]. All of it
+# is in the lists of mt/evaluate/words, too.
 _SLANG = {
-  'en': {
-    **{'you': 'u', 'your': 'ur', 'are': 'r', 'because': 'cuz', 'thanks': 'thx'},
-    **{'please': 'pls', 'people': 'ppl', 'though': 'tho', 'before': 'b4'},
-    **{'seriously': 'srsly', 'probably': 'probs', 'love': 'luv'},
-    **{'something': 'somethin', 'nothing': 'nothin', 'through': 'thru'},
-  },
-  'fr': {
-    **{'pourquoi': 'pk', 'quand': 'qd', 'beaucoup': 'bcp', 'parce': 'pcq'},
-    **{'toujours': 'tjrs', 'quelque': 'qq', 'tout': 'tt', 'salut': 'slt'},
-    **{'bonjour': 'bjr', 'bonsoir': 'bsr', 'désolé': 'dsl', 'suis': 'chui'},
-    **{'ordinateur': 'ordi', 'maintenant': 'mtn', 'travail': 'taf'},
-  },
-}
-_LAST_WORDS = {
-  'en': ('lol', 'tbh', 'lmao', 'smh'),
-  'fr': ('mdr', 'ptdr', 'wesh'),
+  path.stem: [
+    line.split('\t')
+    for line in path.read_text('utf-8').splitlines()
+    if line[:1] != '#'
+  ]
+  for path in pathlib.Path(__file__).with_name('slang').glob('*.tsv')
 }
 _EMOJI = ('😂', '😭', '🔥', '🙄', '👍', '😍', ':)', ':D', ':/', '<3')
 _KEYS = {
@@ -59,6 +51,8 @@ def noised(text: str, share: float, seed: Sequence[int], language: str) -> str:
     language: a code without a region.
   """
   rng = random.Random(repr(tuple(map(int, seed))))
+  rows = _SLANG.get(language, ())
+  slang, last = dict(rows), tuple(short for word, short in rows if not word)
 
   def change(match):
     word = match[0]
@@ -66,15 +60,14 @@ def noised(text: str, share: float, seed: Sequence[int], language: str) -> str:
       return word
     # Typing errors are most frequent where nobody makes noise on purpose.
     kinds = [_mistyped(word, rng, language)] * 4 + [_bare(word)] * 2
-    kinds += [_SLANG.get(language, {}).get(word.lower(), '')] * 2
+    kinds += [slang.get(word.lower(), '')] * 2
     kinds += [_stretched(word, rng), word.upper()]
     return _pick([x for x in kinds if x and x != word] or [word], rng)
 
   text = _words.sub(change, text)
   if rng.random() >= share:
     return text
-  last = _EMOJI + _LAST_WORDS.get(language, ())
-  added = f'{text} {_pick(last, rng)}'
+  added = f'{text} {_pick(_EMOJI + last, rng)}'
   return _pick([added, added, text.upper(), text.lower()], rng)
 
 

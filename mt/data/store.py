@@ -58,7 +58,7 @@ class Store:
   _noisy: dict = dataclasses.field(
     default_factory=dict, init=False, compare=False, repr=False
   )
-  _writing: threading.Lock = dataclasses.field(
+  _making: threading.Lock = dataclasses.field(
     default_factory=threading.Lock, init=False, compare=False, repr=False
   )
 
@@ -103,9 +103,8 @@ class Store:
 
   def _with_noise(self, number, epoch):
     """The examples of a block, whose sources have the noise of an epoch."""
-    usable, _ = self._read(number)
-    chosen = self.members(number)[usable]
-    with self._writing:
+    chosen = self.members(number)[self._read(number)[0]]
+    with self._making:
       if (number, epoch) not in self._noisy:
         for old in [*self._noisy][:-1]:
           del self._noisy[old]
@@ -137,9 +136,7 @@ class Store:
 
     def make():
       with contextlib.suppress(errors.UserError):
-        if self.noise:
-          self._with_noise(number, epoch)
-        self._read(number)
+        self.block(number, epoch)
 
     threading.Thread(target=make).start()
 
@@ -169,38 +166,33 @@ class Store:
   def _read(self, number):
     """Which of its lines are pairs, and their examples."""
     path = self.folder / f'{number:05d}.{_LAYOUT}.int32'
-    size = len(self.members(number))
-    found = _load(path, size)
-    if found is not None:
-      return found
-    with self._writing:
-      if _load(path, size) is None:
-        self._write(path, self.members(number))
-      found = _load(path, size)
+    found = _load(path)
+    if found is None:
+      with self._making:
+        if _load(path) is None:  # Nobody has made it meanwhile.
+          self._write(path, self.members(number))
+      found = _load(path)
     return found
 
   def _write(self, path, members):
-    usable, parts, unusable = [], [], {}
+    usable, parts = [], []
     for at in range(0, len(members), _CHUNK):
       _leave_with_main()
       looked = self.bitext.look(members[at : at + _CHUNK])
       usable.append((looked.usable + at).astype(np.int32))
       parts.append(template_lib.encode(looked.pairs, self.tok, self.template))
-      for reason, (count, first) in looked.unusable.items():
-        before, first = unusable.get(reason, (0, first))
-        unusable[reason] = before + count, first
-    if len(self) > 1 and unusable:
+    usable, examples = np.concatenate(usable), template_lib.join(parts)
+    with files.new_file(path) as f:
+      f.write(np.int32(len(usable)))
+      for array in (usable, examples.sizes, examples.target_starts):
+        f.write(array)
+      f.write(examples.tokens)
+    if len(self) > 1 and len(usable) < len(members):
+      unusable = self.bitext.look(np.delete(members, usable)).unusable
       journal.say(
         f'{self.bitext.where}: {len(members):,} lines more were looked at; not '
         f'used: {bitext_lib.reasons(unusable)}'
       )
-    with files.new_file(path) as f:
-      f.write(np.int32(sum(map(len, usable))))
-      for part in usable:
-        f.write(part)
-      for name in ('sizes', 'target_starts', 'tokens'):
-        for part in parts:
-          f.write(getattr(part, name))
 
 
 def _leave_with_main():
@@ -209,19 +201,15 @@ def _leave_with_main():
     sys.exit()
 
 
-def _load(path, most) -> tuple[np.ndarray, template_lib.Examples] | None:
+def _load(path) -> tuple[np.ndarray, template_lib.Examples] | None:
   """Usable lines and examples of a block, or None where it is not whole."""
   try:
     data = np.memmap(path, np.int32, 'r')
   except (OSError, ValueError):  # ValueError: empty, or no whole numbers.
     return None
-  n = int(data[0])
-  if not 0 <= n <= most:
-    return None
+  n = max(0, int(data[0]))
   usable, sizes, starts, tokens = np.split(data[1:], [n, 2 * n, 3 * n])
   if len(starts) != n or sizes.sum() != len(tokens):
-    return None
-  if not ((starts > 0) & (starts < sizes)).all() or (usable >= most).any():
     return None
   return usable, template_lib.Examples(tokens, sizes, starts)
 

@@ -45,7 +45,7 @@ _EMPTY_THOUGHT = '<|channel>thought\n<channel|>'
 
 _TARGET = '\0'  # Stands for the target after its prefix; no text has it.
 
-# Codes of ISO 639 and their English names, as TranslateGemma has them.
+# Codes of ISO 639, their English names as TranslateGemma has them, and scripts.
 _LANGUAGES = pathlib.Path(__file__).parent / 'languages.tsv'
 
 _CHAT = (
@@ -58,19 +58,11 @@ _CHAT = (
   '{% endfor %}{% if add_generation_prompt %}{{ MODEL }}{% endif %}'
 )
 
-# Prompts that a model was trained with, by name.
+# Prompts that a model was trained with, by name: of TranslateGemma, in a chat
+# (arXiv 2601.09012; chat_template.jinja of google/translategemma-4b-it).
 PROMPTS = {
-  # Of TranslateGemma, in a chat (arXiv 2601.09012; chat_template.jinja of
-  # google/translategemma-4b-it). Two blank lines are before the text.
-  'translategemma': (
-    'You are a professional {source_language} ({source_code}) to '
-    '{target_language} ({target_code}) translator. Your goal is to accurately '
-    'convey the meaning and nuances of the original {source_language} text '
-    'while adhering to {target_language} grammar, vocabulary, and cultural '
-    'sensitivities.\nProduce only the {target_language} translation, without '
-    'any additional explanations or commentary. Please translate the following '
-    '{source_language} text into {target_language}:\n\n\n{source}'
-  ),
+  path.stem: path.read_text('utf-8').removesuffix('\n')
+  for path in pathlib.Path(__file__).with_name('prompts').glob('*.txt')
 }
 
 # Codes that its table of languages lacks, and what it has in their place.
@@ -94,10 +86,15 @@ def base_language(code: str) -> str:
   return code.replace('_', '-').partition('-')[0].lower()
 
 
+def languages() -> list[list[str]]:
+  """[code, English name], and of what is not in Latin letters its scripts."""
+  rows = _LANGUAGES.read_text('utf-8').splitlines()
+  return [row.split('\t') for row in rows]
+
+
 def language_names() -> dict[str, str]:
   """English names of languages by their codes, such as `fr`: `French`."""
-  rows = _LANGUAGES.read_text('utf-8').splitlines()
-  return dict(row.split('\t') for row in rows)
+  return {code: name for code, name, *_ in languages()}
 
 
 def from_config(config: ml_collections.ConfigDict) -> Template:

@@ -22,12 +22,18 @@ words and sentences is made noisy; see mt/data/noising.py.
 
 With --data=TEXT any text that data.source takes is scored instead, such as a
 file or sacrebleu:wmt24; SPLIT is then SPLIT-TEXT in these names.
+
+With --json what is printed is one object: under each SPLIT what SPLIT.json has,
+and as `texts` the paths of its three .txt.
 """
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
+import json
 import pathlib
 import re
+import sys
 from typing import Any
 
 from absl import flags
@@ -39,9 +45,9 @@ from mt.base import errors
 from mt.base import files
 from mt.base import journal
 from mt.base import run_folder
+from mt.base import screen
 from mt.data import corpus
 from mt.data import directions
-from mt.data import lines
 from mt.data import noising
 from mt.evaluate import cached
 from mt.evaluate import comet
@@ -51,6 +57,32 @@ from mt.evaluate import report
 from mt.evaluate import scores
 from mt.train import checkpoint
 from mt.translate import translator as translator_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """What is to be translated and scored.
+
+  Attributes:
+    split: valid or test.
+    pair: one of the run's directions; '' where it has no other.
+    pairs: the first ones of the split, 0 for all; None for as many as the run
+      itself translates (of another text, all).
+    data: knobs of `config.data` to take in place of the run's: under the
+      split's name another text, and its `columns`.
+    noise: share of the sources' words and of sentences, made noisy first.
+  """
+
+  split: str
+  pair: str = ''
+  pairs: int | None = None
+  data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  noise: float = 0.0
+
+  @property
+  def suffix(self) -> str:
+    """Of the names of its files."""
+    return f'-noise{round(100 * self.noise)}' if self.noise else ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,75 +98,45 @@ class Evaluated:
 
 
 def translate_split(
-  workdir: pathlib.Path,
-  split: str,
-  pairs: int | None = None,
-  which: str = '',
-  data: Mapping[str, Any] | None = None,
-  pair: str = '',
-  noise_share: float = 0.0,
+  workdir: pathlib.Path, text: Text, which: str = ''
 ) -> Evaluated:
-  """Translates a split with a run's checkpoint, if that is not done.
+  """Translates a text with one of a run's checkpoints, if that is not done.
 
-  Args:
-    workdir: of the run.
-    split: valid or test.
-    pairs: the first ones of the split, 0 for all; None for as many as the run
-      itself translates (of another text, all).
-    which: of its checkpoints, see checkpoint.find_step.
-    data: knobs of `config.data` to take in place of the run's: under the
-      split's name another text, and its `columns`.
-    pair: one of the run's directions; '' where it has no other.
-    noise_share: of the sources' words and of sentences, made noisy first.
+  `which`: see checkpoint.find_step.
   """
-  config, data = run_folder.read_config(workdir), data or {}
-  narrowed = directions.only(config, pair)
+  config, split = run_folder.read_config(workdir), text.split
+  narrowed = directions.only(config, text.pair)
   pair = narrowed.data.pair
   name = directions.name(config.data.pair, split, pair)
   step, _ = checkpoint.find_step(workdir, which)
-  if pairs is None:
-    pairs = 0 if data else config.eval.translate_pairs
   of_run = workdir / 'translations' / f'{name}.after.txt'
-  if split in data:  # A text of this direction.
-    config = narrowed
-  config.data.update(data)
-  chosen = _read(workdir, config.data, split, pair)[: pairs or None]
-  if split in data:
-    name += '-' + re.sub(r'\W+', '_', data[split])[-100:]
+  pairs = config.eval.translate_pairs
+  if text.data:
+    config, pairs = narrowed, 0  # A text of this direction.
+    config.data.update(text.data)
+    name += '-' + re.sub(r'\W+', '_', text.data[split])[-100:]
+  name += text.suffix
+  pairs = pairs if text.pairs is None else text.pairs
+  found = corpus.read_splits(config.data, [split])[split]
+  (read,) = (of_pair.read() for of_pair in found if of_pair.pair == pair)
+  chosen = read[: pairs or None]
   sources, languages = [p.source for p in chosen], directions.languages(pair)
-  if noise_share:
-    name += _suffix(noise_share)
+  if text.noise:
     sources = [
-      noising.noised(text, noise_share, (0, i), languages[0])
-      for i, text in enumerate(sources)
+      noising.noised(source, text.noise, (0, i), languages[0])
+      for i, source in enumerate(sources)
     ]
   references = [p.target for p in chosen]
   made = cached.provenance(step, config.decode, sources)
   own = workdir / 'evaluation' / f'{name}.hypothesis.txt'
-  texts = cached.read_if_current(of_run, made)
-  if texts is None:
-    texts = cached.read_if_current(own, made)
+  there = (cached.read_if_current(path, made) for path in (of_run, own))
+  texts = next((x for x in there if x is not None), None)
   if texts is None:
     texts = _translate(workdir, step, name, sources, pair)
   for side, of_side in (('source', sources), ('reference', references)):
     files.write_lines(own.with_name(f'{name}.{side}.txt'), of_side)
   cached.write(own, made, texts)
   return Evaluated(name, languages, step, sources, references, texts)
-
-
-def _read(workdir, data, split, pair) -> list[lines.Pair]:
-  """A direction of a split."""
-  if corpus.split_source(data, split) is None:
-    raise errors.UserError(
-      f'{workdir}: the run has no {split} split (data.{split} is empty); name '
-      'a text with --data.'
-    )
-  texts = corpus.read_splits(data, [split])[split]
-  return next(text for text in texts if text.pair == pair).read()
-
-
-def _suffix(noise_share) -> str:
-  return f'-noise{round(100 * noise_share)}' if noise_share else ''
 
 
 def _translate(workdir, step, name, sources, pair):
@@ -148,20 +150,17 @@ def _translate(workdir, step, name, sources, pair):
 
 def evaluate(
   workdir: pathlib.Path,
-  split: str,
-  against: pathlib.Path | None = None,
-  pairs: int | None = None,
+  text: Text,
   which: str = '',
-  data: Mapping[str, Any] | None = None,
+  against: pathlib.Path | None = None,
   comet_model: str = '',
-  pair: str = '',
-  noise_share: float = 0.0,
 ) -> dict[str, Any]:
   """Scores one of a run's checkpoints, and leaves W/evaluation/SPLIT.json.
 
   Args:
-    workdir, split, pairs, which, data, pair, noise_share: see
-      translate_split.
+    workdir: of the run.
+    text: what is translated.
+    which: of its checkpoints, see checkpoint.find_step.
     against: the folder of another run, to compare with: with its best
       checkpoint, or its last where there is no best one.
     comet_model: see mt/evaluate/comet.py; '' for scores without COMET.
@@ -174,13 +173,14 @@ def evaluate(
   """
   if comet_model:
     comet.find()  # Before minutes go into translating.
-  of_both = {'data': data, 'pair': pair, 'noise_share': noise_share}
-  own, other = translate_split(workdir, split, pairs, which, **of_both), None
-  text = (data or {}).get(split, own.name)
-  if data and noise_share:
-    text += f', noise {noise_share:g}'
+  own, other = translate_split(workdir, text, which), None
+  path = workdir / 'evaluation' / f'{own.name}.json'
+  title = text.data.get(text.split, own.name)
+  if text.data and text.noise:
+    title += f', noise {text.noise:g}'
   out = {
-    'text': text,
+    'name': own.name,
+    'text': title,
     'step': own.step,
     'scores': scores.score(own.hypotheses, own.references, own.languages[1]),
     'noise': scores.by_noise(
@@ -189,10 +189,10 @@ def evaluate(
     'loops': scores.looping(own.sources, own.hypotheses),
   }
   if against:
-    other = translate_split(against, split, pairs, **of_both)
+    other = translate_split(against, text)
     if (other.sources, other.references) != (own.sources, own.references):
       raise errors.UserError(
-        f'{against}: its {split} split has other sentences '
+        f'{against}: its {text.split} split has other sentences '
         f'({len(other.sources)}) than that of {workdir} ({len(own.sources)}); '
         'compare runs with the same data, and give both --pairs.'
       )
@@ -203,11 +203,9 @@ def evaluate(
         other.hypotheses, own.hypotheses, own.references, own.languages[1]
       ),
     }
-  path = workdir / 'evaluation' / f'{own.name}.json'
-  files.write_json(path, out)
   if comet_model:
     add_comet(out, comet_model, own, other)
-    files.write_json(path, out)
+  files.write_json(path, out)
   return out
 
 
@@ -275,8 +273,38 @@ def main(argv):
   if not given.workdir:
     raise errors.UserError('--workdir of a run expected, or --report of some.')
   compiling.keep_compiled_programs()
-  workdir = pathlib.Path(given.workdir)
+  workdir, text = pathlib.Path(given.workdir), _text(given)
   against = pathlib.Path(given.against) if given.against else None
+  with contextlib.redirect_stdout(sys.stderr):  # What a model says, loading.
+    found = [
+      evaluate(workdir, of_pair, given.checkpoint, against, given.comet)
+      for of_pair in _of_each_pair(workdir, text)
+    ]
+  if len(found) > 1:
+    mean = scores.mean([result['scores'] for result in found])
+    name, step = given.split + text.suffix, found[0]['step']
+    mean = {'name': name, 'text': name, 'step': step, 'scores': mean}
+    files.write_json(workdir / 'evaluation' / f'{name}.json', mean)
+    found.append(mean)
+  report.write(workdir)
+  if given.json:
+    found = {result['name']: _with_paths(workdir, result) for result in found}
+    print(json.dumps(found, ensure_ascii=False))
+    screen.check()  # Else what counts is in files.
+  else:
+    print(*map(describe, found), sep='\n')
+
+
+def _with_paths(workdir, result) -> dict[str, Any]:
+  """A result with the paths of its texts, as COMET's own command wants them."""
+  path = workdir / 'evaluation' / result['name']
+  sides = 'source', 'hypothesis', 'reference'
+  texts = {side: f'{path}.{side}.txt' for side in sides}
+  return result | {'texts': texts} if 'noise' in result else result
+
+
+def _text(given) -> Text:
+  """What the flags ask for."""
   data = {given.split: given.data} if given.data else {}
   if columns := given.columns:
     numbers = all(name.isdecimal() for name in columns)
@@ -286,62 +314,37 @@ def main(argv):
         f'--columns={",".join(columns)}: {knobs.COLUMNS.expected} expected, of '
         'the text that --data names.'
       )
-  found = []
-  for pair in _asked(workdir, given.pair, given.data):
-    found.append(
-      evaluate(
-        *(workdir, given.split, against, given.pairs, given.checkpoint, data),
-        comet_model=given.comet,
-        pair=pair,
-        noise_share=given.noise,
-      )
-    )
-    print(describe(found[-1]))
-  if len(found) > 1:
-    mean = scores.mean([result['scores'] for result in found])
-    name = given.split + _suffix(given.noise)
-    mean = {'text': name, 'step': found[0]['step'], 'scores': mean}
-    files.write_json(workdir / 'evaluation' / f'{name}.json', mean)
-    print(describe(mean))
-  report.write(workdir)
+  return Text(given.split, given.pair, given.pairs, data, given.noise)
 
 
-def _asked(workdir, pair, data) -> list[str]:
-  """The directions to be scored: all of the run, or --pair."""
+def _of_each_pair(workdir, text) -> list[Text]:
+  """A text of each direction of the run; of --pair or --data only one."""
   config = run_folder.read_config(workdir)
-  if pair or data:  # A text is of one direction.
-    return [directions.only(config, pair).data.pair]
-  return directions.each(config.data.pair)
+  if text.pair or text.data:
+    pairs = [directions.only(config, text.pair).data.pair]
+  else:
+    pairs = directions.each(config.data.pair)
+  return [dataclasses.replace(text, pair=pair) for pair in pairs]
 
 
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', None, 'Folder of a run of train.py.')
-  flags.DEFINE_string('checkpoint', '', checkpoint.WHICH)
+  text, number = flags.DEFINE_string, flags.DEFINE_float
+  text('workdir', None, 'Folder of a run of train.py.')
+  text('checkpoint', '', checkpoint.WHICH)
   flags.DEFINE_enum('split', 'valid', ['valid', 'test'], 'What is scored.')
-  flags.DEFINE_string(
-    'data', '', 'A text to score instead, in any form that data.source takes.'
-  )
-  flags.DEFINE_string('pair', '', 'The direction, such as en-fr; else all.')
-  flags.DEFINE_float(
-    'noise',
-    0.0,
-    'Score a copy of the split in which this share of source words is noisy.',
-    lower_bound=0.0,
-    upper_bound=1.0,
-  )
+  text('data', '', 'Score this, in any form that data.source takes, instead.')
+  text('pair', '', 'The direction, such as en-fr; else all.')
+  number('noise', 0.0, 'Make this share of source words noisy first.', 0.0, 1.0)
   flags.DEFINE_list('columns', [], "Of --data; without it the run's.")
-  flags.DEFINE_string(
-    'against', '', 'Folder of another run, compared by paired bootstrap.'
-  )
-  flags.DEFINE_string(
-    'comet', '', 'Score with COMET too: the path of a .ckpt, or a name.'
-  )
+  text('against', '', 'Folder of another run, compared by paired bootstrap.')
+  text('comet', '', 'Score with COMET too: the path of a .ckpt, or a name.')
   flags.DEFINE_integer(
     'pairs',
     None,
     'The first ones, 0 for all; without it as many as the run translates.',
     lower_bound=0,
   )
+  flags.DEFINE_bool('json', False, 'Print JSON: each text with its scores.')
   flags.DEFINE_list(
     'report',
     [],

@@ -14,6 +14,7 @@ from mt.gemma import sizes
 from mt.translate import translator
 from mt.weights import gguf_out
 
+_CARD = pathlib.Path(__file__).with_suffix('.md')
 _TERMS = (
   'Gemma is provided under and subject to the Gemma Terms of Use found at '
   '[ai.google.dev/gemma/terms](https://ai.google.dev/gemma/terms), and so is '
@@ -25,12 +26,6 @@ _ADAPTER = (
   'that is no name of the hub, write the folder there that `python -m '
   'mt.export --to=hf --base` made.'
 )
-_LIBRARIES = {
-  'hf': 'transformers',
-  'peft': 'peft',
-  'gguf': 'gguf',
-  'gemma': 'gemma',
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,47 +75,28 @@ def text(m: Model) -> str:
   codes = m.config.data.pair.split('-') if m.config else []
   names = template_lib.language_names()
   codes = [template_lib.base_language(code) for code in codes]
-  title = ' to '.join(names.get(code, code) for code in codes) or 'Gemma'
   shown = base or (m.source if m.source[:7] == 'kaggle:' else _last(m.source))
   about = {
     'license': 'apache-2.0' if fourth else 'gemma',
     'base_model': base,
     'language': codes,
     'pipeline_tag': 'translation',
-    'library_name': _LIBRARIES[m.to],
+    'library_name': 'transformers' if m.to == 'hf' else m.to,
   }
-  about = [f'{k}: {json.dumps(v)}' for k, v in about.items() if v]
-  return f"""---
-{chr(10).join(about)}
----
-
-# {title}: {shown}, {m.about}
-
-## Base model and licence
-
-{f'[{base}](https://huggingface.co/{base})' if base else shown}.
-{_APACHE if fourth else _TERMS}{_ADAPTER if m.to == 'peft' else ''}
-
-## Data
-
-{_data(m)}
-
-## Prompt
-
-{_prompt(m)}
-
-## Scores
-
-{_scores(m)}
-
-## Use
-
-```python
-{_use(m)}
-```
-
-Weights are {m.dtype}. Not tried with vLLM.
-"""
+  return _CARD.read_text('utf-8').format(
+    about='\n'.join(f'{k}: {json.dumps(v)}' for k, v in about.items() if v),
+    title=' to '.join(names.get(code, code) for code in codes) or 'Gemma',
+    shown=shown,
+    step=m.about,
+    link=f'[{base}](https://huggingface.co/{base})' if base else shown,
+    terms=(_APACHE if fourth else _TERMS)
+    + (_ADAPTER if m.to == 'peft' else ''),
+    data=_data(m),
+    prompt=_prompt(m),
+    scores=_scores(m),
+    use=_use(m),
+    dtype=m.dtype,
+  )
 
 
 def _last(source):

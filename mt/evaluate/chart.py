@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import html
 import io
 import math
+import pathlib
 import re
 
 Point = tuple[float, float]
@@ -15,39 +16,12 @@ Series = tuple[str, Sequence[Point]]  # Its name, its points by growing x.
 
 _MOST = 120  # Points in a line; more would be in the same pixels.
 # Matplotlib knows no variables: each has a colour of its own in its output.
-_VARIABLES = {
-  '#000001': '--a',
-  '#000002': '--b',
-  '#000003': '--good',
-  '#000004': '--dim',
-  '#000005': '--line',
-}
-*_, _DIM, _LINE = _VARIABLES
+_NAMES = '--a', '--b', '--good', '--dim', '--line'
+_VARIABLES = {f'#00000{i}': name for i, name in enumerate(_NAMES, 1)}
 _NO_METADATA = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
 # Left, bottom, width, height. A layout that fits itself takes twice the time.
 _PLACE = 0.13, 0.18, 0.86, 0.79
-_STYLE = {
-  'svg.fonttype': 'none',  # Text stays text.
-  'svg.hashsalt': '',  # The same page again has the same names in it.
-  'font.size': 12,
-  'lines.markersize': 4,
-  'axes.edgecolor': _LINE,
-  'axes.formatter.limits': (-6, 9),
-  'axes.formatter.useoffset': False,
-  'axes.facecolor': 'none',
-  'axes.grid': True,
-  'axes.grid.axis': 'y',
-  'axes.labelcolor': _DIM,
-  'axes.spines.left': False,
-  'axes.spines.right': False,
-  'axes.spines.top': False,
-  'grid.color': _LINE,
-  'xtick.color': _LINE,
-  'ytick.color': _LINE,
-  'xtick.labelcolor': _DIM,
-  'ytick.labelcolor': _DIM,
-  'ytick.major.size': 0,
-}
+_STYLE = pathlib.Path(__file__).with_suffix('.mplstyle')
 
 
 def thin(points: Sequence[Point], most: int = _MOST) -> list[Point]:
@@ -59,6 +33,18 @@ def thin(points: Sequence[Point], most: int = _MOST) -> list[Point]:
     part = points[i * len(points) // most : (i + 1) * len(points) // most]
     out.append(tuple(sum(v) / len(part) for v in zip(*part, strict=True)))
   return out
+
+
+def figure(title: str, unit: str, series: Sequence[Series]) -> str:
+  """A chart under its title, with what each colour stands for."""
+  keys = ', '.join(
+    f'<span class="key{i}">● {html.escape(name)}</span>'
+    for i, (name, _) in enumerate(series)
+  )
+  return (
+    f'<figure><figcaption><b>{title}</b>, {unit}<br>{keys}</figcaption>'
+    f'{lines(title, series)}</figure>'
+  )
 
 
 def lines(title: str, series: Sequence[Series]) -> str:
@@ -79,10 +65,10 @@ def lines(title: str, series: Sequence[Series]) -> str:
   if all(len(points) < 2 for _, points in series):
     return '<p class="empty">no curve yet</p>'
   import matplotlib as mpl  # Here: loading it takes half a second.
-  from matplotlib import figure
+  from matplotlib import figure as mpl_figure
 
-  with mpl.rc_context(_STYLE):
-    fig = figure.Figure(figsize=(5.4, 3.1))
+  with mpl.rc_context(fname=_STYLE):
+    fig = mpl_figure.Figure(figsize=(5.4, 3.1))
     axes = fig.add_axes(_PLACE)
     for (_, points), color in zip(series, _VARIABLES, strict=False):
       x, y = zip(*thin(points), strict=True) if points else ((), ())

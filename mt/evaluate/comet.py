@@ -14,6 +14,7 @@ from typing import Any
 
 import chex
 import numpy as np
+from sacrebleu import significance
 
 from mt.base import errors
 
@@ -57,12 +58,8 @@ def segments(
     errors.UserError: no environment; no such model, or COMET cannot use it.
   """
   chex.assert_equal([len(sources)] * 2, [len(hypotheses), len(references)])
-  samples = [
-    {'src': source, 'mt': hypothesis, 'ref': reference}
-    for source, hypothesis, reference in zip(
-      sources, hypotheses, references, strict=True
-    )
-  ]
+  texts = zip(sources, hypotheses, references, strict=True)
+  samples = [dict(zip(('src', 'mt', 'ref'), row, strict=True)) for row in texts]
   with tempfile.TemporaryDirectory() as folder:
     given, out = pathlib.Path(folder, 'given'), pathlib.Path(folder, 'out')
     given.write_text(json.dumps(samples), encoding='utf-8')
@@ -94,16 +91,13 @@ def compare(
   change = abs((new - old) - (new - old).mean())
   real = abs(scores.mean() - baseline.mean())
   p = (1 + (change >= real).sum()) / (_RESAMPLES + 1)
-
-  def half_interval(means):
-    low, high = np.percentile(means, (2.5, 97.5))
-    return round(float(high - low) / 2, 2)
-
-  return {
-    'baseline': round(float(baseline.mean()), 2),
-    'score': round(float(scores.mean()), 2),
-    'baseline_interval': half_interval(old),
-    'interval': half_interval(new),
+  found = {
+    'baseline': baseline.mean(),
+    'score': scores.mean(),
+    'baseline_interval': significance.estimate_ci(old)[1],
+    'interval': significance.estimate_ci(new)[1],
+  }
+  return {name: round(float(x), 2) for name, x in found.items()} | {
     'p': round(float(p), 4) if real else 1.0,
     'signature': f'bs:{_RESAMPLES}|seed:{_SEED}|{signature}',
   }

@@ -36,20 +36,27 @@ def page(workdirs: Sequence[pathlib.Path]) -> str:
   names = [w.absolute().name for w in workdirs]
   if len(set(names)) < len(names):
     names = [str(w) for w in workdirs]
+  runs = dict(zip(names, workdirs, strict=True))
   configs = [files.read_json(w / 'config.json') for w in workdirs]
   tables, texts = [], []
   pair = configs[0]['data']['pair']
-  of = directions.named(pair, 'valid', 'test')
-  for split, direction in of.items():
+  for split, direction in directions.named(pair, 'valid', 'test').items():
     languages = directions.languages(direction)
-    made = dict(zip(names, (_made(w, split) for w in workdirs), strict=True))
+    made = {name: _made(w, split) for name, w in runs.items()}
     if made[names[0]] is not None:
       tables.append(_compared(split, made, languages[1]))
       texts += _differing(split, made, languages)
   none = f'<p class="dim">{html.escape(names[0])} has no scores yet.</p>'
+  curves = [report.read_curves(w / 'metrics.jsonl')[0] for w in workdirs]
+  charts = (
+    chart.figure(
+      title, unit, [(n, c[key]) for n, c in zip(names, curves, strict=True)]
+    )
+    for key, title, unit in _CURVES
+  )
   out = [report.top('Runs compared'), '<h2>Scores</h2>']
-  out += [report.ABOUT_BOOTSTRAP, *(tables or [none])]
-  out += ['<h2>Curves</h2>', _curves_of_all(names, workdirs)]
+  out += [report.ABOUT_BOOTSTRAP, *(tables or [none]), '<h2>Curves</h2>']
+  out += ['<div class="charts">', *charts, '</div>']
   out += ['<h2>Config that differs</h2>', _configs(names, configs), *texts]
   return '\n'.join([*out, '</body></html>\n'])
 
@@ -84,38 +91,21 @@ def _differing(split, made, languages):
   *pairs, _ = next(iter(made.values()))
   same = {k: v[2] for k, v in made.items() if v and v[:2] == pairs}
   if len(same) > 1:
+    texts = [*zip(('source', 'reference'), pairs, strict=True), *same.items()]
     yield f'<h2>Sentences: {split}</h2>'
-    yield sentences.differing(*pairs, same, *languages)
-
-
-def _curves_of_all(names, workdirs) -> str:
-  curves = [report.read_curves(w / 'metrics.jsonl')[0] for w in workdirs]
-  keys = ' '.join(
-    f'<span class="key{i}">● {html.escape(name)}</span>'
-    for i, name in enumerate(names)
-  )
-  out = [
-    f'<figure><figcaption><b>{title}</b>, {unit}<br>{keys}</figcaption>'
-    + chart.lines(
-      title, [(n, c[key]) for n, c in zip(names, curves, strict=True)]
-    )
-    + '</figure>'
-    for key, title, unit in _CURVES
-  ]
-  return f'<div class="charts">{"".join(out)}</div>'
+    yield sentences.differing(texts, languages)
 
 
 def _configs(names, configs) -> str:
-  """The knobs that are not the same in all runs."""
-  found = {}
-  for config in configs[1:]:
-    for knob, *_ in run_folder.differences(configs[0], config):
-      found[knob] = [run_folder.flat(c).get(knob) for c in configs]
+  """The knobs that are not the same in all runs, marked where they differ."""
+  flat = [run_folder.flat(config) for config in configs]
   rows = []
-  for knob, values in sorted(found.items()):
-    cells = [report.code(knob)]
-    for value in values:
-      cell = report.code(value)
-      cells.append(cell if value == values[0] else f'<mark>{cell}</mark>')
-    rows.append(cells)
+  for knob in sorted({knob for config in flat for knob in config}):
+    first, *others = (config.get(knob) for config in flat)
+    if any(value != first for value in others):
+      cells = [report.code(knob), report.code(first)]
+      for value in others:
+        cell = report.code(value)
+        cells.append(cell if value == first else f'<mark>{cell}</mark>')
+      rows.append(cells)
   return report.table(('knob', *map(html.escape, names)), rows)

@@ -15,7 +15,7 @@ class is not thereby clean.
   very short  at most 3 words (ja: 8 characters)
   very long   40 words or more (ja: 100 characters)
 
-Words stand in mt/evaluate/words/CLASS.LANGUAGE.txt.
+What is looked for stands in mt/evaluate/words: CLASS.LANGUAGE.txt, CLASS.txt.
 """
 
 from collections.abc import Sequence
@@ -29,22 +29,6 @@ CLASSES = (
   *('very short', 'very long'),
 )
 _WITHOUT_SPACES = ('ja', 'zh', 'th')
-_EMOJI = regex.compile(
-  # © ® ™ and the arrows are text; 1 and # only with a keycap.
-  r'(?![©®™‼⁉↔-↪♀♂])\p{Extended_Pictographic}|\p{Regional_Indicator}|\u20e3'
-  r"|(?<![\w(:])(?:[:;=]['’]?[-o^]?[)(DPp\]\[3/|*]+|<3+|</3|[xX]D+)(?!\w)"
-  r'|(?<![\w^])[(（]?(?:\^[_.o]?\^|[TtoO0>=-][_.][TtoO0<=-])[)）]?(?![\w^])'
-  r'|¯\\+_\(ツ\)_/¯|ಠ_ಠ'
-  r'|[(（][^()（）\n]{0,9}[´｀ωдДз∀▽≧≦￣＾^ﾟ；][^()（）\n]{0,9}[)）]'
-)
-_MARKUP = regex.compile(
-  r'https?://|www\.\w|\b\w+\.(?:com|org|net|fr|jp)\b|\]\(|'
-  r'(?<!\w)/?[ru]/\w{2,}|&(?:[a-z]{2,6}|\#\d+);|\\?~~|`|\^\(|\w\^[\w/]|'
-  r'(?<!\w)\*\*[^*\n]+\*\*|(?<!\w)_\w[^_\n]*\w_(?!\w)|'
-  r'(?<![\w*])\*{1,3}(?=[^\s*])[^*\n]*[^\s*]\*{1,3}(?![\w*])|'
-  r'(?:^|\s{2,})\\?(?:>(?!\d)|[*+-]\s|\#{1,6}\s|\d+[.)]\s\w)|'
-  r'(?<!\w)[\#@][^\W\d_]\w{2,}'
-)
 # What is in there is nobody's spelling.
 _NOT_PROSE = regex.compile(r'https?://\S+|www\.\S+|(?<!\w)/?[ru]/\w+|`[^`]*`')
 _STRETCHED = regex.compile(
@@ -90,7 +74,7 @@ def _any_of(words: Sequence[str], flags: int) -> regex.Pattern:
   return regex.compile(rf"(?<![\w'’\-])(?:{inside})(?!['’\-]?\w|\.\w)", flags)
 
 
-# Such as slang.en: what finds it.
+# Such as emoji and slang.en: what finds it.
 _LISTS = {
   path.stem: _read(path)
   for path in pathlib.Path(__file__).with_name('words').glob('*.txt')
@@ -117,11 +101,11 @@ def classes(text: str, language: str) -> tuple[str, ...]:
   if language in _WITHOUT_SPACES:
     size, short, long = len(''.join(text.split())), 8, 100
   found = {
-    'emoji': _EMOJI.search(_NOT_PROSE.sub('', text)),
+    'emoji': _listed('emoji', _NOT_PROSE.sub('', text)),
     'capitals': _shouts(prose, language),
-    'slang': _listed('slang', language, prose) or _STRETCHED.search(prose),
-    'typos': _listed('typos', language, prose) or _TYPOS_ANY.search(prose),
-    'markup': _MARKUP.search(text),
+    'slang': _listed(f'slang.{language}', prose) or _STRETCHED.search(prose),
+    'typos': _listed(f'typos.{language}', prose) or _TYPOS_ANY.search(prose),
+    'markup': _listed('markup', text),
     'very short': size <= short,
     'very long': size >= long,
   }
@@ -130,10 +114,9 @@ def classes(text: str, language: str) -> tuple[str, ...]:
   )
 
 
-def _listed(kind, language, text) -> bool:
+def _listed(name, text) -> bool:
   """Whether a list of words has something in a text."""
-  patterns = _LISTS.get(f'{kind}.{language}', ())
-  return any(p.search(text) for p in patterns)
+  return any(p.search(text) for p in _LISTS.get(name, ()))
 
 
 def _shouts(text, language) -> bool:
@@ -144,4 +127,4 @@ def _shouts(text, language) -> bool:
   long = [l and len(w) >= 5 for l, w in zip(loud, words, strict=True)]
   if any(a and b for a, b in itertools.pairwise(long)):
     return True
-  return _listed('capitals', language, text)
+  return _listed(f'capitals.{language}', text)

@@ -22,21 +22,13 @@ from mt.evaluate import scores as scores_lib
 from mt.evaluate import sentences
 
 # Of the machine and the schedule: title, unit, factor, name of each curve.
+_RATES = {'targets_per_s': 'target tokens', 'tokens_per_s': 'all tokens'}
+_MEMORY = {'memory_gb': 'in use', 'peak_memory_gb': 'at the peak'}
 _MORE_CHARTS = (
-  (
-    'Throughput',
-    'a second',
-    1,
-    {'targets_per_s': 'target tokens', 'tokens_per_s': 'all tokens'},
-  ),
+  ('Throughput', 'a second', 1, _RATES),
   ('Learning rate', 'millionths', 1e6, {'learning_rate': 'of the step'}),
   ('MFU', '%', 100, {'mfu': 'useful FLOPs of the peak'}),
-  (
-    'Device memory',
-    'GB',
-    1,
-    {'memory_gb': 'in use', 'peak_memory_gb': 'at the peak'},
-  ),
+  ('Device memory', 'GB', 1, _MEMORY),
 )
 _CURVES = ('loss', 'valid_loss', 'minitrain_loss', 'valid_chrf') + tuple(
   key for *_, names in _MORE_CHARTS for key in names
@@ -65,16 +57,18 @@ def page(workdir: pathlib.Path) -> str:
     scores = files.read_json(workdir / 'scores.json')
   curves, last = read_curves(workdir / 'metrics.jsonl')
   out = [_head(workdir.absolute().name, config, last, bool(scores))]
+  for both in scores.values():
+    both['after'].setdefault('step', last)  # Runs of old have none.
   if scores:
-    tables = [(split, _scores(both)) for split, both in scores.items()]
+    tables = [(split, _before_after(both)) for split, both in scores.items()]
     out += ['<h2>Scores</h2>', grid(tables)]
     out += {signatures(both['after']): None for both in scores.values()}
-  out += ['<h2>Curves</h2>', _curves(curves, scores, last)]
+  out += ['<h2>Curves</h2>', _curves(curves, scores)]
   if scores:
     tables = [
-      (split, _noise(both['before']['noise'], both['after']['noise']))
+      (split, _noise({when: found['noise'] for when, found in both.items()}))
       for split, both in scores.items()
-      if 'noise' in both['after']  # Runs of old have none.
+      if 'noise' in both['after']  # A mean has none.
     ]
     out += ['<h2>chrF by noise</h2>', _ABOUT_NOISE, grid(tables)]
   for path in sorted((workdir / 'evaluation').glob('*.json')):
@@ -83,13 +77,15 @@ def page(workdir: pathlib.Path) -> str:
   pair = config['data']['pair']
   of = directions.named(pair, 'valid', 'test')
   for split in filter(of.get, scores):
+    folder = workdir / 'translations'
     texts = [
-      files.read_lines(workdir / 'translations' / f'{split}.{name}.txt')
+      (name, files.read_lines(folder / f'{split}.{name}.txt'))
       for name in sentences.COLUMNS
     ]
+    loops = scores[split]['after'].get('loops', ())
     out.append(f'<h2>Sentences: {_text(split)}</h2>')
     languages = directions.languages(of[split])
-    out.append(sentences.tables(*texts, *languages))
+    out.append(sentences.tables(texts, languages, loops))
   out += ['<h2>Config that differs from the default</h2>', _config(config)]
   environment = files.read_json(workdir / 'environment.json')
   rows = [(_text(key), code(value)) for key, value in environment.items()]
@@ -153,16 +149,28 @@ def table(head, rows, numbers: Sequence[int] = ()) -> str:
   return f'<table{kind}>{top}<tbody>{body}</tbody></table>'
 
 
-def _scores(both) -> str:
-  rows = []
-  for key, name in scores_lib.names(both['after']).items():
-    before, after = both['before'][key], both['after'][key]
-    cells = f'{before:.2f}', f'{after:.2f}', sentences.change(before, after)
-    rows.append((f'<b>{name}</b>', *cells))
-  size, after = f'{both["after"]["sentences"]:,} sentences', 'after'
-  if 'step' in both['after']:  # Runs of old have none.
-    after += f', step {both["after"]["step"]:,}'
-  return table((size, 'before', after, 'change'), rows, (1, 2, 3))
+def _scores(found: dict[str, Any]) -> str:
+  """Scores of one translation, or of two and their change, under titles."""
+  *_, last = found.values()
+  rows = [
+    (f'<b>{name}</b>', *_numbers([each[key] for each in found.values()]))
+    for key, name in scores_lib.names(last).items()
+  ]
+  head = [f'{last["sentences"]:,} sentences', *found]
+  head += ['change'] * (len(found) == 2)
+  return table(head, rows, range(1, 4))
+
+
+def _before_after(both) -> str:
+  after = both['after']
+  return _scores(
+    {'before': both['before'], f'after, step {after["step"]:,}': after}
+  )
+
+
+def _numbers(values: Sequence[float]) -> list[str]:
+  change = [sentences.change(*values)] if len(values) == 2 else []
+  return [f'{value:.2f}' for value in values] + change
 
 
 def signatures(scores) -> str:
@@ -192,20 +200,14 @@ def read_curves(path):
   return curves, last
 
 
-def _curves(curves, scores, last) -> str:
+def _curves(curves, scores) -> str:
   loss = [('training', curves['loss']), ('validation', curves['valid_loss'])]
   if minitrain := curves['minitrain_loss']:
     loss.append(('minitrain: memorised?', minitrain))
   chrf = [('validation', curves['valid_chrf'])]
   if not curves['valid_chrf']:
     chrf = [
-      (
-        split,
-        [
-          (0, both['before']['chrf']),
-          (both['after'].get('step', last), both['after']['chrf']),
-        ],
-      )
+      (split, [(x.get('step', 0), x['chrf']) for x in both.values()])
       for split, both in scores.items()
     ]
   charts = [('Loss', 'nats per target token', loss), ('chrF', '0 to 100', chrf)]
@@ -216,32 +218,19 @@ def _curves(curves, scores, last) -> str:
       if curves[key]
     ]
     charts += [(title, unit, series)] if series else []
-  out = []
-  for title, unit, series in charts:
-    keys = ', '.join(
-      f'<span class="key{i}">● {_text(name)}</span>'
-      for i, (name, _) in enumerate(series)
-    )
-    out.append(
-      f'<figure><figcaption><b>{title}</b>, {unit}<br>{keys}</figcaption>'
-      f'{chart.lines(title, series)}</figure>'
-    )
-  return f'<div class="charts">{"".join(out)}</div>'
+  figures = ''.join(chart.figure(*each) for each in charts)
+  return f'<div class="charts">{figures}</div>'
 
 
-def _noise(before, after) -> str:
-  """`before` may be None."""
-  head = ['class', 'sentences', 'before', 'after', 'change']
-  if before is None:
-    head = ['class', 'sentences', 'chrF']
+def _noise(found: dict[str, Any]) -> str:
+  """chrF by noise of one translation, or of two, under titles."""
+  head = ['class', 'sentences', *found] + ['change'] * (len(found) == 2)
   rows = []
   for name in (*noise.CLASSES, scores_lib.NO_CLASS):
-    row = after.get(name)
+    *_, row = (each.get(name) for each in found.values())
     if row and row['sentences']:
-      ends = [both[name]['chrf'] for both in (before, after) if both]
-      cells = [f'{row["sentences"]:,}', *(f'{chrf:.2f}' for chrf in ends)]
-      if before:
-        cells.append(sentences.change(*ends))
+      chrf = [each[name]['chrf'] for each in found.values()]
+      cells = [f'{row["sentences"]:,}', *_numbers(chrf)]
     else:
       cells = ['0', 'no sentence'] if row else ['–', 'no rule']
       cells[1:1] = [''] * (len(head) - 3)
@@ -252,24 +241,15 @@ def _noise(before, after) -> str:
 def _evaluation(split, result) -> str:
   """What mt.evaluate left."""
   found = result['scores']
-  names = scores_lib.names(found).items()
-  rows = [(f'<b>{n}</b>', f'{found[k]:.2f}') for k, n in names]
-  head = f'{found["sentences"]:,} sentences', 'score'
-  parts = [
-    ('scores', table(head, rows, (1,)) + signatures(found)),
-  ]
+  parts = [('scores', _scores({'score': found}) + signatures(found))]
   if 'noise' in result:  # A mean has none.
-    parts.append(('chrF by noise', _noise(None, result['noise'])))
-  if 'against' in result:
-    parts.append(_against(result['against']))
+    parts.append(('chrF by noise', _noise({'chrF': result['noise']})))
+  if other := result.get('against'):
+    title = f'against {other["workdir"]}, step {other["step"]:,}'
+    parts.append((title, ABOUT_BOOTSTRAP + bootstrap(other['scores'])))
   text = _text(result.get('text', split))
   title = f'Evaluation: {text}, step {result["step"]:,}'
   return f'<h2>{title}</h2>{grid(parts)}'
-
-
-def _against(other) -> tuple[str, str]:
-  title = f'against {other["workdir"]}, step {other["step"]:,}'
-  return title, ABOUT_BOOTSTRAP + bootstrap(other['scores'])
 
 
 def bootstrap(found) -> str:

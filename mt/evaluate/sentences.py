@@ -1,15 +1,20 @@
-"""Sentences side by side, as HTML: source, reference, before and after."""
+"""Sentences to read: source, reference and translations, as text and HTML."""
 
 from collections.abc import Sequence
 import difflib
 import html
+import pathlib
 
 import chex
 import numpy as np
 import regex
 
+from mt.base import files
+from mt.base import journal
 from mt.evaluate import noise
 from mt.evaluate import scores
+from mt.gemma import parameters
+from mt.translate import translator as translator_lib
 
 COLUMNS = ('source', 'reference', 'before', 'after')
 
@@ -21,116 +26,101 @@ _WORD = regex.compile(
   r"\w)+['’]?|\S"
 )
 
+# Columns with their names: source, reference, and those of translations.
+Texts = Sequence[tuple[str, Sequence[str]]]
+
 
 def tables(
-  sources: Sequence[str],
-  references: Sequence[str],
-  before: Sequence[str],
-  after: Sequence[str],
-  source_language: str,
-  target_language: str,
+  texts: Texts, languages: tuple[str, str], loops: Sequence[int] = ()
 ) -> str:
-  """Sentences spread over a split, and those that lost most, as HTML.
+  """Sentences spread over a split, those that lost most, and `loops`, as HTML.
 
-  The languages are codes, such as en.
+  Args:
+    texts: those of COLUMNS.
+    languages: codes of source and target, such as en.
+    loops: which translations go round and round, see scores.looping.
   """
-  chex.assert_equal(
-    [len(sources)] * 3, [len(references), len(before), len(after)]
+  references, *made = _check(texts)[1:]
+  before, after = (
+    np.array(list(map(scores.sentence_chrf, column, references)))
+    for column in made
   )
-  texts = list(zip(sources, references, before, after, strict=True))
-  ends = [
-    [scores.sentence_chrf(text, reference) for text in made]
-    for _, reference, *made in texts
-  ]
-  languages, total = (source_language, target_language), len(ends)
-  spread = np.unique(np.linspace(0, total - 1, _SPREAD).astype(int)).tolist()
-  gains = [after - before for before, after in ends]
+  total, gains = len(references), after - before
+  spread = _spread(range(total))
   lost = [i for i in np.argsort(gains, kind='stable').tolist() if gains[i] < 0]
-  out = [
+  parts = {
+    f'{len(spread):,} of {total:,}, evenly spread': spread,
+    'Those that lost most': lost[:_LOST],
+    f'{len(loops):,} that go round and round': loops,
+  }
+  return (
     '<p class="dim">Words that the reference has not at that place are '
     '<mark>marked</mark>; <span class="gap">‸</span> stands where it has words '
     'that are not there. Numbers are chrF of the sentence.</p>'
-  ]
-  for title, chosen in (
-    (f'{len(spread):,} of {total:,}, evenly spread', spread),
-    ('Those that lost most', lost[:_LOST]),
-  ):
-    rows = [_sentence(i, texts[i], ends[i], *languages) for i in chosen]
-    if rows:
-      head = ''.join(f'<th>{n}</th>' for n in COLUMNS)
-      out.append(
-        f'<h3>{title}</h3><table class="sentences"><thead><tr>{head}</tr>'
-        f'</thead><tbody>{"".join(rows)}</tbody></table>'
-      )
-  return ''.join(out)
-
-
-def _sentence(number, texts, ends, source_language, target_language) -> str:
-  source, reference, before, after = texts
-  tags = [f'{number + 1}', *noise.classes(source, source_language.lower())]
-  tags = ''.join(f'<span class="tag">{tag}</span>' for tag in tags)
-  first, last = f'{ends[0]:.1f}', f'{ends[1]:.1f} ({change(*ends)})'
-  cells = (
-    ('source', source_language, html.escape(source), tags),
-    ('reference', target_language, html.escape(reference), ''),
-    ('before', target_language, marked(reference, before), first),
-    ('after', target_language, marked(reference, after), last),
+  ) + ''.join(
+    f'<h3>{title}</h3>{_table(texts, chosen, languages)}'
+    for title, chosen in parts.items()
+    if chosen
   )
-  return _row(cells)
 
 
-def _row(cells) -> str:
-  """Of (column, language, HTML of the text, note) each."""
-  row = ''.join(
-    f'<td data-name="{html.escape(name)}"><p lang="{html.escape(code)}" '
-    f'dir="auto">{text}</p><small>{note}</small></td>'
-    for name, code, text, note in cells
-  )
-  return f'<tr>{row}</tr>'
-
-
-def differing(
-  sources: Sequence[str],
-  references: Sequence[str],
-  made: dict[str, Sequence[str]],
-  source_language: str,
-  target_language: str,
-) -> str:
-  """Sentences that runs translate differently, spread over a split, as HTML.
-
-  `made` has the translations of each run under its name.
-  """
-  chex.assert_equal(
-    [len(sources)] * (1 + len(made)),
-    [len(references), *map(len, made.values())],
-  )
-  differ = [
-    i
-    for i, texts in enumerate(zip(*made.values(), strict=True))
-    if len(set(texts)) > 1
-  ]
-  spread = np.linspace(0, len(differ) - 1, min(len(differ), _SPREAD)).astype(
-    int
-  )
-  rows = []
-  for i in (differ[j] for j in spread.tolist()):
-    reference = references[i]
-    cells = [
-      ('source', source_language, html.escape(sources[i]), f'{i + 1}'),
-      ('reference', target_language, html.escape(reference), ''),
-    ]
-    for name, texts in made.items():
-      score = scores.sentence_chrf(texts[i], reference)
-      text = marked(reference, texts[i])
-      cells.append((name, target_language, text, f'{score:.1f}'))
-    rows.append(_row(cells))
-  head = ('source', 'reference', *map(html.escape, made))
+def differing(texts: Texts, languages: tuple[str, str]) -> str:
+  """Sentences that runs translate differently, spread over a split, as HTML."""
+  sources, _, *made = _check(texts)
+  rows = enumerate(zip(*made, strict=True))
+  differ = [i for i, of_runs in rows if len({*of_runs}) > 1]
   return (
     f'<p class="dim">{len(differ):,} of {len(sources):,} translations differ. '
     'What the reference has not is <mark>marked</mark>; numbers are chrF of '
-    'the sentence.</p><table class="sentences"><thead><tr>'
-    f'{"".join(f"<th>{n}</th>" for n in head)}</tr></thead><tbody>'
-    f'{"".join(rows)}</tbody></table>'
+    f'the sentence.</p>{_table(texts, _spread(differ), languages)}'
+  )
+
+
+def _check(texts) -> list[Sequence[str]]:
+  columns = [column for _, column in texts]
+  chex.assert_equal([*map(len, columns)], [len(columns[0])] * len(columns))
+  return columns
+
+
+def _spread(numbers: Sequence[int], most: int = _SPREAD) -> list[int]:
+  number = min(len(numbers), most)
+  places = np.linspace(0, len(numbers) - 1, number).astype(int)
+  return [numbers[i] for i in places]
+
+
+def _table(texts, chosen, languages) -> str:
+  head = ''.join(f'<th>{html.escape(name)}</th>' for name, _ in texts)
+  rows = ''.join(_row(texts, i, *languages) for i in chosen)
+  return (
+    f'<table class="sentences"><thead><tr>{head}</tr></thead>'
+    f'<tbody>{rows}</tbody></table>'
+  )
+
+
+def _row(texts, i, source_language, target_language) -> str:
+  """Sentence i; numbers are of the translations, tags of the source."""
+  source, reference, *_ = (column[i] for _, column in texts)
+  tags = [f'{i + 1}', *noise.classes(source, source_language.lower())]
+  tags = ''.join(f'<span class="tag">{tag}</span>' for tag in tags)
+  cells = [
+    _cell('source', source_language, html.escape(source), tags),
+    _cell('reference', target_language, html.escape(reference), ''),
+  ]
+  first = None
+  for name, column in texts[2:]:
+    score = scores.sentence_chrf(column[i], reference)
+    note = '' if first is None else f' ({change(first, score)})'
+    first = score if first is None else first
+    shown = marked(reference, column[i])
+    cells.append(_cell(name, target_language, shown, f'{score:.1f}{note}'))
+  return f'<tr>{"".join(cells)}</tr>'
+
+
+def _cell(name, code, text, note) -> str:
+  """`text` and `note` are HTML."""
+  return (
+    f'<td data-name="{html.escape(name)}"><p lang="{html.escape(code)}" '
+    f'dir="auto">{text}</p><small>{note}</small></td>'
   )
 
 
@@ -165,3 +155,39 @@ def change(before: float, after: float) -> str:
   """A difference of scores, coloured, as HTML."""
   kind = 'up' if after > before else 'down' if after < before else 'dim'
   return f'<span class="{kind}">{after - before:+.2f}</span>'
+
+
+def samples(
+  sources: Sequence[str],
+  references: Sequence[str],
+  before: Sequence[str],
+  after: Sequence[str],
+  number: int = 8,
+) -> str:
+  """`number` sentences, evenly spread over the split, to be read."""
+  chex.assert_equal(
+    [len(sources)] * 3, [len(references), len(before), len(after)]
+  )
+  return '\n'.join(
+    f'source     {sources[i]}\n'
+    f'reference  {references[i]}\n'
+    f'before     {before[i]}\n'
+    f'after      {after[i]}\n'
+    for i in _spread(range(len(sources)), number)
+  )
+
+
+def show_texts(
+  translator: translator_lib.Translator,
+  params: parameters.Params,
+  texts: Sequence[str],
+  workdir: pathlib.Path,
+  called: str = 'texts',
+) -> None:
+  """Translates texts, shows them, leaves them in translations/CALLED.*.txt."""
+  made = translator(params, list(texts))
+  for name, lines in (('source', texts), ('after', made)):
+    path = workdir / 'translations' / f'{called}.{name}.txt'
+    files.write_lines(path, lines)
+  for source, after in zip(texts, made, strict=True):
+    journal.say(f'source     {source}\nafter      {after}')

@@ -31,8 +31,8 @@ from mt.data import splits
 from mt.data import template as template_lib
 from mt.evaluate import cached
 from mt.evaluate import report
-from mt.evaluate import samples
 from mt.evaluate import scores as scores_lib
+from mt.evaluate import sentences
 from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.train import checkpoint
@@ -252,7 +252,7 @@ def finish(run: loop.Run, state: state_lib.TrainState) -> None:
   if run.config.eval.texts:
     params = loop.eval_model(run, state)
     for name, d in directions.named(run.config.data.pair, 'texts').items():
-      samples.show_texts(
+      sentences.show_texts(
         run.translator_of(d), params, run.config.eval.texts, run.workdir, name
       )
   if processes.is_first():
@@ -347,7 +347,7 @@ def write_scores(run: loop.Run, at: int) -> None:
     }
     if split.startswith('valid'):
       title = f'{of[split]}\n' if split != 'valid' else ''
-      text += title + samples.samples(sources, references, **texts)
+      text += title + sentences.samples(sources, references, **texts)
   files.write(run.workdir / 'samples.txt', text)
   scores |= _means(scores)
   files.write_json(run.workdir / 'scores.json', scores)

@@ -7,9 +7,9 @@ import ml_collections
 from configs import default
 from mt.base import errors
 from mt.base import journal
+from mt.base import recorder
 from mt.base import run_folder
 from mt.base import signals
-from mt.base import tracking
 from mt.data import directions
 from mt.train import optimizer
 from mt.weights import pretrained
@@ -39,7 +39,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     pretrained.find_adapter(adapter)
   signals.check_command(config.train.preempt_command)
   if 'wandb' in config.log.to:
-    tracking.check_installed()
+    recorder.check_wandb()
   _check_data(config.data)
   if config.template.prompt == 'translategemma' and not config.template.chat:
     raise errors.UserError(

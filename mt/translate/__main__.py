@@ -38,6 +38,7 @@ from mt.base import cli
 from mt.base import compiling
 from mt.base import errors
 from mt.base import files
+from mt.base import foreign
 from mt.base import run_folder
 from mt.base import screen
 from mt.data import directions
@@ -71,21 +72,17 @@ def read_search(
   search, sampling = translator_lib.searches(defaults)
   names = [f.name for f in dataclasses.fields(search_lib.Search)]
   given = {k: values[k] for k in names if values.get(k) is not None}
-  draws = {k: given[k] for k in _DRAWS if given.get(k)}
-  mbr = values['mbr'] or (
-    'chrf' if sampling and 'temperature' not in draws else 'none'
-  )
-  if mbr == 'chrf':  # What is drawn are other candidates.
-    given = {k: v for k, v in given.items() if k not in _DRAWS}
-    sampling = sampling or search_lib.Search(
-      temperature=defaults.mbr_temperature, n_best=_SAMPLES
-    )
-    n = values['n'] or sampling.n_best
-    sampling = dataclasses.replace(sampling, **draws | {'n_best': n})
+  draws = {k: given.pop(k) for k in _DRAWS if given.get(k)}
+  drawn = 'temperature' in draws
+  if values['mbr'] == 'chrf' or (sampling and not (drawn or values['mbr'])):
+    n = values['n'] or (sampling.n_best if sampling else _SAMPLES)
+    temperature = {'temperature': defaults.mbr_temperature}
+    sampling = search_lib.Search(**temperature | draws | {'n_best': n})
   else:
     sampling = None
     _check_draws(given, draws)
-    if 'temperature' in draws:  # In place of the run's beam.
+    given |= draws
+    if drawn:  # In place of the run's beam.
       given['beam'] = 1
     if values['n']:
       _say('--n has no effect without --mbr=chrf')
@@ -111,7 +108,7 @@ def _check_draws(given, draws):
       _say(f'--{name} has no effect without --temperature above 0')
   elif given.get('beam', 1) > 1:
     raise errors.UserError(
-      f'--beam is {given["beam"]}, --temperature {given["temperature"]}, but '
+      f'--beam is {given["beam"]}, --temperature {draws["temperature"]}, but '
       'beam search draws nothing; one of the two expected.'
     )
 
@@ -219,7 +216,7 @@ def _read_lines(stream):
 
 def _text(raw, number, name, key):
   if number == 1:
-    formats.refuse_binary(raw, name)
+    foreign.refuse_no_text(raw, name)
     raw = raw.removeprefix(formats.BOM)
   text, fault = lines.decode(raw)
   if key and not fault:

@@ -194,19 +194,15 @@ def test_a_signal_to_one_stops_both_at_the_same_step(endless, asked):
 
 
 @pytest.mark.parametrize(
-  'flags, env, words',
+  'flags, words',
   [
-    (('', 2, -1), {}, ('--coordinator', '--processes=2')),
-    (('127.0.0.1:1', 0, -1), {}, ('--process=-1', '--processes=0')),
-    (('127.0.0.1:1', 2, 2), {}, ('--process=2', '--processes=2')),
-    (('127.0.0.1:1', 2, -1), {'JAX_PROCESS_ID': '2'}, ('--process=2',)),
-    (('127.0.0.1:1', 2, -1), {'JAX_PROCESS_ID': 'x'}, ('JAX_PROCESS_ID',)),
-    (('', 0, -1), {'JAX_COORDINATOR_ADDRESS': 'h:1'}, ('--processes=0',)),
+    (('', 2, -1), ('--coordinator', '--processes=2')),
+    (('', 0, 1), ('--coordinator', '--process=1')),
+    (('127.0.0.1:1', 0, -1), ('--process=-1', '--processes=0')),
+    (('127.0.0.1:1', 2, 2), ('--process=2', '--processes=2')),
   ],
 )
-def test_incomplete_addresses_are_refused(monkeypatch, flags, env, words):
-  for name, value in env.items():
-    monkeypatch.setenv(name, value)
+def test_incomplete_addresses_are_refused(flags, words):
   refusal(lambda: processes.start(*flags), *words)
 
 

@@ -7,8 +7,8 @@ import types
 import pytest
 
 from configs import default
+from mt.base import files
 from mt.base import recorder
-from mt.base import tracking
 from mt.train import settings
 from tests.fixtures.refusal import refusal
 
@@ -68,7 +68,7 @@ def test_the_real_library_offline(tmp_path, config, monkeypatch):
   monkeypatch.setenv('WANDB_MODE', 'offline')
   _record(tmp_path, config, -1, 2)
   _record(tmp_path, config, 1, 3)
-  name = tracking.files.read_lines(tmp_path / 'wandb_id.txt')[0]
+  name = files.read_lines(tmp_path / 'wandb_id.txt')[0]
   starts = sorted((tmp_path / 'wandb').glob(f'offline-run-*/run-{name}.wandb'))
   assert len(starts) == 2
   for path, losses in zip(

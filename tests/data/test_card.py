@@ -57,6 +57,10 @@ def _sizes(config, path, template=PLAIN):
   return examples.target_starts, examples.sizes - examples.target_starts
 
 
+def _sizes_of(prompt, target):
+  return {'prompt': prompt, 'target': target, 'both': prompt + target}
+
+
 def _quantiles(values):
   marks = (0, 5, 25, 50, 75, 95, 99, 100)
   return [int(np.percentile(values, m, method='nearest')) for m in marks]
@@ -72,7 +76,7 @@ def _numbers(line):
 def test_the_table_by_hand():
   prompt = np.arange(1, 102)  # 1 … 101: the quantile q is 1 + q.
   target = np.full(101, 2000)
-  shown = card.table(prompt, target, 2050).splitlines()
+  shown = card.table(_sizes_of(prompt, target), 2050).splitlines()
   assert ' '.join(shown[0].split()) == (
     'tokens least 5 % 25 % 50 % 75 % 95 % 99 % most sum'
   )
@@ -200,6 +204,7 @@ def test_five_examples_of_each_split(config, color):
 
 
 def _plot(path, **named):
+  named = {name: _sizes_of(*ends) for name, ends in named.items()}
   card.plot(str(path), named, 50)
   return (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
 

@@ -54,8 +54,8 @@ MANYTHINGS = (
 @pytest.mark.parametrize(
   ('first', 'words'),
   [
-    ('just text', ['first line: 1,', 'source, target;']),
-    ('a\tb\tc\td', ['first line: 4,', 'data.columns']),
+    ('just text', ['1 columns in its first', 'source, target expected']),
+    ('a\tb\tc\td', ['4 columns in its first', 'data.columns']),
     (MANYTHINGS, ['holds no ids', "'Go.'", 'data.columns=(1, 2)']),
     ('1\teng\tHi.\n2\tfra\tVa.', ['column 2', "codes of languages ('eng')"]),
     ('Hi.\teng\nGo.\teng', ['column 2', "codes of languages ('eng')"]),
@@ -81,11 +81,11 @@ def test_columns_that_hold_something_else(first, words):
 @pytest.mark.parametrize(
   ('first', 'columns', 'words'),
   [
-    ('1\ta\tb', (3, 4), ['first line: 3,', 'expected (3, 4)']),
-    ('en\tde', ('en', 'fr'), ["no column 'fr'", "'en de'", 'data.columns']),
-    ('en\tfr ', ('en', 'fr'), ["no column 'fr'"]),
-    ('', ('en', 'fr'), ["no column 'en' in its first line"]),
-    ('EN\tFR\u2028x', ('EN', 'FR'), ["no column 'FR'", '\\u2028']),
+    ('1\ta\tb', (3, 4), ['3 columns in its first', '4, of (3, 4), expected']),
+    ('en\tde', ('en', 'fr'), ["'fr', of", "'en | de'", 'data.columns']),
+    ('en\tfr ', ('en', 'fr'), ["'fr', of"]),
+    ('', ('en', 'fr'), ["'en', of ('en', 'fr'), expected"]),
+    ('EN\tFR\u2028x', ('EN', 'FR'), ["'FR', of", '\\u2028']),
   ],
 )
 def test_columns_that_are_not_there(first, columns, words):

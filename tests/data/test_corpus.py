@@ -83,11 +83,11 @@ def test_a_pair_that_is_not_there(tmp_path):
     path,
     'no such file',
     "data.pair is 'en-fr'",
-    'expected one of ja-en.',
+    'train.ja-en.tsv.',
   )
   refusal(lambda: _read(tmp_path), *words)
   _mtnt(tmp_path, 'en-ja')
-  refusal(lambda: _read(tmp_path), path, 'expected one of en-ja, ja-en.')
+  refusal(lambda: _read(tmp_path), path, 'n.en-ja.tsv, ', 'n.ja-en.tsv.')
 
 
 def test_a_folder_without_splits(tmp_path):

@@ -181,7 +181,7 @@ def test_put_there_by_hand(cache, serve):
 
 def test_a_cache_that_cannot_be(cache, serve):
   cache.parent.parent.parent.write_text('a file')
-  refusal(mtnt.fetch, cache.parent, 'Not a directory', 'by hand')
+  refusal(mtnt.fetch, cache.parent, 'Not a directory', 'XDG_CACHE_HOME')
 
 
 def test_runs_at_the_same_time_fetch_once(cache, serve):

@@ -29,8 +29,7 @@ def test_the_kinds_are_those_that_are_counted(language):
   before, after = (_classes(texts, language) for texts in (clean, noisy))
   for name in ('emoji', 'capitals', 'slang', 'typos'):
     assert before[name] == 0 and after[name] > 10, name
-  words = noising._SLANG[language].values()
-  for word in (*words, *noising._LAST_WORDS[language]):
+  for _, word in noising._SLANG[language]:
     assert 'slang' in noise.classes(f'xx {word} zz', language), word
   for sign in noising._EMOJI:
     assert 'emoji' in noise.classes(f'xx {sign}', language), sign

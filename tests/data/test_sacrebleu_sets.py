@@ -1,5 +1,6 @@
 """sacreBLEU's test sets, fetched by its own client from a server here."""
 
+import functools
 import hashlib
 import io
 import tarfile
@@ -16,6 +17,7 @@ from tests.fixtures.refusal import refusal
 _LINES = '1\tngl 😂\tc’est 😂\n2\t"hi\tsalut\n3\t\tempty\n'
 
 
+@functools.cache  # Its bytes have the time in them.
 def _archive():
   out, content = io.BytesIO(), _LINES.encode()
   with tarfile.open(fileobj=out, mode='w:gz') as tar:

@@ -51,7 +51,7 @@ def test_without_its_environment(tmp_path, monkeypatch):
   monkeypatch.setattr(comet, 'PYTHON', tmp_path / 'python')
 
   def score():
-    evaluate.evaluate(tmp_path, 'valid', comet_model='x')
+    evaluate.evaluate(tmp_path, evaluate.Text('valid'), comet_model='x')
 
   refusal(score, tmp_path / 'python', 'make comet')
 

@@ -19,6 +19,7 @@ from tests.fixtures.refusal import refusal
 from tests.runs import small
 
 ROOT = pathlib.Path(__file__).parents[2]
+VALID, TEST = evaluate.Text('valid'), evaluate.Text('test')
 
 
 @pytest.fixture(scope='module')
@@ -65,7 +66,7 @@ def translations(monkeypatch):
 def test_what_the_run_translated_is_not_translated_again(
   run, translations, split
 ):
-  got = evaluate.evaluate(run, split)
+  got = evaluate.evaluate(run, evaluate.Text(split))
   assert translations == []
   after = _lines(run, f'translations/{split}.after')
   assert _lines(run, f'evaluation/{split}.hypothesis') == after
@@ -79,7 +80,7 @@ def test_what_the_run_translated_is_not_translated_again(
 def test_a_split_that_the_run_left_out_is_translated_once(run, monkeypatch):
   for file in (run / 'translations').glob('test.*'):
     file.rename(run / file.name)
-  evaluate.evaluate(run, 'test')
+  evaluate.evaluate(run, TEST)
   made = _lines(run, 'evaluation/test.hypothesis')
   assert made == _lines(run, 'test.after')
   assert len(set(made)) > 1 or made[0]
@@ -87,7 +88,7 @@ def test_a_split_that_the_run_left_out_is_translated_once(run, monkeypatch):
   reference = _lines(run, 'evaluation/test.reference')
   assert reference == _lines(run, 'test.reference')
   monkeypatch.delattr(evaluate, '_translate')
-  evaluate.evaluate(run, 'test')
+  evaluate.evaluate(run, TEST)
 
 
 def _another_step(run):
@@ -125,25 +126,27 @@ def test_translations_of_something_else_are_made_again(
   run, translations, change
 ):
   change(run)
-  got = evaluate.evaluate(run, 'valid')
+  got = evaluate.evaluate(run, VALID)
   assert translations == [run]
   assert got['step'] == (3 if change is _another_step else 2)
 
 
 def test_the_first_pairs(run, translations):
   before = {f: f.read_bytes() for f in (run / 'translations').iterdir()}
-  got = evaluate.evaluate(run, 'valid', pairs=2)
+  got = evaluate.evaluate(run, evaluate.Text('valid', pairs=2))
   assert got['scores']['sentences'] == 2 and translations == [run]
   assert {f: f.read_bytes() for f in (run / 'translations').iterdir()} == before
   whole = corpus.read_splits(debug.get_config().data, ['valid'])['valid'][0]
-  assert len(evaluate.translate_split(run, 'valid', 0).sources) == len(whole)
+  assert len(
+    evaluate.translate_split(run, evaluate.Text('valid', pairs=0)).sources
+  ) == len(whole)
 
 
 def test_two_runs_are_compared(run, translations, tmp_path):
   other = shutil.copytree(run, tmp_path / 'other')
   path = other / 'translations' / 'valid.after.txt'
   files.write_lines(path, ['une', 'deux', 'trois'])
-  got = evaluate.evaluate(run, 'valid', other)
+  got = evaluate.evaluate(run, VALID, against=other)
   assert translations == []
   assert got['against'] == {
     'workdir': str(other),
@@ -155,7 +158,7 @@ def test_two_runs_are_compared(run, translations, tmp_path):
       'fr',
     ),
   }
-  assert 'against' not in evaluate.evaluate(run, 'valid')
+  assert 'against' not in evaluate.evaluate(run, VALID)
 
 
 def test_runs_of_other_sentences_are_not_compared(run, translations, tmp_path):
@@ -166,7 +169,7 @@ def test_runs_of_other_sentences_are_not_compared(run, translations, tmp_path):
 
   _change(other / 'config.json', change)
   refusal(
-    lambda: evaluate.evaluate(run, 'valid', other),
+    lambda: evaluate.evaluate(run, VALID, against=other),
     other,
     'valid',
     '(2)',
@@ -178,20 +181,20 @@ def test_runs_of_other_sentences_are_not_compared(run, translations, tmp_path):
 def test_what_is_no_run(run, tmp_path):
   empty = tmp_path / 'empty'
   empty.mkdir()
-  refusal(lambda: evaluate.evaluate(empty, 'valid'), empty / 'config.json')
+  refusal(lambda: evaluate.evaluate(empty, VALID), empty / 'config.json')
   assert list(empty.iterdir()) == []
   none = "no checkpoint '7'"
-  refusal(lambda: evaluate.evaluate(run, 'valid', which='7'), run, none)
+  refusal(lambda: evaluate.evaluate(run, VALID, which='7'), run, none)
   shutil.rmtree(run / 'checkpoints')
-  refusal(lambda: evaluate.evaluate(run, 'valid'), run, 'no checkpoint')
+  refusal(lambda: evaluate.evaluate(run, VALID), run, 'no checkpoint')
 
 
 def test_any_text_is_scored(run, translations, tmp_path):
   text = tmp_path / 'web text.tsv'
   text.write_text('fr\ten\nUn\tOne\nDeux\tTwo\n', encoding='utf-8')
   data = {'valid': str(text), 'columns': ('en', 'fr')}
-  of_run = evaluate.evaluate(run, 'valid')
-  got = evaluate.evaluate(run, 'valid', run, data=data)
+  of_run = evaluate.evaluate(run, VALID)
+  got = evaluate.evaluate(run, evaluate.Text('valid', data=data), against=run)
   assert translations == [run]  # The comparison takes what is there.
   assert got['text'] == str(text) and got['scores']['sentences'] == 2
   (path,) = (run / 'evaluation').glob('valid-*web_text_tsv.json')
@@ -199,8 +202,8 @@ def test_any_text_is_scored(run, translations, tmp_path):
   assert _lines(run, f'evaluation/{path.stem}.source') == ['One', 'Two']
   assert files.read_json(run / 'evaluation' / 'valid.json') == of_run
   assert f'Evaluation: {text}' in report.page(run)
-  gone = {'test': f'{text}.gone'}
-  refusal(lambda: evaluate.evaluate(run, 'test', data=gone), text)
+  gone = evaluate.Text('test', data={'test': f'{text}.gone'})
+  refusal(lambda: evaluate.evaluate(run, gone), text)
 
 
 def test_a_split_that_there_is_not(run):
@@ -208,7 +211,7 @@ def test_a_split_that_there_is_not(run):
     config['data']['source'] = __file__
 
   _change(run / 'config.json', change)
-  refusal(lambda: evaluate.evaluate(run, 'test'), run, 'data.test', '--data')
+  refusal(lambda: evaluate.evaluate(run, TEST), 'data.test', '--data')
 
 
 @pytest.mark.parametrize('flag', ['--columns=1,2,3', '--columns=en,fr'])
@@ -236,6 +239,12 @@ def test_the_command(run):
   assert done.stdout == evaluate.describe(result) + '\n'
   page = (run / 'report.html').read_text()
   assert 'Evaluation: test' in page and f'against {run}' in page
+  done = _command(f'--workdir={run}', '--split=test', '--json')
+  printed = json.loads(done.stdout)['test']
+  assert printed['scores'] == result['scores']
+  for side in ('source', 'reference', 'hypothesis'):
+    path = run / 'evaluation' / f'test.{side}.txt'
+    assert path.exists() and printed['texts'][side] == str(path)
 
 
 def test_the_lines_of_the_command():

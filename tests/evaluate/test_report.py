@@ -3,6 +3,7 @@
 import html.parser
 import json
 import os
+import re
 import shutil
 import time
 
@@ -10,7 +11,6 @@ import pytest
 
 from configs import default
 from mt.base import files
-from mt.base import journal
 from mt.evaluate import comparison
 from mt.evaluate import report
 from mt.evaluate import scores
@@ -72,8 +72,8 @@ def folder(tmp_path):
 
 
 def _add_metrics(folder, line):
-  with journal.open_metrics(folder / 'metrics.jsonl') as file:
-    journal.add_metrics(file, line)
+  with open(folder / 'metrics.jsonl', 'a') as file:
+    file.write(json.dumps(line) + '\n')
 
 
 def _finish(folder):
@@ -205,7 +205,7 @@ def test_curves(folder, curves):
 
 def test_the_step_that_was_scored_is_named(folder):
   found = _finish(folder)
-  assert 'after, step' not in _page(folder).text('th')  # A run of old.
+  assert 'after, step 20' in _page(folder).text('th')  # A run of old.
   found['before']['step'], found['after']['step'] = 0, 10
   files.write_json(folder / 'scores.json', {'valid': found})
   page = _page(folder)
@@ -246,7 +246,9 @@ def test_what_mt_evaluate_found(folder):
   }
   files.write_json(folder / 'evaluation' / 'test.json', result)
   files.write_json(folder / 'evaluation' / 'test.hypothesis.json', {})
-  shown = _page(folder).text()
+  page = _page(folder)
+  assert 'sentences score class' in page.text('th')  # One, without a change.
+  shown = page.text()
   assert 'Evaluation: test, step 20' in shown
   assert 'against runs/<other>, step 7' in shown
   row = result['against']['scores']['chrf']
@@ -315,6 +317,11 @@ def test_nothing_of_a_text_is_lost():
     assert shown == text
 
 
+def _tables(*columns, loops=()):
+  texts = [*zip(sentences.COLUMNS, columns, strict=True)]
+  return sentences.tables(texts, ('en', 'fr'), loops)
+
+
 def test_sentences_are_spread_and_the_worst_are_shown():
   number = 200
   sources = [f'source {i}' for i in range(number)]
@@ -323,10 +330,11 @@ def test_sentences_are_spread_and_the_worst_are_shown():
   before[0] = 'xxx'  # Gained.
   after[7] = 'zzz'  # Lost all.
   after[9] = 'la phrase'  # Lost some.
-  text = sentences.tables(sources, references, before, after, 'en', 'fr')
+  text = _tables(sources, references, before, after, loops=[3])
   assert '40 of 200, evenly spread' in text
-  assert text.count('<tr>') == 1 + 40 + 1 + 2
-  spread, lost = text.split('Those that lost most')
+  assert text.count('<tr>') == 1 + 40 + 1 + 2 + 1 + 1
+  spread, lost, loops = re.split('Those that lost most|1 that go round', text)
+  assert 'source 3<' in loops and 'source 3<' not in lost
   assert 'source 0<' in spread and 'source 199<' in spread
   assert 'source 7<' not in spread
   assert lost.index('source 7<') < lost.index('source 9<')
@@ -334,7 +342,7 @@ def test_sentences_are_spread_and_the_worst_are_shown():
 
 
 def test_few_sentences_are_all_shown():
-  text = sentences.tables(SOURCES, REFERENCES, BEFORE, AFTER, 'en', 'fr')
+  text = _tables(SOURCES, REFERENCES, BEFORE, AFTER)
   assert '3 of 3, evenly spread' in text
   page = _Page(text)
   assert [a['lang'] for tag, a in page.tags if tag == 'p' and 'lang' in a][
@@ -345,7 +353,7 @@ def test_few_sentences_are_all_shown():
 
 def test_a_text_for_each_source():
   with pytest.raises(AssertionError):
-    sentences.tables(SOURCES, REFERENCES, BEFORE, AFTER[:2], 'en', 'fr')
+    _tables(SOURCES, REFERENCES, BEFORE, AFTER[:2])
 
 
 # Several runs.

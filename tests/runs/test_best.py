@@ -75,7 +75,7 @@ def test_the_best_is_kept_and_does_everything_after(
   texts = (tmp_path / 'translations' / 'texts.after.txt').read_text('utf-8')
   (tmp_path / 'translations' / 'test.after.json').unlink()
   for which, at in (('', 4), ('last', 7)):
-    found = evaluate.translate_split(tmp_path, 'test', which=which)
+    found = evaluate.translate_split(tmp_path, evaluate.Text('test'), which)
     assert found.step == at
     assert ('\n'.join(found.hypotheses) + '\n' == after) == (at == 4)
   given, made = tmp_path / 'in', tmp_path / 'out'
@@ -110,7 +110,7 @@ def test_the_average_of_the_best_is_scored(config, curve, tmp_path):
   run_lib.run(config, tmp_path)
   after = (tmp_path / 'translations' / 'valid.after.txt').read_text('utf-8')
   (tmp_path / 'translations' / 'valid.after.json').unlink()
-  found = evaluate.translate_split(tmp_path, 'valid')
+  found = evaluate.translate_split(tmp_path, evaluate.Text('valid'))
   assert found.step == 4
   assert '\n'.join(found.hypotheses) + '\n' == after
 
@@ -239,7 +239,7 @@ def test_no_checkpoint_is_the_best(plain, tmp_path):
   assert checkpoint.find_step(folder) == (6, 'step 6, the last')
   for call in (
     lambda: checkpoint.find_step(folder, 'best'),
-    lambda: evaluate.evaluate(folder, 'valid', which='best'),
+    lambda: evaluate.evaluate(folder, evaluate.Text('valid'), 'best'),
     lambda: export.from_run(
       'hf', folder, tmp_path / 'x', 'float32', False, 'best'
     ),

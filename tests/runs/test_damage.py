@@ -158,7 +158,7 @@ def test_a_checkpoint_of_another_version_is_named(
     lambda: run_lib.run(config, workdir),
     lambda: run_lib.run(debug_config, tmp_path / 'warm'),
     lambda: checkpoint.load_finetuned(workdir),
-    lambda: evaluate.translate_split(workdir, 'valid'),
+    lambda: evaluate.translate_split(workdir, evaluate.Text('valid')),
     lambda: export.from_run('hf', workdir, tmp_path / 'x', 'float32', False),
   ):
     refusal(call, workdir, f'step 6 {word}', 'with version 2', '--workdir')
@@ -177,7 +177,7 @@ def test_of_version_1_the_model_is_read(debug_config, plain_copy, tmp_path):
     'weights.warm_start',
   )
   (workdir / 'translations' / 'valid.after.json').unlink()
-  assert evaluate.translate_split(workdir, 'valid').step == 6
+  assert evaluate.translate_split(workdir, evaluate.Text('valid')).step == 6
   debug_config.weights.warm_start = str(workdir)
   debug_config.train.max_steps = 1
   run_lib.run(debug_config, tmp_path / 'warm')

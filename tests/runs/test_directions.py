@@ -74,11 +74,11 @@ def test_evaluate_takes_one_direction(run, tmp_path, monkeypatch):
     return sources
 
   monkeypatch.setattr(evaluate, '_translate', translate)
-  found = evaluate.evaluate(run, 'valid', pair='fr-en')
+  found = evaluate.evaluate(run, evaluate.Text('valid', pair='fr-en'))
   own = folders.scores(run)['valid-fr-en']['after']
   assert found['scores']['chrf'] == own['chrf'] and made == []
   assert (run / 'evaluation' / 'valid-fr-en.json').exists()
-  noisy = evaluate.evaluate(run, 'valid', pair='fr-en', noise_share=1.0)
+  noisy = evaluate.evaluate(run, evaluate.Text('valid', 'fr-en', noise=1.0))
   assert noisy['text'] == 'valid-fr-en-noise100'
   ((name, _, source),) = made
   assert name == 'valid-fr-en-noise100'
@@ -86,10 +86,14 @@ def test_evaluate_takes_one_direction(run, tmp_path, monkeypatch):
   assert (run / 'evaluation' / f'{name}.json').exists()
   assert 'valid-fr-en-noise100' in report.page(run)
   refusal(
-    lambda: evaluate.evaluate(run, 'valid', pair='en-ja'), "--pair is 'en-ja'"
+    lambda: evaluate.evaluate(run, evaluate.Text('valid', 'en-ja')),
+    "--pair is 'en-ja'",
   )
-  refusal(lambda: evaluate.evaluate(run, 'valid'), 'en-fr, fr-en')
+  text = evaluate.Text('valid')
+  refusal(lambda: evaluate.evaluate(run, text), 'en-fr, fr-en')
   text = tmp_path / 'x.tsv'
   text.write_text('chat\tcat\n')
-  evaluate.evaluate(run, 'valid', data={'valid': str(text)}, pair='fr-en')
+  evaluate.evaluate(
+    run, evaluate.Text('valid', 'fr-en', data={'valid': str(text)})
+  )
   assert made[-1][1:] == ('fr-en', 'chat')  # As it stands, not turned round.

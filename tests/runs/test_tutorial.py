@@ -20,9 +20,8 @@ from mt.data import bitext
 from mt.data import corpus
 from mt.data import splits
 from mt.data import template as template_lib
-from mt.data import tfds
 from mt.data import tokenizer
-from mt.evaluate import samples
+from mt.evaluate import sentences
 from mt.gemma import model
 from mt.gemma import parameters
 from mt.gemma import sizes
@@ -131,9 +130,9 @@ def test_the_tutorial_as_it_is_written(world, tmp_path):
   )
   assert [int(at) for at, _, _ in table] == [20, 40, 60, 80, 100]
   # What it printed before the first step, by the tutorial's own formula.
-  pairs = tfds.read_as_tfds(
-    folder / 'xdg/mt/mtnt/MTNT.1.1/MTNT/valid/valid.en-fr.tsv'
-  ).read()
+  path = folder / 'xdg/mt/mtnt/MTNT.1.1/MTNT/valid/valid.en-fr.tsv'
+  text = bitext.open_bitext([path], 'en-fr', quotes='tfds', max_bad_fraction=1)
+  pairs = text.read()
   losses = [_tutorial_loss(sizes.SIZES['debug'], params, tok, p) for p in pairs]
   losses = [x for x in losses if x is not None]
   assert len(losses) > 50
@@ -233,7 +232,7 @@ def test_texts_are_shown_and_left(tmp_path, capsys):
   def translator(params, texts):
     return [f'{params} {text.upper()}' for text in texts]
 
-  samples.show_texts(translator, 7, ('Hello there', 'lol\nno'), tmp_path)
+  sentences.show_texts(translator, 7, ('Hello there', 'lol\nno'), tmp_path)
   out = capsys.readouterr().out
   assert 'source     Hello there\nafter      7 HELLO THERE\n' in out
   left = tmp_path / 'translations'

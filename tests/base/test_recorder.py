@@ -4,13 +4,13 @@ A TFRecord is a length (uint64), its masked CRC-32C, the data, and theirs
 (tensorflow/core/lib/io/record_writer.h).
 """
 
+import json
 import struct
 
 import pytest
 from tensorboardX.proto import event_pb2
 
 from configs import default
-from mt.base import events
 from mt.base import journal
 from mt.base import recorder
 from tests.fixtures.refusal import refusal
@@ -59,10 +59,10 @@ def _read(workdir):
 
 
 def test_events_are_those_of_metrics_jsonl(tmp_path):
-  writer = events.open_writer(tmp_path)
-  events.add(writer, {'step': 0, 'valid_loss': 2.5})
-  events.add(writer, {'step': 1, 'loss': 0.1, 'targets': 12, 'bad': None})
-  writer.close()
+  made = recorder.Recorder(tmp_path, default.get_config(), -1)
+  made.add({'step': 0, 'valid_loss': 2.5})
+  made.add({'step': 1, 'loss': 0.1, 'targets': 12, 'bad': None})
+  made.close()
   assert _read(tmp_path) == [
     ('valid_loss', 0, 2.5),
     ('loss', 1, pytest.approx(0.1)),
@@ -86,6 +86,38 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
   (tmp_path / 'tensorboard').write_text('')
+  config = default.get_config()
   refusal(
-    lambda: events.open_writer(tmp_path), tmp_path, 'cannot write', '--workdir'
+    lambda: recorder.Recorder(tmp_path, config, -1),
+    *(tmp_path, 'cannot write', '--workdir'),
   )
+
+
+def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
+  path, config = tmp_path / 'metrics.jsonl', default.get_config()
+  made = recorder.Recorder(tmp_path, config, -1)
+  for step in (0, 1, 2, 3):
+    made.add({'step': step, 'loss': 1 / 3})
+    assert path.read_text().count('\n') == step + 1  # Whatever comes next.
+  made.close()
+  with open(path, 'ab') as f:
+    f.write(b'\xff\0\n{"step": 2, "lo')  # A crash in the middle of a line.
+  recorder.Recorder(tmp_path, config, 2).close()
+  lines = [json.loads(x) for x in path.read_text().splitlines()]
+  assert [x['step'] for x in lines] == [0, 1, 2]
+  assert lines[0]['loss'] == 1 / 3  # To the last bit.
+  recorder.Recorder(tmp_path, config, -1).close()
+  assert path.read_text() == ''
+
+
+def test_metrics_that_cannot_be_written(tmp_path):
+  (tmp_path / 'file').write_text('')
+  refusal(
+    lambda: recorder.Recorder(tmp_path / 'file', default.get_config(), -1),
+    *(tmp_path / 'file', 'cannot write it'),
+  )
+  with open('/dev/full', 'wb', buffering=0) as file:
+    refusal(
+      lambda: journal.add_metrics(file, {'step': 0}),
+      '/dev/full: cannot write metrics',
+    )
