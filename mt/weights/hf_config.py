@@ -157,7 +157,8 @@ class Fields:
     value, high = self.values.get(key), _AT_MOST.get(key, 2**31)
     value = default if value is None else value
     if type(value) not in (int, kind) or not 0 < value <= high:  # Nor NaN.
-      raise self.bad(key, f'a number from 1 to {high:,}')
+      whole = 'whole ' if kind is int else ''
+      raise self.bad(key, f'a {whole}number from 1 to {high:,}')
     return kind(value)
 
 

@@ -485,7 +485,10 @@ def test_gguf_files_of_other_gemmas_are_refused(tmp_path):
     ({'gemma4.rope.freq_base': 'x'}, ('freq_base is x', 'a number')),
     ({'gemma4.embedding_length_per_layer_input': 'x'}, ('per_layer_input is',)),
     ({'gemma4.attention.shared_kv_layers': [3]}, ('kv_layers is [3]',)),
-    ({'gemma4.feed_forward_length': [40.0] * 9}, ('9 whole numbers',)),
+    (
+      {'gemma4.feed_forward_length': [40.0] * 9},
+      ('forward_length is 40.0', 'whole'),
+    ),
   ):
     path = tmp_path / f'{len(list(tmp_path.iterdir()))}.gguf'
     _write_gguf(path, 'e4b', **fields)
