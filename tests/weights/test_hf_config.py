@@ -365,7 +365,7 @@ def test_a_config_that_cannot_be_is_refused(tmp_path, arch, config, words):
   ('data', 'words'),
   [
     (b'', ('damaged JSON',)),
-    (b'\xff\xfe\xfa', ('damaged JSON',)),
+    (b'\xff\xfe\xfa', ('UTF-16',)),
     (b'[1, 2]', ('list found',)),
     (b'[' * 100_000, ('damaged JSON',)),
     (b'{}', ('model_type',)),
