@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -41,7 +40,6 @@ def _config(**mesh):
   return config
 
 
-@pytest.mark.usefixtures('quick_compilation')
 @pytest.mark.parametrize(
   'parts, mesh', [('all', {}), ('lora', {'data': 2, 'fsdp': 2, 'tensor': 2})]
 )
@@ -127,7 +125,6 @@ def test_the_step_of_the_270m_wastes_no_work():
   assert temporary < 4 * (blocks + vocabulary + 144 * cfg.vocab_size) + 0.4e9
 
 
-@pytest.mark.usefixtures('quick_compilation')
 def test_the_memory_of_lora_does_not_grow_with_the_vocabulary():
   """Of logits there is a tile of the vocabulary at a time."""
   config = _config()
@@ -228,7 +225,6 @@ def test_json_is_all_of_stdout_and_nothing_is_written(tmp_path):
     cwd=ROOT,
     capture_output=True,
     text=True,
-    env=os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'},  # For speed.
   )
   assert done.returncode == 0, done.stderr
   found = json.loads(done.stdout)
