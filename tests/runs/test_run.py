@@ -233,8 +233,17 @@ def _interrupted(config, folder, at):
 
 @pytest.mark.parametrize('stop', [5, pytest.param(1, marks=pytest.mark.heavy)])
 def test_an_interrupted_run_goes_on_bit_for_bit(finished, tmp_path, stop):
+  """And with the programs of the whole run: none is compiled anew."""
   config, whole, _ = finished
+  compiled = []
+
+  def hear(event, **_):
+    compiled.extend([event] if event.endswith('/cache_misses') else [])
+
+  jax.monitoring.register_event_listener(hear)
   _interrupted(config, tmp_path, stop)
+  jax.monitoring.unregister_event_listener(hear)
+  assert not compiled
   folders.assert_same_run(whole, tmp_path)
 
 
