@@ -1,6 +1,7 @@
 """Parameters are read into their format and place, a tensor at a time."""
 
 import dataclasses
+import functools
 import zlib
 
 import jax
@@ -30,6 +31,7 @@ def _config(**train):
   return config
 
 
+@functools.cache
 def _params():
   return parameters.init(CFG, jax.random.key(0))
 
