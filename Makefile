@@ -41,9 +41,11 @@ train: $(INSTALLED)
 plan: .venv-plan/installed
 	@.venv-plan/bin/python train.py --config=$(CONFIG) --plan --on=$(ON) $(ARGS)
 
-# A file's tests share models: they stay in one process.
+# A file's tests share models: they stay in one process. Files go as they are
+# sorted: by number of tests, the few that start processes would be the last.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+	  $(ARGS)
 
 test-real: .venv/installed
 	$(BIN)/python -m pytest -m real $(ARGS)

@@ -1,5 +1,6 @@
 """Tests keep to themselves: nothing is read from or left in the home folder."""
 
+from importlib import metadata
 import os
 import tempfile
 
@@ -11,6 +12,14 @@ os.environ['MPLCONFIGDIR'] = _CACHE.name  # Of matplotlib.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Meshes need devices. What asks for no mesh takes the first.
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+# Compiling is most of the time of these tests, and models are tiny: a sixth.
+_QUICK = (
+  '--xla_backend_optimization_level=0',
+  '--xla_llvm_disable_expensive_passes=true',
+  '--xla_cpu_parallel_codegen_split_count=1',
+)
+if metadata.version('jaxlib').startswith('0.10.'):  # Later ones have no other.
+  _QUICK += ('--xla_cpu_use_fusion_emitters=false',)
 # What one test compiles, the others load: those of this process, of pytest's
 # other workers, which inherit the folder from the first, and of commands that
 # tests start. Compiler flags are part of a program's key.
@@ -21,20 +30,10 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 
-@pytest.fixture(scope='module')
-def quick_compilation():
-  """For tests that mostly compile: without optimising, it takes less."""
-  import jax
-
-  name = 'jax_disable_most_optimizations'
-  before = jax.config.read(name)
-  jax.config.update(name, True)
-  # What other tests have compiled rounds differently, random weights too: a
-  # process of its own, started by a test, would not get the same ones.
-  jax.clear_caches()
-  yield
-  jax.config.update(name, before)
-  jax.clear_caches()
+def pytest_configure(config):
+  """Runs of minutes (-m real) have the programs that users have."""
+  if config.option.markexpr != 'real':
+    os.environ['XLA_FLAGS'] = ' '.join((os.environ['XLA_FLAGS'], *_QUICK))
 
 
 @pytest.fixture

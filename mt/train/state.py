@@ -93,7 +93,11 @@ def init_state(
   if mesh is not None:
     places = sharding.of_tree(cfg, mesh, jax.eval_shape(rest, trained))
     rest = jax.jit(rest, out_shardings=places)
-  return TrainState(trained=trained, frozen=frozen, **rest(trained))
+  state = TrainState(trained=trained, frozen=frozen, **rest(trained))
+  if mesh is not None:
+    return state
+  # Bound to its device as a restored state is, whose programs are then these.
+  return jax.device_put(state, jax.local_devices()[0])
 
 
 def keeping(

@@ -1,5 +1,6 @@
 """Two real processes on one machine: one run, whoever starts or dies."""
 
+import os
 import pathlib
 import re
 import signal
@@ -19,12 +20,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _start(*commands):
-  """Each with two devices, as quick_compilation is."""
-  return several.start(
-    *commands,
-    JAX_DISABLE_MOST_OPTIMIZATIONS='1',
-    XLA_FLAGS='--xla_force_host_platform_device_count=2',
-  )
+  """Each with two devices, compiled as here: see tests/conftest.py."""
+  flags = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=2')
+  return several.start(*commands, XLA_FLAGS=flags)
 
 
 def _config(steps):
@@ -117,7 +115,7 @@ def _numbers(workdir, *kinds):
   }
 
 
-def test_two_processes_are_one_run(quick_compilation, tmp_path, capsys):
+def test_two_processes_are_one_run(tmp_path, capsys):
   """From one to two, and from two to one, in the middle of a run."""
   whole, workdir = tmp_path / 'whole', tmp_path / 'changing'
   run_lib.run(_config(3), whole)

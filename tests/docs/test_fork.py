@@ -47,7 +47,7 @@ def fork(tmp_path):
 
 
 def _run(home, *args):
-  env = os.environ | {'PYTHONPATH': '', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+  env = os.environ | {'PYTHONPATH': ''}
   done = subprocess.run(
     [sys.executable, *map(str, args)],
     cwd=home,

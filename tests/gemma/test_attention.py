@@ -13,7 +13,6 @@ import pytest
 from mt.gemma import attention
 from mt.gemma import fused
 from mt.gemma import sizes
-from tests.fixtures import gemma_oracle
 
 _GEMMA3 = sizes.SIZES['gemma3_4b']
 
@@ -73,7 +72,7 @@ def _with_gradients(attend, args):
     return jnp.sum(jnp.sin(out)), out
 
   grad = jax.grad(total, argnums=(0, 1, 2), has_aux=True)
-  return gemma_oracle.jit(grad)(*args)
+  return jax.jit(grad)(*args)
 
 
 def _assert_same(got, want):
@@ -127,7 +126,7 @@ def test_keys_ahead_of_a_block_cost_nothing(length, share):
   first = attention.first_keys(cfg, segments)[0]
 
   def flops(attend, seen):
-    run = gemma_oracle.jit(lambda *args: attend(cfg, *args, seen))
+    run = jax.jit(lambda *args: attend(cfg, *args, seen))
     return run.lower(*args).compile().cost_analysis()['flops']
 
   assert flops(attention.causal_attend, first) < (share + 0.05) * flops(
@@ -169,12 +168,10 @@ def test_rope_by_hand_and_against_the_oracle():
   cfg = dataclasses.replace(_GEMMA3, head_dim=16)
   x = np.random.default_rng(0).normal(size=(2, 3, 4, 16)).astype(np.float32)
   positions = np.array([[0, 1, 700], [3, 2000, 1]])
-  sin, cos = gemma_oracle.jit(functools.partial(attention.rope_tables, cfg))(
-    positions
-  )
+  sin, cos = jax.jit(functools.partial(attention.rope_tables, cfg))(positions)
   for kind, base, scale in ((0, 10_000, 1), (1, 1_000_000, 8)):
-    got = gemma_oracle.jit(attention.apply_rope)(x, sin[kind], cos[kind])
-    want = gemma_oracle.jit(gemma_positions.apply_rope, static_argnums=(2, 3))(
+    got = jax.jit(attention.apply_rope)(x, sin[kind], cos[kind])
+    want = jax.jit(gemma_positions.apply_rope, static_argnums=(2, 3))(
       x, positions, base, scale
     )
     # Float32 angles of 2000 radians are good to 1e-4.
@@ -183,7 +180,7 @@ def test_rope_by_hand_and_against_the_oracle():
 
 def test_rope_tables_by_hand():
   cfg = dataclasses.replace(_GEMMA3, head_dim=4)
-  tables = gemma_oracle.jit(functools.partial(attention.rope_tables, cfg))(
+  tables = jax.jit(functools.partial(attention.rope_tables, cfg))(
     np.array([[0, 1, 5]])
   )
   # base ** (-2 i / A) for i = 0 and 1; global ones divided by the scale, 8.

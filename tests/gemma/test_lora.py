@@ -61,7 +61,7 @@ def _with_random_b(trained):
   }
 
 
-@gemma_oracle.jit
+@jax.jit
 def _forward(params):
   return model.forward(CFG, params, _TOKENS, _POSITIONS, _SEGMENTS)
 
@@ -76,7 +76,7 @@ def _gradients_of_factors():
   def loss(trained, frozen):
     return _loss(lora.merge(trained, frozen, lora_scale=SCALE))
 
-  return gemma_oracle.jit(jax.grad(loss))
+  return jax.jit(jax.grad(loss))
 
 
 def _merged_by_hand(trained, base, scale):
@@ -253,7 +253,7 @@ def test_gradients_are_those_of_the_merged_matrices():
   trained = _with_random_b(trained)
   got = _gradients_of_factors()(trained, frozen)
   merged = _merged_by_hand(trained, base, SCALE)
-  of_merged = gemma_oracle.jit(jax.grad(_loss))(merged)
+  of_merged = jax.jit(jax.grad(_loss))(merged)
   for name in MATRICES:
     # y = x (W + s A B):  dA = s dW B^T  and  dB = s A^T dW.
     d_w = np.float64(of_merged['layers'][name])

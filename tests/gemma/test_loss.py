@@ -14,7 +14,6 @@ import optax
 import pytest
 
 from mt.gemma import loss
-from tests.fixtures.gemma_oracle import jit
 
 # 1009 is a prime: no product of the other dimensions makes it, so that a shape
 # with it in a traced program is one with the vocabulary in it.
@@ -51,7 +50,7 @@ def _ours(cap=None, smoothing=0.0, chunk=4, tile=2048, argnums=ALL):
     chunk=chunk,
     tile=tile,
   )
-  return jit(jax.value_and_grad(run, argnums, has_aux=True))
+  return jax.jit(jax.value_and_grad(run, argnums, has_aux=True))
 
 
 @functools.cache
@@ -59,7 +58,7 @@ def _definition(cap, smoothing):
   run = functools.partial(
     loss.reference_nll, final_softcap=cap, smoothing=smoothing
   )
-  return jit(jax.value_and_grad(run, ALL, has_aux=True))
+  return jax.jit(jax.value_and_grad(run, ALL, has_aux=True))
 
 
 def _exact(hidden, embedding, tokens, weights, cap=None, smoothing=0.0):
@@ -105,7 +104,7 @@ def test_the_definition_is_the_one_of_optax(cap, smoothing):
 
   with jax.enable_x64(True):
     args = map(np.float64, (hidden, embedding, weights))
-    (value, losses), grads = jit(
+    (value, losses), grads = jax.jit(
       jax.value_and_grad(naive, (0, 1), has_aux=True)
     )(*args)
   (got, nll), got_grads = _exact(
@@ -261,7 +260,7 @@ def test_a_vocabulary_in_one_piece(cap, smoothing, chunk):
 
 
 def _ours_value(cap, smoothing, chunk):
-  return jit(
+  return jax.jit(
     functools.partial(
       loss.target_nll,
       final_softcap=cap,
@@ -316,7 +315,7 @@ def test_gradients_scale_with_the_cotangent():
     total, nll = loss.target_nll(*args, chunk=4)
     return total / 14, nll
 
-  got = jit(jax.grad(other, ALL, has_aux=True))(*args)
+  got = jax.jit(jax.grad(other, ALL, has_aux=True))(*args)
   _, want = _exact(*args)
   _assert_near(got[0], [w / 14 for w in want])
 
@@ -330,7 +329,7 @@ def test_a_loss_that_is_only_logged_adds_no_gradient():
       hidden, embedding, tokens, weights, chunk=4
     )
 
-  grads, (total, _) = jit(jax.grad(other, (0, 1), has_aux=True))(
+  grads, (total, _) = jax.jit(jax.grad(other, (0, 1), has_aux=True))(
     hidden, embedding
   )
   assert abs(float(total)) > 1.0
@@ -475,7 +474,7 @@ def test_logits_of_a_single_chunk_take_no_memory():
 
   def temporary(chunk):
     run = functools.partial(loss.target_nll, chunk=chunk, tile=V)
-    run = jit(jax.value_and_grad(run, (0, 1), has_aux=True))
+    run = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
     memory = run.lower(*args).compile().memory_analysis()
     return memory.temp_size_in_bytes
 

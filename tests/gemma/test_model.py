@@ -92,7 +92,7 @@ def _program(logits_fn, cfg, **static):
     grads, logits = jax.grad(weighted, has_aux=True)(params, inputs, weights)
     return logits, grads
 
-  return gemma_oracle.jit(run)
+  return jax.jit(run)
 
 
 def _run(name, layout, inputs=None, **static):

@@ -24,9 +24,6 @@ from tests.fixtures.tiny_step import CFG
 from tests.fixtures.tiny_step import make_batch
 from tests.fixtures.tiny_step import setup
 
-# Most of the time is compiling.
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 each_kind = pytest.mark.parametrize('kind', quantize.BITS)
 # Half of the largest step between two numbers, in scales.
 WORST = {'int8': 0.5, 'int4': (1 - 0.6961928) / 2}

@@ -22,11 +22,7 @@ from mt.train import optimizer as optimizer_lib
 from mt.train import run as run_lib
 from mt.train import state as state_lib
 from mt.train import step
-from tests.fixtures.gemma_oracle import jit
 from tests.fixtures.refusal import refusal
-
-# Most of the time is compiling.
-pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 # Four query heads over two key/value heads: a tensor axis of 4 or 8 divides
 # neither or one of them.
@@ -266,7 +262,7 @@ def test_the_loss_is_the_one_of_one_device(shape, cap, smoothing, tile):
         mesh=mesh,
       )
 
-    return jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))
+    return jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))
 
   want = grad(None)(hidden, embedding, weights)
   args = (
@@ -293,10 +289,10 @@ def test_forward_is_the_one_of_one_device(shape):
     names = 'tokens', 'positions', 'segment_ids'
     return model.forward(CFG, params, *(batch[n] for n in names), mesh=mesh)
 
-  want = jit(functools.partial(forward, mesh=None))(params, batch)
+  want = jax.jit(functools.partial(forward, mesh=None))(params, batch)
   flat = parameters.flatten(params)
   placed = sharding.put(flat, sharding.of_tree(CFG, mesh, flat))
-  got = jit(functools.partial(forward, mesh=mesh))(
+  got = jax.jit(functools.partial(forward, mesh=mesh))(
     parameters.unflatten(placed), sharding.put_rows(mesh, batch, B)
   )
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -319,7 +315,7 @@ def test_gradient_of_the_look_up_is_the_one_of_one_device(shape, v):
     _put(mesh, tokens, 'rows', 'length'),
     _put(mesh, d_x, 'rows', 'length', 'width'),
   )
-  got = jit(functools.partial(embedding.add_grad, mesh=mesh))(*args)
+  got = jax.jit(functools.partial(embedding.add_grad, mesh=mesh))(*args)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   assert got.sharding.is_equivalent_to(args[0].sharding, 2)
 

@@ -22,7 +22,6 @@ from mt.gemma import sizes
 from mt.train import optimizer as optimizer_lib
 from mt.weights import peft
 from tests.fixtures import tiny_gemma4
-from tests.fixtures.gemma_oracle import jit
 
 SHAPES = tiny_gemma4.SHAPES
 _L = 14
@@ -61,7 +60,7 @@ def _run(name, layout, remat, mesh=None):
     flat = parameters.flatten(params)
     flat = sharding.put(flat, sharding.of_tree(cfg, mesh, flat))
     params = parameters.unflatten(flat)
-  grads, x = jit(jax.grad(total, has_aux=True))(params)
+  grads, x = jax.jit(jax.grad(total, has_aux=True))(params)
   return [np.asarray(x[place]) for place in places], grads
 
 

@@ -18,7 +18,7 @@ DIRECTIONS = ('en-fr', 'fr-en')
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory, quick_compilation):
+def run(tmp_path_factory):
   config, folder = small.get_config(), tmp_path_factory.mktemp('run') / 'run'
   config.data.pair = ','.join(DIRECTIONS)
   config.train.max_steps = config.eval.translate_every = 2

@@ -233,8 +233,17 @@ def _interrupted(config, folder, at):
 
 @pytest.mark.parametrize('stop', [5, pytest.param(1, marks=pytest.mark.heavy)])
 def test_an_interrupted_run_goes_on_bit_for_bit(finished, tmp_path, stop):
+  """And with the programs of the whole run: none is compiled anew."""
   config, whole, _ = finished
+  compiled = []
+
+  def hear(event, **_):
+    compiled.extend([event] if event.endswith('/cache_misses') else [])
+
+  jax.monitoring.register_event_listener(hear)
   _interrupted(config, tmp_path, stop)
+  jax.monitoring.unregister_event_listener(hear)
+  assert not compiled
   folders.assert_same_run(whole, tmp_path)
 
 
@@ -276,9 +285,10 @@ def _stop_at(workdir, flags, at, sent):
 
 def test_killed_twice_and_the_same_command_again(debug_config, tmp_path):
   """A process of its own each time, and the end of one that ran here."""
-  debug_config.train.max_steps = 20
+  debug_config.train.max_steps, debug_config.eval.every = 20, 10
   run_lib.run(debug_config, tmp_path / 'whole')
-  cut, flags = tmp_path / 'cut', ('--config.train.max_steps=20',)
+  cut = tmp_path / 'cut'
+  flags = '--config.train.max_steps=20', '--config.eval.every=10'
   code, text = _stop_at(cut, flags, 3, signal.SIGINT)
   assert code == 130 and text.count('\n') == 1 and 'interrupted' in text
   at = int(re.search(r'at step (\d+), which is saved', text)[1])

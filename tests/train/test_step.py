@@ -21,9 +21,6 @@ from tests.fixtures.tiny_step import make_batch
 from tests.fixtures.tiny_step import make_config
 from tests.fixtures.tiny_step import setup
 
-# Most of the time is compiling.
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 
 def _copy(tree):
   return jax.tree.map(lambda x: np.array(x), tree)

@@ -12,9 +12,6 @@ from tests.fixtures.tiny_step import CFG
 from tests.fixtures.tiny_step import make_batch
 from tests.fixtures.tiny_step import setup
 
-# Most of the time is compiling.
-pytestmark = pytest.mark.usefixtures('quick_compilation')
-
 
 @pytest.mark.parametrize('parts', ['all', 'lora'])
 def test_state_is_donated_and_aliased(parts):

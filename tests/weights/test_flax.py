@@ -92,16 +92,16 @@ def test_a_published_block_computes_the_same(tmp_path):
   positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
   mask = jnp.broadcast_to(jnp.tril(jnp.ones((5, 5), bool)), (2, 5, 5))
 
-  @gemma_oracle.jit
+  @jax.jit
   def draw(key):
     drawn = block.init(key, x, positions, None, mask)['params']
     return jax.tree.map(lambda w: w + 0.1, drawn)  # Norms are drawn as zeros.
 
-  @gemma_oracle.jit
+  @jax.jit
   def theirs(layer):
     return block.apply({'params': layer}, x, positions, None, mask)[1]
 
-  @gemma_oracle.jit
+  @jax.jit
   def ours(layer):
     rate = 10_000.0 ** -(jnp.arange(cfg.head_dim // 2) * 2 / cfg.head_dim)
     angles = positions[..., None] * rate

