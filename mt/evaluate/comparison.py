@@ -37,7 +37,7 @@ def page(workdirs: Sequence[pathlib.Path]) -> str:
   if len(set(names)) < len(names):
     names = [str(w) for w in workdirs]
   runs = dict(zip(names, workdirs, strict=True))
-  configs = [files.read_json(w / 'config.json') for w in workdirs]
+  configs = [run_folder.read_config(w).to_dict() for w in workdirs]
   tables, texts = [], []
   pair = configs[0]['data']['pair']
   for split, direction in directions.named(pair, 'valid', 'test').items():

@@ -51,7 +51,7 @@ def write(workdir: pathlib.Path) -> None:
 
 def page(workdir: pathlib.Path) -> str:
   """The page, see `write`."""
-  config = files.read_json(workdir / 'config.json')
+  config = run_folder.read_config(workdir).to_dict()
   scores = {}
   if (workdir / 'scores.json').exists():
     scores = files.read_json(workdir / 'scores.json')
@@ -115,7 +115,7 @@ def _head(name, config, last, done) -> str:
 
 
 def _config(config) -> str:
-  was = json.loads(json.dumps(default.get_config().to_dict()))
+  was = default.get_config().to_dict()
   rows = [
     (code(knob), code(now), code(old))
     for knob, old, now in run_folder.differences(was, config)

@@ -166,6 +166,11 @@ def test_the_config_that_differs(folder):
   assert 'optim.learning_rate 0.5 0.0001' in shown
   assert 'train.max_steps 20 1000' in shown
   assert 'optim.beta1' not in shown
+  # A run of before a knob was there has its default.
+  fields = files.read_json(folder / 'config.json')
+  del fields['data']['noise'], fields['log']
+  files.write_json(folder / 'config.json', fields)
+  assert _page(folder).text('code') == shown
 
 
 @pytest.fixture
