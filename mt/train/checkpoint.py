@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from mt.base import errors
+from mt.base import processes
 from mt.base import run_folder
 from mt.gemma import lora
 from mt.gemma import parameters
@@ -64,6 +65,7 @@ def open_manager(
     best_fn=_chrf,  # The latest of equals.
     preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
     step_prefix='step',
+    todelete_subdir=manifest.DELETED,
     temporary_path_class=manifest.TemporaryPath,
   )
   return ocp.CheckpointManager(
@@ -153,6 +155,8 @@ def wait(manager: ocp.CheckpointManager) -> None:
     manager.wait_until_finished()
   except _WRITING as e:
     raise _cannot_save(manager, at, e) from e
+  if processes.is_first():
+    manifest.remove_deleted(pathlib.Path(manager.directory))
 
 
 def check_written(manager: ocp.CheckpointManager) -> None:

@@ -31,6 +31,9 @@ _ORBAX = '_CHECKPOINT_METADATA'  # JSON.
 _NOT_IN_IT = (NAME, _ORBAX, 'commit_success.txt')
 _STEP = re.compile(r'step_(\d+)')
 _ASIDE = 'damaged-'
+# Where Orbax moves what is not kept: deleted in place, a checkpoint would be a
+# damaged one if the run is killed meanwhile.
+DELETED = 'deleted'
 _PIECE = 1 << 22  # Bytes.
 _SMALL = 1 << 16
 
@@ -156,6 +159,11 @@ def check_space(checkpoints: pathlib.Path, need: int) -> None:
     )
 
 
+def remove_deleted(checkpoints: pathlib.Path) -> None:
+  """Removes the checkpoints that are not kept."""
+  shutil.rmtree(checkpoints / DELETED, ignore_errors=True)
+
+
 def quarantine_damaged(checkpoints: pathlib.Path) -> None:
   """Moves aside what is damaged, so that the newest checkpoint is whole.
 
@@ -165,6 +173,7 @@ def quarantine_damaged(checkpoints: pathlib.Path) -> None:
     errors.UserError: there are checkpoints, but none is whole; or the folder is
       not writable.
   """
+  remove_deleted(checkpoints)
   aside = [p.name for p in checkpoints.glob(_ASIDE + 'step_*')]
   bad, newest = {}, None
   for at in reversed(steps(checkpoints)):

@@ -113,6 +113,27 @@ def test_a_checkpoint_half_written_is_none(plain, plain_copy):
   run_folder.claim(workdir, config)
 
 
+def test_what_is_not_kept_is_no_checkpoint_before_it_is_deleted(
+  plain_copy, monkeypatch, capsys
+):
+  """A kill meanwhile leaves no damaged one."""
+  config, workdir = plain_copy
+  config.train.max_steps, config.checkpoint.keep = 8, 1
+  config.checkpoint.every = 1
+  folder = workdir / 'checkpoints'
+  with monkeypatch.context() as m:
+    m.setattr(manifest, 'remove_deleted', lambda checkpoints: None)
+    run_lib.run(config, workdir)
+  moved = folder / manifest.DELETED
+  assert {'step_4', 'step_7'} <= {path.name for path in moved.iterdir()}
+  assert not any(manifest.damage(path) for path in moved.iterdir())
+  (moved / 'step_7' / manifest.NAME).unlink()  # As a kill leaves it.
+  config.train.max_steps = 9
+  run_lib.run(config, workdir)
+  assert 'damaged' not in capsys.readouterr().out
+  assert manifest.steps(folder) == [9] and not moved.exists()
+
+
 def test_a_checkpoint_of_another_config_is_refused(plain_copy):
   """Whatever config.json says, which anyone can change."""
   config, workdir = plain_copy
