@@ -155,7 +155,8 @@ def run(kills: int, seed: int, folder: pathlib.Path) -> dict[str, int]:
       checkpoints.glob('*tmp*')
     )
     for at in manifest.steps(checkpoints):
-      assert not manifest.damage(manifest.folder_of(checkpoints, at)), at
+      what = manifest.damage(manifest.folder_of(checkpoints, at))
+      assert not what, (at, what)
     assert not list(checkpoints.glob('damaged*'))
     if process.returncode == 0:
       got = final(cut)
