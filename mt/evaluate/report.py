@@ -41,6 +41,7 @@ ABOUT_BOOTSTRAP = (
   '<p class="dim">Paired bootstrap. ± is half of the 95 % interval, p how '
   'likely chance alone makes such a difference.</p>'
 )
+_MOST = 2000  # Points of a curve, twice that at times.
 _STYLE = pathlib.Path(__file__).with_suffix('.css').read_text('utf-8')
 
 
@@ -189,15 +190,34 @@ def grid(parts) -> str:
   return f'<div class="grid">{sections}</div>'
 
 
+class _Curve:
+  """Points; of a long run means of neighbours, so that memory stays."""
+
+  def __init__(self):
+    self._points, self._next, self._width = [], [], 1
+
+  def add(self, point: chart.Point) -> None:
+    self._next.append(point)
+    if len(self._next) == self._width:
+      self._points += chart.thin(self._next, 1)
+      self._next = []
+    if len(self._points) == 2 * _MOST:
+      self._points = chart.thin(self._points, _MOST)
+      self._width *= 2
+
+  def points(self) -> list[chart.Point]:
+    return self._points + chart.thin(self._next, 1)
+
+
 def read_curves(path):
   """Points (step, number) of each curve in metrics.jsonl; the last step."""
-  curves, last = {key: [] for key in _CURVES}, 0
+  curves, last = {key: _Curve() for key in _CURVES}, 0
   for line in journal.read_metrics(path):
     last = max(last, line['step'])
-    for key, points in curves.items():
+    for key, curve in curves.items():
       if isinstance(line.get(key), int | float):
-        points.append((line['step'], line[key]))
-  return curves, last
+        curve.add((line['step'], line[key]))
+  return {key: curve.points() for key, curve in curves.items()}, last
 
 
 def _curves(curves, scores) -> str:

@@ -186,6 +186,23 @@ def curves(monkeypatch):
   return shown
 
 
+def test_the_curves_of_a_long_run_are_means(tmp_path, monkeypatch):
+  path = tmp_path / 'metrics.jsonl'
+  lines = [f'{{"step": {n}, "loss": {n % 7}}}\n' for n in range(1, 1001)]
+  path.write_text(''.join(lines) + '{"step": 1000, "valid_loss": 2.0}\n')
+  exact, last = report.read_curves(path)
+  assert exact['loss'] == [(n, n % 7) for n in range(1, 1001)]
+  monkeypatch.setattr(report, '_MOST', 50)
+  found, same = report.read_curves(path)
+  assert last == same == 1000 and found['valid_loss'] == [(1000, 2.0)]
+  # Of 16 steps each, and of the last 8.
+  assert len(found['loss']) == 63
+  for i, point in enumerate(found['loss']):
+    part = exact['loss'][16 * i : 16 * (i + 1)]
+    mean = [sum(x) / len(part) for x in zip(*part, strict=True)]
+    assert point == pytest.approx(mean)
+
+
 def test_curves(folder, curves):
   report.page(folder)
   assert curves == {
