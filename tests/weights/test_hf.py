@@ -28,7 +28,7 @@ _ARCHS = ('gemma', 'gemma2', 'gemma3')
 
 
 @pytest.mark.parametrize(
-  ('arch', 'dtype'), zip(_ARCHS, hf_fixture.DTYPES, strict=True)
+  ('arch', 'dtype'), list(zip(_ARCHS, hf_fixture.DTYPES, strict=True))
 )
 def test_a_folder_comes_back_bit_for_bit(tmp_path, arch, dtype):
   dtype = hf_fixture.DTYPES[dtype]
