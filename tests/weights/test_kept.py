@@ -138,7 +138,7 @@ def test_a_process_holds_its_share_and_one_tensor(tmp_path):
     {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
   )
   tok = numbered_rows.sample_tokenizer()
-  hf.write(tmp_path, _LARGE, params, tok, np.float32)
+  hf.write(tmp_path, _LARGE, params, tok, 'float32')
   size = sum(p.stat().st_size for p in tmp_path.glob('*.safetensors'))
   assert size > 2e9
   address = several.address()
