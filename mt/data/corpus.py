@@ -192,13 +192,13 @@ def _find(source, split, pair, data) -> _Files:
   if '{pair}' in path:
     own = path.replace('{pair}', pair)
     other = path.replace('{pair}', directions.turned(pair))
+    turn = not os.path.exists(own) and os.path.exists(other)
     there = glob.glob(glob.escape(path).replace('{pair}', '*'))
-    if there and own not in there and other not in there:
+    if there and not turn and not os.path.exists(own):
       raise errors.UserError(
         f'{own}: there is no such file; data.pair is {pair!r}, expected that '
         f'of one that is there: {", ".join(sorted(there))}.'
       )
-    turn = own not in there and other in there
     return _Files([other if turn else own], turn)
   first = directions.each(data.pair)[0]
   turn = pair != first and pair == directions.turned(first)

@@ -203,9 +203,10 @@ def evaluate(
         other.hypotheses, own.hypotheses, own.references, own.languages[1]
       ),
     }
+  files.write_json(path, out)
   if comet_model:
     add_comet(out, comet_model, own, other)
-  files.write_json(path, out)
+    files.write_json(path, out)
   return out
 
 

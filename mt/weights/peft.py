@@ -101,7 +101,8 @@ def _stacked(path, cfg, rank):
   with hf.reading(path):
     tensors = safetensors.numpy.load_file(path)
   given = '\n'.join(tensors)
-  prefix = _PREFIX.search(given)
+  found = _PREFIX.search(given)
+  prefix = found[1] if found else ''
   shapes, out = parameters.shapes(cfg), {}
   layers = {stack.name: stack.layers for stack in cfg.stacks()}
   for row in parameters.table(cfg):
@@ -110,7 +111,7 @@ def _stacked(path, cfg, rank):
     _, fan_in, fan_out = shapes[row.path]
     for letter, shape in ('A', (rank, fan_in)), ('B', (fan_out, rank)):
       xs = [
-        tensors.pop(_name(prefix[1], i, row, letter), np.zeros(0))
+        tensors.pop(_name(prefix, i, row, letter), np.zeros(0))
         for i in layers[row.stack]
       ]
       if any(x.shape != shape for x in xs):

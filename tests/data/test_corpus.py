@@ -288,7 +288,7 @@ def test_a_text_for_each_direction(tmp_path):
     source, target = pair.split('-')
     _write(tmp_path / f'x.{pair}.tsv', f'x {source}\tx {target}\n')
   several = ' en-fr,fr-en, ja-en'
-  assert _read(f'{tmp_path},{tmp_path}/x.{{pair}}.tsv', pair=several) == {
+  assert _read(f'{tmp_path},{tmp_path}//x.{{pair}}.tsv', pair=several) == {
     'train': [
       *([('train en', 'train fr')], [('train fr', 'train en')]),
       *([('train ja', 'train en')], [('x en', 'x fr')]),

@@ -9,9 +9,11 @@ import sys
 import pytest
 
 from configs import debug
+from mt.base import errors
 from mt.base import files
 from mt.data import corpus
 from mt.evaluate import __main__ as evaluate
+from mt.evaluate import comet
 from mt.evaluate import report
 from mt.evaluate import scores
 from mt.train import run as run_lib
@@ -37,6 +39,16 @@ def finished(tmp_path_factory):
 def run(finished, tmp_path):
   """A copy, to be changed."""
   return shutil.copytree(finished, tmp_path / 'run')
+
+
+def test_scores_are_left_before_comet_is_asked(run, monkeypatch):
+  def fail(*_):
+    raise errors.UserError('no memory.')
+
+  monkeypatch.setattr(comet, 'find', lambda: None)
+  monkeypatch.setattr(comet, 'segments', fail)
+  refusal(lambda: evaluate.evaluate(run, VALID, comet_model='x'), 'no memory')
+  assert 'chrf' in files.read_json(run / 'evaluation' / 'valid.json')['scores']
 
 
 def _lines(run, name):

@@ -175,6 +175,10 @@ _LAYER = 'base_model.model.model.layers.0.'
       ),
       ('layers.0', 'beside'),
     ),
+    (
+      lambda t: {k.replace('layers.', 'blocks.'): x for k, x in t.items()},
+      ('not 2 of',),
+    ),
     (lambda t: {}, ('nothing',)),
   ],
   ids=(
@@ -186,6 +190,7 @@ _LAYER = 'base_model.model.model.layers.0.'
     'layer',
     'module',
     'vision',
+    'no layers',
     'none',
   ),
 )
