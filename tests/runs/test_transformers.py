@@ -53,7 +53,14 @@ pytestmark = [
 
 
 def _ask(
-  tmp_path, folder, tokens, texts, adapter=None, new_tokens=16, chat=None
+  tmp_path,
+  folder,
+  tokens,
+  texts,
+  adapter=None,
+  new_tokens=16,
+  chat=None,
+  penalties=(),
 ):
   """(logits [L, V], the other answers) of transformers_oracle.py."""
   job = {
@@ -63,6 +70,7 @@ def _ask(
     'tokens': list(tokens),
     'new_tokens': new_tokens,
     'chat': chat,
+    'penalties': penalties,
     'out': str(tmp_path / 'answer.npz'),
   }
   (tmp_path / 'job.json').write_text(json.dumps(job))
@@ -89,9 +97,9 @@ def _logits(cfg, params, tokens):
   )[0]
 
 
-def greedy(cfg, params, ids, new_tokens, ends):
+def greedy(cfg, params, ids, new_tokens, ends, **how):
   """The greedy continuation of `ids`, without the token that ends it."""
-  settings = batching.Settings(cfg, search.Search(), ends, batch_size=1)
+  settings = batching.Settings(cfg, search.Search(**how), ends, batch_size=1)
   prompt = batching.Prompt(ids, limit=new_tokens)
   ((best,),) = batching.decode_all(settings, decode.unstack(params), [prompt])
   return best.tokens
@@ -139,6 +147,31 @@ def test_a_tiny_model_of_each_generation(tmp_path, arch):
   )
   name = {'gemma': 'Gemma', 'gemma2': 'Gemma2', 'gemma3': 'Gemma3'}[arch]
   assert answers['model'] == f'{name}ForCausalLM'
+
+
+def test_repetitions_cost_what_they_cost_there(tmp_path):
+  """The same tokens, of a model that goes round and round."""
+  cfg = gguf_fixture.tiny_config('gemma3', 400)
+  params = gguf_fixture.tiny_params(cfg)
+  params['embedding'] *= 0.02  # Lest a token is always its own next one.
+  tok = tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
+  folder = tmp_path / 'out'
+  folder.mkdir()
+  hf.write(folder, cfg, params, tok)
+  penalties = [(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (0, 1.3), (3, 1.1)]
+  ids = [tok.bos_id, *range(7, 15)]
+  _, answers = _ask(
+    tmp_path, folder, ids, ['x'], new_tokens=32, penalties=penalties
+  )
+  params, ends = jax.tree.map(jnp.asarray, params), tuple(tok.end_ids)
+  for (ngram, penalty), theirs in zip(
+    penalties, answers['penalised'], strict=True
+  ):
+    how = {'no_repeat_ngram': ngram, 'repetition_penalty': penalty}
+    made = greedy(cfg, params, ids, 32, ends, **how)
+    assert [i for i in theirs if i not in ends] == made, (ngram, penalty)
+  # Each of them changes what is written.
+  assert len({tuple(x) for x in answers['penalised']}) == len(penalties)
 
 
 def test_the_270m(tmp_path):
