@@ -155,6 +155,11 @@ KNOBS = (
     Train on sources that are in the test text, too, which is refused else; in a
     text of more than 65,536 lines they are left out.
     """),
+  knob('data.apostrophe', '', one_of('', "'", '’', 'ʼ'), """
+    Written for every apostrophe inside the words of training targets, where
+    those of validation and test have another one; '' leaves them. `python -m
+    mt.data` tells.
+    """),
   knob('data.noise', 0.0, between(0, 1), """
     Share of words in training sources, and of the sources, that are made noisy
     as MTNT's are (mt/data/noising.py shows how), anew in each epoch; 0 for

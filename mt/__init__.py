@@ -50,6 +50,7 @@ data, from parallel text to rows of tokens; `python -m mt.data` shows them
   lines       a line -> a pair, or why it is none
   columns     what the columns of a text mean, checked on its lines
   faults      what spoils a result: leaks, copies, other scripts, …
+  typography  signs that are written in several ways, such as ' and ’
   bitext      parallel text on disk: bad lines counted, pairs read by number
   mtnt        MTNT 1.1 fetched; archives unpacked
   sacrebleu_sets  test sets by name

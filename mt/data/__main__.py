@@ -153,6 +153,7 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
       out.append(table(found, config.data.length))
       if split == 'train':
         out += faults.show(faults.count(text, range(len(text))))
+        out += [f'  {x}' for x in splits.other_signs(text, texts)]
         out.append(_epoch(source, share / sum(mixture), config.train))
       first = source.store.block(0)
       for i in range(min(_EXAMPLES, len(first))):

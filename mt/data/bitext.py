@@ -23,6 +23,7 @@ from mt.data import faults
 from mt.data import formats
 from mt.data import line_index
 from mt.data import lines
+from mt.data import typography
 
 _LOOK_AT_ALL = 1 << 16  # Lines; of more, as many as _SAMPLE, evenly spread.
 _SAMPLE = 1 << 13
@@ -81,6 +82,7 @@ class Bitext:
   digest: str  # Changes with the content and with how it is read.
   pair: str  # The direction, such as en-fr.
   rules: faults.Rules | None = None  # What training leaves out, see corpus.
+  apostrophe: str = ''  # Of all targets; '' for their own.
 
   def __len__(self) -> int:
     """Lines, usable or not."""
@@ -123,9 +125,12 @@ class Bitext:
       if why:
         count, first = unusable.get(why, (0, number))
         unusable[why] = count + 1, min(first, number)
-      else:
-        pairs.append(pair)
-        usable.append(at)
+        continue
+      if self.apostrophe:
+        target = typography.with_apostrophe(pair.target, self.apostrophe)
+        pair = pair._replace(target=target)
+      pairs.append(pair)
+      usable.append(at)
     return Looked(len(which), pairs, np.array(usable, np.int64), unusable)
 
   def check(self, unusable: Unusable, number: int) -> None:

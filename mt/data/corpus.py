@@ -79,7 +79,10 @@ def read_splits(
   }
   if 'train' in texts:
     held_out = _held_out(data, texts)
-    texts['train'] = [_cleaned(text, data, held_out) for text in texts['train']]
+    texts['train'] = [
+      _cleaned(_with_apostrophe(text, data.apostrophe), data, held_out)
+      for text in texts['train']
+    ]
   return texts
 
 
@@ -103,6 +106,15 @@ def _held_out(data, texts) -> dict[str, tuple[str, str]]:
         for side in p[1:] if several else [p.source]:
           out[faults.fold(side)] = split, side
   return out
+
+
+def _with_apostrophe(text, sign) -> bitext.Bitext:
+  """A training text with data.apostrophe."""
+  if not sign:
+    return text
+  identity = json.dumps([text.digest, sign])
+  digest = hashlib.sha256(identity.encode()).hexdigest()
+  return dataclasses.replace(text, apostrophe=sign, digest=digest)
 
 
 def _cleaned(text, data, held_out) -> bitext.Bitext:

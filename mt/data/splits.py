@@ -19,6 +19,7 @@ from mt.data import lines
 from mt.data import store
 from mt.data import template as template_lib
 from mt.data import tokenizer
+from mt.data import typography
 from mt.gemma import sharding
 
 
@@ -116,6 +117,22 @@ def _say_found(pair, texts):
       if split == 'train' and (found := faults.count(text, text.sample_lines)):
         shown = faults.describe(found)
         journal.say(f'{name}: of these {shown}; `python -m mt.data` shows them')
+      for difference in other_signs(text, texts) if split == 'train' else ():
+        journal.say(f'{name}: {difference}')
+
+
+def other_signs(
+  text: bitext.Bitext, texts: dict[str, list[bitext.Bitext]]
+) -> list[str]:
+  """What of a training text is written otherwise than in validation."""
+  return [
+    difference
+    for valid in texts.get('valid', ())
+    if valid.pair == text.pair
+    for difference in typography.differences(
+      *([pair.target for pair in x.sample.pairs] for x in (text, valid))
+    )
+  ]
 
 
 def training_rows(

@@ -180,6 +180,12 @@ def _check_data(data):
       f'sources{of}; a number for each expected, or () for their numbers of '
       'pairs.'
     )
+  targets = {directions.languages(x)[1] for x in directions.each(data.pair)}
+  if data.apostrophe and len(targets) > 1:
+    raise errors.UserError(
+      f'data.apostrophe is {data.apostrophe!r}, but data.pair has several '
+      "target languages; '' expected."
+    )
   every = [*names, *filter(None, (data.valid, data.test))]
   if data.tfds_quoting and (data.columns or any('{lang}' in n for n in every)):
     raise errors.UserError(

@@ -58,6 +58,7 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('data.columns', (0, 1)),
     ('data.columns', (1, 'en')),
     ('data.columns', ('en', '')),
+    ('data.apostrophe', '"'),
     ('data.max_bad_fraction', 1.5),
     ('data.length', 7),
     ('seed', 2**31),
@@ -136,6 +137,10 @@ def test_impossible_values_name_the_knob(knob, value):
     (
       {'data.source': 'x.{split}.{lang}', 'data.columns': (1, 2)},
       ('data.columns', 'aligned'),
+    ),
+    (
+      {'data.apostrophe': '’', 'data.pair': 'en-fr,fr-en'},
+      ('data.apostrophe', 'target languages'),
     ),
     (
       {'template.prompt': 'translategemma'},
