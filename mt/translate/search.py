@@ -125,7 +125,7 @@ def top(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   """
   chex.assert_shape(logits, (None, None))
   v, m = logits.shape
-  tile = next(n for n in range(512, 0, -1) if v % n == 0)
+  tile = _tile(v)
   tiles = logits.reshape(v // tile, tile, m)
   best = lax.top_k(jnp.max(tiles, 1).T, min(k, len(tiles)))[1]  # [M, tiles]
   best = jnp.sort(best)  # So that the first token comes first.
@@ -203,19 +203,50 @@ def _draw(search, state, logits):
   """
   dims = state.dims()
 
-  def draw(number, place, made, kept):
+  def draw(number, place, made):
     key = jax.random.key(search.seed)
     for n in (number, place, made):
       key = jax.random.fold_in(key, n)
-    return jax.random.categorical(key, kept)
+    return jax.random.uniform(key)
 
-  kept = keep_probable(search, logits / search.temperature)
-  return jax.vmap(draw)(
+  drawn = jax.vmap(draw)(
     jnp.repeat(state.numbers, dims.W),
     jnp.tile(jnp.arange(dims.W), dims.B),
     jnp.repeat(state.made, dims.W),
-    kept.T,
   )
+  return pick(keep_probable(search, logits / search.temperature), drawn)
+
+
+def pick(logits: jax.Array, drawn: jax.Array) -> jax.Array:
+  """The token at which the probabilities up to it come to more than `drawn`.
+
+  With numbers [M] from 0 to 1 these are samples of logits [V, M]: of 262,144
+  in a tenth of the time that a number for each logit takes on a CPU. The tile
+  of the vocabulary is found first, then the token in it, so that few float32
+  are added up. No token of probability 0 is ever picked.
+  """
+  chex.assert_shape(logits, (None, *drawn.shape))
+  v, m = logits.shape
+  p = jnp.exp(logits - jnp.max(logits, 0))
+  tiles = p.reshape(-1, _tile(v), m)
+  sums = tiles.sum(1)
+  tile, left = _first_above(sums, drawn * sums.sum(0))
+  found = jnp.take_along_axis(tiles, tile[None, None], 0)[0]
+  return tile * _tile(v) + _first_above(found, left)[0]
+
+
+def _first_above(parts, goal):
+  """Where sums of the first parts [n, M] exceed a goal [M]; the rest of it."""
+  upto = jnp.cumsum(parts, 0)
+  above = (upto > goal) & (parts > 0)
+  last = len(parts) - 1 - jnp.argmax(parts[::-1] > 0, 0)  # For want of digits.
+  at = jnp.where(jnp.any(above, 0), jnp.argmax(above, 0), last)
+  before = jnp.take_along_axis(upto - parts, at[None], 0)[0]
+  return at, goal - before
+
+
+def _tile(v):
+  return next(n for n in range(512, 0, -1) if v % n == 0)
 
 
 def _append(state, tokens, logp, longer, stop_ids):

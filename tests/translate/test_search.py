@@ -271,6 +271,28 @@ def test_tokens_are_drawn_with_their_probabilities(search):
   np.testing.assert_allclose(state.logp[:, 0], np.log(p)[tokens], rtol=1e-4)
 
 
+@pytest.mark.parametrize('v', (1, 7, 1009, 5120))
+def test_the_token_that_is_picked(v):
+  """As in float64, but for numbers next to where another token begins."""
+  rng = np.random.default_rng(v)
+  logits = rng.normal(size=(v, 500)).astype(np.float32) * 4
+  logits[rng.random((v, 500)) < 0.3] = -np.inf
+  logits[rng.integers(v), :] = 1
+  drawn = np.linspace(0, 1, 500, endpoint=False, dtype=np.float32)
+  drawn[-1] = np.nextafter(np.float32(1), np.float32(0))
+  got = jax.jit(search_lib.pick)(logits, drawn)
+  p = np.exp(logits.astype(np.float64))
+  upto = np.cumsum(p, 0) / p.sum(0)
+  columns = np.arange(500)
+  assert (p[got, columns] > 0).all()
+  near = 1e-5
+  assert (upto[got, columns] > drawn - near).all()
+  assert (
+    upto[got, columns] - (p / p.sum(0))[got, columns] < drawn + near
+  ).all()
+  assert (np.argmax(upto > drawn, 0) == got).mean() > 0.98
+
+
 def test_draws_depend_on_seed_number_and_place():
   search = Search(temperature=1.0, n_best=3)
   one, again = (_run(search, [6] * B) for _ in range(2))
