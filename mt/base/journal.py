@@ -86,11 +86,17 @@ def _float32(x: float) -> float:
   return float(np.float32(x))
 
 
-def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """The lines of metrics.jsonl that are whole; none where there is no file."""
+def read_metrics(
+  path: pathlib.Path, first: int = 0
+) -> Iterator[dict[str, Any]]:
+  """The lines of metrics.jsonl that are whole; none where there is no file.
+
+  `first` is the byte to begin with, where a line begins.
+  """
   if not path.exists():
     return
-  with path.open(encoding='utf-8', errors='replace') as lines:
+  with path.open('rb') as lines:
+    lines.seek(first)
     for line in lines:
       with contextlib.suppress(ValueError):  # A crash in the middle of a line.
         yield json.loads(line)

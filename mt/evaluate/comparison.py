@@ -47,7 +47,7 @@ def page(workdirs: Sequence[pathlib.Path]) -> str:
       tables.append(_compared(split, made, languages[1]))
       texts += _differing(split, made, languages)
   none = f'<p class="dim">{html.escape(names[0])} has no scores yet.</p>'
-  curves = [report.read_curves(w / 'metrics.jsonl')[0] for w in workdirs]
+  curves = [report.Curves(w / 'metrics.jsonl').read()[0] for w in workdirs]
   charts = (
     chart.figure(
       title, unit, [(n, c[key]) for n, c in zip(names, curves, strict=True)]

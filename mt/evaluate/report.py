@@ -45,18 +45,22 @@ _MOST = 2000  # Points of a curve, twice that at times.
 _STYLE = pathlib.Path(__file__).with_suffix('.css').read_text('utf-8')
 
 
-def write(workdir: pathlib.Path) -> None:
-  """Writes report.html of what a run has left so far."""
-  files.write(workdir / 'report.html', page(workdir))
+def write(workdir: pathlib.Path, curves: 'Curves | None' = None) -> None:
+  """Writes report.html of what a run has left so far.
+
+  Who writes it again and again keeps its `curves`, lest each reads all of them.
+  """
+  files.write(workdir / 'report.html', page(workdir, curves))
 
 
-def page(workdir: pathlib.Path) -> str:
+def page(workdir: pathlib.Path, curves: 'Curves | None' = None) -> str:
   """The page, see `write`."""
+  curves = curves or Curves(workdir / 'metrics.jsonl')
   config = run_folder.read_config(workdir).to_dict()
   scores = {}
   if (workdir / 'scores.json').exists():
     scores = files.read_json(workdir / 'scores.json')
-  curves, last = read_curves(workdir / 'metrics.jsonl')
+  points, last = curves.read()
   out = [_head(workdir.absolute().name, config, last, bool(scores))]
   for both in scores.values():
     both['after'].setdefault('step', last)  # Runs of old have none.
@@ -64,7 +68,7 @@ def page(workdir: pathlib.Path) -> str:
     tables = [(split, _before_after(both)) for split, both in scores.items()]
     out += ['<h2>Scores</h2>', grid(tables)]
     out += {signatures(both['after']): None for both in scores.values()}
-  out += ['<h2>Curves</h2>', _curves(curves, scores)]
+  out += ['<h2>Curves</h2>', _curves(points, scores)]
   if scores:
     tables = [
       (split, _noise({when: found['noise'] for when, found in both.items()}))
@@ -209,15 +213,24 @@ class _Curve:
     return self._points + chart.thin(self._next, 1)
 
 
-def read_curves(path):
-  """Points (step, number) of each curve in metrics.jsonl; the last step."""
-  curves, last = {key: _Curve() for key in _CURVES}, 0
-  for line in journal.read_metrics(path):
-    last = max(last, line['step'])
-    for key, curve in curves.items():
-      if isinstance(line.get(key), int | float):
-        curve.add((line['step'], line[key]))
-  return {key: curve.points() for key, curve in curves.items()}, last
+class Curves:
+  """Those of metrics.jsonl, which is read on from where it was read to."""
+
+  def __init__(self, path: pathlib.Path):
+    self._path, self._at, self._last = path, 0, 0
+    self._curves = {key: _Curve() for key in _CURVES}
+
+  def read(self) -> tuple[dict[str, list[chart.Point]], int]:
+    """Points (step, number) of each curve; the last step."""
+    first = self._at
+    if self._path.exists():
+      self._at = self._path.stat().st_size
+    for line in journal.read_metrics(self._path, first):
+      self._last = max(self._last, line['step'])
+      for key, curve in self._curves.items():
+        if isinstance(line.get(key), int | float):
+          curve.add((line['step'], line[key]))
+    return {k: curve.points() for k, curve in self._curves.items()}, self._last
 
 
 def _curves(curves, scores) -> str:

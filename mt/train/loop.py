@@ -52,6 +52,7 @@ class Run:
   Attributes:
     identity: of the pretrained model, see checkpoint.identity.
     recorder: of metrics, once it is known after which step it goes on.
+    curves: of metrics, for the report.
     mesh: of several devices, or None.
     started: time.monotonic() at the start.
   """
@@ -65,6 +66,7 @@ class Run:
   identity: dict[str, Any]
   checkpoints: ocp.CheckpointManager
   recorder: recorder_lib.Recorder | None
+  curves: report.Curves
   mesh: Mesh | None
   started: float
 
@@ -283,7 +285,7 @@ def evaluate(
     text += f', {time.monotonic() - began:.0f} s'
   run.recorder.add(line)
   if processes.is_first():
-    report.write(run.workdir)
+    report.write(run.workdir, run.curves)
   journal.say(text)
   return line
 

@@ -150,6 +150,7 @@ def begin(
     identity=checkpoint.identity(source, fingerprint),
     checkpoints=checkpoint.open_manager(workdir, config.checkpoint.keep),
     recorder=None,
+    curves=report.Curves(workdir / 'metrics.jsonl'),
     mesh=mesh,
     started=started,
   )
@@ -256,7 +257,7 @@ def finish(run: loop.Run, state: state_lib.TrainState) -> None:
         run.translator_of(d), params, run.config.eval.texts, run.workdir, name
       )
   if processes.is_first():
-    report.write(run.workdir)
+    report.write(run.workdir, run.curves)
   processes.sync('end')
 
 

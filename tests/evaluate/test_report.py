@@ -186,14 +186,40 @@ def curves(monkeypatch):
   return shown
 
 
+def test_curves_are_read_on(tmp_path, monkeypatch):
+  """The same as from the beginning, however often they were looked at."""
+  monkeypatch.setattr(report, '_MOST', 5)
+  path = tmp_path / 'metrics.jsonl'
+  curves = report.Curves(path)
+  assert curves.read() == report.Curves(path).read()
+  read = []
+  real = report.journal.read_metrics
+
+  def read_metrics(path, first=0):
+    for line in real(path, first):
+      read.append(line['step'])
+      yield line
+
+  monkeypatch.setattr(report.journal, 'read_metrics', read_metrics)
+  with path.open('a') as file:
+    for n in range(1, 41):
+      file.write(f'{{"step": {n}, "loss": {n % 7}}}\n')
+      if n % 6 == 0:
+        file.flush()
+        found = curves.read()
+        assert found[1] == n
+  assert read == [*range(1, 37)]
+  assert curves.read() == report.Curves(path).read()
+
+
 def test_the_curves_of_a_long_run_are_means(tmp_path, monkeypatch):
   path = tmp_path / 'metrics.jsonl'
   lines = [f'{{"step": {n}, "loss": {n % 7}}}\n' for n in range(1, 1001)]
   path.write_text(''.join(lines) + '{"step": 1000, "valid_loss": 2.0}\n')
-  exact, last = report.read_curves(path)
+  exact, last = report.Curves(path).read()
   assert exact['loss'] == [(n, n % 7) for n in range(1, 1001)]
   monkeypatch.setattr(report, '_MOST', 50)
-  found, same = report.read_curves(path)
+  found, same = report.Curves(path).read()
   assert last == same == 1000 and found['valid_loss'] == [(1000, 2.0)]
   # Of 16 steps each, and of the last 8.
   assert len(found['loss']) == 63
