@@ -103,7 +103,7 @@ def test_full_during_each_kind_of_file_and_then_not(
   (disk / 'filler').unlink()
   assert manifest.steps(workdir / 'checkpoints') == []
 
-  def after_training(path):
+  def after_training(path, _):
     if manifest.steps(path / 'checkpoints') == [2, 4]:
       _fill(disk)
 
