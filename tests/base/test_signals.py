@@ -84,6 +84,7 @@ _EACH = """
 import os, signal
 from mt.base import cli, errors, signals
 def main(_):
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)  # The tests may be under nohup.
   for ignored in (0, signal.SIGHUP):
     if ignored:  # As nohup does.
       signal.signal(ignored, signal.SIG_IGN)
@@ -120,8 +121,6 @@ def test_each_signal_that_takes_a_machine_away():
     capture_output=True,
     text=True,
     timeout=120,
-    # As from a terminal, though these tests may run under nohup.
-    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
   )
   assert done.returncode == 128 + signal.SIGUSR1, done.stderr
   heard = [int(x) for x in done.stdout.split() if x.isdecimal()]
