@@ -2,7 +2,7 @@
 
 Where the targets that are trained on write them in another way than those that
 are scored, a good translation loses points: one of chrF on MTNT2019, whose
-French has ’ alone (docs/measurements.md).
+French hardly has another than ’ (docs/measurements.md).
 """
 
 from collections import Counter
