@@ -162,7 +162,9 @@ class Rows:
     """Examples in rows, shuffled: the last ones of best fit have gaps."""
     if self.packing:
       rows = packing_lib.best_fit(sizes[order], self.length)
-      return [order[rows[i]].tolist() for i in rng.permutation(len(rows))]
+      items = order.tolist()
+      shuffled = rng.permutation(len(rows)).tolist()
+      return [[items[i] for i in rows[row]] for row in shuffled]
     rows = [[i] for i in order.tolist()]
     rows += [[]] * (-len(rows) % self.group)
     groups = rng.permutation(len(rows) // self.group) * self.group

@@ -12,9 +12,11 @@
 """
 
 import array
+from collections.abc import Container
 from collections.abc import Iterable
 from collections.abc import Sequence
 import dataclasses
+import functools
 import hashlib
 import html
 import math
@@ -64,31 +66,37 @@ class Rules:
   left_out: frozenset[str] = frozenset()
   again: np.ndarray | None = None  # [lines] bool.
 
-  def find(self, pair: lines.Pair) -> list[str]:
-    """The faults of a pair; duplicates are those of many."""
+  def find(self, pair: lines.Pair, names: Container[str] = NAMES) -> list[str]:
+    """Which of these faults a pair has; duplicates are those of many."""
     source, target = fold(pair.source), fold(pair.target)
+    tests = {
+      'leaks': lambda: source in self.held_out,
+      'copies': lambda: source == target,
+      'script': lambda: self._other_script(pair),
+      'entities': lambda: _has_entity(pair.source + pair.target),
+      'lengths': lambda: self._other_length(source, target),
+      'not_nfc': lambda: (
+        not unicodedata.is_normalized('NFC', ''.join(pair[1:]))
+      ),
+    }
+    return [name for name, test in tests.items() if name in names and test()]
+
+  def _other_script(self, pair) -> bool:
     languages = map(template.base_language, self.pair.split('-'))
     sides = zip(languages, pair[1:], strict=True)
-    longest = max(len(source), len(target))
+    return any(_mostly_other(code, text) for code, text in sides)
+
+  def _other_length(self, source, target) -> bool:
     ratio = math.log(max(1, len(source)) / max(1, len(target)))
-    both = pair.source + pair.target
-    found = {
-      'leaks': source in self.held_out,
-      'copies': source == target,
-      'script': any(_other_script(code, text) for code, text in sides),
-      'entities': any(html.unescape(x) != x for x in _entity.findall(both)),
-      'lengths': longest >= _SHORT
-      and abs(ratio - self.ratio) > math.log(_LENGTHS),
-      'not_nfc': not unicodedata.is_normalized('NFC', both),
-    }
-    return [name for name, is_found in found.items() if is_found]
+    far = abs(ratio - self.ratio) > math.log(_LENGTHS)
+    return far and max(len(source), len(target)) >= _SHORT
 
   def why_left_out(self, line: int, pair: lines.Pair) -> str:
     """The first fault for which training leaves out a pair, or nothing."""
     if self.again is not None and self.again[line]:
       return 'duplicates'
-    names = self.find(pair) if self.left_out else ()
-    return next((name for name in names if name in self.left_out), '')
+    found = self.find(pair, self.left_out) if self.left_out else ()
+    return next(iter(found), '')
 
 
 def fold(text: str) -> str:
@@ -96,12 +104,21 @@ def fold(text: str) -> str:
   return ' '.join(text.casefold().split())
 
 
-def _other_script(code, text) -> bool:
+def _mostly_other(code, text) -> bool:
   if text.isascii() and code not in _SCRIPTS:
     return False
-  scripts = ''.join(rf'\p{{{x}}}' for x in _SCRIPTS.get(code, ['Latin']))
-  letters, own = _letter.findall(text), regex.findall(f'[{scripts}]', text)
-  return len(letters) >= _LETTERS and 2 * len(own) < len(letters)
+  letters = len(_letter.findall(text))
+  return letters >= _LETTERS and 2 * len(_own(code).findall(text)) < letters
+
+
+@functools.cache
+def _own(code) -> regex.Pattern:
+  scripts = (rf'\p{{{x}}}' for x in _SCRIPTS.get(code, ['Latin']))
+  return regex.compile(f'[{"".join(scripts)}]')
+
+
+def _has_entity(text) -> bool:
+  return any(html.unescape(x) != x for x in _entity.findall(text))
 
 
 def median_ratio(pairs: Iterable[lines.Pair]) -> float:

@@ -125,7 +125,7 @@ def other_signs(
   text: bitext.Bitext, texts: dict[str, list[bitext.Bitext]]
 ) -> list[str]:
   """What of a training text is written otherwise than in validation."""
-  return [
+  found = [
     difference
     for valid in texts.get('valid', ())
     if valid.pair == text.pair
@@ -133,6 +133,10 @@ def other_signs(
       *([pair.target for pair in x.sample.pairs] for x in (text, valid))
     )
   ]
+  if len({directions.languages(x.pair)[1] for x in texts['train']}) > 1:
+    return found  # Where the knob is refused.
+  hint = ' (data.apostrophe changes them)'
+  return [x + hint * x.startswith('apostrophes') for x in found]
 
 
 def training_rows(

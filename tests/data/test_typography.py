@@ -33,10 +33,7 @@ def test_what_is_an_apostrophe(text, expected):
 def test_a_difference_is_said_with_its_shares():
   straight, curly = ["l'eau"] * 30 + ['l’eau'] * 10, ['l’eau'] * 10
   (found,) = typography.differences(straight, curly)
-  assert found == (
-    "apostrophes of the targets are ' 75%, ’ 25%; in valid ’ 100% "
-    '(data.apostrophe changes them)'
-  )
+  assert found == "apostrophes of the targets are ' 75%, ’ 25%; in valid ’ 100%"
   assert not typography.differences(curly, curly)
   # Too few, and too little of a difference.
   assert not typography.differences(straight, curly[:9])
@@ -93,5 +90,11 @@ def test_a_start_and_the_card_say_it(config, capsys):
   assert f'train: {said}' in capsys.readouterr().out
   config.data.apostrophe = '’'
   assert 'apostrophes' not in card.show(config, color=False)
+  train = texts['train'][0]
   other = [dataclasses.replace(texts['valid'][0], pair='en-ja')]
-  assert not splits.other_signs(texts['train'][0], texts | {'valid': other})
+  assert not splits.other_signs(train, texts | {'valid': other})
+  # The knob is named where it is not refused.
+  hint = ' (data.apostrophe changes them)'
+  assert splits.other_signs(train, texts) == [said + hint]
+  texts['train'].append(dataclasses.replace(train, pair='en-it'))
+  assert splits.other_signs(train, texts) == [said]
