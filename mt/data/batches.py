@@ -16,6 +16,7 @@ import bisect
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
+from typing import Self
 
 import grain
 import numpy as np
@@ -95,6 +96,13 @@ class Rows:
   # Found so far: the first row of each block, and the last two blocks.
   _first_rows: list = dataclasses.field(default_factory=lambda: [0], init=False)
   _blocks: dict = dataclasses.field(default_factory=dict, init=False)
+
+  def copy(self, shard: tuple[int, int]) -> Self:
+    """The same with a memory of its own; packed blocks of a shard are kept."""
+    out = dataclasses.replace(self, shard=shard)
+    if shard == self.shard:
+      out._blocks.update(self._blocks)
+    return out
 
   def __getitem__(self, index: int) -> Batch:
     """Row `index`: every array [length]."""
@@ -233,8 +241,7 @@ class TrainBatches:
 
     def mixed(shard):
       # Copies: a thread that reads ahead may still be at work on earlier ones.
-      part = {'shard': (shard, self.shards)}
-      sources = [dataclasses.replace(source, **part) for source in self.sources]
+      sources = [source.copy((shard, self.shards)) for source in self.sources]
       parts = [numbers.map(lambda row, s=s: (s, row)) for s in sources]
       return grain.MapDataset.mix(parts, self.mixture)
 

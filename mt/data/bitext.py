@@ -26,7 +26,7 @@ from mt.data import lines
 from mt.data import typography
 
 _LOOK_AT_ALL = 1 << 16  # Lines; of more, as many as _SAMPLE, evenly spread.
-_SAMPLE = 1 << 13
+_SAMPLE = 1 << 12
 _FIRST = 1000  # Lines that tell what the columns mean.
 
 Unusable = dict[str, tuple[int, int]]  # Reason -> (how many, the first one).
