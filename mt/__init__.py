@@ -88,6 +88,7 @@ evaluate, how good that is; `python -m mt.evaluate`
   noise       what is noisy about a sentence: classes found by rules
   scores      BLEU and chrF: of all, by noise, of two systems
   comet       COMET, in an environment of its own
+  comet_program  what runs there
   cached      translations that are there are not made again
   card        the model card of an export
   sentences   texts side by side, with their differences marked

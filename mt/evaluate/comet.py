@@ -5,7 +5,10 @@ of a .ckpt, or a name such as Unbabel/wmt22-comet-da, which COMET fetches; those
 without references (CometKiwi) leave them aside. A .ckpt is trusted like code.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import json
 import pathlib
 import subprocess
@@ -17,25 +20,11 @@ import numpy as np
 from sacrebleu import significance
 
 from mt.base import errors
+from mt.translate import mbr
 
 PYTHON = pathlib.Path(__file__).parents[2] / '.venv-comet' / 'bin' / 'python'
-# COMET's own command computes in float16, and takes a lone carriage return for
-# the end of a line.
-_PROGRAM = """
-import importlib.metadata, json, sys
-import comet, torch
-model, given, out = sys.argv[1:]
-if not model.endswith('.ckpt'):
-  model = comet.download_model(model)
-with open(given, encoding='utf-8') as f:
-  samples = json.load(f)
-found = comet.load_from_checkpoint(model).predict(
-  samples, gpus=min(1, torch.cuda.device_count()), progress_bar=False
-)
-version = importlib.metadata.version('unbabel-comet')
-with open(out, 'w', encoding='utf-8') as f:
-  json.dump({'scores': found.scores, 'version': version}, f)
-"""
+_PROGRAM = pathlib.Path(__file__).with_name('comet_program.py')
+Ask = Callable[[dict[str, Any]], dict[str, Any]]
 _RESAMPLES, _SEED = 1000, 12345  # As sacreBLEU has them.
 
 
@@ -44,6 +33,40 @@ def find() -> pathlib.Path:
   if not PYTHON.exists():
     raise errors.UserError(f'--comet: there is no {PYTHON}; run `make comet`.')
   return PYTHON
+
+
+@contextlib.contextmanager
+def _running(model: str) -> Iterator[tuple[Ask, str]]:
+  """COMET in a process of its own: what asks it, and its version.
+
+  Requests and answers: see comet_program.py.
+  """
+  with (
+    tempfile.TemporaryFile('w+', errors='replace') as said,
+    subprocess.Popen(
+      [find(), '-P', _PROGRAM, model],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=said,
+      encoding='utf-8',
+    ) as process,
+  ):
+
+    def ask(request=None):
+      with contextlib.suppress(BrokenPipeError):
+        if request:
+          print(json.dumps(request), file=process.stdin, flush=True)
+      answer = process.stdout.readline()
+      if not answer:
+        said.seek(0)
+        last = said.read().strip().splitlines()[-1:] or ['it was killed']
+        raise errors.UserError(
+          f'--comet={model}: COMET cannot score with it ({last[0][:300]}); the '
+          "path of a .ckpt, or a model's name and a network expected."
+        )
+      return json.loads(answer)
+
+    yield ask, ask()['version']
 
 
 def segments(
@@ -60,24 +83,31 @@ def segments(
   chex.assert_equal([len(sources)] * 2, [len(hypotheses), len(references)])
   texts = zip(sources, hypotheses, references, strict=True)
   samples = [dict(zip(('src', 'mt', 'ref'), row, strict=True)) for row in texts]
-  with tempfile.TemporaryDirectory() as folder:
-    given, out = pathlib.Path(folder, 'given'), pathlib.Path(folder, 'out')
-    given.write_text(json.dumps(samples), encoding='utf-8')
-    done = subprocess.run(
-      [find(), '-P', '-c', _PROGRAM, model, given, out],
-      capture_output=True,
-      text=True,
-      errors='replace',
-    )
-    if done.returncode:
-      last = done.stderr.strip().splitlines()[-1:] or ['it was killed']
-      raise errors.UserError(
-        f'--comet={model}: COMET cannot score with it ({last[0][:300]}); the '
-        "path of a .ckpt, or a model's name and a network expected."
-      )
-    found = json.loads(out.read_text(encoding='utf-8'))
-  signature = f'model:{model}|version:{found["version"]}'
+  with _running(model) as (ask, version):
+    found = ask({'samples': samples})
+  signature = f'model:{model}|version:{version}'
   return 100 * np.array(found['scores']), signature
+
+
+@contextlib.contextmanager
+def expected(model: str) -> Iterator[mbr.Expected]:
+  """For Translator.expected: the expected COMET of candidates, times 100.
+
+  Raises:
+    errors.UserError: as `segments`.
+  """
+  with _running(model) as (ask, _):
+
+    def of(sources, candidates):
+      found = ask({'sources': sources, 'candidates': candidates})
+      scores = [100 * np.array(row) for row in found['scores']]
+      if not all(np.isfinite(row).all() for row in scores):
+        raise errors.UserError(
+          f'--comet={model}: a score is no number; another model expected.'
+        )
+      return scores
+
+    yield of
 
 
 def compare(

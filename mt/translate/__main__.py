@@ -4,6 +4,7 @@
   python -m mt.translate --workdir=W --input=in.txt --output=out.txt
   python -m mt.translate --workdir=W --beam=4 --n_best=4 --json < in.txt
   python -m mt.translate --workdir=W --mbr=chrf --n=16 < in.txt
+  python -m mt.translate --workdir=W --mbr=comet --comet=MODEL < in.txt
   python -m mt.translate --workdir=W                  (a prompt on a terminal)
 
 One line in, one line out, in order. An empty line stays empty. Input may be
@@ -44,8 +45,10 @@ from mt.base import screen
 from mt.data import directions
 from mt.data import formats
 from mt.data import lines
+from mt.evaluate import comet
 from mt.train import checkpoint
 from mt.translate import decode
+from mt.translate import mbr
 from mt.translate import search as search_lib
 from mt.translate import translator as translator_lib
 
@@ -74,7 +77,8 @@ def read_search(
   given = {k: values[k] for k in names if values.get(k) is not None}
   draws = {k: given.pop(k) for k in _DRAWS if given.get(k)}
   drawn = 'temperature' in draws
-  if values['mbr'] == 'chrf' or (sampling and not (drawn or values['mbr'])):
+  by_risk = values['mbr'] in ('chrf', 'comet')
+  if by_risk or (sampling and not (drawn or values['mbr'])):
     n = values['n'] or (sampling.n_best if sampling else _SAMPLES)
     temperature = {'temperature': defaults.mbr_temperature}
     sampling = search_lib.Search(**temperature | draws | {'n_best': n})
@@ -85,7 +89,7 @@ def read_search(
     if drawn:  # In place of the run's beam.
       given['beam'] = 1
     if values['n']:
-      _say('--n has no effect without --mbr=chrf')
+      _say('--n has no effect without --mbr=chrf or --mbr=comet')
   search = dataclasses.replace(search, **given)
   most = search.width + (sampling.width if sampling else 0)
   if search.n_best > most:
@@ -99,6 +103,21 @@ def read_search(
       'expected.'
     )
   return search, sampling
+
+
+def _open_expected(values) -> contextlib.AbstractContextManager[mbr.Expected]:
+  """What ranks the candidates of --mbr."""
+  model = values['comet']
+  if values['mbr'] == 'comet':
+    if not model:
+      raise errors.UserError(
+        "--mbr is 'comet', but --comet is empty; the path of a .ckpt or a name "
+        'such as Unbabel/wmt22-comet-da expected.'
+      )
+    return comet.expected(model)
+  if model:
+    _say('--comet has no effect without --mbr=comet')
+  return contextlib.nullcontext(mbr.expected_chrf)
 
 
 def _check_draws(given, draws):
@@ -133,7 +152,11 @@ def run(values: dict[str, Any]) -> None:
   search, sampling = read_search(values, config.decode)
   at, about = checkpoint.find_step(workdir, values['checkpoint'])
   asking = not asked and sys.stdin.isatty()
-  with _open_input(asked, key) as stream, _open_output(values['output']) as out:
+  with (
+    _open_input(asked, key) as stream,
+    _open_output(values['output']) as out,
+    _open_expected(values) as expected,
+  ):
     compiling.keep_compiled_programs()
     _say(accelerator.describe())
     _say(f'checkpoint: {about}')
@@ -143,6 +166,8 @@ def run(values: dict[str, Any]) -> None:
     translator = translator_lib.from_config(
       config, source, search=search, sampling=sampling, say=_say
     )
+    if sampling:
+      translator = dataclasses.replace(translator, expected=expected)
     done = 0
     for chunk in _ask() if asking else _read_texts(stream, asked, key):
       found = translator.n_best(params, chunk, first=done)
@@ -271,10 +296,11 @@ if __name__ == '__main__':
   flags.DEFINE_enum(
     'mbr',
     None,
-    ['chrf', 'none'],
+    ['chrf', 'comet', 'none'],
     'Of the translations found and --n drawn ones, the one that is most like '
-    "all of them; the run's decode.mbr.",
+    "all of them; the run's decode.mbr, by chrf.",
   )
+  text('comet', '', 'Of --mbr=comet: the path of a .ckpt, or a name.')
   whole('n', None, 'Samples of --mbr; 16 if neither flag nor run says.', 2)
   whole('no_repeat_ngram', None, "See the run's decode.no_repeat_ngram.", 0)
   number('repetition_penalty', None, 'See decode.repetition_penalty.', 0.01)

@@ -1,15 +1,22 @@
 """Minimum Bayes risk: of several translations, the one most like all of them.
 
-The expected chrF of a candidate is its mean over all candidates as references:
+The expected score of a candidate is its mean over all candidates as references:
 samples stand for what the model thinks possible (Eikema and Aziz, arXiv
-2108.04718). Candidates that are drawn twice count twice.
+2108.04718). Candidates that are drawn twice count twice. The score is chrF, or
+another one, such as that of mt/evaluate/comet.py.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence
 
+import chex
 import numpy as np
 
+# Sources, candidates of each -> expected scores of each's candidates.
+Expected = Callable[
+  [Sequence[str], Sequence[Sequence[str]]], Sequence[np.ndarray]
+]
 _ORDER, _BETA2 = 6, 4.0  # Of chrF2: character n-grams, recall counts double.
 
 
@@ -51,14 +58,21 @@ def _counts(texts, size):
   return out
 
 
-def rank(texts: Sequence[str]) -> list[tuple[int, float]]:
-  """Numbers and expected chrF of the different texts, best first.
+def expected_chrf(
+  sources: Sequence[str], candidates: Sequence[Sequence[str]]
+) -> list[np.ndarray]:
+  """Expected chrF of each candidate: [candidates] float64 for each source."""
+  del sources  # Other metrics look at them.
+  return [chrf(texts).mean(1) for texts in candidates]
 
-  Of equally good ones the first comes first.
+
+def rank(texts: Sequence[str], expected: np.ndarray) -> list[int]:
+  """Numbers of the different texts [n], by their expected scores [n].
+
+  The best comes first, and of equally good ones the first.
   """
-  expected = chrf(texts).mean(1)
+  chex.assert_shape(expected, (len(texts),))
   first = {}
   for i, text in enumerate(texts):
     first.setdefault(text, i)
-  best = sorted(first.values(), key=lambda i: (-expected[i], i))
-  return [(i, float(expected[i])) for i in best]
+  return sorted(first.values(), key=lambda i: (-expected[i], i))

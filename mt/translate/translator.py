@@ -26,8 +26,7 @@ class Translation:
   """A text and how sure the model is of it."""
 
   text: str  # Of as many lines as its source, or fewer.
-  # What ranks it: see Search.length_penalty; its expected chrF under
-  # decode.mbr.
+  # What ranks it: see Search.length_penalty; with samples Translator.expected.
   score: float
   log_probability: float  # Natural, of all tokens and the one that ends it.
 
@@ -73,12 +72,13 @@ class Translator:
   template: template_lib.Template  # The one that the model was trained with.
   max_ratio: float  # A translation ends at max_ratio * source tokens +
   max_extra: int  # max_extra tokens.
-  # Draws candidates that are ranked with those of the search, see mbr.rank.
+  # Draws candidates that are ranked with those of the search, see mbr.py.
   sampling: search_lib.Search | None = None
   # Has what goes round (see loops.py) made again without n-grams so long that
   # occur twice; 0 for not.
   retry_ngram: int = 0
   say: Callable[[str], None] = journal.say
+  expected: mbr.Expected = mbr.expected_chrf  # What ranks candidates.
 
   def __call__(
     self,
@@ -148,9 +148,21 @@ class Translator:
       for best, more in zip(found, made, strict=True):
         best += more
     if self.sampling:
-      found = [_by_expected_chrf(best)[: search.n_best] for best in found]
+      found = [best[: search.n_best] for best in self._by_risk(work, found)]
     self._retry(settings, params, work, found)
     return found
+
+  def _by_risk(self, work, found):
+    """Different translations of each text, ranked by minimum Bayes risk."""
+    candidates = [[c.text for c in best] for best in found]
+    expected = self.expected([text for text, _ in work], candidates)
+    return [
+      [
+        dataclasses.replace(best[i], score=float(scores[i]))
+        for i in mbr.rank(texts, scores)
+      ]
+      for best, texts, scores in zip(found, candidates, expected, strict=True)
+    ]
 
   def _decode(self, settings, params, work, on_progress=lambda done: None):
     """The search's n best translations of (text, prompt) each."""
@@ -202,12 +214,6 @@ def _num_lines(text):
   return text.strip().count('\n') + 1
 
 
-def _by_expected_chrf(candidates):
-  """Different translations of a text, ranked by minimum Bayes risk."""
-  ranked = mbr.rank([c.text for c in candidates])
-  return [dataclasses.replace(candidates[i], score=s) for i, s in ranked]
-
-
 def searches(
   d: ml_collections.ConfigDict,
 ) -> tuple[search_lib.Search, search_lib.Search | None]:
@@ -255,7 +261,7 @@ def from_config(
     template,
     d.max_ratio,
     d.max_extra,
-    sampling,
-    d.retry_ngram,
-    say,
+    sampling=sampling,
+    retry_ngram=d.retry_ngram,
+    say=say,
   )

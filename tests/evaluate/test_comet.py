@@ -17,16 +17,21 @@ REFERENCES = ['c’est 😂 bien', 'qui es-tu ?', 'le chat']
 MADE = ['c’est bien', 'qui êtes-vous ?', 'le chat dort']
 
 
+def _checkpoint(folder, kind, texts):
+  """The path of a tiny random model."""
+  source = folder / 'valid.source.txt'
+  source.write_text('\n'.join(texts) + '\n', encoding='utf-8')
+  program = ROOT / 'tests' / 'fixtures' / 'tiny_comet.py'
+  subprocess.run([comet.find(), program, folder, source, kind], check=True)
+  return str(folder / 'checkpoints' / 'model.ckpt')
+
+
 @pytest.mark.comet
 def test_scores_are_those_of_its_own_command(tmp_path):
-  texts = {'source': SOURCES, 'reference': REFERENCES, 'hypothesis': MADE}
-  for name, lines in texts.items():
+  model = _checkpoint(tmp_path, 'regression_metric', SOURCES)
+  for name, lines in ('reference', REFERENCES), ('hypothesis', MADE):
     path = tmp_path / f'valid.{name}.txt'
     path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
-  program = ROOT / 'tests' / 'fixtures' / 'tiny_comet.py'
-  source = tmp_path / 'valid.source.txt'
-  subprocess.run([comet.find(), program, tmp_path, source], check=True)
-  model = str(tmp_path / 'checkpoints' / 'model.ckpt')
   scores, signature = comet.segments(model, SOURCES, MADE, REFERENCES)
   assert signature == f'model:{model}|version:2.2.7'
   assert scores.shape == (3,) and np.ptp(scores) > 1
@@ -45,6 +50,31 @@ def test_scores_are_those_of_its_own_command(tmp_path):
   np.testing.assert_allclose(scores / 100, found[:3], atol=2e-3)
   assert scores.mean() / 100 == pytest.approx(found[-1], abs=2e-3)
   refusal(lambda: comet.segments(f'{model}x', *[SOURCES] * 3), '--comet', model)
+
+
+@pytest.mark.comet
+def test_expected_scores_are_those_of_all_pairs(tmp_path):
+  model = _checkpoint(tmp_path, 'regression_metric', SOURCES)
+  candidates = [[*MADE, MADE[0]], REFERENCES[:1], ['', 'le chat', 'le chat']]
+  with comet.expected(model) as expected:
+    found = expected(SOURCES, candidates)
+    # A second request of the same process, as texts come through a pipe.
+    again = expected(SOURCES[:1], candidates[:1])
+  np.testing.assert_allclose(again[0], found[0], atol=1e-3)
+  for source, texts, scores in zip(SOURCES, candidates, found, strict=True):
+    pairs = [(source, text, ref) for text in texts for ref in texts]
+    every, _ = comet.segments(model, *zip(*pairs, strict=True))
+    want = every.reshape(len(texts), -1).mean(1)
+    np.testing.assert_allclose(scores, want, atol=1e-3)
+  assert np.ptp(found[0]) > 0.5 and found[0][0] == found[0][3]
+
+
+@pytest.mark.comet
+def test_other_models_have_no_expected_scores(tmp_path):
+  model = _checkpoint(tmp_path, 'unified_metric', SOURCES)
+  assert comet.segments(model, SOURCES, MADE, REFERENCES)[0].shape == (3,)
+  with comet.expected(model) as expected:
+    refusal(lambda: expected(SOURCES, [MADE] * 3), model, 'no regression model')
 
 
 def test_without_its_environment(tmp_path, monkeypatch):

@@ -28,18 +28,23 @@ def test_rank_is_brute_force(texts):
   def expected(text):
     return np.mean([metric.sentence_score(text, [t]).score for t in texts])
 
-  ranked = mbr.rank(texts)
-  assert sorted(texts[i] for i, _ in ranked) == sorted(set(texts))
-  scores = [score for _, score in ranked]
-  assert scores == sorted(scores, reverse=True)
-  for i, score in ranked:
-    assert score == pytest.approx(expected(texts[i]), abs=1e-9)
+  (scores,) = mbr.expected_chrf(['not looked at'], [texts])
+  ranked = mbr.rank(texts, scores)
+  assert sorted(texts[i] for i in ranked) == sorted(set(texts))
+  best = scores[ranked].tolist()
+  assert best == sorted(best, reverse=True)
+  for i in ranked:
+    assert scores[i] == pytest.approx(expected(texts[i]), abs=1e-9)
 
 
 def test_what_is_drawn_twice_counts_twice():
   texts = ['un chat noir', 'deux chiens', 'deux chiens']
-  assert mbr.rank(texts)[0][0] == 1
-  assert mbr.rank([texts[0], *texts])[0][0] == 0  # The first of equals.
+  more = [texts[0], *texts]
+  once, twice = mbr.expected_chrf(['', ''], [texts, more])
+  assert mbr.rank(texts, once)[0] == 1
+  assert mbr.rank(more, twice)[0] == 0  # The first of equals.
+  with pytest.raises(AssertionError):
+    mbr.rank(texts, twice)
 
 
 @pytest.mark.parametrize(

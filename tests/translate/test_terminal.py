@@ -41,6 +41,7 @@ VALUES = {
   'top_p': None,
   'seed': None,
   'mbr': None,
+  'comet': '',
   'n': None,
   'no_repeat_ngram': None,
   'repetition_penalty': None,
@@ -251,6 +252,7 @@ def test_what_is_drawn_beside_the_search():
   assert _searches(mbr='chrf') == (plain, drawn)
   assert _searches(1, 5) == (plain, dataclasses.replace(drawn, n_best=5))
   assert _searches(1, 5, mbr='none') == (plain, None)
+  assert _searches(mbr='comet') == (plain, drawn)
   given = {'temperature': 1.0, 'top_p': 0.9, 'n': 8}
   wide = dataclasses.replace(plain, beam=4)
   assert _searches(mbr='chrf', beam=4, **given) == (

@@ -267,11 +267,26 @@ def test_the_one_most_like_all_is_taken():
   found = translator.n_best(_random_params(), texts, seen.append)
   for best, samples, greedy in zip(found, sampler, _alone(), strict=False):
     candidates = [greedy, *(s.text for s in samples if samples[0].text)]
-    (chosen, score), *_ = mbr.rank(candidates)
+    (scores,) = mbr.expected_chrf([''], [candidates])
+    chosen = mbr.rank(candidates, scores)[0]
     assert len(best) == 1 and best[0].text == candidates[chosen]
-    assert best[0].score == (score if candidates != [''] else 0.0)
+    assert best[0].score == (scores[chosen] if candidates != [''] else 0.0)
   assert [t.text for best in found for t in best] != _alone()[:4]
   assert seen == sorted(seen) and seen[-1] == len(texts)
+
+  # Another metric is given each source and its candidates.
+  def shortest(sources, candidates):
+    assert sources == [text for text in texts if text.strip()]
+    assert [len(c) for c in candidates] == [4] * len(sources)
+    return [-np.array([*map(len, c)]) for c in candidates]
+
+  found = dataclasses.replace(translator, expected=shortest)(
+    _random_params(), texts
+  )
+  for text, samples, greedy in zip(found, sampler, _alone(), strict=False):
+    assert len(text) == min(
+      len(x) for x in (greedy, *(s.text for s in samples))
+    )
 
 
 def test_what_goes_round_is_made_again():
