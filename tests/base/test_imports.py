@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
+# Never imported: a program of the environment that has torch.
+COMET = ROOT / 'mt' / 'evaluate' / 'comet_program.py'
 BANNED = ('tensorflow', 'kauldron', 'torch', 'clu', 'tensorflow_datasets')
 
 
@@ -17,6 +19,7 @@ def modules():
       '.__init__'
     )
     for f in [*files, ROOT / 'train.py']
+    if f != COMET
   )
 
 
