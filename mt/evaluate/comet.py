@@ -36,8 +36,8 @@ def find() -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _running(model: str) -> Iterator[tuple[Ask, str]]:
-  """COMET in a process of its own: what asks it, and its version.
+def _running(model: str) -> Iterator[tuple[Ask, dict[str, str]]]:
+  """COMET in a process of its own: what asks it, and what it says it is.
 
   Requests and answers: see comet_program.py.
   """
@@ -66,7 +66,7 @@ def _running(model: str) -> Iterator[tuple[Ask, str]]:
         )
       return json.loads(answer)
 
-    yield ask, ask()['version']
+    yield ask, ask()
 
 
 def segments(
@@ -83,9 +83,9 @@ def segments(
   chex.assert_equal([len(sources)] * 2, [len(hypotheses), len(references)])
   texts = zip(sources, hypotheses, references, strict=True)
   samples = [dict(zip(('src', 'mt', 'ref'), row, strict=True)) for row in texts]
-  with _running(model) as (ask, version):
+  with _running(model) as (ask, about):
     found = ask({'samples': samples})
-  signature = f'model:{model}|version:{version}'
+  signature = f'model:{model}|version:{about["version"]}'
   return 100 * np.array(found['scores']), signature
 
 
@@ -94,9 +94,15 @@ def expected(model: str) -> Iterator[mbr.Expected]:
   """For Translator.expected: the expected COMET of candidates, times 100.
 
   Raises:
-    errors.UserError: as `segments`.
+    errors.UserError: as `segments`, or another kind of model.
   """
-  with _running(model) as (ask, _):
+  with _running(model) as (ask, about):
+    if about['kind'] != 'regression_metric':
+      raise errors.UserError(
+        f'--comet={model} is a {about["kind"]}; for expected scores a '
+        'regression_metric with references, such as Unbabel/wmt22-comet-da, '
+        'expected.'
+      )
 
     def of(sources, candidates):
       found = ask({'sources': sources, 'candidates': candidates})

@@ -3,14 +3,14 @@
   python comet_program.py MODEL
 
 It reads lines of JSON and answers each with one. The first one that it writes
-says what it is: {"version": …}. Requests and their answers:
+says what it is: {"version": …, "kind": …}. Requests and their answers:
 
   {"samples": [{"src": …, "mt": …, "ref": …}, …]}      {"scores": [n]}
   {"sources": [n], "candidates": [n] of [m]}           {"scores": [n] of [m]}
 
 The latter are expected scores, see mt/translate/mbr.py: the mean over all of a
-source's candidates as the reference. Texts are encoded once. As comet-mbr, it
-takes regression models with references, such as wmt22-comet-da.
+source's candidates as the reference. Texts are encoded once. As in
+comet-mbr, the model is a regression metric with references.
 """
 
 import importlib.metadata
@@ -74,7 +74,10 @@ def main(name):
   os.dup2(2, 1)  # What libraries print is no answer.
   path = name if name.endswith('.ckpt') else comet.download_model(name)
   model = comet.load_from_checkpoint(path)
-  answer = {'version': importlib.metadata.version('unbabel-comet')}
+  answer = {
+    'version': importlib.metadata.version('unbabel-comet'),
+    'kind': model.hparams.class_identifier,
+  }
   while True:
     print(json.dumps(answer), file=out, flush=True)
     line = sys.stdin.readline()
@@ -84,8 +87,6 @@ def main(name):
     if 'samples' in asked:
       answer = {'scores': scores(model, asked['samples'])}
     else:
-      if model.hparams.class_identifier != 'regression_metric':
-        sys.exit('no regression model with references, such as wmt22-comet-da')
       answer = {'scores': expected(model, **asked)}
 
 
