@@ -58,6 +58,9 @@ def _running(model: str) -> Iterator[tuple[Ask, dict[str, str]]]:
           print(json.dumps(request), file=process.stdin, flush=True)
       answer = process.stdout.readline()
       if not answer:
+        with contextlib.suppress(BrokenPipeError):  # Else raised at the end.
+          process.stdin.close()
+        process.wait()
         said.seek(0)
         last = said.read().strip().splitlines()[-1:] or ['it was killed']
         raise errors.UserError(

@@ -1,5 +1,6 @@
 """Examples to rows, rows to batches: order, position, mixtures, processes."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -265,6 +266,20 @@ def test_a_shard_has_its_rows_of_each_batch_from_its_blocks(packing):
     rows = [{k: v[own] for k, v in batch.items()} for batch in whole]
     numbered_rows.all_equal(list(made), rows[7:])
     assert asked == blocks
+
+
+@pytest.mark.parametrize('shards', [1, 2])
+def test_blocks_that_are_packed_already_change_no_batch(shards):
+  bounds = 0, 10, 20, 30, 40
+
+  def make(ask):
+    rows = numbered_rows.make_rows(bounds=bounds, group=2)
+    rows = dataclasses.replace(rows, shard=(0, shards))
+    if ask:  # As a run does, to describe its text.
+      rows.block_of_epoch(0)
+    return list(batches.TrainBatches([rows], [1], 4, STEPS, shards=shards))
+
+  numbered_rows.all_equal(make(ask=True), make(ask=False))
 
 
 def test_a_state_is_set_while_the_next_rows_are_read(monkeypatch):

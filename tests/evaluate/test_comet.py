@@ -3,6 +3,8 @@
 import pathlib
 import re
 import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -74,6 +76,34 @@ def test_other_models_have_no_expected_scores(tmp_path):
   model = _checkpoint(tmp_path, 'unified_metric', SOURCES)
   assert comet.segments(model, SOURCES, MADE, REFERENCES)[0].shape == (3,)
   refusal(comet.expected(model).__enter__, model, 'is a unified_metric')
+
+
+@pytest.mark.parametrize(
+  'then, words',
+  [
+    ('sys.exit("no memory")', 'no memory'),  # Before anything is asked.
+    ('sys.stdin.readline(); sys.exit("no memory")', 'no memory'),
+    ('sys.stdin.readline(); print(\'{"scores": [[NaN]]}\')', 'no number'),
+    ('sys.stdin.readline(); print(\'{"scores": [[0.5]]}\')', ''),
+  ],
+)
+def test_a_process_that_ends(tmp_path, monkeypatch, then, words):
+  program = tmp_path / 'program.py'
+  about = '{"version": "1", "kind": "regression_metric"}'
+  program.write_text(f"import sys\nprint('{about}', flush=True)\n{then}\n")
+  monkeypatch.setattr(comet, 'PYTHON', pathlib.Path(sys.executable))
+  monkeypatch.setattr(comet, '_PROGRAM', program)
+
+  def ask():
+    with comet.expected('m.ckpt') as expected:
+      if 'readline' not in then:
+        time.sleep(1)  # It is gone by then.
+      return expected(['a'], [['b']])
+
+  if words:
+    refusal(ask, '--comet=m.ckpt', words)
+  else:
+    np.testing.assert_array_equal(ask(), [[50.0]])
 
 
 def test_without_its_environment(tmp_path, monkeypatch):
