@@ -23,8 +23,18 @@ from mt.base import accelerator
 from mt.base import errors
 from mt.base import screen
 
-# Never a bug: a disk that is full or only to be read.
-_OF_THE_MACHINE = errno.ENOSPC, errno.EDQUOT, errno.EROFS
+# Never a bug: a disk that is full or only to be read, a path that is not one or
+# is another's.
+REMEDIES = {
+  **dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS),
+    'make room, or name another folder',
+  ),
+  **dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+    'check the path, and what you may do there',
+  ),
+}
 
 # Flags that are defined here belong to the command that calls.
 flags.disclaim_key_flags()
@@ -64,9 +74,9 @@ def run(main: Callable[[Sequence[str]], None], words_of: str = '') -> None:
     except KeyboardInterrupt as e:
       _leave(e, 'interrupted; of a run, the last checkpoint stands', 130)
     except OSError as e:
-      if e.errno not in _OF_THE_MACHINE:
+      if e.errno not in REMEDIES:
         raise
-      _leave(e, f'{e}; make room, or name another folder')
+      _leave(e, f'{e}; {REMEDIES[e.errno]}.')
     except (RuntimeError, AssertionError) as e:
       problem = accelerator.problem()
       if not problem:
@@ -120,8 +130,12 @@ def define_config() -> None:
 def read_config() -> tuple[ml_collections.ConfigDict, pathlib.Path]:
   """What --config gives, and its file."""
   path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
-  if not path.is_file():
-    raise errors.UserError(f'--config={path}: no such file; see configs/.')
+  try:
+    path.open('rb').close()
+  except OSError as e:
+    raise errors.UserError(
+      f'--config={path}: cannot read it ({e.strerror}); see configs/.'
+    ) from e
   return flags.FLAGS.config, path
 
 

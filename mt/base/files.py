@@ -19,11 +19,16 @@ from mt.base import processes
 def new_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
   """An open file that replaces `path` when the block ends well.
 
-  Nothing is left of it otherwise. Raises errors.UserError where it cannot be
+  Nothing is left of it otherwise. A link stays, and what it names is replaced;
+  a device or a pipe is written to. Raises errors.UserError where it cannot be
   written.
   """
-  part = _part(path)
   try:
+    if is_pipe(path):
+      with open(path, 'wb') as f:
+        yield f
+      return
+    part = _part(path := pathlib.Path(os.path.realpath(path)))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
       with open(part, 'wb') as f:
@@ -34,6 +39,12 @@ def new_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)  # It may be what fills the disk.
   except OSError as e:
     raise unwritable(path, e) from e
+
+
+def is_pipe(path: pathlib.Path | str) -> bool:
+  """Whether it is a pipe or a device: what is read from it is gone."""
+  path = pathlib.Path(path)
+  return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextlib.contextmanager
@@ -119,8 +130,8 @@ def _read(path):
     ) from e
   except OSError as e:
     raise errors.UserError(
-      f'{path}: cannot read it ({e.strerror}); --workdir must name the folder '
-      'of a run of train.py.'
+      f'{path}: cannot read it ({e.strerror}); the folder of a run of train.py '
+      'has it: check the name that you gave.'
     ) from e
 
 

@@ -9,6 +9,7 @@ first bytes and refused.
 
 from collections.abc import Sequence
 import csv
+import errno
 import functools
 import gzip
 import hashlib
@@ -61,9 +62,12 @@ def open_plain(
     aligned: every line is a text.
 
   Raises:
-    OSError: it cannot be read.
+    OSError: it cannot be read, or only once.
     errors.UserError: another format, or damaged; a full disk.
   """
+  if files.is_pipe(name):
+    what = 'a pipe or a device, and it is read more than once: write a file'
+    raise OSError(errno.ESPIPE, what, name)
   path, suffix = _unpacked(name)
   head = _head(path)
   foreign.refuse_no_text(head, name)

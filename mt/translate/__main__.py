@@ -195,6 +195,8 @@ def _open_input(name, key) -> contextlib.AbstractContextManager[BinaryIO]:
   if not name:
     return contextlib.nullcontext(sys.stdin.buffer)
   try:
+    if files.is_pipe(name):
+      return open(name, 'rb')
     keys = [key] if key else []
     return open(formats.open_plain(name, keys=keys, aligned=not key).path, 'rb')
   except OSError as e:

@@ -1,5 +1,6 @@
 """What all commands share: --help, --traceback, refused flags."""
 
+import errno
 import os
 import pathlib
 import subprocess
@@ -110,7 +111,9 @@ cli.run(lambda _: cli.read_config())
   [
     ('--no_such=1', 1, 'no_such'),
     ('word', 2, "'word'"),
-    ('--config=none.py', 2, '--config=none.py: no such file'),
+    ('--config=none.py', 2, '--config=none.py: cannot read it (No such'),
+    ('--config=configs', 2, '--config=configs: cannot read it (Is a'),
+    (f'--config={"x" * 300}', 2, 'cannot read it (File name too long)'),
     ('--config.seed=x', 1, '--config.seed=x: invalid'),
     # With the nearest knob.
     ('--config.optim.learning_rat=1', 2, 'did you mean optim.learning_rate?'),
@@ -137,7 +140,7 @@ def test_a_bug_in_a_config_file_shows_its_line(tmp_path):
 
 
 _FIRST_TOUCH = """
-import pwd, sys, tempfile
+import os, pwd, sys, tempfile
 what = {error!r}
 pwd.getpwuid = dict().__getitem__  # The user has no name.
 def no_folder():
@@ -149,8 +152,8 @@ def main(_):
   if what == 'jax':
     import jax
     jax.numpy.zeros(2) + 1
-  if what == 'disk':
-    raise OSError(28, 'No space left on device', '/x/y')
+  if what.isdigit():
+    raise OSError(int(what), os.strerror(int(what)), '/x/y')
   if what == 'home':
     cache.cache_dir()
   if what == 'bug':
@@ -166,12 +169,14 @@ cli.run(main)
     ('jax', {'JAX_PLATFORMS': 'cuda'}, "JAX_PLATFORMS='cuda' (no such device)"),
     ('jax', {'JAX_PLATFORMS': 'abc'}, "backend 'abc'"),
     ('tmp', {}, 'TMPDIR'),
-    ('disk', {}, "No space left on device: '/x/y'"),
+    (errno.ENOSPC, {}, "No space left on device: '/x/y'; make room"),
+    (errno.EACCES, {}, "Permission denied: '/x/y'; check the path"),
+    (errno.ENAMETOOLONG, {}, "File name too long: '/x/y'; check the path"),
     ('home', {}, 'set HOME or XDG_CACHE_HOME'),
   ],
 )
 def test_what_the_machine_lacks_is_a_sentence(what, environment, words):
-  done = _end(what, program=_FIRST_TOUCH, **environment)
+  done = _end(str(what), program=_FIRST_TOUCH, **environment)
   assert done.returncode == 2 and done.stdout == ''
   assert done.stderr.count('\n') == 1 and words in done.stderr, done.stderr
 

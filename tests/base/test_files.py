@@ -1,5 +1,8 @@
 """Files and folders are written whole or not at all."""
 
+from concurrent import futures
+import os
+
 import pytest
 
 from mt.base import files
@@ -43,6 +46,25 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
       raise AssertionError
 
   refusal(into_a_file, path, 'cannot write', '--workdir')
+
+
+@pytest.mark.parametrize('target', ['there', 'not yet'])
+def test_a_link_stays(tmp_path, target):
+  (tmp_path / 'there').write_text('old')
+  (tmp_path / 'link').symlink_to(target)
+  files.write(tmp_path / 'link', 'new')
+  assert (tmp_path / 'link').is_symlink()
+  assert (tmp_path / target).read_text() == 'new'
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+  pipe = tmp_path / 'pipe'
+  os.mkfifo(pipe)
+  with futures.ThreadPoolExecutor(1) as pool:
+    read = pool.submit(pipe.read_text)
+    files.write(pipe, 'text')
+    assert read.result() == 'text'
+  assert pipe.is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_folder_appears_when_it_is_whole(tmp_path):

@@ -168,6 +168,12 @@ def test_a_damaged_archive(tmp_path, pack):
   assert not list(tmp_path.glob('cache/mt/texts/*'))
 
 
+def test_a_pipe_is_refused(tmp_path):
+  """Its first lines would be gone when it is read again."""
+  os.mkfifo(tmp_path / 'x0.tsv')
+  refusal(lambda: open_text(tmp_path, None), tmp_path / 'x0.tsv', 'a pipe')
+
+
 def test_csv_that_is_none(tmp_path):
   content = 'a,b\nsay "hi",c\n"x"y,z\n'
   refusal(

@@ -18,6 +18,7 @@ from absl import flags
 import ml_collections
 
 from configs import debug
+from mt.base import cli
 from mt.base import errors
 from mt.base import processes
 from mt.train import run as run_lib
@@ -126,6 +127,9 @@ def run(cases: int, seed: int) -> dict[str, int]:
         elif took > _SOON:
           counts['refused late'] += 1
           print(f'{took:.1f} s', changed, text[:200], file=sys.stderr)
+      except OSError as e:  # As mt/base/cli.py.
+        assert e.errno in cli.REMEDIES, changed
+        counts['refused'] += 1
       except Exception as e:  # noqa: BLE001 All of them are looked at.
         wrong.append((number, changed, traceback.format_exc()[-1500:]))
         print(number, changed, repr(e)[:300], file=sys.stderr, flush=True)

@@ -325,6 +325,14 @@ def test_a_pipe_is_answered_while_it_is_open(shouting, monkeypatch):
   assert shouting == [(1, 0), (2, 1), (1, 3), (2, 4), (1, 6)]
 
 
+def test_a_pipe_that_has_a_name(command, tmp_path):
+  pipe = tmp_path / 'pipe'
+  os.mkfifo(pipe)
+  with futures.ThreadPoolExecutor(1) as pool:
+    pool.submit(pipe.write_text, 'one\ntwo\n')
+    assert command(b'', input=str(pipe))[0] == 'ONE\nTWO\n'
+
+
 def test_a_prompt_on_a_terminal(shouting, monkeypatch):
   ours, theirs = pty.openpty()
   attributes = termios.tcgetattr(theirs)
