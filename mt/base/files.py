@@ -130,8 +130,8 @@ def _read(path):
     ) from e
   except OSError as e:
     raise errors.UserError(
-      f'{path}: cannot read it ({e.strerror}); the folder of a run of train.py '
-      'has it: check the name that you gave.'
+      f'{path}: cannot read it ({e.strerror}); check --workdir, or what else '
+      'names the folder of a run of train.py.'
     ) from e
 
 
