@@ -130,6 +130,7 @@ def begin(
   files.write_json(workdir / 'data.json', {'pairs': pairs})
   cfg = source.config
   keep = state_lib.keeping(cfg, config.train, mesh)
+  keep = dataclasses.replace(keep, donated=True)
   params, fingerprint = source.read_kept(keep)
   number = sum(math.prod(shape) for shape in parameters.shapes(cfg).values())
   journal.say(

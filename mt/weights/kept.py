@@ -38,10 +38,13 @@ class Keep:
   Attributes:
     dtypes: by path: float32 where one is missing, bfloat16, int8 or int4.
     mesh: over which each is split; on the default device where None.
+    donated: they will be, so none may be a file that is mapped into memory: a
+      step would copy it while it holds the most itself.
   """
 
   dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
   mesh: Mesh | None = None
+  donated: bool = False
 
 
 FLOAT32 = Keep()

@@ -21,6 +21,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mt.base import cache
@@ -59,6 +60,7 @@ def read(
   name = hashlib.sha256(os.path.realpath(source).encode()).hexdigest()[:32]
   path, key = cache.cache_dir() / 'float32' / name, _key(source, cfg)
   data = _map(path, key, size)
+  plain = keep.mesh is None and set(keep.dtypes.values()) <= {'float32'}
   if data is None:
     params, crc = sharding.on_host(lambda: dequantise(kept.FLOAT32))
     # A full disk, or one that is read-only, ends no run.
@@ -74,7 +76,9 @@ def read(
         for name, (at, shape) in places.items()
       }
     )
-  if keep.mesh is None and set(keep.dtypes.values()) <= {'float32'}:
+    if plain and keep.donated:
+      params = jax.tree.map(jnp.array, params)  # It copies.
+  if plain:
     return jax.device_put(params), crc
   return kept.every(cfg, params, keep)
 

@@ -30,6 +30,7 @@ from mt.data import batches
 from mt.data import corpus
 from mt.data import template as template_lib
 from mt.translate import translator
+from mt.weights import hf
 from mt.weights import pretrained
 from tests.benchmarks import table
 from tests.benchmarks.sides import ours
@@ -104,19 +105,19 @@ def pairs_of(steps: list[batches.Batch]) -> list[list[list[int]]]:
 def prepare(folder: pathlib.Path, source: pretrained.Source) -> dict[str, str]:
   """The model in the forms that others read (2.1 GB of disk), for a job."""
   folder.mkdir(parents=True, exist_ok=True)
-  hf, gguf = folder / 'hf', folder / 'float32.gguf'
-  if not hf.exists() or not gguf.exists():
+  wanted = folder / 'hf', folder / 'float32.gguf'
+  if not all(path.exists() for path in wanted):
     params = source.read()
     cfg, tok = source.config, source.tokenizer
     part = pathlib.Path(tempfile.mkdtemp(dir=folder))
     (part / 'hf').mkdir()
     hf.write(part / 'hf', cfg, params, tok)
     gguf_fixture.write_gguf(part / 'float32.gguf', cfg, params, tok.proto)
-    shutil.rmtree(hf, ignore_errors=True)
-    for made in (hf, gguf):
+    shutil.rmtree(wanted[0], ignore_errors=True)
+    for made in wanted:
       (part / made.name).replace(made)
     part.rmdir()
-  return {'hf': str(hf), 'gguf': str(gguf)}
+  return {'hf': str(wanted[0]), 'gguf': str(wanted[1])}
 
 
 def ask(folder, job, side, task, environment) -> dict:

@@ -5,6 +5,7 @@ import re
 import time
 import types
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -55,6 +56,14 @@ def test_pairs_of_packed_rows():
   second = {k: v[None] for k, v in rows[2].items()}
   found = speed.pairs_of([first, second])
   assert found == [list(pair) for pair in pairs]
+
+
+def test_the_forms_that_others_read(tiny_source, tmp_path):
+  made = speed.prepare(tmp_path / 'new', tiny_source)
+  for path in made.values():
+    found = pretrained.open_source(path, '', '', seed=0, texts=())
+    chex.assert_trees_all_equal(found.read(), tiny_source.read())
+  assert speed.prepare(tmp_path / 'new', None) == made  # They are there.
 
 
 def test_a_continuation_ends_with_its_stop_or_its_limit():

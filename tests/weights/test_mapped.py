@@ -73,6 +73,20 @@ def test_the_second_time_nothing_is_dequantised(
   assert crc == wanted[1]
 
 
+def test_what_a_step_takes_is_no_mapped_file(tmp_path):
+  """It would be copied when the step itself holds the most."""
+  path = tmp_path / 'a.gguf'
+  tiny_gguf.write(path, quant=_Q8)
+  wanted, _ = _read(path)
+  mapped_in, _ = _read(path)
+  own, _ = _read(path, kept.Keep(donated=True))
+  (copy,) = _copies()
+  with copy.open('r+b') as f:  # In place, which a map shows.
+    f.write(bytes(copy.stat().st_size))
+  assert not mapped_in['embedding'].any()
+  assert_same(own, wanted)
+
+
 def test_another_file_and_a_copy_that_is_not_whole_are_read_anew(
   tmp_path, dequantised
 ):

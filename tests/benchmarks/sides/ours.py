@@ -19,6 +19,7 @@ from mt.train import step
 from mt.translate import batching
 from mt.translate import decode
 from mt.translate import search
+from mt.weights import kept
 from mt.weights import pretrained
 from tests.benchmarks.sides import side
 
@@ -58,9 +59,9 @@ def _train(job, parts):
   config, source = make_config(parts, job), open_weights()
   optimizer = optimizer_lib.make_optimizer(config.optim, job['steps'])
   key = jax.random.key(0)
-  state = state_lib.init_state(
-    source.config, source.read(), config, optimizer, key
-  )
+  params, _ = source.read_kept(kept.Keep(donated=True))
+  state = state_lib.init_state(source.config, params, config, optimizer, key)
+  del params
   train_step = step.make_train_step(source.config, config, optimizer)
 
   def take(batch):
