@@ -34,12 +34,16 @@ _STEP = {
 }
 
 
-def until(checkout: pathlib.Path, words: list[str], begins: str):
-  """Seconds until a command prints a line that begins so, and of its CPUs."""
+def until(checkout, cache, words: list[str], begins: str):
+  """Seconds until a command prints a line that begins so, and of its CPUs.
+
+  Each checkout has a cache of its own: copies of weights are of one version.
+  """
   began = time.monotonic()
   process = subprocess.Popen(
     [sys.executable, *words],
     cwd=checkout,
+    env=os.environ | {'XDG_CACHE_HOME': str(cache)},
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -62,23 +66,28 @@ def until(checkout: pathlib.Path, words: list[str], begins: str):
 
 def main(argv):
   del argv
+  with tempfile.TemporaryDirectory() as caches:
+    _measure(pathlib.Path(caches))
+  print(f'load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs')
+
+
+def _measure(caches):
   workdir = pathlib.Path(_WORKDIR.value).absolute()
   checkouts = [_HERE] + [pathlib.Path(_OTHER.value)] * bool(_OTHER.value)
   for what in _ONLY.value:
     found = {checkout: [] for checkout in checkouts}
     for _ in range(1 + _ROUNDS.value):
-      for checkout, times in found.items():
+      for n, (checkout, times) in enumerate(found.items()):
         with tempfile.TemporaryDirectory() as folder:
           knobs = [f'--config.{k}={v}' for k, v in _STEP.items()]
           words, begins = ['train.py', f'--workdir={folder}', *knobs], 'first'
           if what == 'translation':
             words = ['-m', 'mt.translate', f'--workdir={workdir}', '--json']
             begins = '{'
-          times.append(until(checkout, words, begins))
+          times.append(until(checkout, caches / str(n), words, begins))
     for checkout, times in found.items():
       passed, used = map(statistics.median, zip(*times[1:], strict=True))
       print(f'{what:12} {passed:6.1f} s, CPUs {used:6.1f} s  {checkout}')
-  print(f'load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs')
 
 
 if __name__ == '__main__':
