@@ -106,26 +106,27 @@ def _on_mesh(cfg, mesh, run, q, k, v, seen, kind):
 
 def _tokamax(cfg, q, k, v, first, kind):
   del kind  # `first` is this layer's.
-  from tokamax._src.ops.attention import api  # Only where it is wanted.
+  from tokamax._src import gpu_utils  # Only where it is wanted.
+  from tokamax._src.ops.attention import api
   from tokamax._src.ops.attention import base
 
   # The public function has no first keys: a dense mask would be needed.
   mask = base.Mask(is_causal=True, k_start=first[:, None])
   options = {'mask': mask, 'logits_scale': 1.0}
-  try:
+  if gpu_utils.is_sm90() or gpu_utils.is_sm100():  # Hopper, Blackwell.
     out = api.IMPLEMENTATIONS['mosaic_gpu'](
       q, k, v, logits_soft_cap=cfg.attn_softcap, **options
     )
-  except NotImplementedError:  # Not Hopper, nor Blackwell.
-    if cfg.attn_softcap is not None:
-      journal.say(
-        'note: attention is xla: tokamax has no gradient under a soft cap on '
-        'this card'
-      )
-      heads = {'num_heads': q.shape[2], 'num_kv_heads': k.shape[2]}
-      here = dataclasses.replace(cfg, **heads)
-      return attention.causal_attend(here, q, k, v, first)
+  elif cfg.attn_softcap is None:
     out = _triton()(q, k, v, **options)
+  else:
+    journal.say(
+      'note: attention is xla: tokamax has no gradient under a soft cap on '
+      'this card'
+    )
+    heads = {'num_heads': q.shape[2], 'num_kv_heads': k.shape[2]}
+    here = dataclasses.replace(cfg, **heads)
+    return attention.causal_attend(here, q, k, v, first)
   return out.reshape(*q.shape[:2], -1)
 
 

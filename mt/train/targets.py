@@ -9,6 +9,7 @@ own words. Nothing can be run. `make plan` installs the compilers.
 """
 
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -153,6 +154,16 @@ def _let_tokamax_compile(chip):
   for major in (8, 9, 10):
     here = chip.gpu[1][0] == major
     setattr(gpu_utils, f'is_sm{major}0', lambda device=None, here=here: here)
+  with contextlib.suppress(ImportError):  # Of JAX 0.12, whose Triton asks too.
+    from jax._src.pallas.triton import gpu_info
+
+    major, minor = chip.gpu[1]
+    card = gpu_info.GpuInfo(
+      gpu_version=None,
+      arch_name=f'{major}.{minor}',
+      compute_capability=10 * major + minor,
+    )
+    gpu_info.registry['cpu'] = lambda: card
   flags.FLAGS['tokamax_cross_compile'].value = True
   logging.set_verbosity(
     logging.ERROR

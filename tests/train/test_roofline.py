@@ -134,7 +134,8 @@ def test_a_kernel_takes_its_products_or_its_bytes():
   assert tf32.seconds == pytest.approx(2 * big.seconds - 3e-6)
 
 
-def test_a_fusion_reads_slices_and_writes_in_place():
+@pytest.mark.parametrize('op', ['fusion', 'fusion-start'])
+def test_a_fusion_reads_slices_and_writes_in_place(op):
   fused = """
 %fused (p: f32[18,1024], q: s32[], u: f32[1,1024]) -> f32[18,1024] {
   %p = f32[18,1024]{1,0} parameter(0)
@@ -149,7 +150,7 @@ def test_a_fusion_reads_slices_and_writes_in_place():
     '%x = f32[18,1024]{1,0} parameter(0)',
     '%i = s32[] parameter(1)',
     '%u = f32[1,1024]{1,0} parameter(2)',
-    'ROOT %y = f32[18,1024]{1,0} fusion(%x, %i, %u), kind=kLoop, calls=%fused',
+    f'ROOT %y = f32[18,1024] {op}(%x, %i, %u), kind=kLoop, calls=%fused',
     more=fused,
   )
   (kernel,) = roofline.kernels(text, H100)
