@@ -23,9 +23,9 @@ from mt.base import accelerator
 from mt.base import errors
 from mt.base import screen
 
-# Never a bug: a disk that is full or only to be read, a path that is not one or
-# is another's.
-REMEDIES = {
+# By the number of an OSError that is never a bug: a disk that is full or only
+# to be read, a path that is too long or another's.
+_REMEDIES = {
   **dict.fromkeys(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS),
     'make room, or name another folder',
@@ -74,9 +74,9 @@ def run(main: Callable[[Sequence[str]], None], words_of: str = '') -> None:
     except KeyboardInterrupt as e:
       _leave(e, 'interrupted; of a run, the last checkpoint stands', 130)
     except OSError as e:
-      if e.errno not in REMEDIES:
+      if not (said := sentence(e)):
         raise
-      _leave(e, f'{e}; {REMEDIES[e.errno]}.')
+      _leave(e, said)
     except (RuntimeError, AssertionError) as e:
       problem = accelerator.problem()
       if not problem:
@@ -84,6 +84,12 @@ def run(main: Callable[[Sequence[str]], None], words_of: str = '') -> None:
       _leave(e, problem)
 
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def sentence(e: OSError) -> str:
+  """What to say of an error that is never a bug; '' of any other."""
+  remedy = _REMEDIES.get(e.errno)
+  return f'{e}; {remedy}.' if remedy else ''
 
 
 def _check_temporary_folder():

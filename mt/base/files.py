@@ -28,7 +28,8 @@ def new_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
       with open(path, 'wb') as f:
         yield f
       return
-    part = _part(path := pathlib.Path(os.path.realpath(path)))
+    path = pathlib.Path(os.path.realpath(path))
+    part = _part(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
       with open(part, 'wb') as f:

@@ -90,7 +90,8 @@ def kernels(
     elif current is not None and (found := _LINE.match(line)):
       root, name, shape, op, inner, attributes = found.groups()
       operands = re.findall(r'%([\w.\-]+)', inner)
-      op = 'fusion' if op == 'fusion-start' else op  # It runs beside others.
+      # Such a fusion runs beside others, until its `fusion-done`.
+      op = 'fusion' if op == 'fusion-start' else op
       current[name] = _Instruction(
         bool(root), name, shape, op, operands, inner, attributes
       )

@@ -115,8 +115,15 @@ def run(cases: int, seed: int) -> dict[str, int]:
         run_lib.run(config, pathlib.Path(folder) / 'w')
         assert (pathlib.Path(folder) / 'w' / 'scores.json').exists()
         counts['trained'] += 1
-      except errors.UserError as e:
-        text = str(e)
+      except Exception as e:  # noqa: BLE001 All of them are looked at.
+        text = str(e) if isinstance(e, errors.UserError) else ''
+        if isinstance(e, OSError):
+          text = cli.sentence(e)
+        if not text:
+          wrong.append((number, changed, traceback.format_exc()[-1500:]))
+          print(number, changed, repr(e)[:300], file=sys.stderr, flush=True)
+          counts['tracebacks'] += 1
+          continue
         counts['refused'] += 1
         took = time.process_time() - began
         if '\n' in text or not text.endswith('.') or len(text) > 1000:
@@ -127,13 +134,6 @@ def run(cases: int, seed: int) -> dict[str, int]:
         elif took > _SOON:
           counts['refused late'] += 1
           print(f'{took:.1f} s', changed, text[:200], file=sys.stderr)
-      except OSError as e:  # As mt/base/cli.py.
-        assert e.errno in cli.REMEDIES, changed
-        counts['refused'] += 1
-      except Exception as e:  # noqa: BLE001 All of them are looked at.
-        wrong.append((number, changed, traceback.format_exc()[-1500:]))
-        print(number, changed, repr(e)[:300], file=sys.stderr, flush=True)
-        counts['tracebacks'] += 1
     assert processes.is_first()
   assert not wrong, wrong[0]
   assert not counts['refused late']

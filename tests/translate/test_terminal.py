@@ -5,6 +5,7 @@ With a run of its own: tests/runs/test_run.py and test_best.py.
 
 from concurrent import futures
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -14,6 +15,7 @@ import re
 import select
 import sys
 import termios
+import threading
 import types
 
 import pytest
@@ -328,9 +330,9 @@ def test_a_pipe_is_answered_while_it_is_open(shouting, monkeypatch):
 def test_a_pipe_that_has_a_name(command, tmp_path):
   pipe = tmp_path / 'pipe'
   os.mkfifo(pipe)
-  with futures.ThreadPoolExecutor(1) as pool:
-    pool.submit(pipe.write_text, 'one\ntwo\n')
-    assert command(b'', input=str(pipe))[0] == 'ONE\nTWO\n'
+  write = functools.partial(pipe.write_text, 'one\ntwo\n')
+  threading.Thread(target=write, daemon=True).start()  # Waits for a reader.
+  assert command(b'', input=str(pipe))[0] == 'ONE\nTWO\n'
 
 
 def test_a_prompt_on_a_terminal(shouting, monkeypatch):
