@@ -3,28 +3,29 @@
   configs < base < gemma < data < weights < translate < evaluate < train < doors
 
 The doors are train.py, mt/export and each room's __main__.py. To read the core,
-from a pair to a gradient to a translation, take these in turn; nothing in them
-needs a look ahead:
+from a pair to a gradient to a translation, take these twelve in turn; nothing
+in them needs a look ahead. A file that stands further in may wait: its line
+here is all that the file below it asks you to know.
 
-  data/template      how a pair becomes tokens: prompt, target, what is learned
-  data/packing       which pairs share a row
-  data/batches       rows of tokens, in an order that one integer remembers
-  gemma/sizes        the published Gemmas as data; the letters of all shapes
-  gemma/parameters   the table: one row says all there is to know of a weight
-  gemma/sharding     arrays over a mesh; without one, it does nothing
-  gemma/attention    masks, RoPE, softmax over packed rows
-  gemma/fused        which kernel attention is: ours, or a fused one
-  gemma/embedding    token vectors, and the gradient of their look-up
-  gemma/model        the forward pass
-  gemma/loss_chunk   a chunk of targets against the vocabulary
-  gemma/loss         cross-entropy: its definition, and the same in chunks
-  gemma/lora         all weights, a part, or LoRA: what is trained
-  gemma/quantize     frozen matrices in 8 or 4 bits
-  train/state        what training changes, in one pytree
-  train/step         gradients, accumulation, the two jitted steps
-  train/loop         evaluate, save, next batch, step, log
-  translate/decode   the model with a key/value cache
-  translate/search   greedy, sampled and beam search
+  data/template       how a pair becomes tokens: prompt, target, what is learned
+    data/packing        which pairs share a row
+  data/batches        rows of tokens, in an order that one integer remembers
+  gemma/sizes         the published Gemmas as data; the letters of all shapes
+  gemma/parameters    the table: one row says all there is to know of a weight
+    gemma/sharding      arrays over a mesh; without one, it does nothing
+  gemma/attention     masks, RoPE, softmax over packed rows
+    gemma/fused         the same by a GPU's or TPU's own kernel
+    gemma/embedding     token vectors, and the gradient of their look-up
+    gemma/quantize      frozen matrices in 8 or 4 bits
+  gemma/model         the forward pass
+    gemma/loss_chunk    a chunk of targets against the vocabulary
+  gemma/loss          cross-entropy: its definition, and the same in chunks
+  gemma/lora          all weights, a part, or LoRA: what is trained
+    train/state         what training changes, in one pytree
+  train/step          gradients, accumulation, the two jitted steps
+  train/loop          evaluate, save, next batch, step, log
+  translate/decode    the model with a key/value cache
+  translate/search    greedy, sampled and beam search
 
 The rest, by room:
 

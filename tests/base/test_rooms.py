@@ -95,3 +95,14 @@ def test_every_file_is_on_the_map():
     package, *rest, file = name.split('.')
     if package == 'mt' and rest and file != '__main__':
       assert {file, f'{rest[0]}/{file}'} & {*words}, name
+
+
+def test_the_core_is_read_in_its_order():
+  """None of the files of the reading order imports one that comes later."""
+  parts = ast.get_docstring(TREES['mt']).split('\n\n')
+  (order,) = [part for part in parts if part.startswith('  data/template')]
+  names = [f'mt.{line.split()[0]}' for line in order.splitlines()]
+  names = [name.replace('/', '.') for name in names]
+  assert len([line for line in order.splitlines() if line[2] != ' ']) == 12
+  for i, name in enumerate(names):
+    assert not IMPORTS[name] & {*names[i + 1 :]}, name
