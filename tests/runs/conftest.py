@@ -6,7 +6,11 @@ import shutil
 
 import pytest
 
+from mt.gemma import lora
+from mt.train import checkpoint
 from mt.train import run as run_lib
+from tests.fixtures import gguf_fixture
+from tests.runs import lora_run
 from tests.runs import small
 
 
@@ -46,3 +50,23 @@ def plain_copy(plain, tmp_path):
   config, folder, _ = plain
   copy = shutil.copytree(folder, tmp_path / 'copy')
   return config.copy_and_resolve_references(), copy
+
+
+@pytest.fixture(scope='session')
+def run(tmp_path_factory):
+  """Of LoRA, from a GGUF file of Gemma 2, to be exported."""
+  folder = tmp_path_factory.mktemp('run')
+  cfg = gguf_fixture.tiny_config('gemma2', 400)
+  params = gguf_fixture.tiny_params(cfg)
+  proto = gguf_fixture.train_proto()
+  path = gguf_fixture.write_gguf(
+    folder / 'a.gguf', cfg, params, proto, 'gemma2'
+  )
+  return lora_run.write(folder / 'run', path, proto)
+
+
+@pytest.fixture(scope='session')
+def finetuned(run):
+  """(source, parameters with the factors folded in) of `run`."""
+  _, source, params = checkpoint.load_finetuned(run)
+  return source, lora.fold(params)

@@ -1,7 +1,8 @@
-"""What a run left in its folder, to be compared."""
+"""The command of a run, and what it left in its folder, to be compared."""
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -60,3 +61,14 @@ def assert_same_run(one, other):
   names += [f'translations/{p.name}' for p in (one / 'translations').iterdir()]
   for name in names:
     assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def command(workdir, *flags):
+  """train.py with the config of tests/runs/small.py."""
+  return [
+    sys.executable,
+    str(ROOT / 'train.py'),
+    f'--config={ROOT}/tests/runs/small.py',
+    f'--workdir={workdir}',
+    *flags,
+  ]

@@ -35,7 +35,7 @@ from mt.weights import pretrained
 from tests.fixtures import gguf_fixture
 from tests.fixtures import nasty
 from tests.fixtures import real_tokenizers
-from tests.runs import test_export
+from tests.runs import lora_run
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _PYTHON = _ROOT / '.venv-transformers' / 'bin' / 'python'
@@ -203,7 +203,7 @@ def test_an_adapter_on_its_base_is_the_merged_model(tmp_path, arch):
   path = gguf_fixture.write_gguf(
     tmp_path / 'a.gguf', cfg, gguf_fixture.tiny_params(cfg), proto, arch
   )
-  run = test_export.write_run(tmp_path / 'run', path, proto)
+  run = lora_run.write(tmp_path / 'run', path, proto)
   export.from_run('hf', run, tmp_path / 'merged', 'float32', base=False)
   export.from_run('hf', run, tmp_path / 'base', 'float32', base=True)
   export.from_run('peft', run, tmp_path / 'adapter', 'float32', base=False)
@@ -330,7 +330,7 @@ def test_a_prompt_is_served_as_the_model_card_says(tmp_path):
   path = gguf_fixture.write_gguf(tmp_path / 'a.gguf', cfg, params, proto)
   base = tmp_path / 'base'  # PEFT finds it by the adapter's config.
   export.merge(str(path), '', 'hf', base, 'float32')
-  run = test_export.write_run(tmp_path / 'run', base, proto)
+  run = lora_run.write(tmp_path / 'run', base, proto)
   config = run_folder.read_config(run)
   config.decode.max_ratio = 0.125
   files.write_json(run / 'config.json', config.to_dict())

@@ -1,13 +1,11 @@
 """Gemma 4: what transformers makes of tiny random models of each shape."""
 
-import dataclasses
 import functools
 import json
 import os
 import pathlib
 import subprocess
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,27 +25,14 @@ from mt.translate import search
 from mt.weights import flax
 from mt.weights import flax_out
 from mt.weights import hf
-from mt.weights import hf_tokenizer
 from mt.weights import load
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
 from tests.fixtures import tiny_gemma4
 from tests.fixtures.refusal import refusal
 
-SHAPES = {
-  name: dataclasses.replace(cfg, vocab_size=400)
-  for name, cfg in tiny_gemma4.SHAPES.items()
-}
-# The others differ from these in the number of heads alone, or in F.
-each_shape = pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(
-      name, marks=() if name in ('e2b', '12b') else pytest.mark.heavy
-    )
-    for name in SHAPES
-  ],
-)
+SHAPES = tiny_gemma4.WITH_TOKENIZER
+
 _ROOT = pathlib.Path(__file__).parents[2]
 _PYTHON = _ROOT / '.venv-transformers' / 'bin' / 'python'
 _B, _L = 2, 20
@@ -64,7 +49,10 @@ _GOLDEN = {
 
 
 def _write(folder, name):
-  cfg, params = SHAPES[name], tiny_gemma4.params(SHAPES[name])
+  cfg, params = (
+    SHAPES[name],
+    tiny_gemma4.params(SHAPES[name]),
+  )
   folder.mkdir()
   tok = tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
   hf.write(folder, cfg, params, tok)
@@ -112,7 +100,11 @@ def test_values_gradients_and_greedy_tokens_are_transformers(tmp_path):
     np.savez(tmp_path / f'{name}.npz', **given)
   oracle = _ROOT / 'tests' / 'fixtures' / 'gemma4_oracle.py'
   subprocess.run(
-    [_PYTHON, oracle, *(tmp_path / name for name in SHAPES)],
+    [
+      _PYTHON,
+      oracle,
+      *(tmp_path / name for name in SHAPES),
+    ],
     check=True,
     env=os.environ | {'HF_HUB_OFFLINE': '1'},
   )
@@ -140,7 +132,7 @@ def test_values_gradients_and_greedy_tokens_are_transformers(tmp_path):
     assert not theirs, name
 
 
-@each_shape
+@tiny_gemma4.each_shape
 def test_a_folder_comes_back_and_is_the_same_function(tmp_path, name):
   cfg, params = _write(tmp_path / 'a', name)
   found, read = hf_fixture.load(tmp_path / 'a')
@@ -300,9 +292,12 @@ def _layer_arrays(cfg, layer):
   return out
 
 
-@each_shape
+@tiny_gemma4.each_shape
 def test_an_orbax_checkpoint_is_read(tmp_path, monkeypatch, name):
-  cfg, params = SHAPES[name], tiny_gemma4.params(SHAPES[name])
+  cfg, params = (
+    SHAPES[name],
+    tiny_gemma4.params(SHAPES[name]),
+  )
   monkeypatch.setattr(sizes, 'SIZES', sizes.SIZES | {'tiny': cfg})
   flat = {
     'embedder/input_embedding': params['embedding'],
@@ -345,150 +340,3 @@ def test_the_flax_layout_is_not_written(tmp_path):
     'Gemma 4',
     '--to=hf',
   )
-
-
-# GGUF.
-
-
-def _write_gguf(path, name, **fields):
-  """As conversion/gemma.py of llama.cpp writes it, in the library's names."""
-  cfg, params = SHAPES[name], tiny_gemma4.params(SHAPES[name])
-  k, arch = gguf.Keys, 'gemma4'
-  own, kinds = cfg.num_layers - cfg.sharing_layers, 'LLG' * 3
-  kinds = kinds[: cfg.num_layers]
-  header = {
-    'general.architecture': arch,
-    k.LLM.BLOCK_COUNT: cfg.num_layers,
-    k.LLM.EMBEDDING_LENGTH: cfg.embed_dim,
-    k.LLM.FEED_FORWARD_LENGTH: cfg.hidden_dim,
-    k.LLM.EMBD_LENGTH_PER_LAYER_INP: cfg.layer_input_dim,
-    k.LLM.FINAL_LOGIT_SOFTCAPPING: cfg.final_softcap,
-    k.Attention.HEAD_COUNT: cfg.num_heads,
-    k.Attention.HEAD_COUNT_KV: cfg.num_kv_heads,
-    k.Attention.KEY_LENGTH: cfg.global_head_dim,
-    k.Attention.KEY_LENGTH_SWA: cfg.head_dim,
-    k.Attention.SHARED_KV_LAYERS: cfg.sharing_layers,
-    k.Attention.SLIDING_WINDOW: cfg.window,
-    k.Attention.SLIDING_WINDOW_PATTERN: [x == 'L' for x in kinds],
-    k.Rope.FREQ_BASE: cfg.rope_base_global,
-    k.Rope.FREQ_BASE_SWA: cfg.rope_base_local,
-  }
-  if cfg.sharing_hidden_dim:
-    header[k.LLM.FEED_FORWARD_LENGTH] = [
-      cfg.hidden_dim if n < own else cfg.sharing_hidden_dim
-      for n in range(cfg.num_layers)
-    ]
-  if cfg.global_kv_heads:
-    heads = {'L': cfg.num_kv_heads, 'G': cfg.global_kv_heads}
-    header[k.Attention.HEAD_COUNT_KV] = [heads[x] for x in kinds]
-  proto = gguf_fixture.train_proto()
-  vocabulary = gguf_fixture.vocabulary(proto)
-  del vocabulary['tokenizer.ggml.pre']
-  folder = path.parent / f'{path.name}-folder'
-  folder.mkdir()
-  hf_tokenizer.write(folder, tokenizer.from_proto(proto, 'x'))
-  fast = json.loads((folder / 'tokenizer.json').read_text())
-  vocabulary |= {
-    'tokenizer.ggml.model': 'gemma4',
-    'tokenizer.ggml.scores': [-1000.0] * 400,
-    'tokenizer.ggml.merges': [' '.join(m) for m in fast['model']['merges']],
-  }
-  header = {x.format(arch=arch): v for x, v in header.items()} | vocabulary
-  writer = gguf.GGUFWriter(str(path), arch)
-  writer.kv_data[0].clear()
-  for key, value in (header | fields).items():
-    gguf_fixture.add_field(writer, key, value)
-  t = gguf.MODEL_TENSOR
-  turned = np.repeat(np.float32([1.0, 1e30]), (2, 6))
-  tensors = {
-    gguf.TENSOR_NAMES[t.TOKEN_EMBD]: params['embedding'],
-    gguf.TENSOR_NAMES[t.OUTPUT_NORM]: params['final_norm'],
-    gguf.TENSOR_NAMES[t.ROPE_FREQS]: turned,
-  }
-  if cfg.layer_input_dim:
-    for ours, theirs in (
-      ('layer_input_embedding', t.PER_LAYER_TOKEN_EMBD),
-      ('layer_input_proj', t.PER_LAYER_MODEL_PROJ),
-      ('layer_input_norm', t.PER_LAYER_PROJ_NORM),
-    ):
-      x = params[ours]
-      tensors[gguf.TENSOR_NAMES[theirs]] = x.T if 'proj' in ours else x
-  for stack in cfg.stacks():
-    for ours, stacked in params[stack.name].items():
-      theirs = gguf.TENSOR_NAMES[_GGUF_TENSORS[ours]]
-      for n, x in zip(stack.layers, stacked, strict=True):
-        tensors[theirs.format(bid=n)] = x.T
-  if cfg.sharing_layers:  # Written, but of no use.
-    tensors[f'blk.{own}.attn_k'] = np.ones((8, 24), np.float32)
-  for tensor, x in tensors.items():
-    x = np.ascontiguousarray(x, np.float32)
-    writer.add_tensor(f'{tensor}.weight', x)
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
-  return cfg, params
-
-
-_T = gguf.MODEL_TENSOR
-_GGUF_TENSORS = {
-  'attn_norm': _T.ATTN_NORM,
-  'q': _T.ATTN_Q,
-  'k': _T.ATTN_K,
-  'v': _T.ATTN_V,
-  'o': _T.ATTN_OUT,
-  'q_norm': _T.ATTN_Q_NORM,
-  'k_norm': _T.ATTN_K_NORM,
-  'ffw_norm': _T.FFN_PRE_NORM,
-  'gate': _T.FFN_GATE,
-  'up': _T.FFN_UP,
-  'down': _T.FFN_DOWN,
-  'post_attn_norm': _T.ATTN_POST_NORM,
-  'post_ffw_norm': _T.FFN_POST_NORM,
-  'input_gate': _T.PER_LAYER_INP_GATE,
-  'input_proj': _T.PER_LAYER_PROJ,
-  'post_input_norm': _T.PER_LAYER_POST_NORM,
-  'scale': _T.LAYER_OUT_SCALE,
-}
-
-
-@each_shape
-def test_a_gguf_file_is_read(tmp_path, name):
-  cfg, params = _write_gguf(tmp_path / 'a.gguf', name)
-  source = hf_fixture.open_folder(tmp_path / 'a.gguf')
-  assert source.config == cfg
-  jax.tree.map(np.testing.assert_array_equal, source.read(), params)
-  tok = tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
-  # As Ollama writes it: ids in place of scores.
-  ollama = {
-    'tokenizer.ggml.model': 'llama',
-    'tokenizer.ggml.pre': 'gemma4',
-    'tokenizer.ggml.scores': [float(i) for i in range(400)],
-  }
-  _write_gguf(tmp_path / 'b.gguf', name, **ollama)
-  other = hf_fixture.open_folder(tmp_path / 'b.gguf')
-  for text in ('Hi   there\n\na letter', ' lettre de', 'déjà 12', '\U0001f642'):
-    assert source.tokenizer.encode(text) == tok.encode(text)
-    assert other.tokenizer.encode(text) == tok.encode(text)
-
-
-def test_gguf_files_of_other_gemmas_are_refused(tmp_path):
-  for fields, words in (
-    ({'gemma4.expert_count': 128}, ('mixture of experts', '31B')),
-    ({'general.architecture': 'gemma3n'}, ('Gemma 3n', 'E2B')),
-    ({'gemma4.attention.shared_kv_layers': 4}, ('whole periods',)),
-    ({'gemma4.feed_forward_length': [40] * 8 + [80]}, ('feed_forward',)),
-    # Of another kind than the key has.
-    ({'gemma4.expert_count': [0, 0]}, ('expert_count is [0 0]', 'whole')),
-    ({'gemma4.block_count': 9.5}, ('block_count is 9.5', 'whole number')),
-    ({'gemma4.rope.freq_base': 'x'}, ('freq_base is x', 'a number')),
-    ({'gemma4.embedding_length_per_layer_input': 'x'}, ('per_layer_input is',)),
-    ({'gemma4.attention.shared_kv_layers': [3]}, ('kv_layers is [3]',)),
-    (
-      {'gemma4.feed_forward_length': [40.0] * 9},
-      ('forward_length is 40.0', 'whole'),
-    ),
-  ):
-    path = tmp_path / f'{len(list(tmp_path.iterdir()))}.gguf'
-    _write_gguf(path, 'e4b', **fields)
-    refusal(lambda path=path: hf_fixture.load(path), path, *words)
