@@ -265,8 +265,8 @@ KNOBS = (
     Most target tokens that the loss takes at once: few for the cache of a CPU,
     many for a GPU or TPU. Where a batch has more places than that, or than the
     model is wide, a trained embedding takes loss_chunk * vocabulary numbers of
-    memory. 0 is 576 on a CPU; else 2048, and less where their logits would take
-    more than an eighth of a device's memory.
+    memory. 0 is 576 on a CPU, 2048 on a GPU, 4096 on a TPU, and less where
+    their logits would take more than an eighth of a device's memory.
     """, 'free'),
   knob('train.loss_tile', 0, at_least(-1), """
     Most rows of the vocabulary in one product of the loss: few, for the cache

@@ -55,12 +55,12 @@ def apply_rope(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
   """Rotates the halves of each head (RoFormer, arXiv 2104.09864).
 
   Args:
-    x: [B, L, heads, A].
+    x: [B, heads, L, A].
     sin, cos: [B, L, A / 2] of the angles, float32.
   """
   chex.assert_rank(x, 4)
-  chex.assert_shape([sin, cos], (*x.shape[:2], x.shape[3] // 2))
-  sin, cos = sin[:, :, None], cos[:, :, None]
+  chex.assert_shape([sin, cos], (len(x), x.shape[2], x.shape[3] // 2))
+  sin, cos = sin[:, None], cos[:, None]
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return out.astype(x.dtype)
@@ -77,31 +77,30 @@ def attend(
   """Grouped-query attention.
 
   Args:
-    q: [B, L, H, A], already scaled.
-    k, v: [B, S, K, A].
+    q: [B, H, L, A], already scaled.
+    k, v: [B, K, S, A].
     mask: [B, L, S] bool.
 
   Returns:
-    [B, L, H * A] in the dtype of `v`.
+    [B, H, L, A] in the dtype of `v`.
   """
   dims = cfg.dims()
-  dims['BL'], dims['_S'] = q.shape[:2], k.shape[:2]
-  chex.assert_shape(q, dims['BLHA'])
-  chex.assert_shape([k, v], dims['BSKA'])
+  dims['B_L'], dims['__S'] = q.shape[:3], k.shape[:3]
+  chex.assert_shape(q, dims['BHLA'])
+  chex.assert_shape([k, v], dims['BKSA'])
   chex.assert_shape(mask, dims['BLS'])
   dims.G = dims.H // dims.K
-  # The L * G queries of a key head are one axis: where there is one such head,
-  # as in the smallest models, no operand of a product is copied or transposed.
-  q = q.reshape(dims['BLKGA']).swapaxes(1, 2).reshape(dims['BK(LG)A'])
-  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  # The G * L queries of a key head are one axis: no operand of a product is
+  # copied or transposed.
+  q = q.reshape(dims['BK(GL)A'])
   logits = jnp.einsum(
     'bkra,bksa->bkrs', q, k, preferred_element_type=jnp.float32
   )
-  logits = softcap(logits, cfg.attn_softcap).reshape(dims['BKLGS'])
-  logits = jnp.where(mask[:, None, :, None], logits, MASKED)
-  probs = jax.nn.softmax(logits.reshape(dims['BK(LG)S']), -1).astype(v.dtype)
+  logits = softcap(logits, cfg.attn_softcap).reshape(dims['BKGLS'])
+  logits = jnp.where(mask[:, None, None], logits, MASKED)
+  probs = jax.nn.softmax(logits.reshape(dims['BK(GL)S']), -1).astype(v.dtype)
   out = jnp.einsum('bkrs,bksa->bkra', probs, v)
-  return out.reshape(dims['BKLGA']).swapaxes(1, 2).reshape(dims['BL(HA)'])
+  return out.reshape(dims['BHLA'])
 
 
 def first_keys(cfg: ModelConfig, segment_ids: jax.Array) -> jax.Array:
@@ -135,25 +134,31 @@ def causal_attend(
   products: with two blocks a quarter of the work, with four three eighths.
 
   Args:
-    q: [B, L, H, A], already scaled.
-    k, v: [B, L, K, A].
+    q: [B, H, L, A], already scaled.
+    k, v: [B, K, L, A].
     first: [B, L] int32, see `first_keys`.
 
   Returns:
-    [B, L, H * A] in the dtype of `v`.
+    [B, H, L, A] in the dtype of `v`.
   """
   dims = cfg.dims()
-  dims['BL'] = q.shape[:2]
-  chex.assert_shape(q, dims['BLHA'])
-  chex.assert_shape([k, v], dims['BLKA'])
+  dims['B_L'] = q.shape[:3]
+  chex.assert_shape(q, dims['BHLA'])
+  chex.assert_shape([k, v], dims['BKLA'])
   chex.assert_shape(first, dims['BL'])
   block, place = max(_BLOCK, -(-dims.L // _MOST_BLOCKS)), jnp.arange(dims.L)
   mask = (place >= first[..., None]) & (place <= place[:, None])
   return jnp.concatenate(
     [
-      attend(cfg, q[:, at:end], k[:, :end], v[:, :end], mask[:, at:end, :end])
+      attend(
+        cfg,
+        q[:, :, at:end],
+        k[:, :, :end],
+        v[:, :, :end],
+        mask[:, at:end, :end],
+      )
       for at in range(0, dims.L, block)
       for end in [min(at + block, dims.L)]
     ],
-    axis=1,
+    axis=2,
   )

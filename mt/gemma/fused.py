@@ -33,7 +33,7 @@ from mt.gemma.sizes import ModelConfig
 
 IMPLEMENTATIONS = ('xla', 'tokamax', 'splash')
 
-# (q [B, L, H, A], k, v [B, L, K, A], kind of layer) -> [B, L, H * A]
+# (q [B, H, L, A], k, v [B, K, L, A], kind of layer) -> [B, H, L, A]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 _WIDEST_HEAD = 256  # Of a fused kernel.
@@ -78,9 +78,9 @@ def make_attend(
 def _on_mesh(cfg, mesh, run, q, k, v, seen, kind):
   """A kernel cannot be partitioned: each device runs it on what it has."""
   dims = cfg.dims()
-  dims['BL'] = q.shape[:2]
-  chex.assert_shape(q, dims['BLHA'])
-  chex.assert_shape([k, v], dims['BLKA'])
+  dims['B_L'] = q.shape[:3]
+  chex.assert_shape(q, dims['BHLA'])
+  chex.assert_shape([k, v], dims['BKLA'])
   chex.assert_shape(seen, dims['BL'])
   if mesh is None:
     return run(q, k, v, seen, kind)
@@ -94,12 +94,12 @@ def _on_mesh(cfg, mesh, run, q, k, v, seen, kind):
     run,
     mesh=mesh,
     in_specs=(
-      spec(rows, None, heads),
-      *(spec(rows, None, kv_heads),) * 2,
+      spec(rows, heads),
+      *(spec(rows, kv_heads),) * 2,
       spec(rows),
       spec(),
     ),
-    out_specs=spec(rows, None, heads),
+    out_specs=spec(rows, heads),
     check_vma=False,  # The kernels do not say over what they vary.
   )(q, k, v, seen, kind)
 
@@ -113,21 +113,22 @@ def _tokamax(cfg, q, k, v, first, kind):
   # The public function has no first keys: a dense mask would be needed.
   mask = base.Mask(is_causal=True, k_start=first[:, None])
   options = {'mask': mask, 'logits_scale': 1.0}
+  places_first = [x.swapaxes(1, 2) for x in (q, k, v)]
   if gpu_utils.is_sm90() or gpu_utils.is_sm100():  # Hopper, Blackwell.
     out = api.IMPLEMENTATIONS['mosaic_gpu'](
-      q, k, v, logits_soft_cap=cfg.attn_softcap, **options
+      *places_first, logits_soft_cap=cfg.attn_softcap, **options
     )
   elif cfg.attn_softcap is None:
-    out = _triton()(q, k, v, **options)
+    out = _triton()(*places_first, **options)
   else:
     journal.say(
       'note: attention is xla: tokamax has no gradient under a soft cap on '
       'this card'
     )
-    heads = {'num_heads': q.shape[2], 'num_kv_heads': k.shape[2]}
+    heads = {'num_heads': q.shape[1], 'num_kv_heads': k.shape[1]}
     here = dataclasses.replace(cfg, **heads)
     return attention.causal_attend(here, q, k, v, first)
-  return out.reshape(*q.shape[:2], -1)
+  return out.swapaxes(1, 2)
 
 
 def _triton():
@@ -152,11 +153,9 @@ def _triton():
 def _splash(cfg, q, k, v, segments, kind):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-  b, length, h, a = q.shape
-  groups = h // k.shape[2]
-  # Keys' heads lead; the queries of one are an axis of its kernel.
-  q = q.reshape(b, length, -1, groups, a).transpose(0, 2, 3, 1, 4)
-  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  b, h, length, a = q.shape
+  groups = h // k.shape[1]
+  q = q.reshape(b, -1, groups, length, a)  # Those of a key head: its kernel's.
   block = next(
     n for n in range(min(_SPLASH_BLOCK, length), 0, -128) if length % n == 0
   )
@@ -180,4 +179,4 @@ def _splash(cfg, q, k, v, segments, kind):
       lambda: run(splash.CausalMask(shape)),
       lambda: run(splash.LocalMask(shape, (cfg.window - 1, 0), 0)),
     )
-  return out.transpose(0, 3, 1, 2, 4).reshape(b, length, h * a)
+  return out.reshape(b, h, length, a)

@@ -200,16 +200,18 @@ def _block(cfg, mesh, layer, x, rope, layer_input, cache, slot, mask):
   def attend(q, *new):
     kv = cache
     if new:
-      new = [
-        sharding.constrain(x.swapaxes(1, 2), mesh, CACHE_AXES) for x in new
-      ]
+      new = [sharding.constrain(x, mesh, CACHE_AXES) for x in new]
       kv = tuple(write(x, y, slot) for x, y in zip(cache, new, strict=True))
-    k, v = (x.swapaxes(1, 2) for x in kv)
-    return attention.attend(cfg, q, k, v, mask), kv
+    return attention.attend(cfg, q, *kv, mask), kv
 
-  dense = _dense
+  product = _dense
   if mesh is not None:
-    dense = functools.partial(_dense_on_mesh, cfg, mesh)
+    product = functools.partial(_dense_on_mesh, cfg, mesh)
+
+  def dense(layer, name, x, heads=None):
+    y = product(layer, name, model.join_heads(x))
+    return model.split_heads(y, heads)
+
   return model.block(cfg, layer, x, *rope, attend, layer_input, dense)
 
 

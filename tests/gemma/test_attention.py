@@ -36,7 +36,7 @@ def _case(kv_heads, length, seed=0, head_dim=8):
   )
   rng = np.random.default_rng(seed)
   q, k, v = (
-    rng.normal(size=(2, length, heads, cfg.head_dim)).astype(np.float32)
+    rng.normal(size=(2, heads, length, cfg.head_dim)).astype(np.float32)
     for heads in (cfg.num_heads, kv_heads, kv_heads)
   )
   # Segments of up to 90 places, then padding.
@@ -62,7 +62,7 @@ def test_blocks_of_queries_are_all_queries(length, kv_heads):
     lambda *args: attention.causal_attend(cfg, *args, first), args
   )
   want = _with_gradients(lambda *args: attention.attend(cfg, *args, mask), args)
-  assert got[1].shape == (2, length, cfg.num_heads * cfg.head_dim)
+  assert got[1].shape == (2, cfg.num_heads, length, cfg.head_dim)
   _assert_same(got, want)
 
 
@@ -170,12 +170,12 @@ def test_rope_by_hand_and_against_the_oracle():
   positions = np.array([[0, 1, 700], [3, 2000, 1]])
   sin, cos = jax.jit(functools.partial(attention.rope_tables, cfg))(positions)
   for kind, base, scale in ((0, 10_000, 1), (1, 1_000_000, 8)):
-    got = jax.jit(attention.apply_rope)(x, sin[kind], cos[kind])
+    got = jax.jit(attention.apply_rope)(x.swapaxes(1, 2), sin[kind], cos[kind])
     want = jax.jit(gemma_positions.apply_rope, static_argnums=(2, 3))(
       x, positions, base, scale
     )
     # Float32 angles of 2000 radians are good to 1e-4.
-    np.testing.assert_allclose(got, want, atol=1e-3)
+    np.testing.assert_allclose(got.swapaxes(1, 2), want, atol=1e-3)
 
 
 def test_rope_tables_by_hand():
@@ -195,6 +195,6 @@ def test_wrong_shapes_are_named():
   cfg, (q, k, v), _, segments = _case(1, 4)
   first = attention.first_keys(cfg, segments)[0]
   with pytest.raises(AssertionError, match='shape'):
-    attention.causal_attend(cfg, q, k[:, :3], v, first)
+    attention.causal_attend(cfg, q, k[:, :, :3], v, first)
   with pytest.raises(AssertionError, match='shape'):
     attention.causal_attend(cfg, q, k, v, first[0])

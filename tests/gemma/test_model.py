@@ -251,6 +251,33 @@ def test_gradients_of_a_product_are_autodiffs(argnums):
   assert text.count('dot_general[') == 1 + len(argnums)
 
 
+@pytest.mark.parametrize('rank', (0, 2))
+@pytest.mark.parametrize('name', ('q', 'o', 'gate'))
+def test_heads_may_be_axes_of_the_product(name, rank):
+  """And it has the same gradients, of x and of the weights."""
+  width = {'q': (7, 20), 'o': (20, 7), 'gate': (7, 11)}[name]
+  layer, heads = {name: _normal(*width)}, (4, 5) if name == 'q' else None
+  if rank:
+    layer |= {f'{name}_lora_a': _normal(width[0], rank)}
+    layer |= {f'{name}_lora_b': _normal(rank, width[1])}
+  x = _normal(2, 4, 3, 5) if name == 'o' else _normal(2, 3, 7)
+
+  def run(dense):
+    def total(x, layer):
+      y = dense(layer, name, x, heads)
+      return jnp.sum(jnp.sin(y)), y
+
+    return jax.grad(total, (0, 1), has_aux=True)(x, layer)
+
+  got, want = run(model.dense_of_heads), run(model.dense)
+  assert got[1].shape == ((2, 4, 3, 5) if heads else (2, 3, width[1]))
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+    got,
+    want,
+  )
+
+
 def test_gradient_of_the_embedding_is_autodiffs():
   """Added to what is there; a token that stands twice counts twice."""
   table, d_x, before = _normal(11, 6), _normal(2, 4, 6), _normal(11, 6) + 1
@@ -269,8 +296,8 @@ def test_gradient_of_the_embedding_is_autodiffs():
 
 
 _INT = np.zeros((2, 3), np.int32)
-_HEADS = np.zeros((2, 3, 4, 8), np.float32)
-_ONE_KEY = np.zeros((2, 3, 1, 8), np.float32)
+_HEADS = np.zeros((2, 4, 3, 8), np.float32)
+_ONE_KEY = np.zeros((2, 1, 3, 8), np.float32)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def _chosen(*target, **given):
     ),
     (
       ('tpu', 'TPU v6 lite', 32 * 10**9),
-      ('bfloat16', 'bfloat16', 'full', 'splash', 2048, -1),
+      ('bfloat16', 'bfloat16', 'full', 'splash', 4096, -1),
     ),
     (
       ('tpu', 'TPU v5 lite', 16 * 10**9),

@@ -175,7 +175,7 @@ def test_hidden_states_are_those_of_the_forward_pass(name):
     got = [*prompt[row, :n], *steps[:, row], *last[row]]
     exact = want[row, : n + NEW]
     error = np.linalg.norm(got - exact, axis=-1)
-    assert np.max(error / np.linalg.norm(exact, axis=-1)) < 1e-5
+    assert np.max(error / np.linalg.norm(exact, axis=-1)) < 2e-5
 
 
 def test_a_long_prompt_is_read_in_parts():
