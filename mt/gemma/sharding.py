@@ -83,6 +83,19 @@ def make_mesh(
   )
 
 
+def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
+  """Of jax.jit, for a program over the mesh.
+
+  XLA would split a TPU's products with gathered weights into one for each
+  device and send between them, which takes twice as long as to gather first
+  (docs/measurements.md).
+  """
+  if mesh is None or mesh.devices.flat[0].platform != 'tpu':
+    return {}
+  # From so many MiB on; these are never reached.
+  return {'xla_jf_spmd_threshold_for_windowed_einsum_mib': 2**20}
+
+
 def check_rows(mesh: Mesh | None, batch_size: int, micro_batches: int) -> None:
   """Refuses a batch that does not divide over the mesh.
 

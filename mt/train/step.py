@@ -256,7 +256,11 @@ def make_train_step(
       'skipped_in_a_row': new.skipped_in_a_row,
     }
 
-  return compiling.jit_once(train_step, donate_argnums=0)
+  return compiling.jit_once(
+    train_step,
+    donate_argnums=0,
+    compiler_options=sharding.compiler_options(mesh),
+  )
 
 
 def make_eval_step(
@@ -272,4 +276,6 @@ def make_eval_step(
     total, _ = batch_nll(cfg, params, batch, weights, config.train, mesh)
     return {'nll': total, 'targets': jnp.sum(batch['target_mask'])}
 
-  return compiling.jit_once(eval_step)
+  return compiling.jit_once(
+    eval_step, compiler_options=sharding.compiler_options(mesh)
+  )
