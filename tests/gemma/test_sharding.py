@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +186,16 @@ def test_each_device_holds_its_share():
   k = _mesh(1, 2, 4)
   spec = sharding.of_parameter(CFG, k, 'layers/k', (2, 32, 32)).spec
   assert spec == jax.sharding.PartitionSpec(None, ('fsdp',), None)
+
+
+def test_only_a_mesh_of_tpus_has_options():
+  tpu = types.SimpleNamespace(platform='tpu')
+  mesh = types.SimpleNamespace(devices=np.array([[tpu, tpu]]))
+  (name,) = sharding.compiler_options(mesh)
+  assert name.endswith('threshold_for_windowed_einsum_mib')
+  here = {'data': 2, 'fsdp': 2, 'tensor': 2}
+  assert not sharding.compiler_options(sharding.make_mesh(here))
+  assert not sharding.compiler_options(None)
 
 
 def test_what_does_not_divide_stays_whole():

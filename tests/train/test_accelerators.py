@@ -118,6 +118,15 @@ def test_attention_is_the_fused_kernel(on, kernel):
   assert sum(kernel in name for name in found) >= 3  # Forward, twice, backward.
 
 
+def test_a_mesh_of_tpus_gathers_weights_before_their_product():
+  """XLA's default is a product for each part, which is sent on (4B or more)."""
+  knobs = 'weights.size=gemma3_4b', 'mesh.fsdp=8', 'train.batch_size=64'
+  kernels = _train_step('v6e:2x4', *knobs, 'data.length=512')['kernels']
+  sent_on = [k for k in kernels if k.startswith('collective-permute')]
+  assert any(k.startswith('all-gather') for k in kernels)
+  assert len(sent_on) < 10, len(sent_on)
+
+
 def test_a_soft_cap_takes_what_has_its_gradient():
   knobs = 'weights.size=gemma2_2b', 'train.parts=lora'
   assert _train_step('h100', *knobs)['opaque']
