@@ -146,12 +146,13 @@ def split_heads(x: jax.Array, heads: tuple[int, int] | None) -> jax.Array:
 def dense_of_heads(
   layer: Params, name: str, x: jax.Array, heads: tuple[int, int] | None = None
 ) -> jax.Array:
-  """`dense`, with heads as axes of the product.
+  """`dense`, with heads as axes of the product: for arguments see there.
 
   A TPU, whose arrays lie in tiles of two axes, would copy what is reshaped
   after it: 7 of 127 ms of the 270M's step (docs/measurements.md).
   """
-  w, low_rank = layer[name], name + '_lora_a' in layer
+  chex.assert_rank(x, {3, 4})
+  w = layer[name]
   if isinstance(w, quantize.Quantized) or (x.ndim == 3 and not heads):
     return dense(layer, name, x, heads)
   of_x, of_in, into = 'bli', 'i', x.shape[2:]
@@ -162,10 +163,10 @@ def dense_of_heads(
     of_y, of_out, out = 'bnlo', 'no', heads
   w = w.astype(x.dtype).reshape(*into, *out)
   y = jnp.einsum(f'{of_x},{of_in}{of_out}->{of_y}', x, w)
-  if low_rank:
-    a = layer[name + '_lora_a'].astype(x.dtype).reshape(*into, -1)
+  if name + '_lora_a' in layer:
+    a = layer[name + '_lora_a'].astype(x.dtype)
     b = layer[name + '_lora_b'].astype(x.dtype)
-    low = jnp.einsum(f'{of_x},{of_in}r->blr', x, a)
+    low = jnp.einsum(f'{of_x},{of_in}r->blr', x, a.reshape(*into, -1))
     b = b.reshape(len(b), *out)
     y = y + jnp.einsum(f'blr,r{of_out}->{of_y}', low, b)
   return y

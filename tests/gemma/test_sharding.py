@@ -13,6 +13,7 @@ import pytest
 
 from configs import debug
 from mt.gemma import embedding
+from mt.gemma import fused
 from mt.gemma import loss
 from mt.gemma import model
 from mt.gemma import parameters
@@ -291,14 +292,22 @@ def test_the_loss_is_the_one_of_one_device(shape, cap, smoothing, tile):
   assert f'[{v},' not in text
 
 
+@pytest.mark.parametrize('products', ['xla', 'splash'])
 @pytest.mark.parametrize('shape', [(2, 2, 2), (1, 4, 1), (2, 1, 4)])
-def test_forward_is_the_one_of_one_device(shape):
+def test_forward_is_the_one_of_one_device(shape, products, monkeypatch):
+  """With the products of splash too, whose own kernel no CPU runs on a mesh."""
   params, batch = parameters.init(CFG, jax.random.key(1)), _batch(3)
-  mesh = _mesh(*shape)
+  mesh, make = _mesh(*shape), fused.make_attend
+  monkeypatch.setattr(
+    fused,
+    'make_attend',
+    lambda cfg, _, segments, mesh: make(cfg, 'xla', segments, mesh),
+  )
 
   def forward(params, batch, mesh):
-    names = 'tokens', 'positions', 'segment_ids'
-    return model.forward(CFG, params, *(batch[n] for n in names), mesh=mesh)
+    rows = [batch[n] for n in ('tokens', 'positions', 'segment_ids')]
+    name = products if mesh is not None else 'xla'
+    return model.forward(CFG, params, *rows, mesh=mesh, implementation=name)
 
   want = jax.jit(functools.partial(forward, mesh=None))(params, batch)
   flat = parameters.flatten(params)
