@@ -193,7 +193,7 @@ def block(
       training masks, and decoding reads and writes its cache. Of a layer that
       has no keys and values, (q).
     layer_input: [B, L, E], its own, if cfg.layer_input_dim.
-    dense: what `dense` here does.
+    dense: another with its arguments and result, such as `dense_of_heads`.
 
   Returns:
     [B, L, D] and the `extra` of `attend`.

