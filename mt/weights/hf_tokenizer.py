@@ -103,8 +103,7 @@ def _added_beside(folder, tok, rows):
   return [
     text
     for text, i in added.items()
-    # Stands for an image in published folders; no text has it.
-    if text != '<image_soft_token>'
+    if text != tokenizer.IMAGE
     and i < rows
     and (
       i >= tok.vocab_size or tok.spm.id_to_piece(i) != text.replace(' ', _SPACE)
