@@ -67,6 +67,18 @@ def generation(
   return out
 
 
+def check(to: str, source: pretrained.Source) -> None:
+  """Refuses a model that a format cannot say, before minutes go into it.
+
+  Raises:
+    errors.UserError: with what it cannot say.
+  """
+  if to == 'gguf':
+    gguf_out.check(source.config)
+  if to == 'gemma':
+    flax_out.published(source.config, source.tokenizer)
+
+
 def write(
   out: pathlib.Path, params: parameters.Params, about: card.Model
 ) -> None:
@@ -132,20 +144,18 @@ def from_run(
       f'{workdir}: --to=peft is what a run with train.parts=lora has trained, '
       f'found {parts!r}{" and --base" if base else ""}; use --to=hf.'
     )
-  if base:
-    about = 'before training'
-    config, source = checkpoint.open_source(workdir)
-    params = source.read()
-  else:
+  at, about = None, 'before training'
+  if not base:
     at, about = checkpoint.find_step(workdir, which)
     journal.say(f'checkpoint: {about}')
-    if to == 'peft':
-      config, source, params, _ = checkpoint.load_trained(workdir, at)
-    else:
-      config, source, params = checkpoint.load_finetuned(
-        workdir, at, exact=True
-      )
-      params = lora.fold(params)
+  config, source = checkpoint.open_source(workdir)
+  check(to, source)
+  if base:
+    params = source.read()
+  elif to == 'peft':
+    params = checkpoint.load_trained(workdir, at)[2]
+  else:
+    params = lora.fold(checkpoint.load_finetuned(workdir, at, exact=True)[2])
   first, *others = directions.each(config.data.pair)
   if others:
     journal.say(
@@ -189,6 +199,7 @@ def merge(
       'expected.'
     )
   source = pretrained.open_source(name, '', '', seed=0, texts=())
+  check(to, source)
   params, about = source.read(), 'as it is'
   if adapter:
     read = peft.read(pretrained.find_adapter(adapter), source.config)

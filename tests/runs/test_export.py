@@ -17,12 +17,15 @@ from mt.base import files
 from mt.base import run_folder
 from mt.export import __main__ as export
 from mt.gemma import parameters
+from mt.gemma import sizes
 from mt.train import checkpoint
 from mt.weights import gguf_out
 from mt.weights import hf
+from mt.weights import pretrained
 from tests.fixtures import flax_fixture
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
+from tests.fixtures import tiny_gemma4
 from tests.fixtures import tiny_gguf
 from tests.fixtures.refusal import refusal
 from tests.runs import lora_run
@@ -103,9 +106,10 @@ def test_the_checkpoint_is_chosen(tmp_path, run, to):
   )
 
 
-def test_the_official_layout(tmp_path, run, finetuned):
-  export.from_run('gemma', run, tmp_path / 'o', 'float32')
+def test_the_official_layout(tmp_path, run, finetuned, monkeypatch):
   source, params = finetuned
+  monkeypatch.setitem(sizes.SIZES, 'tiny', source.config)
+  export.from_run('gemma', run, tmp_path / 'o', 'float32')
   read = gemma_params.load_and_format_params(str(tmp_path / 'o' / 'checkpoint'))
   params = jax.tree.map(np.asarray, params)
   want = flax_fixture.nested_tree(source.config, params, transposed=True)
@@ -227,6 +231,28 @@ def test_what_fails_in_the_middle_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
       export.from_run('hf', run, out, 'float32', base=True)
   assert list((tmp_path / 'new').iterdir()) == []
+
+
+@pytest.mark.parametrize('to', ('gguf', 'gemma'))
+def test_what_a_format_cannot_say_is_refused_before_all_is_read(
+  tmp_path, run, monkeypatch, to
+):
+  source = dataclasses.replace(
+    checkpoint.open_source(run)[1],
+    config=tiny_gemma4.WITH_TOKENIZER['12b'],
+    read_kept=None,
+  )
+  opened = lambda *_, **__: source  # noqa: E731
+  monkeypatch.setattr(pretrained, 'open_source', opened)
+  out = tmp_path / 'out'
+  for base in True, False:
+    refusal(
+      lambda base=base: export.from_run(to, run, out, 'float32', base),
+      f'--to={to}: Gemma 4',
+    )
+  refusal(
+    lambda: export.merge('x', '', to, out, 'float32'), f'--to={to}: Gemma 4'
+  )
 
 
 def test_no_run_there_is_refused(tmp_path):
