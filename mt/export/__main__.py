@@ -7,7 +7,8 @@
 --to=gguf  the same as a GGUF file, for llama.cpp and whatever is built on it
 --to=gemma the same in Google's own Flax layout, for the gemma package
 --to=peft  the low-rank factors alone, an adapter folder that PEFT loads; its
-           base is what --to=hf --base writes
+           base is the run's if a folder of Hugging Face's, else what --to=hf
+           --base writes
 
 With what decoding has to know beside, where the format has a place for it, and
 a model card. --push=hf:USER/NAME sends the folder to the Hugging Face hub.
@@ -106,9 +107,17 @@ def write(
         journal.say(
           f'note: adapter_config.json names {base} as its base, which PEFT '
           'does not find elsewhere: set base_model_name_or_path in it to a '
-          'folder that --to=hf --base has written'
+          f'folder that {card.base_folder(about)}'
         )
-      peft.write(part, cfg, params, alpha=alpha, base=base, dtype=about.dtype)
+      peft.write(
+        part,
+        cfg,
+        params,
+        alpha=alpha,
+        base=base,
+        dtype=about.dtype,
+        multimodal=about.multimodal,
+      )
       hf.write_serving(part, cfg, tok, *serving)
     card.write(part, about)
 
@@ -173,6 +182,7 @@ def from_run(
     config=config,
     workdir=workdir,
     dtype=dtype,
+    multimodal=source.multimodal,
   )
   write(out, params, model)
 

@@ -104,6 +104,7 @@ def open_folder(path: pathlib.Path) -> load.Weights:
     get,
     lambda: hf_tokenizer.read_folder(path, config.vocab_size),
     heads,
+    multimodal=hf_config.is_multimodal(path / 'config.json'),
   )
 
 

@@ -295,6 +295,11 @@ def is_tied(path: pathlib.Path) -> bool:
   return all(d.get('tie_word_embeddings') in (None, True) for d in both)
 
 
+def is_multimodal(path: pathlib.Path) -> bool:
+  """Whether a config.json is of the text model and others beside it."""
+  return read_json(path).get('model_type') != _text_fields(path)[0]
+
+
 def _rope(f):
   """Bases of local and of global layers; factor and part of global ones."""
   old, new = f.values.get('rope_scaling'), f.values.get('rope_parameters')

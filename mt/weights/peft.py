@@ -142,8 +142,12 @@ def write(
   alpha: float,
   base: str,
   dtype: str = 'float32',
+  multimodal: bool = False,
 ) -> None:
   """Writes what `peft.PeftModel.from_pretrained(base_model, folder)` reads.
+
+  PEFT finds matrices by their names in the base, and passes over factors of
+  names that the base has not without an error.
 
   Args:
     folder: exists and is empty.
@@ -152,6 +156,7 @@ def write(
     alpha: their product is multiplied with alpha / R.
     base: path or name of the base model, as the adapter notes it.
     dtype: float32 or bfloat16, of the factors in the file.
+    multimodal: whether that base has other parts beside the text model.
 
   Raises:
     OSError: the disk is full or not writable.
@@ -162,12 +167,12 @@ def write(
     if f'{row.path}_lora_a' in trained  # Not all may be trained.
   ]
   layers = {stack.name: stack.layers for stack in cfg.stacks()}
-  tensors = {}
+  tensors, text = {}, 'model.language_model.' if multimodal else 'model.'
   for row in rows:
     for letter in 'AB':
       stacked = np.asarray(trained[f'{row.path}_lora_{letter.lower()}'])
       for i, x in zip(layers[row.stack], stacked, strict=True):
-        name = _name('base_model.model.model.', i, row, letter)
+        name = _name(f'base_model.model.{text}', i, row, letter)
         tensors[name] = x.T.astype(dtype)
   hf.save(folder / _TENSORS, tensors)
   fields = {
@@ -185,4 +190,6 @@ def write(
     'use_dora': False,
     'target_modules': sorted({row.hf.split('.')[-1] for row in rows}),
   }
+  if multimodal:  # Its towers have matrices of the same names.
+    fields['exclude_modules'] = rf'(?!{re.escape(text)}).*'
   files.write_json(folder / _CONFIG, fields)

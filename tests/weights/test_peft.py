@@ -1,6 +1,7 @@
 """Adapters of PEFT: the same factors out and in, or one clear refusal."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -87,6 +88,23 @@ def test_any_prefix_is_found(folder, prefix):
   _rename(folder, 'base_model.model.model.', prefix)
   found = peft.read(folder, _CFG).factors
   for name, x in expected.items():
+    np.testing.assert_array_equal(found[name], x)
+
+
+def test_the_names_are_those_of_the_base(tmp_path):
+  """PEFT passes over others; the towers have matrices of the same names."""
+  factors = _factors('q|v')
+  peft.write(tmp_path, _CFG, factors, alpha=7.5, base='x', multimodal=True)
+  names = load_file(tmp_path / 'adapter_model.safetensors')
+  prefix = 'base_model.model.model.language_model.layers.'
+  assert all(name.startswith(prefix) for name in names)
+  fields = json.loads((tmp_path / 'adapter_config.json').read_text())
+  left_out = re.compile(fields['exclude_modules']).fullmatch  # As PEFT does.
+  assert left_out('model.vision_tower.layers.0.self_attn.q_proj')
+  assert not left_out('model.language_model.layers.0.self_attn.q_proj')
+  assert fields['target_modules'] == ['q_proj', 'v_proj']
+  found = peft.read(tmp_path, _CFG).factors
+  for name, x in factors.items():
     np.testing.assert_array_equal(found[name], x)
 
 
