@@ -9,6 +9,7 @@ from collections.abc import Container
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import itertools
 import json
 import pathlib
 import re
@@ -23,6 +24,24 @@ from mt.weights import hf_config
 _SPACE = '\u2581'
 _BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
 ROLES = ('pad', 'eos', 'bos', 'unk')
+_A_SPACE = {'pattern': {'String': ' '}}
+_TO_VISIBLE = {'type': 'Replace', **_A_SPACE, 'content': _SPACE}
+_SPLIT = {'type': 'Split', **_A_SPACE, 'behavior': 'MergedWithPrevious'}
+# What stands next to the vocabulary of Gemmas.
+_NEXT_TO = {
+  'normalizer': (
+    _TO_VISIBLE,
+    {'type': 'Sequence', 'normalizers': [_TO_VISIBLE]},
+  ),
+  # Spaces, of which there are none by then.
+  'pre_tokenizer': (None, _SPLIT | {'invert': False}),
+}
+# What is set of no Gemma's merges, and of none of its added tokens.
+_OFF = (
+  *('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'),
+  'ignore_merges',
+)
+_TAKES_MORE = 'single_word', 'lstrip', 'rstrip'
 
 
 def read_folder(folder: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
@@ -81,14 +100,20 @@ def _ids(tok):
 
 
 def _agree(tok, path, rows):
-  """Whether a tokenizer.json has the pieces of a tokenizer.model."""
-  _, pieces, symbols, _ = _parse(path, rows)
+  """Whether a tokenizer.json merges the pieces of a tokenizer.model as it."""
+  _, pieces, symbols, ranks = _parse(path, rows)
   proto = sp_pb2.ModelProto.FromString(tok.proto)
-  return len(pieces) == tok.vocab_size and all(
+  same = len(pieces) == tok.vocab_size and all(
     p.piece == (piece.replace(' ', _SPACE) if i in symbols else piece)
     and (i not in symbols or p.type != tokenizer.NORMAL)
     for i, (p, piece) in enumerate(zip(proto.pieces, pieces, strict=True))
   )
+  merged = sorted(
+    (ranks[p.piece], -p.score)
+    for p in proto.pieces
+    if p.type == tokenizer.NORMAL and p.piece in ranks
+  )
+  return same and all(a[1] <= b[1] for a, b in itertools.pairwise(merged))
 
 
 def _added_beside(folder, tok, rows):
@@ -235,6 +260,7 @@ def _parse(path, rows):
     ) from e
   if kind != 'BPE':
     raise bad(path, f'a tokenizer of type {str(kind)[:40]!r} found')
+  _check_function(path, whole)
   unique = len(set(pieces)) == len(pieces) >= len(vocab)
   if not pieces or not all(pieces) or not unique:
     raise bad(path, 'its ids are not 0, 1, 2, …, each of a piece of its own')
@@ -243,6 +269,22 @@ def _parse(path, rows):
   if 0 <= tab < len(pieces) and pieces[tab] == '\t' and tab not in symbols:
     pieces[tab] = '<0x09>'
   return model, pieces, symbols, ranks
+
+
+def _check_function(path, whole):
+  """Refuses what would split a text otherwise than the merges alone."""
+  model, more = whole['model'], {key: whole.get(key) for key in _NEXT_TO}
+  spelt = any(map(_BYTE_PIECE.fullmatch, model['vocab']))
+  wrong = {key: x for key, x in more.items() if x not in _NEXT_TO[key]}
+  wrong |= {key: model[key] for key in _OFF if model.get(key)}
+  if bool(model.get('byte_fallback')) != spelt:
+    wrong['byte_fallback'] = model.get('byte_fallback')
+  for token in whole.get('added_tokens', []):
+    name = f'of {token["content"][:40]!r}'
+    wrong |= {f'{key} {name}': True for key in _TAKES_MORE if token.get(key)}
+  if wrong:
+    key, value = next(iter(wrong.items()))
+    raise bad(path, f'{key} is {str(value)[:80]}')
 
 
 def _role_pieces(folder, unknown):
@@ -309,7 +351,6 @@ def _fast(proto, tok, special):
     for i, p in enumerate(proto.pieces)
     if p.type in (tokenizer.UNKNOWN, tokenizer.CONTROL, tokenizer.USER_DEFINED)
   ]
-  to_visible = {'pattern': {'String': ' '}, 'content': _SPACE}
   to_space = {'pattern': {'String': _SPACE}, 'content': ' '}
   bos = special['bos_token']
   first, second = (
@@ -322,7 +363,7 @@ def _fast(proto, tok, special):
   return {
     'version': '1.0',
     'added_tokens': added,
-    'normalizer': {'type': 'Replace', **to_visible},
+    'normalizer': _TO_VISIBLE,
     'post_processor': {
       'type': 'TemplateProcessing',
       'single': first,

@@ -277,6 +277,7 @@ def _hole(content):
   vocab[next(p for p, i in vocab.items() if i == 399)] = 400
 
 
+_LOWER = {'type': 'Lowercase'}
 _BROKEN = {
   'another kind': (_set('model', 'type', 'Unigram'), "'Unigram'"),
   'no model': (_set('model', None), 'no vocabulary'),
@@ -294,6 +295,18 @@ _BROKEN = {
     'added tokens',
   ),
   'no UTF-8': (_set('added_tokens', 5, 'content', '\ud800'), 'UTF-8'),
+  'lower case': (
+    _set('normalizer', {'type': 'Sequence', 'normalizers': [_LOWER]}),
+    'normalizer is',
+  ),
+  'no normalizer': (_set('normalizer', None), 'normalizer is None'),
+  'split digits': (_set('pre_tokenizer', {'type': 'Digits'}), 'pre_tokenizer'),
+  'dropout': (_set('model', 'dropout', 0.1), 'dropout is 0.1'),
+  'ignored merges': (_set('model', 'ignore_merges', True), 'ignore_merges'),
+  'a suffix': (_set('model', 'end_of_word_suffix', '</w>'), '</w>'),
+  'a prefix': (_set('model', 'continuing_subword_prefix', '##'), '##'),
+  'bytes unused': (_set('model', 'byte_fallback', False), 'byte_fallback'),
+  'white space': (_set('added_tokens', 5, 'lstrip', True), 'lstrip of'),
   'no unknown': (_set('model', 'unk_token', 'nowhere'), 'unknown'),
 }
 
@@ -305,6 +318,24 @@ def test_a_broken_file_is_refused(tmp_path, written, what):
   change(content)
   path = tmp_path / 'tokenizer.json'
   refusal(lambda: _read(path, content), path, word, 'weights.tokenizer')
+
+
+def test_what_the_published_ones_say_is_read(tmp_path, written, original):
+  """Of 2024 and later; their spaces are replaced before they could split."""
+  content = _content(written)
+  content['model'] |= {'dropout': None, 'ignore_merges': False}
+  content['model'] |= {'continuing_subword_prefix': None}
+  content['normalizer'] = {
+    'type': 'Sequence',
+    'normalizers': [content['normalizer']],
+  }
+  content['pre_tokenizer'] = {
+    'type': 'Split',
+    'pattern': {'String': ' '},
+    'behavior': 'MergedWithPrevious',
+    'invert': False,
+  }
+  _same_everywhere(_read(tmp_path / 't.json', content), original)
 
 
 def test_bytes_that_are_not_all_there_are_refused(tmp_path, written):
@@ -390,6 +421,20 @@ def _add_token(content, text, id_):
   content['model']['merges'] = [
     m for m in merges if not gone & {*m, ''.join(m)}
   ]
+
+
+def test_merges_in_another_order_are_read(tmp_path, written, original):
+  # The pieces of tokenizer.model are the same.
+  folder = _beside(tmp_path / 'a', original, {})
+  content = _content(written)
+  content['model']['merges'].reverse()
+  (folder / 'tokenizer.json').write_text(json.dumps(content))
+  tok = hf_tokenizer.read_folder(folder, 400)
+  alone = _read(tmp_path / 't.json', content)
+  _same_everywhere(tok, alone)
+  assert any(tok.encode(x) != original.encode(x) for x in nasty.TEXTS)
+  (folder / 'tokenizer.json').write_text(json.dumps(_content(written)))
+  assert hf_tokenizer.read_folder(folder, 400).proto == original.proto
 
 
 def test_a_token_that_only_the_config_lists_is_missed(tmp_path, written):
