@@ -206,7 +206,9 @@ def _gemma4(file, fields):
     'vocab_size_per_layer_input': values['vocab_size'],
     'attention_k_eq_v': f'blk.{own}.attn_v.weight' not in file.tensors,
     'rope_parameters': {
-      'sliding_attention': {'rope_theta': values.get('rope_local_base_freq')},
+      'sliding_attention': {
+        'rope_theta': values.get('rope_local_base_freq', 1e4)
+      },
       'full_attention': {
         'rope_type': 'proportional',
         'partial_rotary_factor': turned,
