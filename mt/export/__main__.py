@@ -60,12 +60,18 @@ def generation(
   longest = int(d.max_ratio * config.data.length) + d.max_extra
   ends = list(translator.end_ids(tok, template))
   out = {'eos_token_id': ends, 'max_new_tokens': longest}
-  if never := translator.never_ids(tok):
-    never = [*never, *range(tok.vocab_size, cfg.vocab_size)]
-    out |= {'suppress_tokens': never}
   if d.beam > 1:
     out |= {'num_beams': d.beam, 'length_penalty': d.length_penalty}
-  return out
+  return out | suppressed(cfg, tok)
+
+
+def suppressed(
+  cfg: sizes.ModelConfig, tok: tokenizer.Tokenizer
+) -> dict[str, list[int]]:
+  """The field of what our search never chooses, either."""
+  never = translator.never_ids(tok)
+  spare = range(tok.vocab_size, cfg.vocab_size)
+  return {'suppress_tokens': [*never, *spare]} if never else {}
 
 
 def check(to: str, source: pretrained.Source) -> None:
@@ -81,11 +87,17 @@ def check(to: str, source: pretrained.Source) -> None:
 
 
 def write(
-  out: pathlib.Path, params: parameters.Params, about: card.Model
+  out: pathlib.Path,
+  params: parameters.Params,
+  about: card.Model,
+  chat_template: str = '',
 ) -> None:
-  """Writes a new folder with a model (of peft: its factors) and its card."""
+  """Writes a new folder with a model (of peft: its factors) and its card.
+
+  Without a run the chat template is the given one.
+  """
   cfg, tok, config = about.cfg, about.tok, about.config
-  serving = {}, ''
+  serving = suppressed(cfg, tok), chat_template
   if config is not None:  # Of a run, which knows how it decodes.
     template = template_lib.from_config(config)
     chat = template_lib.chat_template(template, tok)  # '' without turns.
@@ -226,7 +238,7 @@ def merge(
     tok=source.tokenizer,
     dtype=dtype,
   )
-  write(out, params, model)
+  write(out, params, model, source.chat_template)
 
 
 def main(_):

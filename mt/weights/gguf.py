@@ -252,6 +252,7 @@ def open_weights(path: pathlib.Path) -> load.Weights:
   """
   file = gguf_file.open_gguf(path)
   cfg = read_config(file)
+  template = file.fields.get('tokenizer.chat_template')
   return load.Weights(
     path,
     cfg,
@@ -265,6 +266,7 @@ def open_weights(path: pathlib.Path) -> load.Weights:
     lambda: read_tokenizer(file),
     [_HEAD] if _HEAD in file.tensors else [],
     quantised=file.tensors[_EMBEDDING].kind not in gguf_file.FLOATS,
+    chat_template=template if isinstance(template, str) else '',
   )
 
 

@@ -105,6 +105,7 @@ def open_folder(path: pathlib.Path) -> load.Weights:
     lambda: hf_tokenizer.read_folder(path, config.vocab_size),
     heads,
     multimodal=hf_config.is_multimodal(path / 'config.json'),
+    chat_template=hf_tokenizer.chat_template(path),
   )
 
 

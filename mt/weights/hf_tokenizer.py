@@ -302,6 +302,25 @@ def _role_pieces(folder, unknown):
   return out
 
 
+def chat_template(folder: pathlib.Path) -> str:
+  """What `write` or transformers left there: a file, or in the config; or ''.
+
+  Raises:
+    errors.UserError: unreadable.
+  """
+  own, config = folder / 'chat_template.jinja', folder / 'tokenizer_config.json'
+  if own.exists():
+    try:
+      return own.read_text('utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+      raise errors.UserError(
+        f'{own}: cannot read it ({e}); fetch it again, or remove it.'
+      ) from e
+  fields = hf_config.read_json(config) if config.exists() else {}
+  template = fields.get('chat_template')
+  return template if isinstance(template, str) else ''
+
+
 def write(
   folder: pathlib.Path, tok: tokenizer.Tokenizer, chat_template: str = ''
 ) -> None:

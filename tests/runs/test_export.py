@@ -74,6 +74,26 @@ def test_a_search_reaches_the_folder(tmp_path, run):
   assert found['suppress_tokens'] == [7, tok.vocab_size]
 
 
+@pytest.mark.parametrize('place', ('jinja', 'config'))
+def test_a_model_keeps_its_chat_template(tmp_path, monkeypatch, place):
+  """Without a run; and what a published one may not write is not written."""
+  base, template = tmp_path / 'base', '{{ bos_token }}"é"\n'
+  hf_fixture.write_folder(base)
+  if place == 'jinja':
+    (base / 'chat_template.jinja').write_text(template, 'utf-8')
+  else:
+    fields = {'chat_template': template}
+    (base / 'tokenizer_config.json').write_text(json.dumps(fields))
+  monkeypatch.setattr(export.translator, 'never_ids', lambda tok: (7,))
+  export.merge(str(base), '', 'gguf', tmp_path / 'gguf', 'float32')
+  for source, out in ('base', 'hf'), ('gguf', 'again'):
+    out = tmp_path / out
+    export.merge(str(tmp_path / source), '', 'hf', out, 'float32')
+    assert (out / 'chat_template.jinja').read_text('utf-8') == template
+    fields = json.loads((out / 'generation_config.json').read_text())
+    assert fields['suppress_tokens'] == [7]
+
+
 def test_rows_without_a_piece_are_never_generated(tmp_path, run):
   tok = checkpoint.open_source(run)[1].tokenizer
   cfg = gguf_fixture.tiny_config('gemma2', 402)

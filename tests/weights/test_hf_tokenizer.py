@@ -348,6 +348,16 @@ def test_bytes_that_are_not_all_there_are_refused(tmp_path, written):
   refusal(lambda: _read(path, content), path, 'SentencePiece')
 
 
+def test_a_chat_template_that_is_no_text(tmp_path):
+  assert hf_tokenizer.chat_template(tmp_path) == ''
+  config = tmp_path / 'tokenizer_config.json'
+  config.write_text(json.dumps({'chat_template': None}))
+  assert hf_tokenizer.chat_template(tmp_path) == ''
+  path = tmp_path / 'chat_template.jinja'
+  path.write_bytes(b'\xff')
+  refusal(lambda: hf_tokenizer.chat_template(tmp_path), path, 'fetch it again')
+
+
 # Beside a tokenizer.model.
 
 
