@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from mt.base import errors
 from mt.base import files
+from mt.base import foreign
 from mt.gemma import lora
 from mt.gemma import parameters
 from mt.gemma import sizes
@@ -98,6 +99,9 @@ def read(folder: pathlib.Path, cfg: sizes.ModelConfig) -> Adapter:
 
 def _stacked(path, cfg, rank):
   """The factors of all layers, checked and stacked."""
+  if not path.exists():
+    for pickle in path.parent.glob('*.bin'):
+      foreign.refuse(pickle)
   with hf.reading(path):
     tensors = safetensors.numpy.load_file(path)
   given = '\n'.join(tensors)
@@ -110,15 +114,18 @@ def _stacked(path, cfg, rank):
       continue
     _, fan_in, fan_out = shapes[row.path]
     for letter, shape in ('A', (rank, fan_in)), ('B', (fan_out, rank)):
-      xs = [
-        tensors.pop(_name(prefix, i, row, letter), np.zeros(0))
-        for i in layers[row.stack]
-      ]
+      names = [_name(prefix, i, row, letter) for i in layers[row.stack]]
+      if lacking := [name for name in names if name not in tensors]:
+        raise errors.UserError(
+          f'{path}: no tensor {lacking[0]!r}, but others of {row.hf}; the '
+          'adapter is of another model, has not all layers, or was not written '
+          "by PEFT's save_pretrained."
+        )
+      xs = [tensors.pop(name) for name in names]
       if any(x.shape != shape for x in xs):
         raise errors.UserError(
           f'{path}: the factors {letter} of {row.hf} are not {len(xs)} of '
-          f'the shape {shape}; the adapter is of another model, or has not all '
-          'layers.'
+          f'the shape {shape}; the adapter is of another model.'
         )
       stacked = np.stack([x.T for x in xs]).astype(np.float32)
       out[f'{row.path}_lora_{letter.lower()}'] = stacked
