@@ -290,6 +290,11 @@ def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:
   Raises:
     errors.UserError: the vocabulary is missing, damaged, or of another kind.
   """
+  if file.fields.get('tokenizer.ggml.add_space_prefix') is True:
+    raise errors.UserError(
+      f'{file.path}: tokenizer.ggml.add_space_prefix is true, false expected; '
+      'no Gemma puts a space before a text: convert the model again.'
+    )
   kind, pieces, types, scores, merges = (
     file.fields.get(f'tokenizer.ggml.{key}')
     for key in ('model', 'tokens', 'token_type', 'scores', 'merges')
