@@ -59,8 +59,13 @@ def _places(prefix: str, cfg: sizes.ModelConfig) -> list[load.Place]:
 
 
 def is_folder(path: pathlib.Path) -> bool:
-  """Whether a path looks like a folder of Hugging Face's."""
-  names = 'config.json', '*.safetensors', 'pytorch_model*.bin'
+  """Whether a path looks like a folder of Hugging Face's.
+
+  One of GGUF files may have the config.json of the model that they were.
+  """
+  names = ['*.safetensors', 'pytorch_model*.bin']
+  if not any(path.glob('*.gguf')):
+    names += ['config.json']
   return any(any(path.glob(name)) for name in names)  # None of a file.
 
 
@@ -117,6 +122,12 @@ def _open_files(path):
       foreign.refuse(pickle)
     raise errors.UserError(
       f'{path}: no .safetensors file in it; fetch the whole folder.'
+    )
+  parts = sorted(path.glob(_FILES[1]))
+  if parts and parts != found:
+    raise errors.UserError(
+      f'{path}: {found[0].name} is in it, and {parts[0].name} as well; remove '
+      'what does not belong to the model.'
     )
   tensors = {}
   for file in found:

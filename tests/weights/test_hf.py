@@ -346,6 +346,17 @@ def test_one_tensor_in_two_files_is_refused(tmp_path):
   )
 
 
+def test_weights_in_one_file_and_in_parts_are_refused(tmp_path):
+  hf_fixture.write_folder(tmp_path)
+  whole = load_file(tmp_path / 'model.safetensors')
+  hf_fixture.write_shards(tmp_path, [{n: 2 * x for n, x in whole.items()}])
+  refusal(
+    lambda: hf_fixture.load(tmp_path),
+    tmp_path,
+    'model.safetensors is in it, and model-00001-of-00001.safetensors as well',
+  )
+
+
 def test_a_missing_part_of_several_is_refused(tmp_path):
   hf_fixture.write_folder(tmp_path)
   whole = load_file(tmp_path / 'model.safetensors')
