@@ -119,12 +119,20 @@ def _agree(tok, path, rows):
 def _added_beside(folder, tok, rows):
   """Tokens that have a row and that the tokenizer does not know."""
   added = {}
-  if (folder / 'added_tokens.json').exists():
-    added = hf_config.read_json(folder / 'added_tokens.json')
-  if (folder / 'tokenizer_config.json').exists():
-    fields = hf_config.read_json(folder / 'tokenizer_config.json')
-    for i, token in fields.get('added_tokens_decoder', {}).items():
-      added[token['content']] = int(i)
+  own, config = folder / 'added_tokens.json', folder / 'tokenizer_config.json'
+  if own.exists():
+    added = hf_config.read_json(own)
+    if not all(type(i) is int for i in added.values()):
+      raise bad(own, 'not each token has a number')
+  if config.exists():
+    listed = hf_config.read_json(config).get('added_tokens_decoder') or {}
+    try:
+      added |= {token['content'] + '': int(i) for i, token in listed.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+      raise bad(
+        config,
+        f'added_tokens_decoder has no numbers with tokens ({str(e)[:60]})',
+      ) from e
   return [
     text
     for text, i in added.items()

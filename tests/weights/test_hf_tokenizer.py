@@ -456,6 +456,38 @@ def test_a_token_that_only_the_config_lists_is_missed(tmp_path, written):
   refusal(lambda: hf_tokenizer.read_folder(tmp_path, 464), tmp_path, '<2fr>')
 
 
+@pytest.mark.parametrize(
+  ('kind', 'content'),
+  [
+    ('added_tokens.json', {'<x>': '400'}),
+    ('added_tokens.json', {'<x>': None}),
+    *(
+      ('tokenizer_config.json', {'added_tokens_decoder': decoder})
+      for decoder in (
+        [{'content': 'a'}],
+        3,
+        {'0': '<pad>'},
+        {'0': {'content': 3}},
+        {'x': {'content': 'a'}},
+      )
+    ),
+  ],
+  ids=str,
+)
+def test_lists_of_added_tokens_that_are_none(tmp_path, original, kind, content):
+  (tmp_path / 'tokenizer.model').write_bytes(original.proto)
+  path = tmp_path / kind
+  path.write_text(json.dumps(content))
+  refusal(lambda: hf_tokenizer.read_folder(tmp_path, 464), path, 'number')
+
+
+def test_no_list_of_added_tokens_is_an_empty_one(tmp_path, original):
+  (tmp_path / 'tokenizer.model').write_bytes(original.proto)
+  path = tmp_path / 'tokenizer_config.json'
+  path.write_text(json.dumps({'added_tokens_decoder': None}))
+  assert hf_tokenizer.read_folder(tmp_path, 464).proto == original.proto
+
+
 def test_an_unused_token_with_a_new_name_is_read(tmp_path, original):
   id_ = original.spm.piece_to_id('<unused0>')
   folder = _beside(tmp_path / 'a', original, {'<turn>': id_})
