@@ -220,6 +220,11 @@ def merge(
       '--to=peft is of a run (--workdir); with --source hf, gguf or gemma '
       'expected.'
     )
+  if name == 'random':
+    raise errors.UserError(
+      '--source=random: a model that is somewhere expected; random weights are '
+      'exported out of a run, with --workdir.'
+    )
   source = pretrained.open_source(name, '', '', seed=0, texts=())
   check(to, source)
   params, about = source.read(), 'as it is'
@@ -245,6 +250,15 @@ def main(_):
   f = flags.FLAGS
   out = pathlib.Path(f.out)
   files.check_new(out)  # Before minutes go into it.
+  for one, other in (
+    ('base', 'source'),
+    ('checkpoint', 'source'),
+    ('checkpoint', 'base'),
+  ):
+    if getattr(f, one) and getattr(f, other):
+      raise errors.UserError(f'--{one} and --{other}: one of them expected.')
+  if f.public and not f.push:
+    raise errors.UserError('--public is of --push, which is not given.')
   push = hub.check_upload(f.push) if f.push else ''
   if bool(f.workdir) == bool(f.source) or (f.adapter and not f.source):
     raise errors.UserError(

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import types
 
 import chex
 from gemma import params as gemma_params
@@ -296,6 +297,30 @@ def test_a_flag_that_cannot_be(tmp_path, run, flag, words):
   assert done.returncode == 2
   assert words in done.stderr
   assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('given', 'words'),
+  [
+    ({'workdir': 'w', 'public': True}, '--public is of --push'),
+    ({'source': 's', 'base': True}, '--base and --source'),
+    ({'source': 's', 'checkpoint': 'best'}, '--checkpoint and --source'),
+    (
+      {'workdir': 'w', 'checkpoint': 'best', 'base': True},
+      '--checkpoint and --base',
+    ),
+    ({'workdir': 'w', 'source': 's'}, '--workdir of a run expected'),
+    ({'source': 'random'}, 'random weights are exported out of a run'),
+  ],
+  ids=str,
+)
+def test_a_flag_that_would_have_no_effect(tmp_path, monkeypatch, given, words):
+  names = ('workdir', 'source', 'adapter', 'push', 'public', 'base')
+  given = dict.fromkeys((*names, 'checkpoint'), '') | given
+  given |= {'to': 'hf', 'dtype': 'float32', 'out': str(tmp_path / 'o')}
+  given = types.SimpleNamespace(**given)
+  monkeypatch.setattr(export.flags, 'FLAGS', given)
+  refusal(lambda: export.main([]), words)
 
 
 def test_a_wrong_flag_is_one_line():
