@@ -20,6 +20,8 @@ from mt.base import foreign
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # What a template writes, and a model ends its turn with.
 TURNS = ('<start_of_turn>', '<end_of_turn>', '<|turn>', '<turn|>')
+# Stands for an image in Hugging Face's folders of Gemma 3; no text has it.
+IMAGE = '<image_soft_token>'
 _ENDS = ('<eos>', '<end_of_turn>', '<turn|>')
 
 # What stands for something else than its characters: in brackets, but no HTML.

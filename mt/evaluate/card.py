@@ -23,9 +23,10 @@ _TERMS = (
 _APACHE = 'Gemma 4, and this model with it, is under the Apache License 2.0.'
 _ADAPTER = (
   ' adapter_config.json names the base that the adapter was trained on; where '
-  'that is no name of the hub, write the folder there that `python -m '
-  'mt.export --to=hf --base` made.'
+  'that is no name of the hub, write the folder there that {folder}.'
 )
+_BASE = '`python -m mt.export --to=hf --base` made'
+_MULTIMODAL = 'has all of that model, its vision too'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Model:
     dtype: of its weights.
     config: of the run; None without one.
     workdir: of the run, with its scores.
+    multimodal: whether its base is, see load.Weights.
   """
 
   to: str
@@ -53,6 +55,7 @@ class Model:
   dtype: str
   config: ml_collections.ConfigDict | None = None
   workdir: pathlib.Path | None = None
+  multimodal: bool = False
 
 
 def hub_name(source: str) -> str:
@@ -61,6 +64,11 @@ def hub_name(source: str) -> str:
   if where == 'hf':
     return '/'.join(name.partition('@')[0].split('/')[:2])
   return 'google/gemma-3-270m' if where == 'pypi' else ''
+
+
+def base_folder(m: Model) -> str:
+  """Which folder is the base of an adapter, as PEFT wants it."""
+  return _MULTIMODAL if m.multimodal else _BASE
 
 
 def write(folder: pathlib.Path, model: Model) -> None:
@@ -90,7 +98,7 @@ def text(m: Model) -> str:
     step=m.about,
     link=f'[{base}](https://huggingface.co/{base})' if base else shown,
     terms=(_APACHE if fourth else _TERMS)
-    + (_ADAPTER if m.to == 'peft' else ''),
+    + (_ADAPTER.format(folder=base_folder(m)) if m.to == 'peft' else ''),
     data=_data(m),
     prompt=_prompt(m),
     scores=_scores(m),

@@ -7,7 +7,8 @@
 --to=gguf  the same as a GGUF file, for llama.cpp and whatever is built on it
 --to=gemma the same in Google's own Flax layout, for the gemma package
 --to=peft  the low-rank factors alone, an adapter folder that PEFT loads; its
-           base is what --to=hf --base writes
+           base is the run's if a folder of Hugging Face's, else what --to=hf
+           --base writes
 
 With what decoding has to know beside, where the format has a place for it, and
 a model card. --push=hf:USER/NAME sends the folder to the Hugging Face hub.
@@ -59,20 +60,44 @@ def generation(
   longest = int(d.max_ratio * config.data.length) + d.max_extra
   ends = list(translator.end_ids(tok, template))
   out = {'eos_token_id': ends, 'max_new_tokens': longest}
-  if never := translator.never_ids(tok):
-    never = [*never, *range(tok.vocab_size, cfg.vocab_size)]
-    out |= {'suppress_tokens': never}
   if d.beam > 1:
     out |= {'num_beams': d.beam, 'length_penalty': d.length_penalty}
-  return out
+  return out | suppressed(cfg, tok)
+
+
+def suppressed(
+  cfg: sizes.ModelConfig, tok: tokenizer.Tokenizer
+) -> dict[str, list[int]]:
+  """The field of what our search never chooses, either."""
+  never = translator.never_ids(tok)
+  spare = range(tok.vocab_size, cfg.vocab_size)
+  return {'suppress_tokens': [*never, *spare]} if never else {}
+
+
+def check(to: str, source: pretrained.Source) -> None:
+  """Refuses a model that a format cannot say, before minutes go into it.
+
+  Raises:
+    errors.UserError: with what it cannot say.
+  """
+  if to == 'gguf':
+    gguf_out.check(source.config)
+  if to == 'gemma':
+    flax_out.published(source.config, source.tokenizer)
 
 
 def write(
-  out: pathlib.Path, params: parameters.Params, about: card.Model
+  out: pathlib.Path,
+  params: parameters.Params,
+  about: card.Model,
+  chat_template: str = '',
 ) -> None:
-  """Writes a new folder with a model (of peft: its factors) and its card."""
+  """Writes a new folder with a model (of peft: its factors) and its card.
+
+  Without a run the chat template is the given one.
+  """
   cfg, tok, config = about.cfg, about.tok, about.config
-  serving = {}, ''
+  serving = suppressed(cfg, tok), chat_template
   if config is not None:  # Of a run, which knows how it decodes.
     template = template_lib.from_config(config)
     chat = template_lib.chat_template(template, tok)  # '' without turns.
@@ -94,9 +119,17 @@ def write(
         journal.say(
           f'note: adapter_config.json names {base} as its base, which PEFT '
           'does not find elsewhere: set base_model_name_or_path in it to a '
-          'folder that --to=hf --base has written'
+          f'folder that {card.base_folder(about)}'
         )
-      peft.write(part, cfg, params, alpha=alpha, base=base, dtype=about.dtype)
+      peft.write(
+        part,
+        cfg,
+        params,
+        alpha=alpha,
+        base=base,
+        dtype=about.dtype,
+        multimodal=about.multimodal,
+      )
       hf.write_serving(part, cfg, tok, *serving)
     card.write(part, about)
 
@@ -132,20 +165,18 @@ def from_run(
       f'{workdir}: --to=peft is what a run with train.parts=lora has trained, '
       f'found {parts!r}{" and --base" if base else ""}; use --to=hf.'
     )
-  if base:
-    about = 'before training'
-    config, source = checkpoint.open_source(workdir)
-    params = source.read()
-  else:
+  at, about = None, 'before training'
+  if not base:
     at, about = checkpoint.find_step(workdir, which)
     journal.say(f'checkpoint: {about}')
-    if to == 'peft':
-      config, source, params, _ = checkpoint.load_trained(workdir, at)
-    else:
-      config, source, params = checkpoint.load_finetuned(
-        workdir, at, exact=True
-      )
-      params = lora.fold(params)
+  config, source = checkpoint.open_source(workdir)
+  check(to, source)
+  if base:
+    params = source.read()
+  elif to == 'peft':
+    params = checkpoint.load_trained(workdir, at)[2]
+  else:
+    params = lora.fold(checkpoint.load_finetuned(workdir, at, exact=True)[2])
   first, *others = directions.each(config.data.pair)
   if others:
     journal.say(
@@ -163,6 +194,7 @@ def from_run(
     config=config,
     workdir=workdir,
     dtype=dtype,
+    multimodal=source.multimodal,
   )
   write(out, params, model)
 
@@ -188,7 +220,13 @@ def merge(
       '--to=peft is of a run (--workdir); with --source hf, gguf or gemma '
       'expected.'
     )
+  if name == 'random':
+    raise errors.UserError(
+      '--source=random: a model that is somewhere expected; random weights are '
+      'exported out of a run, with --workdir.'
+    )
   source = pretrained.open_source(name, '', '', seed=0, texts=())
+  check(to, source)
   params, about = source.read(), 'as it is'
   if adapter:
     read = peft.read(pretrained.find_adapter(adapter), source.config)
@@ -205,13 +243,22 @@ def merge(
     tok=source.tokenizer,
     dtype=dtype,
   )
-  write(out, params, model)
+  write(out, params, model, source.chat_template)
 
 
 def main(_):
   f = flags.FLAGS
   out = pathlib.Path(f.out)
   files.check_new(out)  # Before minutes go into it.
+  for one, other in (
+    ('base', 'source'),
+    ('checkpoint', 'source'),
+    ('checkpoint', 'base'),
+  ):
+    if getattr(f, one) and getattr(f, other):
+      raise errors.UserError(f'--{one} and --{other}: one of them expected.')
+  if f.public and not f.push:
+    raise errors.UserError('--public is of --push, which is not given.')
   push = hub.check_upload(f.push) if f.push else ''
   if bool(f.workdir) == bool(f.source) or (f.adapter and not f.source):
     raise errors.UserError(

@@ -87,7 +87,7 @@ _LETTERS = {
   'attn.attn_vec_einsum': 'HAD',
   'mlp.gating_einsum': '2DF',
 }
-_SPARE_ROWS = 128  # Of the embedding: no token uses them, some files lack them.
+SPARE_ROWS = 128  # Of the embedding: no token uses them, some files lack them.
 
 
 def find_checkpoint(folder: pathlib.Path) -> pathlib.Path:
@@ -196,7 +196,7 @@ def read_config(store: flax_store.Store) -> sizes.ModelConfig:
 
   def differences(name):
     there = dataclasses.asdict(sizes.SIZES[name])
-    if 0 <= there['vocab_size'] - vocab_size <= _SPARE_ROWS:
+    if 0 <= there['vocab_size'] - vocab_size <= SPARE_ROWS:
       there['vocab_size'] = vocab_size
     return [
       f'{k} {v} (there {there[k]})' for k, v in found.items() if v != there[k]

@@ -89,7 +89,7 @@ def _zeros_are_stored(path) -> bool:
   try:
     metadata = json.loads((path / _METADATA).read_bytes())
     return bool(metadata['store_array_data_equal_to_fill_value'])
-  except (OSError, ValueError, KeyError):
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
     return False
 
 

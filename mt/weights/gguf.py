@@ -206,7 +206,9 @@ def _gemma4(file, fields):
     'vocab_size_per_layer_input': values['vocab_size'],
     'attention_k_eq_v': f'blk.{own}.attn_v.weight' not in file.tensors,
     'rope_parameters': {
-      'sliding_attention': {'rope_theta': values.get('rope_local_base_freq')},
+      'sliding_attention': {
+        'rope_theta': values.get('rope_local_base_freq', 1e4)
+      },
       'full_attention': {
         'rope_type': 'proportional',
         'partial_rotary_factor': turned,
@@ -250,6 +252,7 @@ def open_weights(path: pathlib.Path) -> load.Weights:
   """
   file = gguf_file.open_gguf(path)
   cfg = read_config(file)
+  template = file.fields.get('tokenizer.chat_template')
   return load.Weights(
     path,
     cfg,
@@ -263,6 +266,7 @@ def open_weights(path: pathlib.Path) -> load.Weights:
     lambda: read_tokenizer(file),
     [_HEAD] if _HEAD in file.tensors else [],
     quantised=file.tensors[_EMBEDDING].kind not in gguf_file.FLOATS,
+    chat_template=template if isinstance(template, str) else '',
   )
 
 
@@ -286,6 +290,11 @@ def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:
   Raises:
     errors.UserError: the vocabulary is missing, damaged, or of another kind.
   """
+  if file.fields.get('tokenizer.ggml.add_space_prefix') is True:
+    raise errors.UserError(
+      f'{file.path}: tokenizer.ggml.add_space_prefix is true, false expected; '
+      'no Gemma puts a space before a text: convert the model again.'
+    )
   kind, pieces, types, scores, merges = (
     file.fields.get(f'tokenizer.ggml.{key}')
     for key in ('model', 'tokens', 'token_type', 'scores', 'merges')

@@ -86,6 +86,15 @@ def write(
   writer.close()
 
 
+def check(cfg: sizes.ModelConfig) -> None:
+  """Refuses what `write` would, before any weights are read.
+
+  Raises:
+    errors.UserError: a Gemma 4, or a shape that a GGUF header cannot say.
+  """
+  _header(pathlib.Path(), cfg, 'float32')
+
+
 def _header(path, cfg, dtype):
   """A writer that has the model's keys, which are read back to be compared."""
   arch = hf_config.kind_of(cfg).removesuffix('_text')

@@ -59,8 +59,13 @@ def _places(prefix: str, cfg: sizes.ModelConfig) -> list[load.Place]:
 
 
 def is_folder(path: pathlib.Path) -> bool:
-  """Whether a path looks like a folder of Hugging Face's."""
-  names = 'config.json', '*.safetensors', 'pytorch_model*.bin'
+  """Whether a path looks like a folder of Hugging Face's.
+
+  One of GGUF files may have the config.json of the model that they were.
+  """
+  names = ['*.safetensors', 'pytorch_model*.bin']
+  if not any(path.glob('*.gguf')):
+    names += ['config.json']
   return any(any(path.glob(name)) for name in names)  # None of a file.
 
 
@@ -104,6 +109,8 @@ def open_folder(path: pathlib.Path) -> load.Weights:
     get,
     lambda: hf_tokenizer.read_folder(path, config.vocab_size),
     heads,
+    multimodal=hf_config.is_multimodal(path / 'config.json'),
+    chat_template=hf_tokenizer.chat_template(path),
   )
 
 
@@ -115,6 +122,12 @@ def _open_files(path):
       foreign.refuse(pickle)
     raise errors.UserError(
       f'{path}: no .safetensors file in it; fetch the whole folder.'
+    )
+  parts = sorted(path.glob(_FILES[1]))
+  if parts and parts != found:
+    raise errors.UserError(
+      f'{path}: {found[0].name} is in it, and {parts[0].name} as well; remove '
+      'what does not belong to the model.'
     )
   tensors = {}
   for file in found:

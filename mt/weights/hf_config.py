@@ -78,8 +78,9 @@ _CAPS = {
 _AT_MOST = {'num_hidden_layers': 1024, 'partial_rotary_factor': 1}
 # What mt/gemma/model.py computes; None where the file does not say.
 _ONLY = {
-  'hidden_activation': (None, 'gelu', 'gelu_pytorch_tanh'),
-  'hidden_act': (None, 'gelu', 'gelu_pytorch_tanh'),  # All mean the latter.
+  'hidden_activation': (None, 'gelu_pytorch_tanh'),
+  # Of the first Gemma 1, where both mean the latter.
+  'hidden_act': (None, 'gelu', 'gelu_pytorch_tanh'),
   'rms_norm_eps': (None, float(np.float32(1e-6)), 1e-6),
   'attention_bias': (None, False),
   'use_bidirectional_attention': (None, False, 'vision'),  # Text is causal.
@@ -157,8 +158,10 @@ class Fields:
     value, high = self.values.get(key), _AT_MOST.get(key, 2**31)
     value = default if value is None else value
     if type(value) not in (int, kind) or not 0 < value <= high:  # Nor NaN.
-      whole = 'whole ' if kind is int else ''
-      raise self.bad(key, f'a {whole}number from 1 to {high:,}')
+      expected = f'a number above 0, at most {high:,},'
+      if kind is int:
+        expected = f'a whole number from 1 to {high:,}'
+      raise self.bad(key, expected)
     return kind(value)
 
 
@@ -183,6 +186,9 @@ def shape(f: Fields) -> sizes.ModelConfig:
   for key, allowed in _ONLY.items():
     if f.values.get(key) not in allowed:
       raise f.bad(key, str(allowed[-1]))
+  cap = _CAPS['attn_softcap']  # In transformers no effect from Gemma 3 on.
+  if f.kind not in ('gemma', 'gemma2') and f.values.get(cap) is not None:
+    raise f.bad(cap, 'null')
   head_dim = query_dim = f.number('head_dim', 256)
   later, caps = f.kind != 'gemma', {}
   if later:
@@ -295,6 +301,11 @@ def is_tied(path: pathlib.Path) -> bool:
   return all(d.get('tie_word_embeddings') in (None, True) for d in both)
 
 
+def is_multimodal(path: pathlib.Path) -> bool:
+  """Whether a config.json is of the text model and others beside it."""
+  return read_json(path).get('model_type') != _text_fields(path)[0]
+
+
 def _rope(f):
   """Bases of local and of global layers; factor and part of global ones."""
   old, new = f.values.get('rope_scaling'), f.values.get('rope_parameters')
@@ -311,6 +322,11 @@ def _rope(f):
     new = new or {'full_attention': old}
     if not isinstance(new, dict) or new.keys() - _KINDS:
       raise f.bad(key, f'an object of {", ".join(_KINDS)}')
+    if f.is_4 and not all(
+      isinstance(new.get(kind), dict) and 'rope_theta' in new[kind]
+      for kind in _KINDS
+    ):
+      raise f.bad(key, f'rope_theta of each of {", ".join(_KINDS)}')
     local = _rope_of_kind(f, key, new.get('sliding_attention'), base_local)
     global_ = _rope_of_kind(f, key, new.get('full_attention'), base)
   if local[1:] != (1.0, 1.0):
@@ -330,8 +346,11 @@ def _rope_of_kind(f, key, value, base):
     raise f.bad(key, f'a rope_type of {" or ".join(known)}')
   factor = own.number('factor', 1.0, float)
   part = own.number('partial_rotary_factor', 1.0, float)
-  if (factor != 1.0 and types != {'linear'}) or (
-    part != 1.0 and types != {'proportional'}
+  linear = types == {'linear'}
+  if (
+    (factor != 1.0 and not linear)
+    or (linear and value.get('factor') is None)
+    or (part != 1.0 and types != {'proportional'})
   ):
     raise f.bad(
       key,
@@ -349,7 +368,11 @@ def _attention(f, layers):
   if types is None:
     period = 2 if f.kind == 'gemma2' else f.number('sliding_window_pattern', 6)
     return 'L' * (period - 1) + 'G'
-  if len(types) != layers or not all(str(t) in _KINDS for t in types):
+  if (
+    not isinstance(types, list)
+    or len(types) != layers
+    or not all(str(t) in _KINDS for t in types)
+  ):
     raise f.bad('layer_types', f'{layers} of {", ".join(_KINDS)}')
   text = ''.join(_KINDS[t] for t in types)
   # Its own length is a period.

@@ -9,6 +9,7 @@ from collections.abc import Container
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import itertools
 import json
 import pathlib
 import re
@@ -23,6 +24,24 @@ from mt.weights import hf_config
 _SPACE = '\u2581'
 _BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
 ROLES = ('pad', 'eos', 'bos', 'unk')
+_A_SPACE = {'pattern': {'String': ' '}}
+_TO_VISIBLE = {'type': 'Replace', **_A_SPACE, 'content': _SPACE}
+_SPLIT = {'type': 'Split', **_A_SPACE, 'behavior': 'MergedWithPrevious'}
+# What stands next to the vocabulary of Gemmas.
+_NEXT_TO = {
+  'normalizer': (
+    _TO_VISIBLE,
+    {'type': 'Sequence', 'normalizers': [_TO_VISIBLE]},
+  ),
+  # Spaces, of which there are none by then.
+  'pre_tokenizer': (None, _SPLIT | {'invert': False}),
+}
+# What is set of no Gemma's merges, and of none of its added tokens.
+_OFF = (
+  *('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'),
+  'ignore_merges',
+)
+_TAKES_MORE = 'single_word', 'lstrip', 'rstrip'
 
 
 def read_folder(folder: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
@@ -81,30 +100,43 @@ def _ids(tok):
 
 
 def _agree(tok, path, rows):
-  """Whether a tokenizer.json has the pieces of a tokenizer.model."""
-  _, pieces, symbols, _ = _parse(path, rows)
+  """Whether a tokenizer.json merges the pieces of a tokenizer.model as it."""
+  _, pieces, symbols, ranks = _parse(path, rows)
   proto = sp_pb2.ModelProto.FromString(tok.proto)
-  return len(pieces) == tok.vocab_size and all(
+  same = len(pieces) == tok.vocab_size and all(
     p.piece == (piece.replace(' ', _SPACE) if i in symbols else piece)
     and (i not in symbols or p.type != tokenizer.NORMAL)
     for i, (p, piece) in enumerate(zip(proto.pieces, pieces, strict=True))
   )
+  merged = sorted(
+    (ranks[p.piece], -p.score)
+    for p in proto.pieces
+    if p.type == tokenizer.NORMAL and p.piece in ranks
+  )
+  return same and all(a[1] <= b[1] for a, b in itertools.pairwise(merged))
 
 
 def _added_beside(folder, tok, rows):
   """Tokens that have a row and that the tokenizer does not know."""
   added = {}
-  if (folder / 'added_tokens.json').exists():
-    added = hf_config.read_json(folder / 'added_tokens.json')
-  if (folder / 'tokenizer_config.json').exists():
-    fields = hf_config.read_json(folder / 'tokenizer_config.json')
-    for i, token in fields.get('added_tokens_decoder', {}).items():
-      added[token['content']] = int(i)
+  own, config = folder / 'added_tokens.json', folder / 'tokenizer_config.json'
+  if own.exists():
+    added = hf_config.read_json(own)
+    if not all(type(i) is int for i in added.values()):
+      raise bad(own, 'not each token has a number')
+  if config.exists():
+    listed = hf_config.read_json(config).get('added_tokens_decoder') or {}
+    try:
+      added |= {token['content'] + '': int(i) for i, token in listed.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+      raise bad(
+        config,
+        f'added_tokens_decoder has no numbers with tokens ({str(e)[:60]})',
+      ) from e
   return [
     text
     for text, i in added.items()
-    # Stands for an image in published folders; no text has it.
-    if text != '<image_soft_token>'
+    if text != tokenizer.IMAGE
     and i < rows
     and (
       i >= tok.vocab_size or tok.spm.id_to_piece(i) != text.replace(' ', _SPACE)
@@ -236,6 +268,7 @@ def _parse(path, rows):
     ) from e
   if kind != 'BPE':
     raise bad(path, f'a tokenizer of type {str(kind)[:40]!r} found')
+  _check_function(path, whole)
   unique = len(set(pieces)) == len(pieces) >= len(vocab)
   if not pieces or not all(pieces) or not unique:
     raise bad(path, 'its ids are not 0, 1, 2, …, each of a piece of its own')
@@ -244,6 +277,22 @@ def _parse(path, rows):
   if 0 <= tab < len(pieces) and pieces[tab] == '\t' and tab not in symbols:
     pieces[tab] = '<0x09>'
   return model, pieces, symbols, ranks
+
+
+def _check_function(path, whole):
+  """Refuses what would split a text otherwise than the merges alone."""
+  model, more = whole['model'], {key: whole.get(key) for key in _NEXT_TO}
+  spelt = any(map(_BYTE_PIECE.fullmatch, model['vocab']))
+  wrong = {key: x for key, x in more.items() if x not in _NEXT_TO[key]}
+  wrong |= {key: model[key] for key in _OFF if model.get(key)}
+  if bool(model.get('byte_fallback')) != spelt:
+    wrong['byte_fallback'] = model.get('byte_fallback')
+  for token in whole.get('added_tokens', []):
+    name = f'of {token["content"][:40]!r}'
+    wrong |= {f'{key} {name}': True for key in _TAKES_MORE if token.get(key)}
+  if wrong:
+    key, value = next(iter(wrong.items()))
+    raise bad(path, f'{key} is {str(value)[:80]}')
 
 
 def _role_pieces(folder, unknown):
@@ -259,6 +308,25 @@ def _role_pieces(folder, unknown):
       value = unknown
     out[role] = value if isinstance(value, str) else f'<{role}>'
   return out
+
+
+def chat_template(folder: pathlib.Path) -> str:
+  """What `write` or transformers left there: a file, or in the config; or ''.
+
+  Raises:
+    errors.UserError: unreadable.
+  """
+  own, config = folder / 'chat_template.jinja', folder / 'tokenizer_config.json'
+  if own.exists():
+    try:
+      return own.read_text('utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+      raise errors.UserError(
+        f'{own}: cannot read it ({e}); fetch it again, or remove it.'
+      ) from e
+  fields = hf_config.read_json(config) if config.exists() else {}
+  template = fields.get('chat_template')
+  return template if isinstance(template, str) else ''
 
 
 def write(
@@ -310,7 +378,6 @@ def _fast(proto, tok, special):
     for i, p in enumerate(proto.pieces)
     if p.type in (tokenizer.UNKNOWN, tokenizer.CONTROL, tokenizer.USER_DEFINED)
   ]
-  to_visible = {'pattern': {'String': ' '}, 'content': _SPACE}
   to_space = {'pattern': {'String': _SPACE}, 'content': ' '}
   bos = special['bos_token']
   first, second = (
@@ -323,7 +390,7 @@ def _fast(proto, tok, special):
   return {
     'version': '1.0',
     'added_tokens': added,
-    'normalizer': {'type': 'Replace', **to_visible},
+    'normalizer': _TO_VISIBLE,
     'post_processor': {
       'type': 'TemplateProcessing',
       'single': first,

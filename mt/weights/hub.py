@@ -47,8 +47,9 @@ def download(name: str, *, force: bool = False) -> pathlib.Path:
     )
   path = pathlib.Path(folder + file)
   if not (path.is_file() if file else any(path.glob('*.safetensors'))):
+    lacks = f'{file[1:]} is not' if file else 'no .safetensors file is'
     raise errors.UserError(
-      f'hf:{name}: {file[1:] or "no .safetensors file"} is not in it; see '
+      f'hf:{name}: {lacks} in it; see '
       f'{_page(model)}/tree/main, and of GGUF files name one: '
       f'hf:{model}/FILE.gguf.'
     )

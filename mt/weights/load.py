@@ -57,6 +57,8 @@ class Weights:
     tokenizer: reads the one that belongs to them.
     heads: names of output layers, which must be the embedding: ours is.
     quantised: whether `get` dequantises, which takes most of the reading.
+    multimodal: whether transformers makes a multimodal model of the files.
+    chat_template: theirs, in Jinja; '' where they have none.
 
   Raises:
     errors.UserError: a tensor is missing, too much, or has another shape. A
@@ -72,6 +74,8 @@ class Weights:
   tokenizer: Callable[[], tokenizer.Tokenizer]
   heads: Sequence[str] = ()
   quantised: bool = False
+  multimodal: bool = False
+  chat_template: str = ''
 
   def __post_init__(self):
     wanted, found = self.places(self.config), self.found

@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from mt.base import errors
 from mt.base import files
+from mt.base import foreign
 from mt.gemma import lora
 from mt.gemma import parameters
 from mt.gemma import sizes
@@ -98,6 +99,9 @@ def read(folder: pathlib.Path, cfg: sizes.ModelConfig) -> Adapter:
 
 def _stacked(path, cfg, rank):
   """The factors of all layers, checked and stacked."""
+  if not path.exists():
+    for pickle in path.parent.glob('*.bin'):
+      foreign.refuse(pickle)
   with hf.reading(path):
     tensors = safetensors.numpy.load_file(path)
   given = '\n'.join(tensors)
@@ -110,15 +114,18 @@ def _stacked(path, cfg, rank):
       continue
     _, fan_in, fan_out = shapes[row.path]
     for letter, shape in ('A', (rank, fan_in)), ('B', (fan_out, rank)):
-      xs = [
-        tensors.pop(_name(prefix, i, row, letter), np.zeros(0))
-        for i in layers[row.stack]
-      ]
+      names = [_name(prefix, i, row, letter) for i in layers[row.stack]]
+      if lacking := [name for name in names if name not in tensors]:
+        raise errors.UserError(
+          f'{path}: no tensor {lacking[0]!r}, but others of {row.hf}; the '
+          'adapter is of another model, has not all layers, or was not written '
+          "by PEFT's save_pretrained."
+        )
+      xs = [tensors.pop(name) for name in names]
       if any(x.shape != shape for x in xs):
         raise errors.UserError(
           f'{path}: the factors {letter} of {row.hf} are not {len(xs)} of '
-          f'the shape {shape}; the adapter is of another model, or has not all '
-          'layers.'
+          f'the shape {shape}; the adapter is of another model.'
         )
       stacked = np.stack([x.T for x in xs]).astype(np.float32)
       out[f'{row.path}_lora_{letter.lower()}'] = stacked
@@ -142,8 +149,12 @@ def write(
   alpha: float,
   base: str,
   dtype: str = 'float32',
+  multimodal: bool = False,
 ) -> None:
   """Writes what `peft.PeftModel.from_pretrained(base_model, folder)` reads.
+
+  PEFT finds matrices by their names in the base, and passes over factors of
+  names that the base has not without an error.
 
   Args:
     folder: exists and is empty.
@@ -152,6 +163,7 @@ def write(
     alpha: their product is multiplied with alpha / R.
     base: path or name of the base model, as the adapter notes it.
     dtype: float32 or bfloat16, of the factors in the file.
+    multimodal: whether that base has other parts beside the text model.
 
   Raises:
     OSError: the disk is full or not writable.
@@ -162,12 +174,12 @@ def write(
     if f'{row.path}_lora_a' in trained  # Not all may be trained.
   ]
   layers = {stack.name: stack.layers for stack in cfg.stacks()}
-  tensors = {}
+  tensors, text = {}, 'model.language_model.' if multimodal else 'model.'
   for row in rows:
     for letter in 'AB':
       stacked = np.asarray(trained[f'{row.path}_lora_{letter.lower()}'])
       for i, x in zip(layers[row.stack], stacked, strict=True):
-        name = _name('base_model.model.model.', i, row, letter)
+        name = _name(f'base_model.model.{text}', i, row, letter)
         tensors[name] = x.T.astype(dtype)
   hf.save(folder / _TENSORS, tensors)
   fields = {
@@ -185,4 +197,6 @@ def write(
     'use_dora': False,
     'target_modules': sorted({row.hf.split('.')[-1] for row in rows}),
   }
+  if multimodal:  # Its towers have matrices of the same names.
+    fields['exclude_modules'] = rf'(?!{re.escape(text)}).*'
   files.write_json(folder / _CONFIG, fields)

@@ -76,11 +76,14 @@ class Source:
     read_kept: how they shall be kept -> the parameters, see
       mt/gemma/parameters.py, and the CRC-32 of all of them as float32; takes a
       while.
+    multimodal, chat_template: see load.Weights.
   """
 
   config: sizes.ModelConfig
   tokenizer: tokenizer.Tokenizer
   read_kept: Callable[[kept.Keep], tuple[parameters.Params, int]]
+  multimodal: bool = False
+  chat_template: str = ''
 
   def read(self) -> parameters.Params:
     """The parameters in float32, on the default device."""
@@ -110,7 +113,7 @@ def open_source(
   Raises:
     errors.UserError: anything missing, damaged, or not fitting together.
   """
-  key = jax.random.key(seed)
+  key, more = jax.random.key(seed), ()
   if source == 'random':
     cfg = sizes.SIZES[size]
     own_tokenizer = functools.partial(tokenizer.train, texts, cfg.vocab_size)
@@ -122,6 +125,7 @@ def open_source(
   else:
     weights = _open_files(source, force_download)
     cfg, own_tokenizer = weights.config, weights.tokenizer
+    more = weights.multimodal, weights.chat_template
     read = functools.partial(load.read, weights, key)
     names = {place.name for place in weights.places(cfg)}
     if weights.quantised and weights.found.keys() >= names:
@@ -145,7 +149,7 @@ def open_source(
   # Of Gemma 4 the large ones, which are those whose values are their keys.
   thought = cfg.keys_are_values and '<|channel>' in tok.controls
   tok = dataclasses.replace(tok, empty_thought=thought)
-  return Source(cfg, tok, read)
+  return Source(cfg, tok, read, *more)
 
 
 def _open_files(source, force_download) -> load.Weights:

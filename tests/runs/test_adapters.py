@@ -43,6 +43,31 @@ def test_an_adapter_has_the_base_that_it_was_trained_on(
   assert fields['base_model_name_or_path'] == base
 
 
+def test_the_base_may_be_multimodal(tmp_path, run, capsys):
+  """PEFT finds nothing of it in the text model that --base writes."""
+  config, opened, trained, _ = checkpoint.load_trained(run)
+  for multimodal in True, False:
+    about = card.Model(
+      'peft',
+      'me/mine',
+      'kaggle:google/gemma-3/transformers/gemma-3-4b-it',
+      '',
+      opened.config,
+      opened.tokenizer,
+      'float32',
+      config,
+      run,
+      multimodal=multimodal,
+    )
+    out = tmp_path / str(multimodal)
+    export.write(out, trained, about)
+    for text in capsys.readouterr().out, (out / 'README.md').read_text():
+      assert ('all of that model' in text) == multimodal
+      assert ('--base' in text) != multimodal
+    (name, *_) = load_file(out / 'adapter_model.safetensors')
+    assert ('.language_model.' in name) == multimodal
+
+
 def test_the_adapter_is_of_that_checkpoint(tmp_path, run, monkeypatch):
   asked = []
 

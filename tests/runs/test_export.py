@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import types
 
 import chex
 from gemma import params as gemma_params
@@ -17,12 +18,15 @@ from mt.base import files
 from mt.base import run_folder
 from mt.export import __main__ as export
 from mt.gemma import parameters
+from mt.gemma import sizes
 from mt.train import checkpoint
 from mt.weights import gguf_out
 from mt.weights import hf
+from mt.weights import pretrained
 from tests.fixtures import flax_fixture
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
+from tests.fixtures import tiny_gemma4
 from tests.fixtures import tiny_gguf
 from tests.fixtures.refusal import refusal
 from tests.runs import lora_run
@@ -71,6 +75,26 @@ def test_a_search_reaches_the_folder(tmp_path, run):
   assert found['suppress_tokens'] == [7, tok.vocab_size]
 
 
+@pytest.mark.parametrize('place', ('jinja', 'config'))
+def test_a_model_keeps_its_chat_template(tmp_path, monkeypatch, place):
+  """Without a run; and what a published one may not write is not written."""
+  base, template = tmp_path / 'base', '{{ bos_token }}"é"\n'
+  hf_fixture.write_folder(base)
+  if place == 'jinja':
+    (base / 'chat_template.jinja').write_text(template, 'utf-8')
+  else:
+    fields = {'chat_template': template}
+    (base / 'tokenizer_config.json').write_text(json.dumps(fields))
+  monkeypatch.setattr(export.translator, 'never_ids', lambda tok: (7,))
+  export.merge(str(base), '', 'gguf', tmp_path / 'gguf', 'float32')
+  for source, out in ('base', 'hf'), ('gguf', 'again'):
+    out = tmp_path / out
+    export.merge(str(tmp_path / source), '', 'hf', out, 'float32')
+    assert (out / 'chat_template.jinja').read_text('utf-8') == template
+    fields = json.loads((out / 'generation_config.json').read_text())
+    assert fields['suppress_tokens'] == [7]
+
+
 def test_rows_without_a_piece_are_never_generated(tmp_path, run):
   tok = checkpoint.open_source(run)[1].tokenizer
   cfg = gguf_fixture.tiny_config('gemma2', 402)
@@ -103,9 +127,10 @@ def test_the_checkpoint_is_chosen(tmp_path, run, to):
   )
 
 
-def test_the_official_layout(tmp_path, run, finetuned):
-  export.from_run('gemma', run, tmp_path / 'o', 'float32')
+def test_the_official_layout(tmp_path, run, finetuned, monkeypatch):
   source, params = finetuned
+  monkeypatch.setitem(sizes.SIZES, 'tiny', source.config)
+  export.from_run('gemma', run, tmp_path / 'o', 'float32')
   read = gemma_params.load_and_format_params(str(tmp_path / 'o' / 'checkpoint'))
   params = jax.tree.map(np.asarray, params)
   want = flax_fixture.nested_tree(source.config, params, transposed=True)
@@ -229,6 +254,28 @@ def test_what_fails_in_the_middle_leaves_nothing(
   assert list((tmp_path / 'new').iterdir()) == []
 
 
+@pytest.mark.parametrize('to', ('gguf', 'gemma'))
+def test_what_a_format_cannot_say_is_refused_before_all_is_read(
+  tmp_path, run, monkeypatch, to
+):
+  source = dataclasses.replace(
+    checkpoint.open_source(run)[1],
+    config=tiny_gemma4.WITH_TOKENIZER['12b'],
+    read_kept=None,
+  )
+  opened = lambda *_, **__: source  # noqa: E731
+  monkeypatch.setattr(pretrained, 'open_source', opened)
+  out = tmp_path / 'out'
+  for base in True, False:
+    refusal(
+      lambda base=base: export.from_run(to, run, out, 'float32', base),
+      f'--to={to}: Gemma 4',
+    )
+  refusal(
+    lambda: export.merge('x', '', to, out, 'float32'), f'--to={to}: Gemma 4'
+  )
+
+
 def test_no_run_there_is_refused(tmp_path):
   for to in 'hf', 'peft':
     refusal(
@@ -250,6 +297,30 @@ def test_a_flag_that_cannot_be(tmp_path, run, flag, words):
   assert done.returncode == 2
   assert words in done.stderr
   assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('given', 'words'),
+  [
+    ({'workdir': 'w', 'public': True}, '--public is of --push'),
+    ({'source': 's', 'base': True}, '--base and --source'),
+    ({'source': 's', 'checkpoint': 'best'}, '--checkpoint and --source'),
+    (
+      {'workdir': 'w', 'checkpoint': 'best', 'base': True},
+      '--checkpoint and --base',
+    ),
+    ({'workdir': 'w', 'source': 's'}, '--workdir of a run expected'),
+    ({'source': 'random'}, 'random weights are exported out of a run'),
+  ],
+  ids=str,
+)
+def test_a_flag_that_would_have_no_effect(tmp_path, monkeypatch, given, words):
+  names = ('workdir', 'source', 'adapter', 'push', 'public', 'base')
+  given = dict.fromkeys((*names, 'checkpoint'), '') | given
+  given |= {'to': 'hf', 'dtype': 'float32', 'out': str(tmp_path / 'o')}
+  given = types.SimpleNamespace(**given)
+  monkeypatch.setattr(export.flags, 'FLAGS', given)
+  refusal(lambda: export.main([]), words)
 
 
 def test_a_wrong_flag_is_one_line():

@@ -218,6 +218,55 @@ def test_an_adapter_on_its_base_is_the_merged_model(tmp_path, arch):
   assert np.abs(base - merged).max() > 0.01 * np.abs(merged).max()
 
 
+# The published ones in small, with a tower whose matrices have the same names.
+_MULTIMODAL = """
+import sys, transformers as t
+text = dict(
+  vocab_size=464, hidden_size=32, intermediate_size=96, num_hidden_layers=6,
+  num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=24,
+  pad_token_id=0, bos_token_id=2, eos_token_id=1,
+)
+tower = dict(
+  hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+  num_attention_heads=2, num_key_value_heads=2, head_dim=16, image_size=28,
+  patch_size=14,
+)
+if sys.argv[1] == 'gemma3':
+  text |= dict(query_pre_attn_scalar=16)
+  config = t.Gemma3Config(
+    text_config=text, vision_config=tower, mm_tokens_per_image=4
+  )
+  model = t.Gemma3ForConditionalGeneration(config)
+else:
+  text |= dict(
+    vocab_size_per_layer_input=464, hidden_size_per_layer_input=0,
+    global_head_dim=32, num_kv_shared_layers=0,
+  )
+  config = t.Gemma4Config(text_config=text, vision_config=tower)
+  model = t.Gemma4ForConditionalGeneration(config)
+model.save_pretrained(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize('arch', ('gemma3', 'gemma4'))
+def test_an_adapter_on_a_multimodal_base_is_the_merged_model(tmp_path, arch):
+  base, proto = tmp_path / 'base', gguf_fixture.train_proto()
+  subprocess.run([_PYTHON, '-c', _MULTIMODAL, arch, base], check=True)
+  (base / 'tokenizer.model').write_bytes(proto)
+  run = lora_run.write(tmp_path / 'run', base, proto)
+  export.from_run('hf', run, tmp_path / 'merged', 'float32')
+  export.from_run('peft', run, tmp_path / 'adapter', 'float32')
+  tokens, texts = range(4, 60), ['My name']
+  merged, _ = _ask(tmp_path, tmp_path / 'merged', tokens, texts)
+  adapted, answers = _ask(tmp_path, base, tokens, texts, tmp_path / 'adapter')
+  assert answers['model'].startswith('Peft')
+  _assert_close(adapted, merged)
+  # And by the auto class, as the model card's lines have it.
+  loaded, answers = _ask(tmp_path, tmp_path / 'adapter', tokens, texts)
+  assert answers['model'].endswith('ForConditionalGeneration')
+  _assert_close(loaded, merged)
+
+
 def chat_run(folder, path, proto):
   """The folder of a run of an instruction-tuned model."""
   config = debug.get_config()

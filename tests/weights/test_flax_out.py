@@ -1,10 +1,13 @@
 """Parameters in the layout of Google's Flax checkpoints."""
 
+import dataclasses
+
 from gemma import params as gemma_params
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt.base import files
 from mt.data import tokenizer
@@ -64,6 +67,67 @@ def test_gemma_params_reads_what_is_written(tmp_path, name, dtype, tok):
   assert source.config == cfg
   assert source.tokenizer.proto == tok.proto
   flax_fixture.assert_same(source.read(), params)
+
+
+@pytest.mark.parametrize(
+  ('name', 'field', 'value'),
+  [
+    ('gemma3', 'rope_scale_global', 4.0),
+    ('gemma3', 'window', 12),
+    ('gemma3', 'attention', 'LG'),
+    ('gemma3', 'final_softcap', 30.0),
+    ('gemma3', 'hidden_dim', 64),
+    ('gemma2', 'query_scale', 0.5),
+    ('gemma1_multi_head', 'rope_base_global', 5e5),
+    ('gemma1_multi_head', 'vocab_size', 200),
+  ],
+)
+def test_what_the_layout_cannot_say_is_refused(tok, name, field, value):
+  """A checkpoint has shapes alone: all else would be another model's."""
+  cfg = flax_fixture.FAMILIES[name]
+  assert flax_out.published(cfg, tok) == cfg
+  cfg = dataclasses.replace(cfg, **{field: value})
+  there = getattr(flax_fixture.FAMILIES[name], field)
+  refusal(
+    lambda: flax_out.published(cfg, tok),
+    f'--to=gemma: {field} is {value!r}, in tiny_{name} {there!r};',
+    '--to=hf',
+  )
+
+
+def _with_pieces(tok, stop, *names):
+  """The tokenizer's first pieces, and more."""
+  model = sp_pb2.ModelProto.FromString(tok.proto)
+  del model.pieces[stop:]
+  for name in names:
+    model.pieces.add(piece=name, score=0.0, type=tokenizer.USER_DEFINED)
+  return tokenizer.from_proto(model.SerializeToString(), 'test')
+
+
+@pytest.mark.parametrize(
+  ('rows', 'more'), [(464, [tokenizer.IMAGE]), (464, []), (390, [])]
+)
+def test_the_embedding_has_the_published_rows(tmp_path, tok, rows, more):
+  """Hugging Face's Gemma 3 have more, Gemma 1 and 2 fewer; gemma takes none."""
+  published = sizes.SIZES['tiny_gemma3']
+  cfg = dataclasses.replace(published, vocab_size=rows)
+  params = flax_fixture.tiny_params(cfg)
+  _write(tmp_path / 'o', cfg, params, _with_pieces(tok, rows, *more))
+  source, n = flax_fixture.open_weights(tmp_path / 'o'), min(rows, 400)
+  assert source.config == published
+  assert source.tokenizer.vocab_size == n
+  assert source.tokenizer.encode('the village') == tok.encode('the village')
+  found, ours = source.read(), params['embedding']
+  np.testing.assert_array_equal(found['embedding'][:n], ours[:n])
+  for row in found['embedding'][n:]:
+    np.testing.assert_array_equal(row, ours[tok.pad_id])
+  assert found['embedding'].shape == (400, 32)
+
+
+def test_pieces_without_a_published_row_are_refused(tok):
+  cfg = dataclasses.replace(sizes.SIZES['tiny_gemma3'], vocab_size=464)
+  tok = _with_pieces(tok, 400, tokenizer.IMAGE, '<fr>')
+  refusal(lambda: flax_out.published(cfg, tok), '1 pieces more', "'<fr>'")
 
 
 def test_gating_is_transposed_as_the_library_has_it():

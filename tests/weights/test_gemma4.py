@@ -238,12 +238,26 @@ def test_the_text_model_of_a_multimodal_one(tmp_path, kind):
         'rope_parameters': {
           'full_attention': {
             'rope_type': 'proportional',
-            'partial_rotary_factor': 2,
-          }
+            'rope_theta': 1e6,
+            'partial_rotary_factor': 1.5,
+          },
+          'sliding_attention': {'rope_theta': 1e4},
         }
       },
-      ('partial_rotary_factor is 2',),
+      ('partial_rotary_factor is 1.5, a number above 0, at most 1, expected',),
     ),
+    # transformers fills nothing in.
+    *(
+      ({'rope_parameters': rope}, ('rope_theta of each',))
+      for rope in (
+        {'sliding_attention': {'rope_theta': 1e4}},
+        {'full_attention': {'rope_theta': 1e6}},
+        {'full_attention': {}, 'sliding_attention': {'rope_theta': 1e4}},
+        {'full_attention': {'rope_theta': 1e6}, 'sliding_attention': None},
+      )
+    ),
+    ({'attn_logit_softcapping': 50.0}, ('attn_logit_softcapping is 50.0',)),
+    ({'hidden_activation': 'gelu'}, ('hidden_activation is gelu',)),
   ],
   ids=str,
 )

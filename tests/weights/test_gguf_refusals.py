@@ -229,6 +229,14 @@ _ABSURD = {
     _header(1, 0, _tensor(b't', (32,), 200, 0), bytes(999)),
     ("'t'", '200'),
   ),
+  'a key again': (
+    _header(0, 2, *[_text(b'k') + struct.pack('<II', 4, n) for n in (1, 2)]),
+    ('k is there twice',),
+  ),
+  'a tensor again': (
+    _header(2, 0, *[_tensor(b't', (1,), 0, 0)] * 2, bytes(99)),
+    ("'t' is there twice",),
+  ),
   'half a block': (
     _header(1, 0, _tensor(b't', (48,), int(_Q.Q8_0), 0), bytes(999)),
     ("'t'", 'Q8_0'),

@@ -13,6 +13,7 @@ import safetensors
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 
+from mt.weights import hf_config
 from mt.weights import load
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
@@ -70,9 +71,32 @@ def test_vision_is_not_read(tmp_path, prefix, tower):
   _, params = _multimodal(tmp_path, text, np.ones(9, 'f4'), prefix, tower)
   config, found = hf_fixture.load(tmp_path)
   assert config == cfg
+  assert hf_fixture.open_folder(tmp_path).multimodal
   hf_fixture.assert_same(found, params)
   (tmp_path / 'model-00002-of-00002.safetensors').unlink()
   hf_fixture.assert_same(hf_fixture.load(tmp_path)[1], params)
+
+
+@pytest.mark.parametrize(
+  ('whole', 'multimodal'),
+  [
+    ({'model_type': 'gemma3_text', 'num_hidden_layers': 9}, False),
+    ({'model_type': 'gemma3'}, True),
+    (
+      {'model_type': 'gemma3', 'text_config': {'model_type': 'gemma3_text'}},
+      True,
+    ),
+    (
+      {'model_type': 'gemma4', 'text_config': {'model_type': 'gemma4_text'}},
+      True,
+    ),
+    ({'model_type': 'gemma2'}, False),
+  ],
+)
+def test_whether_there_are_towers(tmp_path, whole, multimodal):
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(whole))
+  assert hf_config.is_multimodal(path) is multimodal
 
 
 def test_vision_in_the_same_file_is_left_alone(tmp_path):
@@ -319,6 +343,17 @@ def test_one_tensor_in_two_files_is_refused(tmp_path):
     tmp_path,
     'model.norm.weight',
     'a.safetensors',
+  )
+
+
+def test_weights_in_one_file_and_in_parts_are_refused(tmp_path):
+  hf_fixture.write_folder(tmp_path)
+  whole = load_file(tmp_path / 'model.safetensors')
+  hf_fixture.write_shards(tmp_path, [{n: 2 * x for n, x in whole.items()}])
+  refusal(
+    lambda: hf_fixture.load(tmp_path),
+    tmp_path,
+    'model.safetensors is in it, and model-00001-of-00001.safetensors as well',
   )
 
 

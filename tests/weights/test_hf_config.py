@@ -294,7 +294,7 @@ def test_the_config_is_read_and_not_assumed(tmp_path, arch, config, change):
     ('gemma3', {'sliding_window': float('nan')}, ('sliding_window',)),
     ('gemma3', {'sliding_window_pattern': 0}, ('sliding_window_pattern',)),
     ('gemma3', {'rope_theta': float('inf')}, ('rope_theta',)),
-    ('gemma3', {'rope_theta': 'far'}, ('rope_theta',)),
+    ('gemma3', {'rope_theta': 'far'}, ('rope_theta is far, a number above 0',)),
     ('gemma3', {'rope_scaling': 'linear'}, ('rope_scaling',)),
     ('gemma3', {'rope_scaling': {'rope_type': 'yarn'}}, ('rope_scaling',)),
     (
@@ -312,6 +312,8 @@ def test_the_config_is_read_and_not_assumed(tmp_path, arch, config, change):
         {'rope_type': 'linear', 'type': 'yarn', 'factor': 8.0},
         {'rope_type': 'default', 'factor': 8.0},
         {'factor': 8.0},
+        {'rope_type': 'linear'},
+        {'rope_type': 'linear', 'factor': None},
         {
           'rope_type': 'linear',
           'factor': 8.0,
@@ -343,12 +345,22 @@ def test_the_config_is_read_and_not_assumed(tmp_path, arch, config, change):
       ('sliding_attention',),
     ),
     ('gemma3', {'layer_types': ['full_attention']}, ('layer_types',)),
+    ('gemma3', {'layer_types': 3}, ('layer_types is 3',)),
     ('gemma3', {'layer_types': ['chunked', 'chunked']}, ('layer_types',)),
     ('gemma2', {'final_logit_softcapping': 0}, ('final_logit_softcapping',)),
     ('gemma3', {'query_pre_attn_scalar': 0}, ('query_pre_attn_scalar',)),
     # Of another function than ours.
     ('gemma3', {'hidden_activation': 'relu'}, ('hidden_activation',)),
     ('gemma', {'hidden_act': 'silu'}, ('hidden_act',)),
+    *(
+      (arch, {'hidden_activation': 'gelu'}, ('hidden_activation is gelu',))
+      for arch in ('gemma', 'gemma2', 'gemma3')
+    ),
+    (
+      'gemma3',
+      {'attn_logit_softcapping': 50.0},
+      ('attn_logit_softcapping is 50.0, null expected',),
+    ),
     ('gemma3', {'rms_norm_eps': 1e-5}, ('rms_norm_eps',)),
     ('gemma3', {'attention_bias': True}, ('attention_bias',)),
     ('gemma3', {'tie_word_embeddings': False}, ('tie_word_embeddings',)),

@@ -277,6 +277,7 @@ def _hole(content):
   vocab[next(p for p, i in vocab.items() if i == 399)] = 400
 
 
+_LOWER = {'type': 'Lowercase'}
 _BROKEN = {
   'another kind': (_set('model', 'type', 'Unigram'), "'Unigram'"),
   'no model': (_set('model', None), 'no vocabulary'),
@@ -294,6 +295,18 @@ _BROKEN = {
     'added tokens',
   ),
   'no UTF-8': (_set('added_tokens', 5, 'content', '\ud800'), 'UTF-8'),
+  'lower case': (
+    _set('normalizer', {'type': 'Sequence', 'normalizers': [_LOWER]}),
+    'normalizer is',
+  ),
+  'no normalizer': (_set('normalizer', None), 'normalizer is None'),
+  'split digits': (_set('pre_tokenizer', {'type': 'Digits'}), 'pre_tokenizer'),
+  'dropout': (_set('model', 'dropout', 0.1), 'dropout is 0.1'),
+  'ignored merges': (_set('model', 'ignore_merges', True), 'ignore_merges'),
+  'a suffix': (_set('model', 'end_of_word_suffix', '</w>'), '</w>'),
+  'a prefix': (_set('model', 'continuing_subword_prefix', '##'), '##'),
+  'bytes unused': (_set('model', 'byte_fallback', False), 'byte_fallback'),
+  'white space': (_set('added_tokens', 5, 'lstrip', True), 'lstrip of'),
   'no unknown': (_set('model', 'unk_token', 'nowhere'), 'unknown'),
 }
 
@@ -307,6 +320,24 @@ def test_a_broken_file_is_refused(tmp_path, written, what):
   refusal(lambda: _read(path, content), path, word, 'weights.tokenizer')
 
 
+def test_what_the_published_ones_say_is_read(tmp_path, written, original):
+  """Of 2024 and later; their spaces are replaced before they could split."""
+  content = _content(written)
+  content['model'] |= {'dropout': None, 'ignore_merges': False}
+  content['model'] |= {'continuing_subword_prefix': None}
+  content['normalizer'] = {
+    'type': 'Sequence',
+    'normalizers': [content['normalizer']],
+  }
+  content['pre_tokenizer'] = {
+    'type': 'Split',
+    'pattern': {'String': ' '},
+    'behavior': 'MergedWithPrevious',
+    'invert': False,
+  }
+  _same_everywhere(_read(tmp_path / 't.json', content), original)
+
+
 def test_bytes_that_are_not_all_there_are_refused(tmp_path, written):
   content = _content(written)
   vocab = content['model']['vocab']
@@ -315,6 +346,16 @@ def test_bytes_that_are_not_all_there_are_refused(tmp_path, written):
   }
   path = tmp_path / 'tokenizer.json'
   refusal(lambda: _read(path, content), path, 'SentencePiece')
+
+
+def test_a_chat_template_that_is_no_text(tmp_path):
+  assert hf_tokenizer.chat_template(tmp_path) == ''
+  config = tmp_path / 'tokenizer_config.json'
+  config.write_text(json.dumps({'chat_template': None}))
+  assert hf_tokenizer.chat_template(tmp_path) == ''
+  path = tmp_path / 'chat_template.jinja'
+  path.write_bytes(b'\xff')
+  refusal(lambda: hf_tokenizer.chat_template(tmp_path), path, 'fetch it again')
 
 
 # Beside a tokenizer.model.
@@ -392,6 +433,20 @@ def _add_token(content, text, id_):
   ]
 
 
+def test_merges_in_another_order_are_read(tmp_path, written, original):
+  # The pieces of tokenizer.model are the same.
+  folder = _beside(tmp_path / 'a', original, {})
+  content = _content(written)
+  content['model']['merges'].reverse()
+  (folder / 'tokenizer.json').write_text(json.dumps(content))
+  tok = hf_tokenizer.read_folder(folder, 400)
+  alone = _read(tmp_path / 't.json', content)
+  _same_everywhere(tok, alone)
+  assert any(tok.encode(x) != original.encode(x) for x in nasty.TEXTS)
+  (folder / 'tokenizer.json').write_text(json.dumps(_content(written)))
+  assert hf_tokenizer.read_folder(folder, 400).proto == original.proto
+
+
 def test_a_token_that_only_the_config_lists_is_missed(tmp_path, written):
   # transformers would add it to those of tokenizer.json.
   for name in ('tokenizer.json', 'tokenizer.model'):
@@ -399,6 +454,38 @@ def test_a_token_that_only_the_config_lists_is_missed(tmp_path, written):
   decoder = {'added_tokens_decoder': {'400': {'content': '<2fr>'}}}
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(decoder))
   refusal(lambda: hf_tokenizer.read_folder(tmp_path, 464), tmp_path, '<2fr>')
+
+
+@pytest.mark.parametrize(
+  ('kind', 'content'),
+  [
+    ('added_tokens.json', {'<x>': '400'}),
+    ('added_tokens.json', {'<x>': None}),
+    *(
+      ('tokenizer_config.json', {'added_tokens_decoder': decoder})
+      for decoder in (
+        [{'content': 'a'}],
+        3,
+        {'0': '<pad>'},
+        {'0': {'content': 3}},
+        {'x': {'content': 'a'}},
+      )
+    ),
+  ],
+  ids=str,
+)
+def test_lists_of_added_tokens_that_are_none(tmp_path, original, kind, content):
+  (tmp_path / 'tokenizer.model').write_bytes(original.proto)
+  path = tmp_path / kind
+  path.write_text(json.dumps(content))
+  refusal(lambda: hf_tokenizer.read_folder(tmp_path, 464), path, 'number')
+
+
+def test_no_list_of_added_tokens_is_an_empty_one(tmp_path, original):
+  (tmp_path / 'tokenizer.model').write_bytes(original.proto)
+  path = tmp_path / 'tokenizer_config.json'
+  path.write_text(json.dumps({'added_tokens_decoder': None}))
+  assert hf_tokenizer.read_folder(tmp_path, 464).proto == original.proto
 
 
 def test_an_unused_token_with_a_new_name_is_read(tmp_path, original):

@@ -100,7 +100,11 @@ def test_a_gguf_file_has_a_name_of_its_own(server, published):
 
 def test_a_model_of_gguf_files_alone(server):
   del server.files['model.safetensors']
-  refusal(lambda: hub.download(NAME), 'no .safetensors', f'hf:{NAME}/FILE.gguf')
+  refusal(
+    lambda: hub.download(NAME),
+    f'hf:{NAME}: no .safetensors file is in it; see ',
+    f'hf:{NAME}/FILE.gguf',
+  )
 
 
 def test_a_gated_model(server, monkeypatch):

@@ -1,6 +1,7 @@
 """Adapters of PEFT: the same factors out and in, or one clear refusal."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -90,6 +91,23 @@ def test_any_prefix_is_found(folder, prefix):
     np.testing.assert_array_equal(found[name], x)
 
 
+def test_the_names_are_those_of_the_base(tmp_path):
+  """PEFT passes over others; the towers have matrices of the same names."""
+  factors = _factors('q|v')
+  peft.write(tmp_path, _CFG, factors, alpha=7.5, base='x', multimodal=True)
+  names = load_file(tmp_path / 'adapter_model.safetensors')
+  prefix = 'base_model.model.model.language_model.layers.'
+  assert all(name.startswith(prefix) for name in names)
+  fields = json.loads((tmp_path / 'adapter_config.json').read_text())
+  left_out = re.compile(fields['exclude_modules']).fullmatch  # As PEFT does.
+  assert left_out('model.vision_tower.layers.0.self_attn.q_proj')
+  assert not left_out('model.language_model.layers.0.self_attn.q_proj')
+  assert fields['target_modules'] == ['q_proj', 'v_proj']
+  found = peft.read(tmp_path, _CFG).factors
+  for name, x in factors.items():
+    np.testing.assert_array_equal(found[name], x)
+
+
 def _change(folder, **fields):
   path = folder / 'adapter_config.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | fields))
@@ -142,12 +160,20 @@ def test_another_kind_of_lora_is_refused_by_name(folder, key, value):
 
 
 _LAYER = 'base_model.model.model.layers.0.'
+_ANY = f'{_LAYER}self_attn.q_proj.lora_A.weight'
 
 
 @pytest.mark.parametrize(
   ('change', 'words'),
   [
-    (lambda t: dict(list(t.items())[1:]), ('are not 2 of', 'all layers')),
+    (
+      lambda t: {k: x for k, x in t.items() if k != _ANY},
+      (f'no tensor {_ANY!r}', 'all layers'),
+    ),
+    (
+      lambda t: {k.replace('.weight', '.default.weight'): t[k] for k in t},
+      (f'no tensor {_ANY!r}', 'save_pretrained'),
+    ),
     (
       lambda t: {k: v[:2] if 'lora_A' in k else v for k, v in t.items()},
       ('A of self_attn.q_proj', '(3, 32)'),
@@ -177,12 +203,13 @@ _LAYER = 'base_model.model.model.layers.0.'
     ),
     (
       lambda t: {k.replace('layers.', 'blocks.'): x for k, x in t.items()},
-      ('not 2 of',),
+      ("no tensor 'layers.0.self_attn.q_proj.lora_A.weight'",),
     ),
     (lambda t: {}, ('nothing',)),
   ],
   ids=(
     'one less',
+    'names within PEFT',
     'rank',
     'width',
     'head',
@@ -200,9 +227,6 @@ def test_factors_that_do_not_fit_are_refused(folder, change, words):
   refusal(lambda: peft.read(folder, _CFG), path, *words)
 
 
-_ANY = f'{_LAYER}self_attn.q_proj.lora_A.weight'
-
-
 @pytest.mark.parametrize('key', ('r', 'lora_alpha', 'lora_dropout'))
 def test_numbers_that_are_none_are_refused(folder, key):
   _change(folder, **{key: 'x'})
@@ -212,6 +236,9 @@ def test_numbers_that_are_none_are_refused(folder, key):
 def test_what_is_no_adapter_is_refused(folder):
   (folder / 'adapter_model.safetensors').unlink()
   refusal(lambda: peft.read(folder, _CFG), folder, 'adapter_model.safetensors')
+  pickle = folder / 'adapter_model.bin'
+  pickle.write_bytes(b'PK\x03\x04' + bytes(26) + b'adapter_model/data.pkl')
+  refusal(lambda: peft.read(folder, _CFG), pickle, 'a pickle', 'safetensors')
   (folder / 'adapter_config.json').unlink()
   refusal(
     lambda: pretrained.find_adapter(str(folder)),

@@ -163,8 +163,10 @@ def test_a_folder_that_is_no_model_is_recognised(tmp_path, what):
   refusal(lambda: _open(tmp_path), tmp_path, word)
 
 
-def test_a_folder_with_one_gguf_file_is_that_file(tmp_path):
+@pytest.mark.parametrize('beside', ('README.md', 'config.json'))
+def test_a_folder_with_one_gguf_file_is_that_file(tmp_path, beside):
   _, params = _write(tmp_path / 'a.gguf')
+  (tmp_path / beside).write_text('{"model_type": "gemma3"}')
   assert _same(_open(tmp_path).read(), params)
 
 
