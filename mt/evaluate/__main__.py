@@ -56,6 +56,7 @@ from mt.evaluate import noise
 from mt.evaluate import report
 from mt.evaluate import scores
 from mt.train import checkpoint
+from mt.train import manifest
 from mt.translate import translator as translator_lib
 
 
@@ -128,9 +129,12 @@ def translate_split(
     ]
   references = [p.target for p in chosen]
   made = cached.provenance(step, config.decode, sources)
+  texts = cached.read_if_current(of_run, made)
+  # The run removes its own when it is trained anew; another may have this step.
+  made['weights'] = manifest.crc(workdir / 'checkpoints', step)
   own = workdir / 'evaluation' / f'{name}.hypothesis.txt'
-  there = (cached.read_if_current(path, made) for path in (of_run, own))
-  texts = next((x for x in there if x is not None), None)
+  if texts is None:
+    texts = cached.read_if_current(own, made)
   if texts is None:
     texts = _translate(workdir, step, name, sources, pair)
   for side, of_side in (('source', sources), ('reference', references)):

@@ -70,6 +70,22 @@ def write(folder: pathlib.Path) -> None:
   (folder / NAME).write_text(json.dumps(found, indent=0), encoding='utf-8')
 
 
+def crc(checkpoints: pathlib.Path, at: int) -> int:
+  """The CRC-32 of a checkpoint's manifest, by which its weights are known.
+
+  Raises:
+    errors.UserError: it has none.
+  """
+  path = folder_of(checkpoints, at) / NAME
+  try:
+    return zlib.crc32(path.read_bytes())
+  except OSError as e:
+    raise errors.UserError(
+      f'{checkpoints}: step {at} is damaged ({NAME}: {e.strerror}); take '
+      'another step, or bring back a copy of that folder.'
+    ) from e
+
+
 def damage(folder: pathlib.Path, largest: float = math.inf) -> str:
   """What is wrong with a checkpoint; '' if it is as it was written.
 

@@ -154,6 +154,19 @@ def test_the_first_pairs(run, translations):
   ) == len(whole)
 
 
+def test_another_checkpoint_of_the_same_step_translates_anew(run, translations):
+  text = evaluate.Text('valid', pairs=2)
+  for _ in range(2):
+    evaluate.evaluate(run, text)
+  assert translations == [run]
+  path = run / 'checkpoints' / 'step_2' / 'manifest.json'
+  path.write_text('{"of": [1, 2]}')
+  evaluate.evaluate(run, text)
+  assert translations == [run] * 2
+  path.unlink()
+  refusal(lambda: evaluate.evaluate(run, text), run, 'step 2 is damaged')
+
+
 def test_two_runs_are_compared(run, translations, tmp_path):
   other = shutil.copytree(run, tmp_path / 'other')
   path = other / 'translations' / 'valid.after.txt'

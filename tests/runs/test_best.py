@@ -230,7 +230,10 @@ def test_other_translations_in_the_folder_are_not_taken_for_its_own(
   for when in ('before', 'after'):
     path = folder / 'translations' / f'valid.{when}.txt'
     files.write_lines(path, ['of', 'another', 'model'])
+  evaluated = folder / 'evaluation' / 'test.json'
+  files.write_json(evaluated, {'of': 'another model'})
   run_lib.run(config, folder)
+  assert not evaluated.exists()
   folders.assert_same_run(plain[1], folder)
 
 
