@@ -60,6 +60,7 @@ def provenance(
   """What a run's translations depend on, as JSON; `step` of the checkpoint."""
   digest = hashlib.sha256(json.dumps(list(sources)).encode()).hexdigest()
   made = {'step': step, 'decode': decode_config.to_dict(), 'sources': digest}
+  made['code'] = code_digest()
   return json.loads(json.dumps(made))  # Tuples become lists.
 
 

@@ -4,6 +4,7 @@ import pathlib
 import re
 import shutil
 
+import ml_collections
 import pytest
 
 from mt.evaluate import cached
@@ -79,8 +80,11 @@ def test_other_code_and_another_place_change_nothing(copy, monkeypatch):
   there = cached.code_digest()
   (copy / 'train' / 'new.py').write_text('X = 1')
   assert cached.code_digest() == there
+  made = cached.provenance(1, ml_collections.ConfigDict(), ['a'])
   (copy / 'gemma' / 'new.py').write_text('X = 1')
   assert cached.code_digest() != there
+  other = cached.provenance(1, ml_collections.ConfigDict(), ['a'])
+  assert other != made
   monkeypatch.undo()
   assert cached.code_digest() == there
 
