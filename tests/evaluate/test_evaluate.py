@@ -13,6 +13,7 @@ from mt.base import errors
 from mt.base import files
 from mt.data import corpus
 from mt.evaluate import __main__ as evaluate
+from mt.evaluate import cached
 from mt.evaluate import comet
 from mt.evaluate import report
 from mt.evaluate import scores
@@ -170,7 +171,9 @@ def test_another_checkpoint_of_the_same_step_translates_anew(run, translations):
 def test_two_runs_are_compared(run, translations, tmp_path):
   other = shutil.copytree(run, tmp_path / 'other')
   path = other / 'translations' / 'valid.after.txt'
-  files.write_lines(path, ['une', 'deux', 'trois'])
+  made = files.read_json(path.with_suffix('.json'))
+  del made['texts']
+  cached.write(path, made, ['une', 'deux', 'trois'])
   got = evaluate.evaluate(run, VALID, against=other)
   assert translations == []
   assert got['against'] == {
