@@ -80,8 +80,9 @@ def read_search(
   by_risk = values['mbr'] in ('chrf', 'comet')
   if by_risk or (sampling and not (drawn or values['mbr'])):
     n = values['n'] or (sampling.n_best if sampling else _SAMPLES)
-    temperature = {'temperature': defaults.mbr_temperature}
-    sampling = search_lib.Search(**temperature | draws | {'n_best': n})
+    beside = dataclasses.replace(search, **given)
+    sampling = translator_lib.samples(defaults, beside, n)
+    sampling = dataclasses.replace(sampling, **draws)
   else:
     sampling = None
     _check_draws(given, draws)

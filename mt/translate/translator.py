@@ -224,9 +224,19 @@ def searches(
     no_repeat_ngram=d.no_repeat_ngram,
     repetition_penalty=d.repetition_penalty,
   )
-  if not d.mbr:
-    return search, None
-  return search, search_lib.Search(temperature=d.mbr_temperature, n_best=d.mbr)
+  return search, samples(d, search, d.mbr) if d.mbr else None
+
+
+def samples(
+  d: ml_collections.ConfigDict, search: search_lib.Search, n: int
+) -> search_lib.Search:
+  """What draws n candidates beside a search, as averse to repetitions."""
+  return search_lib.Search(
+    temperature=d.mbr_temperature,
+    n_best=n,
+    no_repeat_ngram=search.no_repeat_ngram,
+    repetition_penalty=search.repetition_penalty,
+  )
 
 
 def from_config(

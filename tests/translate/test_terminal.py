@@ -261,6 +261,12 @@ def test_what_is_drawn_beside_the_search():
     wide,
     search(temperature=1.0, top_p=0.9, n_best=8),
   )
+  # What is said against repetitions holds for both.
+  averse = {'no_repeat_ngram': 3, 'repetition_penalty': 2.0}
+  assert _searches(mbr='chrf', **averse) == (
+    dataclasses.replace(plain, **averse),
+    dataclasses.replace(drawn, **averse),
+  )
   # Drawing takes the place of the run's search.
   of_run = search(length_penalty=0.5, temperature=1.0)
   assert _searches(4, 5, temperature=1.0) == (of_run, None)

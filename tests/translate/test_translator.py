@@ -389,7 +389,8 @@ def test_the_translator_of_a_config():
   assert found == wanted
   config.decode.mbr = 9
   found = translator_lib.from_config(config, source, 'the mesh')
-  drawn = search_lib.Search(temperature=0.5, n_best=9)
+  drawn = dataclasses.replace(search, beam=1, length_penalty=1.0)
+  drawn = dataclasses.replace(drawn, temperature=0.5, n_best=9)
   assert found == dataclasses.replace(wanted, sampling=drawn)
   search = search_lib.Search(temperature=1.0)
   found = translator_lib.from_config(config, source, search=search)
