@@ -426,7 +426,8 @@ KNOBS = (
     """, 'same_if_scored'),
   knob('decode.retry_ngram', 4, at_least(0), """
     A translation that goes round and round (mt/translate/loops.py) is made
-    again with this no_repeat_ngram; 0 leaves it.
+    again with this no_repeat_ngram, or a smaller one that is asked for; 0
+    leaves it.
     """, 'same_if_scored'),
   knob('decode.mbr', 0, at_least(0), """
     So many samples of each sentence are drawn, and of them and what the search

@@ -147,10 +147,9 @@ class Translator:
       made = self._decode(of_search, params, work, progress)
       for best, more in zip(found, made, strict=True):
         best += more
-    if self.sampling:
-      found = [best[: search.n_best] for best in self._by_risk(work, found)]
-    self._retry(settings, params, work, found)
-    return found
+    ranked = self._by_risk(work, found) if self.sampling else found
+    self._retry(settings, params, work, found, ranked)
+    return [best[: search.n_best] for best in ranked]
 
   def _by_risk(self, work, found):
     """Different translations of each text, ranked by minimum Bayes risk."""
@@ -173,29 +172,37 @@ class Translator:
       for (text, _), best in zip(work, found, strict=True)
     ]
 
-  def _retry(self, settings, params, work, found):
+  def _retry(self, settings, params, work, found, ranked):
     """Makes those again whose best translation goes round, and says it."""
     again = [
       i
-      for i, ((text, _), best) in enumerate(zip(work, found, strict=True))
+      for i, ((text, _), best) in enumerate(zip(work, ranked, strict=True))
       if self.retry_ngram and loops.goes_round(text, best[0].text)
     ]
     if not again:
       return
-    search = dataclasses.replace(
-      settings.search,
-      no_repeat_ngram=self.retry_ngram,
-      n_best=min(settings.search.n_best, settings.search.width),
-    )
+    search = settings.search
+    ngram = min(search.no_repeat_ngram or self.retry_ngram, self.retry_ngram)
+    n_best = search.width if self.sampling else search.n_best
+    search = dataclasses.replace(search, no_repeat_ngram=ngram, n_best=n_best)
     settings = dataclasses.replace(settings, search=search)
-    made = self._decode(settings, params, [work[i] for i in again])
+    work_again = [work[i] for i in again]
+    made = self._decode(settings, params, work_again)
+    if self.sampling:  # Ranked as the others are, with what goes straight on.
+      pairs = zip(again, work_again, made, strict=True)
+      pools = [
+        [c for c in best + found[i] if not loops.goes_round(text, c.text)]
+        or best
+        for i, (text, _), best in pairs
+      ]
+      made = self._by_risk(work_again, pools)
     left = 0
     for i, best in zip(again, made, strict=True):
       left += loops.goes_round(work[i][0], best[0].text)
-      found[i] = best
+      ranked[i] = best
     self.say(
-      f'{len(again)} of {len(found)} translations went round and round; made '
-      f'again with no_repeat_ngram={self.retry_ngram}, {left} still do'
+      f'{len(again)} of {len(ranked)} translations went round and round; made '
+      f'again with no_repeat_ngram={ngram}, {left} still do'
     )
 
   def _prompt(self, text, number):

@@ -306,6 +306,36 @@ def test_what_goes_round_is_made_again():
   assert said[0].endswith(', 0 still do')
 
 
+def test_what_is_made_again_is_ranked_as_the_rest_is(monkeypatch):
+  """All by expected chrF; and nobody's own no_repeat_ngram is loosened."""
+  asked, said, loop = [], [], 'oui ' * 20
+
+  def made(self, settings, params, work, on_progress=None):
+    texts = [loop]
+    if settings.search.temperature:
+      texts = [loop, loop, 'oui, non']
+    elif len(asked) % 3 == 2:
+      texts = ['oui non']
+    asked.append(settings.search.no_repeat_ngram)
+    return [[translator_lib.Translation(t, -9.0, -9.0) for t in texts]]
+
+  monkeypatch.setattr(translator_lib.Translator, '_decode', made)
+  drawn = search_lib.Search(temperature=1.0, n_best=3)
+  for own, used in ((0, 4), (1, 1), (6, 4)):
+    search = search_lib.Search(no_repeat_ngram=own, n_best=3)
+    translator = dataclasses.replace(
+      _translator(_CFG, _tokenizer(), BARE, 1.0, 1, search=search),
+      **{'sampling': drawn, 'retry_ngram': 4, 'say': said.append},
+    )
+    (found,) = translator.n_best({'layers': ()}, ['yes'])
+    texts = 'oui non', 'oui, non'
+    (expected,) = mbr.expected_chrf([''], [texts])
+    assert {t.text: t.score for t in found} == dict(
+      zip(texts, expected, strict=True)
+    )
+    assert asked[-1] == used and f'_ngram={used}, 0 still' in said[-1]
+
+
 def test_nothing_to_translate(monkeypatch):
   # Nothing may be compiled for it.
   monkeypatch.setattr(batching, 'init', None)
