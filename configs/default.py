@@ -11,6 +11,7 @@ from configs.knobs import AXIS
 from configs.knobs import COLUMNS
 from configs.knobs import FORMAT
 from configs.knobs import FROZEN
+from configs.knobs import IN_LINE
 from configs.knobs import LANGUAGES
 from configs.knobs import POSITIVE
 from configs.knobs import PROMPT
@@ -195,7 +196,7 @@ KNOBS = (
   knob('template.target_language', '', ANY, """
     The target language's name; '' takes it from data.pair (fr is French).
     """),
-  knob('template.target_prefix', ' ', ANY, """
+  knob('template.target_prefix', ' ', IN_LINE, """
     Put before each target, and taken off each translation.
     """),
   knob('template.target_bos', False, ANY, """
