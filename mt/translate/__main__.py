@@ -12,7 +12,7 @@ packed as .gz or .xz; of a pipe, the lines that have come are answered before
 the next ones. With --json, an object a line:
 
   {"source": "Hi!", "translations": [{"text": "Salut !", "score": -0.21,
-  "log_probability": -0.84}, …]}
+  "log_probability": -0.84, "cut_off": false}, …]}
 
 With --json --key=en the input is JSON lines (or a parquet file), whose texts
 stand under that key; a text may have line breaks, as its translation then has.
@@ -169,18 +169,21 @@ def run(values: dict[str, Any]) -> None:
     )
     if sampling:
       translator = dataclasses.replace(translator, expected=expected)
-    done = 0
+    done = cut_off = 0
     for chunk in _ask() if asking else _read_texts(stream, asked, key):
       found = translator.n_best(params, chunk, first=done)
       done += len(chunk)
       for text, translations in zip(chunk, found, strict=True):
         made = translations[0].text
+        cut_off += translations[0].cut_off
         if values['json']:
           made = _as_json(text, translations)
         out.write(f'{made}\n'.encode())
       out.flush()
       if not values['output']:
         screen.check()
+  if cut_off:
+    _say(translator_lib.limit_note(cut_off, done))
 
 
 def _say(text):

@@ -29,6 +29,15 @@ class Translation:
   # What ranks it: see Search.length_penalty; with samples Translator.expected.
   score: float
   log_probability: float  # Natural, of all tokens and the one that ends it.
+  cut_off: bool = False  # It reached its limit before its end.
+
+
+def limit_note(number: int, of: int) -> str:
+  """What is said of translations that are cut off."""
+  return (
+    f'{number} of {of} translations reached their limit and are cut off '
+    '(decode.max_ratio, decode.max_extra)'
+  )
 
 
 def end_ids(
@@ -87,7 +96,10 @@ class Translator:
     on_progress: Progress = lambda done: None,
   ) -> list[str]:
     """The best translation of each text, in order; see `n_best`."""
-    return [best.text for best, *_ in self.n_best(params, texts, on_progress)]
+    found = [best for best, *_ in self.n_best(params, texts, on_progress)]
+    if number := sum(best.cut_off for best in found):
+      self.say(limit_note(number, len(found)))
+    return [best.text for best in found]
 
   def n_best(
     self,
@@ -149,7 +161,9 @@ class Translator:
         best += more
     ranked = self._by_risk(work, found) if self.sampling else found
     self._retry(settings, params, work, found, ranked)
-    return [best[: search.n_best] for best in ranked]
+    if self.sampling:
+      ranked = [best[: search.n_best] for best in ranked]
+    return ranked
 
   def _by_risk(self, work, found):
     """Different translations of each text, ranked by minimum Bayes risk."""
@@ -168,7 +182,7 @@ class Translator:
     prompts = [prompt for _, prompt in work]
     found = batching.decode_all(settings, params, prompts, on_progress)
     return [
-      [Translation(self._text(h.tokens, text), h.score, h.logp) for h in best]
+      [self._translation(h, text) for h in best]
       for (text, _), best in zip(work, found, strict=True)
     ]
 
@@ -210,11 +224,18 @@ class Translator:
     tokens = template_lib.prompt_ids(text, self.tok, self.template)
     return batching.Prompt(tokens, limit + self.max_extra, number)
 
-  def _text(self, tokens, source):
-    text = self.tok.decode(tokens)
-    text = text.removeprefix(self.template.target_prefix).strip()
-    lines = text.split('\n')[: _num_lines(source)]
-    return '\n'.join(' '.join(line.splitlines()) for line in lines).strip()
+  def _translation(self, hypothesis, source):
+    text = self.tok.decode(hypothesis.tokens)
+    text = text.removeprefix(self.template.target_prefix).lstrip()
+    lines, most = text.split('\n'), _num_lines(source)
+    text = '\n'.join(' '.join(line.splitlines()) for line in lines[:most])
+    return Translation(
+      text.strip(),
+      hypothesis.score,
+      hypothesis.logp,
+      # What has all its lines and goes on with more is whole.
+      cut_off=hypothesis.end is None and len(lines) <= most,
+    )
 
 
 def _num_lines(text):

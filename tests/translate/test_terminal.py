@@ -69,7 +69,8 @@ class _Shouting:
   def n_best(self, params, texts, first):
     self.calls.append((len(texts), first))
     return [
-      [translator.Translation(t.upper(), -0.5, -1.5)] * (1 + (t == 'twice'))
+      [translator.Translation(t.upper(), -0.5, -1.5, t == 'cut')]
+      * (1 + (t == 'twice'))
       for t in texts
     ]
 
@@ -124,9 +125,20 @@ def test_json_lines(command):
   assert 'HÉ' in out  # Real characters.
   one, empty, two = map(json.loads, out.splitlines())
   said = {'text': 'HÉ', 'score': -0.5, 'log_probability': -1.5}
+  said['cut_off'] = False
   assert one == {'source': 'Hé', 'translations': [said]}
   assert empty['source'] == empty['translations'][0]['text'] == ''
   assert len(two['translations']) == 2
+
+
+def test_what_is_cut_off_is_counted_at_the_end(command, monkeypatch, capsys):
+  monkeypatch.setattr(terminal, '_CHUNK', 1)
+  out, _ = command(b'cut\na\ncut\n', json=True)
+  found = [json.loads(x)['translations'][0] for x in out.splitlines()]
+  assert [t['cut_off'] for t in found] == [True, False, True]
+  told = capsys.readouterr().err.splitlines()
+  assert [line for line in told if 'limit' in line] == told[-1:]
+  assert told[-1].startswith('2 of 3 translations reached their limit')
 
 
 def test_files(command, tmp_path):

@@ -180,6 +180,28 @@ def test_length_is_limited_by_the_source():
   assert len(set(map(len, texts))) == 4 and texts[3] == ''
 
 
+@pytest.mark.parametrize(
+  ('source', 'ids', 'number'),
+  [
+    ('x', ['e', 'a'], 1),  # For ever.
+    ('x', ['e', '</s>'], 0),
+    ('x', ['e', '\n', 'a'], 0),
+    ('a\nb', ['e', '\n', 'a'], 1),
+    ('a\nb', ['e', '\n', 'a', '\n\n', 'x'], 0),  # Whole, and goes on.
+  ],
+)
+def test_what_is_cut_off_is_said(source, ids, number):
+  tok, said = _with_newlines(), []
+  last = template_lib.prompt_ids('x', tok, PLAIN)[-1]
+  translator = dataclasses.replace(_scripted(PLAIN), say=said.append)
+  params, texts = _script(last, *map(_piece, ids)), [source, '']
+  found = translator.n_best(params, texts)
+  assert [best.cut_off for best, *_ in found] == [bool(number), False]
+  translator(params, texts)
+  told = [f'{number} of 2 translations reached'] if number else []
+  assert [line[: len(told[0])] for line in said] == told
+
+
 # Texts through a random model, which answers each differently.
 
 TEXTS = [
@@ -297,12 +319,12 @@ def test_what_goes_round_is_made_again():
   scripted = dataclasses.replace(_scripted(BARE, 1.5, 40), say=said.append)
   texts = ['x', '', 'x' + 'e' * 60]
   plain = scripted(params, texts)
-  assert plain[0] == 'e' * 41 and not said
+  assert plain[0] == 'e' * 41 and 'round' not in said.pop()
   found = dataclasses.replace(scripted, retry_ngram=2)(params, texts)
   assert found[1:] == plain[1:]  # The last one's source goes round as well.
   tokens = tok.encode(found[0])
   assert not loops.goes_round('x', found[0]) and piece in tokens
-  assert len(said) == 1 and said[0].startswith('1 of 2 translations went round')
+  assert said[0].startswith('1 of 2 translations went round')
   assert said[0].endswith(', 0 still do')
 
 
