@@ -149,10 +149,15 @@ def run(values: dict[str, Any]) -> None:
       f'--key is {key!r}, but a text under it may have several lines; --json '
       'expected.'
     )
+  asking = not asked and sys.stdin.isatty()
+  if key and asking:
+    raise errors.UserError(
+      f'--key is {key!r}, but what is typed at a prompt is plain text; a pipe '
+      'or --input expected.'
+    )
   config = directions.only(run_folder.read_config(workdir), values['pair'])
   search, sampling = read_search(values, config.decode)
   at, about = checkpoint.find_step(workdir, values['checkpoint'])
-  asking = not asked and sys.stdin.isatty()
   with (
     _open_input(asked, key) as stream,
     _open_output(values['output']) as out,

@@ -369,6 +369,8 @@ def test_a_prompt_on_a_terminal(shouting, monkeypatch):
   ):
     m.setattr(sys, 'stdin', stdin)
     m.setattr(sys, 'stdout', stdout)
+    values = VALUES | {'key': 'en', 'json': True}
+    refusal(lambda: terminal.run(values), "--key is 'en'", '--input')
     terminal.run(VALUES)
     stdout.flush()
     seen, end = b'', b'> \r\n> \r\n'
