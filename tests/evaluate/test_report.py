@@ -261,9 +261,20 @@ def test_the_step_that_was_scored_is_named(folder):
 
 
 def test_chrf_before_and_after_is_a_curve_of_two_points(folder, curves):
-  _finish(folder)
+  found = _finish(folder)
   report.page(folder)
   assert curves['chrF'] == {'valid': 2}
+  directions = ('valid-en-fr', 'valid-fr-en', 'test-en-fr', 'test-fr-en')
+  scored = dict.fromkeys((*directions, 'valid', 'test'), found)
+  files.write_json(folder / 'scores.json', scored)
+  for name in directions:
+    for path in (folder / 'translations').glob('valid.*'):
+      shutil.copy(path, path.with_name(path.name.replace('valid', name)))
+  fields = files.read_json(folder / 'config.json')
+  fields['data']['pair'] = 'en-fr,fr-en'
+  files.write_json(folder / 'config.json', fields)
+  report.page(folder)
+  assert curves['chrF'] == {'valid': 2, 'test': 2}
 
 
 def test_a_run_under_way(folder):
