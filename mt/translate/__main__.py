@@ -92,11 +92,15 @@ def read_search(
     if values['n']:
       _say('--n has no effect without --mbr=chrf or --mbr=comet')
   search = dataclasses.replace(search, **given)
-  most = search.width + (sampling.width if sampling else 0)
-  if search.n_best > most:
+  samples = sampling.width if sampling else 0
+  if search.n_best > search.width + samples:
+    have, other = 'has', '--temperature above 0'
+    if samples:
+      have = f'and {samples} samples have'
+      other = f'--n={search.n_best - search.width}'
     raise errors.UserError(
-      f'--n_best is {search.n_best}, but a beam of {search.beam} has no more '
-      f'than that; --beam={search.n_best} or --temperature above 0 expected.'
+      f'--n_best is {search.n_best}, but a beam of {search.beam} {have} no '
+      f'more than that; --beam={search.n_best - samples} or {other} expected.'
     )
   if search.n_best > 1 and not values['json']:
     raise errors.UserError(
