@@ -270,6 +270,13 @@ def _by_noise(found) -> list[str]:
 def main(argv):
   given = flags.FLAGS
   if given.report:
+    own = given.get_key_flags_for_module(sys.argv[0])
+    others = {f.name for f in own if f.present} - {'report', 'traceback'}
+    if others:
+      raise errors.UserError(
+        '--report compares what the runs have translated already, and takes no '
+        f'--{" or --".join(sorted(others))}; leave one or the other out.'
+      )
     workdirs = [pathlib.Path(name) for name in (*given.report, *argv[1:])]
     out = workdirs[0] / 'comparison.html'
     files.write(out, comparison.page(workdirs))

@@ -310,6 +310,9 @@ def test_runs_are_compared_on_one_page(run, tmp_path):
 
 
 def test_a_bad_flag_ends_in_one_line():
+  done = _command('--report', 'A', 'B', '--split=valid', '--json')
+  assert done.returncode == 2 and done.stdout == ''
+  assert 'takes no --json or --split' in done.stderr
   done = _command('--workdir=W', 'word')
   assert done.returncode == 2 and "'word' is no flag" in done.stderr
   done = _command('--workdir=W')
