@@ -83,7 +83,13 @@ class Text:
   @property
   def suffix(self) -> str:
     """Of the names of its files."""
-    return f'-noise{round(100 * self.noise)}' if self.noise else ''
+    percent = f'{100 * self.noise:.10g}'.replace('.', '_')
+    return f'-noise{percent}' if self.noise else ''
+
+  def title(self, name: str) -> str:
+    """What it is called where people read; `name` is without the suffix."""
+    title = self.data.get(self.split, name)
+    return f'{title}, noise {self.noise:.10g}' if self.noise else title
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,12 +185,9 @@ def evaluate(
     comet.find()  # Before minutes go into translating.
   own, other = translate_split(workdir, text, which), None
   path = workdir / 'evaluation' / f'{own.name}.json'
-  title = text.data.get(text.split, own.name)
-  if text.data and text.noise:
-    title += f', noise {text.noise:g}'
   out = {
     'name': own.name,
-    'text': title,
+    'text': text.title(own.name.removesuffix(text.suffix)),
     'step': own.step,
     'scores': scores.score(own.hypotheses, own.references, own.languages[1]),
     'noise': scores.by_noise(
@@ -295,7 +298,8 @@ def main(argv):
   if len(found) > 1:
     mean = scores.mean([result['scores'] for result in found])
     name, step = given.split + text.suffix, found[0]['step']
-    mean = {'name': name, 'text': name, 'step': step, 'scores': mean}
+    mean = {'name': name, 'step': step, 'scores': mean}
+    mean['text'] = text.title(given.split)
     files.write_json(workdir / 'evaluation' / f'{name}.json', mean)
     found.append(mean)
   report.write(workdir)

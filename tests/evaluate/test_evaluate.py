@@ -234,6 +234,17 @@ def test_any_text_is_scored(run, translations, tmp_path):
   refusal(lambda: evaluate.evaluate(run, gone), text)
 
 
+def test_each_share_of_noise_has_files_and_a_title_of_its_own():
+  names = {'': 0.0, '-noise0_1': 0.001, '-noise7': 0.07}
+  names |= {'-noise30': 0.3, '-noise30_4': 0.304, '-noise100': 1.0}
+  for suffix, share in names.items():
+    text = evaluate.Text('valid', noise=share)
+    assert text.suffix == suffix  # The report's names have no dot.
+    assert text.title('x') == (f'x, noise {share:g}' if share else 'x')
+  text = evaluate.Text('valid', data={'valid': 'a.tsv'}, noise=0.001)
+  assert text.title('x') == 'a.tsv, noise 0.001'
+
+
 def test_a_split_that_there_is_not(run):
   def change(config):
     config['data']['source'] = __file__
