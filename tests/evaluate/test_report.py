@@ -449,6 +449,25 @@ def test_runs_on_one_page(folder, tmp_path_factory, curves):
   assert 'train.max_steps' not in page.text('code')
 
 
+def test_runs_of_other_directions_are_compared_in_those_of_both(
+  folder, tmp_path_factory
+):
+  _finish(folder)
+  files.write_json(folder / 'translations' / 'valid.after.json', {})
+  other = _other(folder, tmp_path_factory, BEFORE)
+  for path in (other / 'translations').glob('valid.*'):
+    path.rename(path.with_name(path.name.replace('valid', 'valid-en-fr')))
+  fields = files.read_json(other / 'config.json')
+  fields['data']['pair'] = 'en-fr,fr-en'
+  files.write_json(other / 'config.json', fields)
+  for runs, split in (
+    ([folder, other], 'valid'),
+    ([other, folder], 'valid-en-fr'),
+  ):
+    shown = _Page(comparison.page(runs)).text()
+    assert f'Sentences: {split} ' in shown and 'not done' not in shown
+
+
 def test_runs_of_other_sentences_are_not_compared(folder, tmp_path_factory):
   _finish(folder)
   files.write_json(folder / 'translations' / 'valid.after.json', {})
