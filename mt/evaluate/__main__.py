@@ -143,6 +143,7 @@ def translate_split(
     texts = cached.read_if_current(own, made)
   if texts is None:
     texts = _translate(workdir, step, name, sources, pair)
+    texts = [text.replace('\n', ' ') for text in texts]  # As files have them.
   for side, of_side in (('source', sources), ('reference', references)):
     files.write_lines(own.with_name(f'{name}.{side}.txt'), of_side)
   cached.write(own, made, texts)

@@ -1,7 +1,9 @@
 """BLEU, chrF and chrF++, as sacreBLEU has them: of all, by noise, of two.
 
 Nothing else computes them. Texts are compared in Unicode's NFC: é is one
-character, however it was typed. BLEU's words are those of the target language:
+character, however it was typed. A line break is a space, as in a run's files:
+13a would join words that a hyphen before it parts. BLEU's words are those of
+the target language:
 
   ja            MeCab's (sacreBLEU's extra `ja`), else characters
   ko            MeCab's (its extra `ko`), else characters
@@ -73,6 +75,7 @@ def names(found: dict[str, Any]) -> dict[str, str]:
 
 
 def _nfc(texts):
+  texts = (text.replace('\n', ' ') for text in texts)
   return [unicodedata.normalize('NFC', text) for text in texts]
 
 

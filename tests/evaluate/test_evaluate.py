@@ -234,6 +234,21 @@ def test_any_text_is_scored(run, translations, tmp_path):
   refusal(lambda: evaluate.evaluate(run, gone), text)
 
 
+def test_texts_with_line_breaks_have_the_same_scores_again(
+  run, monkeypatch, tmp_path
+):
+  data, french = tmp_path / 'x.jsonl', 'un bien-\nconnu et une chose'
+  data.write_text(json.dumps({'en': 'a\nb', 'fr': french}), encoding='utf-8')
+  monkeypatch.setattr(evaluate, '_translate', lambda *_: [french])
+  data = {'valid': str(data), 'columns': ('en', 'fr')}
+  text = evaluate.Text('valid', data=data)
+  first = evaluate.translate_split(run, text)
+  assert first.hypotheses == ['un bien- connu et une chose']
+  assert evaluate.evaluate(run, text)['scores']['bleu'] == 100
+  monkeypatch.delattr(evaluate, '_translate')
+  assert evaluate.translate_split(run, text) == first
+
+
 def test_each_share_of_noise_has_files_and_a_title_of_its_own():
   names = {'': 0.0, '-noise0_1': 0.001, '-noise7': 0.07}
   names |= {'-noise30': 0.3, '-noise30_4': 0.304, '-noise100': 1.0}
