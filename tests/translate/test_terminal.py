@@ -3,6 +3,7 @@
 With a run of its own: tests/runs/test_run.py and test_best.py.
 """
 
+import bz2
 from concurrent import futures
 import dataclasses
 import functools
@@ -213,6 +214,13 @@ def test_json_in_and_out(command, tmp_path, pack):
 def test_what_training_would_not_use_is_refused(command, given, key, words):
   call = lambda: command(given, key=key, json=True)  # noqa: E731
   refusal(call, 'standard input', *words)
+
+
+def test_a_text_may_begin_as_bzip2_does(command):
+  assert command(b'BZhang wrote this\n')[0] == 'BZHANG WROTE THIS\n'
+  for level in (1, 9):
+    packed = bz2.compress(b'a\n', level)
+    refusal(lambda p=packed: command(p), 'packed by bzip2')
 
 
 def test_a_byte_order_mark_is_no_text(command):
