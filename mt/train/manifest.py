@@ -77,13 +77,9 @@ def crc(checkpoints: pathlib.Path, at: int) -> int:
     errors.UserError: it has none.
   """
   path = folder_of(checkpoints, at) / NAME
-  try:
-    return zlib.crc32(path.read_bytes())
-  except OSError as e:
-    raise errors.UserError(
-      f'{checkpoints}: step {at} is damaged ({NAME}: {e.strerror}); take '
-      'another step, or bring back a copy of that folder.'
-    ) from e
+  if not path.exists():
+    check(checkpoints, at)  # Says why.
+  return zlib.crc32(path.read_bytes())
 
 
 def damage(folder: pathlib.Path, largest: float = math.inf) -> str:
