@@ -11,6 +11,7 @@ from configs.knobs import AXIS
 from configs.knobs import COLUMNS
 from configs.knobs import FORMAT
 from configs.knobs import FROZEN
+from configs.knobs import IN_LINE
 from configs.knobs import LANGUAGES
 from configs.knobs import POSITIVE
 from configs.knobs import PROMPT
@@ -195,7 +196,7 @@ KNOBS = (
   knob('template.target_language', '', ANY, """
     The target language's name; '' takes it from data.pair (fr is French).
     """),
-  knob('template.target_prefix', ' ', ANY, """
+  knob('template.target_prefix', ' ', IN_LINE, """
     Put before each target, and taken off each translation.
     """),
   knob('template.target_bos', False, ANY, """
@@ -426,7 +427,8 @@ KNOBS = (
     """, 'same_if_scored'),
   knob('decode.retry_ngram', 4, at_least(0), """
     A translation that goes round and round (mt/translate/loops.py) is made
-    again with this no_repeat_ngram; 0 leaves it.
+    again with this no_repeat_ngram, or a smaller one that is asked for; 0
+    leaves it.
     """, 'same_if_scored'),
   knob('decode.mbr', 0, at_least(0), """
     So many samples of each sentence are drawn, and of them and what the search

@@ -99,6 +99,10 @@ COLUMNS = Rule(
   ),
   'two numbers from 1 up, two names, or ()',
 )
+IN_LINE = Rule(
+  lambda v: '\n' not in v,
+  'a text without a line break, which ends a translation',
+)
 PROMPT = Rule(
   lambda v: v.count('{source}') == 1 or v == 'translategemma',
   'a text with {source} in it once, or translategemma',

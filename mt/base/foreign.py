@@ -25,7 +25,8 @@ _NO_TEXT = {
   b'version https://git-lfs': 'a Git LFS pointer in the place of the file '
   'itself; run `git lfs pull` in its folder, or fetch the file by itself',
   b'PK\x03\x04': 'a zip archive; unpack it and give what is in it',
-  b'BZh': 'packed by bzip2; unpack it',
+  # All of it: a text may begin with BZh.
+  **{b'BZh%d1AY&SY' % n: 'packed by bzip2; unpack it' for n in range(1, 10)},
   b'\x28\xb5\x2f\xfd': 'packed by zstd; unpack it',
   b'\xff\xfe': _UTF16,
   b'\xfe\xff': _UTF16,

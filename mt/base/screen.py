@@ -34,7 +34,7 @@ def protect() -> None:
   # gets its number, which is the lowest free one: else the next file that is
   # opened would get it, and what libraries in C print.
   if sys.stdin is None:
-    sys.stdin = io.TextIOWrapper(io.FileIO(os.devnull))
+    sys.stdin = open(os.devnull, encoding='utf-8')  # noqa: SIM115
   for number, name in _STREAMS.items():
     old = getattr(sys, name)
     if old is not getattr(sys, f'__{name}__'):

@@ -56,6 +56,7 @@ from mt.evaluate import noise
 from mt.evaluate import report
 from mt.evaluate import scores
 from mt.train import checkpoint
+from mt.train import manifest
 from mt.translate import translator as translator_lib
 
 
@@ -82,7 +83,13 @@ class Text:
   @property
   def suffix(self) -> str:
     """Of the names of its files."""
-    return f'-noise{round(100 * self.noise)}' if self.noise else ''
+    percent = f'{100 * self.noise:.10g}'.replace('.', '_')
+    return f'-noise{percent}' if self.noise else ''
+
+  def title(self, name: str) -> str:
+    """What it is called where people read; `name` is without the suffix."""
+    title = self.data.get(self.split, name)
+    return f'{title}, noise {self.noise:.10g}' if self.noise else title
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +135,15 @@ def translate_split(
     ]
   references = [p.target for p in chosen]
   made = cached.provenance(step, config.decode, sources)
+  texts = cached.read_if_current(of_run, made)
+  # The run removes its own when it is trained anew; another may have this step.
+  made['weights'] = manifest.crc(workdir / 'checkpoints', step)
   own = workdir / 'evaluation' / f'{name}.hypothesis.txt'
-  there = (cached.read_if_current(path, made) for path in (of_run, own))
-  texts = next((x for x in there if x is not None), None)
+  if texts is None:
+    texts = cached.read_if_current(own, made)
   if texts is None:
     texts = _translate(workdir, step, name, sources, pair)
+    texts = [text.replace('\n', ' ') for text in texts]  # As files have them.
   for side, of_side in (('source', sources), ('reference', references)):
     files.write_lines(own.with_name(f'{name}.{side}.txt'), of_side)
   cached.write(own, made, texts)
@@ -175,12 +186,9 @@ def evaluate(
     comet.find()  # Before minutes go into translating.
   own, other = translate_split(workdir, text, which), None
   path = workdir / 'evaluation' / f'{own.name}.json'
-  title = text.data.get(text.split, own.name)
-  if text.data and text.noise:
-    title += f', noise {text.noise:g}'
   out = {
     'name': own.name,
-    'text': title,
+    'text': text.title(own.name.removesuffix(text.suffix)),
     'step': own.step,
     'scores': scores.score(own.hypotheses, own.references, own.languages[1]),
     'noise': scores.by_noise(
@@ -266,6 +274,13 @@ def _by_noise(found) -> list[str]:
 def main(argv):
   given = flags.FLAGS
   if given.report:
+    own = given.get_key_flags_for_module(sys.argv[0])
+    others = {f.name for f in own if f.present} - {'report', 'traceback'}
+    if others:
+      raise errors.UserError(
+        '--report compares what the runs have translated already, and takes no '
+        f'--{" or --".join(sorted(others))}; leave one or the other out.'
+      )
     workdirs = [pathlib.Path(name) for name in (*given.report, *argv[1:])]
     out = workdirs[0] / 'comparison.html'
     files.write(out, comparison.page(workdirs))
@@ -284,7 +299,8 @@ def main(argv):
   if len(found) > 1:
     mean = scores.mean([result['scores'] for result in found])
     name, step = given.split + text.suffix, found[0]['step']
-    mean = {'name': name, 'text': name, 'step': step, 'scores': mean}
+    mean = {'name': name, 'step': step, 'scores': mean}
+    mean['text'] = text.title(given.split)
     files.write_json(workdir / 'evaluation' / f'{name}.json', mean)
     found.append(mean)
   report.write(workdir)

@@ -58,17 +58,26 @@ def provenance(
   step: int, decode_config: ml_collections.ConfigDict, sources: Sequence[str]
 ) -> dict[str, Any]:
   """What a run's translations depend on, as JSON; `step` of the checkpoint."""
-  digest = hashlib.sha256(json.dumps(list(sources)).encode()).hexdigest()
-  made = {'step': step, 'decode': decode_config.to_dict(), 'sources': digest}
+  made = {'step': step, 'decode': decode_config.to_dict()}
+  made |= {'sources': _digest(sources), 'code': code_digest()}
   return json.loads(json.dumps(made))  # Tuples become lists.
+
+
+def _digest(texts):
+  return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def write(
   path: pathlib.Path, made: dict[str, Any], texts: Sequence[str]
 ) -> None:
-  """Writes translations to a .txt and, last, `made` to the .json beside it."""
+  """Writes translations to a .txt and, last, `made` to the .json beside it.
+
+  It gets a digest of them: whoever dies in between leaves an older .json.
+  """
   files.write_lines(path, texts)
-  files.write_json(path.with_suffix('.json'), made)
+  as_read = [text.replace('\n', ' ') for text in texts]
+  known = made | {'texts': _digest(as_read)}
+  files.write_json(path.with_suffix('.json'), known)
 
 
 def read_if_current(
@@ -76,6 +85,8 @@ def read_if_current(
 ) -> list[str] | None:
   """The translations that `write` wrote, if they were made like this."""
   with contextlib.suppress(errors.UserError):  # Missing or damaged.
-    if files.read_json(path.with_suffix('.json')) == made:
-      return files.read_lines(path)
+    texts = files.read_lines(path)
+    known = made | {'texts': _digest(texts)}
+    if files.read_json(path.with_suffix('.json')) == known:
+      return texts
   return None

@@ -168,9 +168,8 @@ def _scores(m):
   lines = []
   for split, both in files.read_json(path).items():
     before, after = both['before'], both['after']
-    lines.append(
-      f'{split}, {after["sentences"]} sentences, step {after["step"]}:\n'
-    )
+    step = f', step {after["step"]}' if 'step' in after else ''  # Old runs.
+    lines.append(f'{split}, {after["sentences"]} sentences{step}:\n')
     for key, name in scores_lib.names(after).items():
       lines.append(
         f'- {name}: {after[key]:.2f}, {before[key]:.2f} before training '

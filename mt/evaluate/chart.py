@@ -1,7 +1,7 @@
 """Curves as SVG, to stand inside an HTML page.
 
 Colours come from the page: its CSS variables --a, --b and --good of the curves,
---dim of the text and --line of the grid.
+--dim of a fourth one and of the text, and --line of the grid.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def figure(title: str, unit: str, series: Sequence[Series]) -> str:
 
 
 def lines(title: str, series: Sequence[Series]) -> str:
-  """A chart of one to three curves.
+  """A chart of one to four curves.
 
   Args:
     title: for those who cannot see it.
@@ -70,7 +70,8 @@ def lines(title: str, series: Sequence[Series]) -> str:
   with mpl.rc_context(fname=_STYLE):
     fig = mpl_figure.Figure(figsize=(5.4, 3.1))
     axes = fig.add_axes(_PLACE)
-    for (_, points), color in zip(series, _VARIABLES, strict=False):
+    colors = [*_VARIABLES][:4][: len(series)]
+    for (_, points), color in zip(series, colors, strict=True):
       x, y = zip(*thin(points), strict=True) if points else ((), ())
       marker, alpha = ('o', 1) if len(points) <= 40 else ('', 0.6)
       axes.plot(x, y, color=color, marker=marker, alpha=alpha)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import html
+import itertools
 import pathlib
 
 from mt.base import errors
@@ -39,10 +40,16 @@ def page(workdirs: Sequence[pathlib.Path]) -> str:
   runs = dict(zip(names, workdirs, strict=True))
   configs = [run_folder.read_config(w).to_dict() for w in workdirs]
   tables, texts = [], []
-  pair = configs[0]['data']['pair']
-  for split, direction in directions.named(pair, 'valid', 'test').items():
+  pair, *_ = of_runs = [config['data']['pair'] for config in configs]
+  for what, direction in itertools.product(
+    ('valid', 'test'), directions.each(pair)
+  ):
+    split = directions.name(pair, what, direction)
     languages = directions.languages(direction)
-    made = {name: _made(w, split) for name, w in runs.items()}
+    made = {  # In each run under its own name, as others have more directions.
+      name: _made(w, directions.name(of_run, what, direction))
+      for (name, w), of_run in zip(runs.items(), of_runs, strict=True)
+    }
     if made[names[0]] is not None:
       tables.append(_compared(split, made, languages[1]))
       texts += _differing(split, made, languages)

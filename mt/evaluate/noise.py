@@ -12,8 +12,8 @@ class is not thereby clean.
   typos       known misspellings, lost apostrophes, accents and spaces, a word
               twice; en and fr. Others need a dictionary, and are not found
   markup      Markdown, HTML entities, URLs, /r/…, /u/…; any language
-  very short  at most 3 words (ja: 8 characters)
-  very long   40 words or more (ja: 100 characters)
+  very short  at most 3 words (8 characters in ja and others without spaces)
+  very long   40 words or more (100 characters)
 
 What is looked for stands in mt/evaluate/words: CLASS.LANGUAGE.txt, CLASS.txt.
 """
@@ -28,7 +28,14 @@ CLASSES = (
   *('emoji', 'capitals', 'slang', 'typos', 'markup'),
   *('very short', 'very long'),
 )
-_WITHOUT_SPACES = ('ja', 'zh', 'th')
+# Codes of ISO 639-3, as FLORES has them, and their short ones.
+_SHORT = {'bod': 'bo', 'cmn': 'zh', 'dzo': 'dz', 'eng': 'en', 'fra': 'fr'}
+_SHORT |= {'jpn': 'ja', 'khm': 'km', 'kor': 'ko', 'lao': 'lo', 'mya': 'my'}
+_SHORT |= {'tha': 'th', 'zho': 'zh'}
+CHINESE = 'lzh', 'wuu', 'yue', 'zh'
+# Burmese, Dzongkha, Khmer, Lao, Shan, Thai, Tibetan: no spaces between words.
+UNSPACED = 'bo', 'dz', 'km', 'lo', 'my', 'shn', 'th'
+_WITHOUT_SPACES = ('ja', *CHINESE, *UNSPACED)
 # What is in there is nobody's spelling.
 _NOT_PROSE = regex.compile(r'https?://\S+|www\.\S+|(?<!\w)/?[ru]/\w+|`[^`]*`')
 _STRETCHED = regex.compile(
@@ -81,8 +88,14 @@ _LISTS = {
 }
 
 
+def short_code(language: str) -> str:
+  """The code that the rules have for a language: of jpn, ja."""
+  return _SHORT.get(language.lower(), language.lower())
+
+
 def has_rule(name: str, language: str) -> bool:
   """Whether a class of CLASSES can be found in a language at all."""
+  language = short_code(language)
   return {
     'capitals': language not in _WITHOUT_SPACES,
     'slang': f'slang.{language}' in _LISTS,
@@ -96,7 +109,7 @@ def classes(text: str, language: str) -> tuple[str, ...]:
   In en, 'idk why u dont LOVE it 😂' has `('emoji', 'capitals', 'slang',
   'typos')`. `language` is a code; for what it has no rules, see has_rule.
   """
-  prose = _NOT_PROSE.sub(' ', text)
+  prose, language = _NOT_PROSE.sub(' ', text), short_code(language)
   size, short, long = len(text.split()), 3, 40
   if language in _WITHOUT_SPACES:
     size, short, long = len(''.join(text.split())), 8, 100

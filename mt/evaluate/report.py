@@ -242,6 +242,7 @@ def _curves(curves, scores) -> str:
     chrf = [
       (split, [(x.get('step', 0), x['chrf']) for x in both.values()])
       for split, both in scores.items()
+      if split in ('valid', 'test')  # Of several directions, their means.
     ]
   charts = [('Loss', 'nats per target token', loss), ('chrF', '0 to 100', chrf)]
   for title, unit, factor, names in _MORE_CHARTS:

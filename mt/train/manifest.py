@@ -70,6 +70,18 @@ def write(folder: pathlib.Path) -> None:
   (folder / NAME).write_text(json.dumps(found, indent=0), encoding='utf-8')
 
 
+def crc(checkpoints: pathlib.Path, at: int) -> int:
+  """The CRC-32 of a checkpoint's manifest, by which its weights are known.
+
+  Raises:
+    errors.UserError: it has none.
+  """
+  path = folder_of(checkpoints, at) / NAME
+  if not path.exists():
+    check(checkpoints, at)  # Says why.
+  return zlib.crc32(path.read_bytes())
+
+
 def damage(folder: pathlib.Path, largest: float = math.inf) -> str:
   """What is wrong with a checkpoint; '' if it is as it was written.
 

@@ -319,7 +319,10 @@ def _cached(
 def drop_stale(run: loop.Run, when: str) -> None:
   """Has the scores and translations of `when`, * for all, made anew."""
   files.remove(run.workdir / 'scores.json')
-  for path in (run.workdir / 'translations').glob(f'*.{when}.json'):
+  stale = [*(run.workdir / 'translations').glob(f'*.{when}.json')]
+  if when == '*':  # What mt.evaluate has of the checkpoints before.
+    stale += (run.workdir / 'evaluation').glob('*.json')
+  for path in stale:
     files.remove(path)
 
 

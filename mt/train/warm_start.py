@@ -102,5 +102,4 @@ def _of_run(run, state) -> tuple[lora.Flat, dict[str, Any]]:
     like = dataclasses.replace(state, ema=like)
     trained = checkpoint.restore_model(manager, like, at).eval_params
   journal.say(f'warm start: {workdir}, {about}')
-  written = manifest.folder_of(workdir / 'checkpoints', at) / manifest.NAME
-  return trained, {'warm_start': zlib.crc32(written.read_bytes())}
+  return trained, {'warm_start': manifest.crc(workdir / 'checkpoints', at)}

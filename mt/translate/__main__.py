@@ -12,7 +12,7 @@ packed as .gz or .xz; of a pipe, the lines that have come are answered before
 the next ones. With --json, an object a line:
 
   {"source": "Hi!", "translations": [{"text": "Salut !", "score": -0.21,
-  "log_probability": -0.84}, …]}
+  "log_probability": -0.84, "cut_off": false}, …]}
 
 With --json --key=en the input is JSON lines (or a parquet file), whose texts
 stand under that key; a text may have line breaks, as its translation then has.
@@ -80,8 +80,9 @@ def read_search(
   by_risk = values['mbr'] in ('chrf', 'comet')
   if by_risk or (sampling and not (drawn or values['mbr'])):
     n = values['n'] or (sampling.n_best if sampling else _SAMPLES)
-    temperature = {'temperature': defaults.mbr_temperature}
-    sampling = search_lib.Search(**temperature | draws | {'n_best': n})
+    beside = dataclasses.replace(search, **given)
+    sampling = translator_lib.samples(defaults, beside, n)
+    sampling = dataclasses.replace(sampling, **draws)
   else:
     sampling = None
     _check_draws(given, draws)
@@ -91,11 +92,15 @@ def read_search(
     if values['n']:
       _say('--n has no effect without --mbr=chrf or --mbr=comet')
   search = dataclasses.replace(search, **given)
-  most = search.width + (sampling.width if sampling else 0)
-  if search.n_best > most:
+  samples = sampling.width if sampling else 0
+  if search.n_best > search.width + samples:
+    have, other = 'has', '--temperature above 0'
+    if samples:
+      have = f'and {samples} samples have'
+      other = f'--n={search.n_best - search.width}'
     raise errors.UserError(
-      f'--n_best is {search.n_best}, but a beam of {search.beam} has no more '
-      f'than that; --beam={search.n_best} or --temperature above 0 expected.'
+      f'--n_best is {search.n_best}, but a beam of {search.beam} {have} no '
+      f'more than that; --beam={search.n_best - samples} or {other} expected.'
     )
   if search.n_best > 1 and not values['json']:
     raise errors.UserError(
@@ -148,10 +153,15 @@ def run(values: dict[str, Any]) -> None:
       f'--key is {key!r}, but a text under it may have several lines; --json '
       'expected.'
     )
+  asking = not asked and sys.stdin.isatty()
+  if key and asking:
+    raise errors.UserError(
+      f'--key is {key!r}, but what is typed at a prompt is plain text; a pipe '
+      'or --input expected.'
+    )
   config = directions.only(run_folder.read_config(workdir), values['pair'])
   search, sampling = read_search(values, config.decode)
   at, about = checkpoint.find_step(workdir, values['checkpoint'])
-  asking = not asked and sys.stdin.isatty()
   with (
     _open_input(asked, key) as stream,
     _open_output(values['output']) as out,
@@ -168,18 +178,21 @@ def run(values: dict[str, Any]) -> None:
     )
     if sampling:
       translator = dataclasses.replace(translator, expected=expected)
-    done = 0
+    done = cut_off = 0
     for chunk in _ask() if asking else _read_texts(stream, asked, key):
       found = translator.n_best(params, chunk, first=done)
       done += len(chunk)
       for text, translations in zip(chunk, found, strict=True):
         made = translations[0].text
+        cut_off += translations[0].cut_off
         if values['json']:
           made = _as_json(text, translations)
         out.write(f'{made}\n'.encode())
       out.flush()
       if not values['output']:
         screen.check()
+  if cut_off:
+    _say(translator_lib.limit_note(cut_off, done))
 
 
 def _say(text):

@@ -29,6 +29,15 @@ class Translation:
   # What ranks it: see Search.length_penalty; with samples Translator.expected.
   score: float
   log_probability: float  # Natural, of all tokens and the one that ends it.
+  cut_off: bool = False  # It reached its limit before its end.
+
+
+def limit_note(number: int, of: int) -> str:
+  """What is said of translations that are cut off."""
+  return (
+    f'{number} of {of} translations reached their limit and are cut off '
+    '(decode.max_ratio, decode.max_extra)'
+  )
 
 
 def end_ids(
@@ -87,7 +96,10 @@ class Translator:
     on_progress: Progress = lambda done: None,
   ) -> list[str]:
     """The best translation of each text, in order; see `n_best`."""
-    return [best.text for best, *_ in self.n_best(params, texts, on_progress)]
+    found = [best for best, *_ in self.n_best(params, texts, on_progress)]
+    if number := sum(best.cut_off for best in found):
+      self.say(limit_note(number, len(found)))
+    return [best.text for best in found]
 
   def n_best(
     self,
@@ -147,10 +159,11 @@ class Translator:
       made = self._decode(of_search, params, work, progress)
       for best, more in zip(found, made, strict=True):
         best += more
+    ranked = self._by_risk(work, found) if self.sampling else found
+    self._retry(settings, params, work, found, ranked)
     if self.sampling:
-      found = [best[: search.n_best] for best in self._by_risk(work, found)]
-    self._retry(settings, params, work, found)
-    return found
+      ranked = [best[: search.n_best] for best in ranked]
+    return ranked
 
   def _by_risk(self, work, found):
     """Different translations of each text, ranked by minimum Bayes risk."""
@@ -169,33 +182,41 @@ class Translator:
     prompts = [prompt for _, prompt in work]
     found = batching.decode_all(settings, params, prompts, on_progress)
     return [
-      [Translation(self._text(h.tokens, text), h.score, h.logp) for h in best]
+      [self._translation(h, text) for h in best]
       for (text, _), best in zip(work, found, strict=True)
     ]
 
-  def _retry(self, settings, params, work, found):
+  def _retry(self, settings, params, work, found, ranked):
     """Makes those again whose best translation goes round, and says it."""
     again = [
       i
-      for i, ((text, _), best) in enumerate(zip(work, found, strict=True))
+      for i, ((text, _), best) in enumerate(zip(work, ranked, strict=True))
       if self.retry_ngram and loops.goes_round(text, best[0].text)
     ]
     if not again:
       return
-    search = dataclasses.replace(
-      settings.search,
-      no_repeat_ngram=self.retry_ngram,
-      n_best=min(settings.search.n_best, settings.search.width),
-    )
+    search = settings.search
+    ngram = min(search.no_repeat_ngram or self.retry_ngram, self.retry_ngram)
+    n_best = search.width if self.sampling else search.n_best
+    search = dataclasses.replace(search, no_repeat_ngram=ngram, n_best=n_best)
     settings = dataclasses.replace(settings, search=search)
-    made = self._decode(settings, params, [work[i] for i in again])
+    work_again = [work[i] for i in again]
+    made = self._decode(settings, params, work_again)
+    if self.sampling:  # Ranked as the others are, with what goes straight on.
+      pairs = zip(again, work_again, made, strict=True)
+      pools = [
+        [c for c in best + found[i] if not loops.goes_round(text, c.text)]
+        or best
+        for i, (text, _), best in pairs
+      ]
+      made = self._by_risk(work_again, pools)
     left = 0
     for i, best in zip(again, made, strict=True):
       left += loops.goes_round(work[i][0], best[0].text)
-      found[i] = best
+      ranked[i] = best
     self.say(
-      f'{len(again)} of {len(found)} translations went round and round; made '
-      f'again with no_repeat_ngram={self.retry_ngram}, {left} still do'
+      f'{len(again)} of {len(ranked)} translations went round and round; made '
+      f'again with no_repeat_ngram={ngram}, {left} still do'
     )
 
   def _prompt(self, text, number):
@@ -203,11 +224,18 @@ class Translator:
     tokens = template_lib.prompt_ids(text, self.tok, self.template)
     return batching.Prompt(tokens, limit + self.max_extra, number)
 
-  def _text(self, tokens, source):
-    text = self.tok.decode(tokens)
-    text = text.removeprefix(self.template.target_prefix).strip()
-    lines = text.split('\n')[: _num_lines(source)]
-    return '\n'.join(' '.join(line.splitlines()) for line in lines).strip()
+  def _translation(self, hypothesis, source):
+    text = self.tok.decode(hypothesis.tokens)
+    text = text.removeprefix(self.template.target_prefix).lstrip()
+    lines, most = text.split('\n'), _num_lines(source)
+    text = '\n'.join(' '.join(line.splitlines()) for line in lines[:most])
+    return Translation(
+      text.strip(),
+      hypothesis.score,
+      hypothesis.logp,
+      # What has all its lines and goes on with more is whole.
+      cut_off=hypothesis.end is None and len(lines) <= most,
+    )
 
 
 def _num_lines(text):
@@ -224,9 +252,19 @@ def searches(
     no_repeat_ngram=d.no_repeat_ngram,
     repetition_penalty=d.repetition_penalty,
   )
-  if not d.mbr:
-    return search, None
-  return search, search_lib.Search(temperature=d.mbr_temperature, n_best=d.mbr)
+  return search, samples(d, search, d.mbr) if d.mbr else None
+
+
+def samples(
+  d: ml_collections.ConfigDict, search: search_lib.Search, n: int
+) -> search_lib.Search:
+  """What draws n candidates beside a search, as averse to repetitions."""
+  return search_lib.Search(
+    temperature=d.mbr_temperature,
+    n_best=n,
+    no_repeat_ngram=search.no_repeat_ngram,
+    repetition_penalty=search.repetition_penalty,
+  )
 
 
 def from_config(

@@ -16,6 +16,7 @@ from absl import logging
 import tqdm
 from mt.base import cli, journal, screen
 def main(_):
+  assert not sys.stdin.buffer.read1(9)
   print('Salut 😂' * 9000)
   journal.say('é 🔥')
   print('é 🔥', file=sys.stderr)
@@ -30,8 +31,8 @@ cli.run(main)
 @pytest.mark.parametrize(
   'redirect, code',
   [
-    ('2>&1 | cat', 0),
-    ('2>/dev/full | head -c 5', 0),  # Has what it wanted.
+    ('</dev/null 2>&1 | cat', 0),
+    ('</dev/null 2>/dev/full | head -c 5', 0),  # Has what it wanted.
     ('<&- >&- 2>&-', 2),
   ],
 )

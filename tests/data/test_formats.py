@@ -139,7 +139,7 @@ REFUSED = {
   'tmx': (b'<?xml version="1.0"?>\n<tmx version="1.4">', ['TMX', '.jsonl']),
   'html': (b'\n<!DOCTYPE html>\n<html>', ['a web page', '.jsonl']),
   'lfs': (b'version https://git-lfs.github.com/spec/v1\n', ['git lfs pull']),
-  'bzip2': (b'BZh91AY', ['bzip2', 'unpack it']),
+  'bzip2': (b'BZh91AY&SY', ['bzip2', 'unpack it']),
   'zstd': (b'\x28\xb5\x2f\xfd', ['zstd', 'unpack it']),
 }
 

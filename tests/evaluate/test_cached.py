@@ -4,6 +4,7 @@ import pathlib
 import re
 import shutil
 
+import ml_collections
 import pytest
 
 from mt.evaluate import cached
@@ -79,8 +80,11 @@ def test_other_code_and_another_place_change_nothing(copy, monkeypatch):
   there = cached.code_digest()
   (copy / 'train' / 'new.py').write_text('X = 1')
   assert cached.code_digest() == there
+  made = cached.provenance(1, ml_collections.ConfigDict(), ['a'])
   (copy / 'gemma' / 'new.py').write_text('X = 1')
   assert cached.code_digest() != there
+  other = cached.provenance(1, ml_collections.ConfigDict(), ['a'])
+  assert other != made
   monkeypatch.undo()
   assert cached.code_digest() == there
 
@@ -97,3 +101,18 @@ def test_a_damaged_file_is_made_again(cache):
   path.write_text('["a')
   assert cached.cached('key', lambda: ['b']) == ['b']
   assert cached.cached('key', _not_called) == ['b']
+
+
+def test_half_written_or_edited_texts_are_made_again(tmp_path, monkeypatch):
+  path, texts = tmp_path / 'valid.after.txt', ['a\nb', '', 'c']
+  cached.write(path, {'step': 1}, texts)
+  assert cached.read_if_current(path, {'step': 1}) == ['a b', '', 'c']
+  assert cached.read_if_current(path, {'step': 2}) is None
+  for text in ('a b\n', 'a b\n\nd\n', '\xff'):
+    path.write_text(text, 'latin-1')
+    assert cached.read_if_current(path, {'step': 1}) is None
+  cached.write(path, {'step': 1}, texts)
+  with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+    m.setattr(cached.files, 'write_json', lambda *_: 1 / 0)
+    cached.write(path, {'step': 2}, ['of', 'step', '2'])
+  assert cached.read_if_current(path, {'step': 1}) is None

@@ -23,7 +23,9 @@ def _svg(text):
   root = ElementTree.fromstring(text)
   dots, lines = {}, {}
   for e in root.iter():
-    color = re.search(r'stroke: var\((--a|--b|--good)\)', e.get('style', ''))
+    color = re.search(
+      r'stroke: var\((--a|--b|--good|--dim)\)', e.get('style', '')
+    )
     if color and e.tag.endswith('use'):
       place = float(e.get('x')), float(e.get('y'))
       dots.setdefault(color[1], []).append(place)
@@ -65,6 +67,14 @@ def test_each_series_has_its_colour_and_many_points_have_no_dots():
   )
   assert {name: len(d) for name, d in dots.items()} == {'--b': 2, '--good': 1}
   assert lines['--a'] < 500 and lines['--b'] == 2
+
+
+def test_a_curve_without_a_colour_is_no_curve():
+  series = [(name, [(0, 1.0), (1, 2.0)]) for name in 'abcde']
+  _, dots, _ = _svg(chart.lines('t', series[:4]))
+  assert {*dots} == {'--a', '--b', '--good', '--dim'}
+  with pytest.raises(ValueError, match='zip'):
+    chart.lines('t', series)
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])

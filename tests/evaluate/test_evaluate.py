@@ -13,6 +13,7 @@ from mt.base import errors
 from mt.base import files
 from mt.data import corpus
 from mt.evaluate import __main__ as evaluate
+from mt.evaluate import cached
 from mt.evaluate import comet
 from mt.evaluate import report
 from mt.evaluate import scores
@@ -154,10 +155,25 @@ def test_the_first_pairs(run, translations):
   ) == len(whole)
 
 
+def test_another_checkpoint_of_the_same_step_translates_anew(run, translations):
+  text = evaluate.Text('valid', pairs=2)
+  for _ in range(2):
+    evaluate.evaluate(run, text)
+  assert translations == [run]
+  path = run / 'checkpoints' / 'step_2' / 'manifest.json'
+  path.write_text('{"of": [1, 2]}')
+  evaluate.evaluate(run, text)
+  assert translations == [run] * 2
+  path.unlink()
+  refusal(lambda: evaluate.evaluate(run, text), run, 'step 2 is damaged')
+
+
 def test_two_runs_are_compared(run, translations, tmp_path):
   other = shutil.copytree(run, tmp_path / 'other')
   path = other / 'translations' / 'valid.after.txt'
-  files.write_lines(path, ['une', 'deux', 'trois'])
+  made = files.read_json(path.with_suffix('.json'))
+  del made['texts']
+  cached.write(path, made, ['une', 'deux', 'trois'])
   got = evaluate.evaluate(run, VALID, against=other)
   assert translations == []
   assert got['against'] == {
@@ -216,6 +232,32 @@ def test_any_text_is_scored(run, translations, tmp_path):
   assert f'Evaluation: {text}' in report.page(run)
   gone = evaluate.Text('test', data={'test': f'{text}.gone'})
   refusal(lambda: evaluate.evaluate(run, gone), text)
+
+
+def test_texts_with_line_breaks_have_the_same_scores_again(
+  run, monkeypatch, tmp_path
+):
+  data, french = tmp_path / 'x.jsonl', 'un bien-\nconnu et une chose'
+  data.write_text(json.dumps({'en': 'a\nb', 'fr': french}), encoding='utf-8')
+  monkeypatch.setattr(evaluate, '_translate', lambda *_: [french])
+  data = {'valid': str(data), 'columns': ('en', 'fr')}
+  text = evaluate.Text('valid', data=data)
+  first = evaluate.translate_split(run, text)
+  assert first.hypotheses == ['un bien- connu et une chose']
+  assert evaluate.evaluate(run, text)['scores']['bleu'] == 100
+  monkeypatch.delattr(evaluate, '_translate')
+  assert evaluate.translate_split(run, text) == first
+
+
+def test_each_share_of_noise_has_files_and_a_title_of_its_own():
+  names = {'': 0.0, '-noise0_1': 0.001, '-noise7': 0.07}
+  names |= {'-noise30': 0.3, '-noise30_4': 0.304, '-noise100': 1.0}
+  for suffix, share in names.items():
+    text = evaluate.Text('valid', noise=share)
+    assert text.suffix == suffix  # The report's names have no dot.
+    assert text.title('x') == (f'x, noise {share:g}' if share else 'x')
+  text = evaluate.Text('valid', data={'valid': 'a.tsv'}, noise=0.001)
+  assert text.title('x') == 'a.tsv, noise 0.001'
 
 
 def test_a_split_that_there_is_not(run):
@@ -294,6 +336,9 @@ def test_runs_are_compared_on_one_page(run, tmp_path):
 
 
 def test_a_bad_flag_ends_in_one_line():
+  done = _command('--report', 'A', 'B', '--split=valid', '--json')
+  assert done.returncode == 2 and done.stdout == ''
+  assert 'takes no --json or --split' in done.stderr
   done = _command('--workdir=W', 'word')
   assert done.returncode == 2 and "'word' is no flag" in done.stderr
   done = _command('--workdir=W')

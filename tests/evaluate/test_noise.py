@@ -196,14 +196,24 @@ def test_length_in_words(size, language, name):
   'size, name', [(8, 'very short'), (9, None), (99, None), (100, 'very long')]
 )
 def test_length_in_characters(size, name):
-  found = noise.classes(' ' + '語' * size + '\n', 'ja')
-  assert found == ((name,) if name else ())
+  for code in ('ja', 'jpn', 'cmn', 'yue', 'km', 'lo', 'tha'):
+    found = noise.classes(' ' + '語' * size + '\n', code)
+    assert found == ((name,) if name else ()), code
+    assert not noise.has_rule('capitals', code)
 
 
 def test_classes_overlap_and_keep_their_order():
   found = noise.classes('idk why u dont LOVE it 😂', 'en')
   assert found == ('emoji', 'capitals', 'slang', 'typos')
   assert noise.classes('This is an ordinary sentence.', 'en') == ()
+
+
+@pytest.mark.parametrize('short, code', [('en', 'eng'), ('fr', 'FRA')])
+def test_a_language_by_its_long_code(short, code):
+  for (_, language), texts in FOUND.items():
+    for text in texts if language == short else ():
+      assert noise.classes(text, code) == noise.classes(text, short)
+  assert all(noise.has_rule(name, code) for name in noise.CLASSES)
 
 
 def test_what_has_no_rule_is_not_found():

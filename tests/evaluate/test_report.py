@@ -261,9 +261,20 @@ def test_the_step_that_was_scored_is_named(folder):
 
 
 def test_chrf_before_and_after_is_a_curve_of_two_points(folder, curves):
-  _finish(folder)
+  found = _finish(folder)
   report.page(folder)
   assert curves['chrF'] == {'valid': 2}
+  directions = ('valid-en-fr', 'valid-fr-en', 'test-en-fr', 'test-fr-en')
+  scored = dict.fromkeys((*directions, 'valid', 'test'), found)
+  files.write_json(folder / 'scores.json', scored)
+  for name in directions:
+    for path in (folder / 'translations').glob('valid.*'):
+      shutil.copy(path, path.with_name(path.name.replace('valid', name)))
+  fields = files.read_json(folder / 'config.json')
+  fields['data']['pair'] = 'en-fr,fr-en'
+  files.write_json(folder / 'config.json', fields)
+  report.page(folder)
+  assert curves['chrF'] == {'valid': 2, 'test': 2}
 
 
 def test_a_run_under_way(folder):
@@ -436,6 +447,25 @@ def test_runs_on_one_page(folder, tmp_path_factory, curves):
   assert curves['chrF of validation'] == dict.fromkeys(both, 0)
   assert 'optim.learning_rate 0.5 0.25' in page.text('code')
   assert 'train.max_steps' not in page.text('code')
+
+
+def test_runs_of_other_directions_are_compared_in_those_of_both(
+  folder, tmp_path_factory
+):
+  _finish(folder)
+  files.write_json(folder / 'translations' / 'valid.after.json', {})
+  other = _other(folder, tmp_path_factory, BEFORE)
+  for path in (other / 'translations').glob('valid.*'):
+    path.rename(path.with_name(path.name.replace('valid', 'valid-en-fr')))
+  fields = files.read_json(other / 'config.json')
+  fields['data']['pair'] = 'en-fr,fr-en'
+  files.write_json(other / 'config.json', fields)
+  for runs, split in (
+    ([folder, other], 'valid'),
+    ([other, folder], 'valid-en-fr'),
+  ):
+    shown = _Page(comparison.page(runs)).text()
+    assert f'Sentences: {split} ' in shown and 'not done' not in shown
 
 
 def test_runs_of_other_sentences_are_not_compared(folder, tmp_path_factory):

@@ -182,6 +182,18 @@ def test_what_looks_the_same_is_the_same():
   assert all(row['baseline'] == row['score'] == 100 for row in found.values())
 
 
+def test_a_line_break_is_a_space():
+  broken = ['une chose bien-\nconnue', 'a\nb']
+  whole = [text.replace('\n', ' ') for text in broken]
+  for got in (
+    scores.score(broken, whole, 'fr'),
+    scores.score(whole, broken, 'fr'),
+  ):
+    assert [got[name] for name in scores.names(got)] == [100] * 4
+  found = scores.compare(broken, whole, whole, 'fr')
+  assert all(row['baseline'] == row['score'] == 100 for row in found.values())
+
+
 # Two systems.
 
 WORSE = [

@@ -79,12 +79,12 @@ def test_evaluate_takes_one_direction(run, tmp_path, monkeypatch):
   assert found['scores']['chrf'] == own['chrf'] and made == []
   assert (run / 'evaluation' / 'valid-fr-en.json').exists()
   noisy = evaluate.evaluate(run, evaluate.Text('valid', 'fr-en', noise=1.0))
-  assert noisy['text'] == 'valid-fr-en-noise100'
+  assert noisy['text'] == 'valid-fr-en, noise 1'
   ((name, _, source),) = made
   assert name == 'valid-fr-en-noise100'
   assert source != _texts(run, 'fr-en', 'source')[0]
   assert (run / 'evaluation' / f'{name}.json').exists()
-  assert 'valid-fr-en-noise100' in report.page(run)
+  assert 'valid-fr-en, noise 1' in report.page(run)
   refusal(
     lambda: evaluate.evaluate(run, evaluate.Text('valid', 'en-ja')),
     "--pair is 'en-ja'",

@@ -18,7 +18,11 @@ def _card(run, folder, to='hf', **knobs):
     'before': scores.score(['Salut !'], ['Bonjour !'], 'fr') | {'step': 0},
     'after': scores.score(['Bonjour'], ['Bonjour !'], 'fr') | {'step': 70},
   }
-  files.write_json(folder / 'scores.json', {'valid': both})
+  old = {
+    when: {k: v for k, v in found.items() if k != 'step'}
+    for when, found in both.items()
+  }
+  files.write_json(folder / 'scores.json', {'valid': both, 'test': old})
   files.write_json(folder / 'data.json', {'pairs': 12_345})
   config = run_folder.read_config(run)
   config.update_from_flattened_dict(knobs)
@@ -68,7 +72,8 @@ def test_the_model_card_says_what_a_stranger_needs(tmp_path, run):
       shown = f'- {name}: {both["after"][key]:.2f}, {both["before"][key]:.2f}'
       assert shown in body
       assert both['after'][f'{key}_signature'] in body
-  assert 'step 70' in body
+  assert 'valid, 1 sentences, step 70:' in body
+  assert 'test, 1 sentences:' in body  # As a run of old has it.
   assert str(tmp_path) not in text
 
 

@@ -46,6 +46,7 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('seed', -1),
     ('weights.source', ''),
     ('weights.size', 'gemma3_271m'),
+    ('template.target_prefix', '\nFrench: '),
     ('data.pair', 'en_fr'),
     ('data.pair', '../en-fr'),
     ('data.pair', 'e-f'),

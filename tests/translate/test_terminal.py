@@ -3,6 +3,7 @@
 With a run of its own: tests/runs/test_run.py and test_best.py.
 """
 
+import bz2
 from concurrent import futures
 import dataclasses
 import functools
@@ -69,7 +70,8 @@ class _Shouting:
   def n_best(self, params, texts, first):
     self.calls.append((len(texts), first))
     return [
-      [translator.Translation(t.upper(), -0.5, -1.5)] * (1 + (t == 'twice'))
+      [translator.Translation(t.upper(), -0.5, -1.5, t == 'cut')]
+      * (1 + (t == 'twice'))
       for t in texts
     ]
 
@@ -124,9 +126,20 @@ def test_json_lines(command):
   assert 'HÉ' in out  # Real characters.
   one, empty, two = map(json.loads, out.splitlines())
   said = {'text': 'HÉ', 'score': -0.5, 'log_probability': -1.5}
+  said['cut_off'] = False
   assert one == {'source': 'Hé', 'translations': [said]}
   assert empty['source'] == empty['translations'][0]['text'] == ''
   assert len(two['translations']) == 2
+
+
+def test_what_is_cut_off_is_counted_at_the_end(command, monkeypatch, capsys):
+  monkeypatch.setattr(terminal, '_CHUNK', 1)
+  out, _ = command(b'cut\na\ncut\n', json=True)
+  found = [json.loads(x)['translations'][0] for x in out.splitlines()]
+  assert [t['cut_off'] for t in found] == [True, False, True]
+  told = capsys.readouterr().err.splitlines()
+  assert [line for line in told if 'limit' in line] == told[-1:]
+  assert told[-1].startswith('2 of 3 translations reached their limit')
 
 
 def test_files(command, tmp_path):
@@ -203,6 +216,13 @@ def test_what_training_would_not_use_is_refused(command, given, key, words):
   refusal(call, 'standard input', *words)
 
 
+def test_a_text_may_begin_as_bzip2_does(command):
+  assert command(b'BZhang wrote this\n')[0] == 'BZHANG WROTE THIS\n'
+  for level in (1, 9):
+    packed = bz2.compress(b'a\n', level)
+    refusal(lambda p=packed: command(p), 'packed by bzip2')
+
+
 def test_a_byte_order_mark_is_no_text(command):
   assert command('\ufeffa\n\ufeffb\n'.encode())[0] == 'A\n\ufeffB\n'
 
@@ -261,11 +281,22 @@ def test_what_is_drawn_beside_the_search():
     wide,
     search(temperature=1.0, top_p=0.9, n_best=8),
   )
+  # What is said against repetitions holds for both.
+  averse = {'no_repeat_ngram': 3, 'repetition_penalty': 2.0}
+  assert _searches(mbr='chrf', **averse) == (
+    dataclasses.replace(plain, **averse),
+    dataclasses.replace(drawn, **averse),
+  )
   # Drawing takes the place of the run's search.
   of_run = search(length_penalty=0.5, temperature=1.0)
   assert _searches(4, 5, temperature=1.0) == (of_run, None)
   assert _searches(mbr='chrf', n_best=17, json=True)[0].n_best == 17
-  refusal(lambda: _searches(mbr='chrf', n_best=18, json=True), '--n_best is 18')
+  for n, advice in ((18, '--beam=2 or --n=17'), (19, '--beam=3 or --n=18')):
+    refusal(
+      lambda n=n: _searches(mbr='chrf', n_best=n, json=True),
+      f'--n_best is {n}',
+      f'a beam of 1 and 16 samples have no more than that; {advice} expected',
+    )
 
 
 def test_what_has_no_effect_is_said(capsys):
@@ -351,6 +382,8 @@ def test_a_prompt_on_a_terminal(shouting, monkeypatch):
   ):
     m.setattr(sys, 'stdin', stdin)
     m.setattr(sys, 'stdout', stdout)
+    values = VALUES | {'key': 'en', 'json': True}
+    refusal(lambda: terminal.run(values), "--key is 'en'", '--input')
     terminal.run(VALUES)
     stdout.flush()
     seen, end = b'', b'> \r\n> \r\n'

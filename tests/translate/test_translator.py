@@ -180,6 +180,28 @@ def test_length_is_limited_by_the_source():
   assert len(set(map(len, texts))) == 4 and texts[3] == ''
 
 
+@pytest.mark.parametrize(
+  ('source', 'ids', 'number'),
+  [
+    ('x', ['e', 'a'], 1),  # For ever.
+    ('x', ['e', '</s>'], 0),
+    ('x', ['e', '\n', 'a'], 0),
+    ('a\nb', ['e', '\n', 'a'], 1),
+    ('a\nb', ['e', '\n', 'a', '\n\n', 'x'], 0),  # Whole, and goes on.
+  ],
+)
+def test_what_is_cut_off_is_said(source, ids, number):
+  tok, said = _with_newlines(), []
+  last = template_lib.prompt_ids('x', tok, PLAIN)[-1]
+  translator = dataclasses.replace(_scripted(PLAIN), say=said.append)
+  params, texts = _script(last, *map(_piece, ids)), [source, '']
+  found = translator.n_best(params, texts)
+  assert [best.cut_off for best, *_ in found] == [bool(number), False]
+  translator(params, texts)
+  told = [f'{number} of 2 translations reached'] if number else []
+  assert [line[: len(told[0])] for line in said] == told
+
+
 # Texts through a random model, which answers each differently.
 
 TEXTS = [
@@ -297,13 +319,43 @@ def test_what_goes_round_is_made_again():
   scripted = dataclasses.replace(_scripted(BARE, 1.5, 40), say=said.append)
   texts = ['x', '', 'x' + 'e' * 60]
   plain = scripted(params, texts)
-  assert plain[0] == 'e' * 41 and not said
+  assert plain[0] == 'e' * 41 and 'round' not in said.pop()
   found = dataclasses.replace(scripted, retry_ngram=2)(params, texts)
   assert found[1:] == plain[1:]  # The last one's source goes round as well.
   tokens = tok.encode(found[0])
   assert not loops.goes_round('x', found[0]) and piece in tokens
-  assert len(said) == 1 and said[0].startswith('1 of 2 translations went round')
+  assert said[0].startswith('1 of 2 translations went round')
   assert said[0].endswith(', 0 still do')
+
+
+def test_what_is_made_again_is_ranked_as_the_rest_is(monkeypatch):
+  """All by expected chrF; and nobody's own no_repeat_ngram is loosened."""
+  asked, said, loop = [], [], 'oui ' * 20
+
+  def made(self, settings, params, work, on_progress=None):
+    texts = [loop]
+    if settings.search.temperature:
+      texts = [loop, loop, 'oui, non']
+    elif len(asked) % 3 == 2:
+      texts = ['oui non']
+    asked.append(settings.search.no_repeat_ngram)
+    return [[translator_lib.Translation(t, -9.0, -9.0) for t in texts]]
+
+  monkeypatch.setattr(translator_lib.Translator, '_decode', made)
+  drawn = search_lib.Search(temperature=1.0, n_best=3)
+  for own, used in ((0, 4), (1, 1), (6, 4)):
+    search = search_lib.Search(no_repeat_ngram=own, n_best=3)
+    translator = dataclasses.replace(
+      _translator(_CFG, _tokenizer(), BARE, 1.0, 1, search=search),
+      **{'sampling': drawn, 'retry_ngram': 4, 'say': said.append},
+    )
+    (found,) = translator.n_best({'layers': ()}, ['yes'])
+    texts = 'oui non', 'oui, non'
+    (expected,) = mbr.expected_chrf([''], [texts])
+    assert {t.text: t.score for t in found} == dict(
+      zip(texts, expected, strict=True)
+    )
+    assert asked[-1] == used and f'_ngram={used}, 0 still' in said[-1]
 
 
 def test_nothing_to_translate(monkeypatch):
@@ -389,7 +441,8 @@ def test_the_translator_of_a_config():
   assert found == wanted
   config.decode.mbr = 9
   found = translator_lib.from_config(config, source, 'the mesh')
-  drawn = search_lib.Search(temperature=0.5, n_best=9)
+  drawn = dataclasses.replace(search, beam=1, length_penalty=1.0)
+  drawn = dataclasses.replace(drawn, temperature=0.5, n_best=9)
   assert found == dataclasses.replace(wanted, sampling=drawn)
   search = search_lib.Search(temperature=1.0)
   found = translator_lib.from_config(config, source, search=search)
