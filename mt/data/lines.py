@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import json
+import re
 from typing import NamedTuple
 
 
@@ -19,6 +20,8 @@ class Pair(NamedTuple):
   source: str
   target: str
 
+
+_surrogate = re.compile('[\ud800-\udfff]').search
 
 # (line number from 1, a line of each file) -> pair or reason.
 Parser = Callable[..., Pair | str]
@@ -37,16 +40,16 @@ class Columns:
 
   def __call__(self, number: int, line: str) -> Pair | str:
     cells = json.loads(line) if self.json else line.split('\t')
+    # The surrogates of CSV are bytes, see formats.
+    if self.json and (fault := any_fault(cells, 'not UTF-8')):
+      return fault
     if not self.may_be_empty and not any(map(str.strip, cells)):
       return 'an empty line'
     if len(cells) != self.number:
       less = len(cells) < self.number
       return f'{"fewer" if less else "more"} than {self.number} columns'
     name = str(number) if self.id is None else cells[self.id]
-    texts = cells[self.source], cells[self.target]
-    if self.json and (fault := any_fault(texts)):
-      return fault
-    return Pair(name, *texts)
+    return Pair(name, cells[self.source], cells[self.target])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +85,13 @@ def json_texts(line: str, keys: Sequence[str]) -> list[str] | str:
   return any_fault(texts) or texts
 
 
-def any_fault(texts: Sequence[str]) -> str:
+def any_fault(
+  texts: Sequence[str], surrogate: str = 'half a surrogate pair'
+) -> str:
   """Why texts that JSON can hold cannot be used, or nothing."""
   if any('\0' in text for text in texts):
     return 'a NUL character'
-  if any('\ud800' <= c <= '\udfff' for text in texts for c in text):
-    return 'half a surrogate pair'
-  return ''
+  return surrogate if any(map(_surrogate, texts)) else ''
 
 
 def _look_up(value, key):

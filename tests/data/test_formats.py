@@ -120,13 +120,13 @@ def test_parquet(tmp_path):
 
 
 def test_csv_lines_that_cannot_be_used_are_counted(tmp_path):
-  content = b'1,a,b\n\n2,c\n3,\xff,d\n4,e\0,f\n,,\n5,"g\nh",i\n'
+  content = b'1,a,b\n\n2,c\n3,\xff,d\n4,e\0,f\n,,\n5,"g\nh",i\n\xe92,j,k\n'
   text = open_text(tmp_path, content, suffix='.csv')
   assert tuples(text) == [('1', 'a', 'b'), ('5', 'g\nh', 'i')]
   assert text.sample.unusable == {
     'an empty line': (2, 2),
     'fewer than 3 columns': (1, 3),
-    'half a surrogate pair': (1, 4),
+    'not UTF-8': (2, 4),  # As of .tsv: in ids, too.
     'a NUL character': (1, 5),
   }
 
