@@ -209,6 +209,10 @@ def _parquet(name, path, keys, out):
         f'{", ".join(names)[:200]}: set data.columns to two of them, such as '
         "('translation.en', 'translation.fr')."
       )
+    if twice := [name for name in wanted if names.count(name) > 1]:
+      raise errors.UserError(
+        f'{name}: more than one column {min(twice)!r}; name them apart.'
+      )
     for batch in file.iter_batches(columns=sorted(wanted)):
       for row in batch.to_pylist():
         out.write(json.dumps(row, default=str).encode() + b'\n')

@@ -5,6 +5,7 @@ and with nothing else: U+2028 and form feeds are text. White space around a text
 is kept, and so is a line break inside one, where the format can hold it.
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
@@ -22,6 +23,7 @@ class Pair(NamedTuple):
 
 
 _surrogate = re.compile('[\ud800-\udfff]').search
+_TWICE = object()
 
 # (line number from 1, a line of each file) -> pair or reason.
 Parser = Callable[..., Pair | str]
@@ -75,14 +77,28 @@ class Aligned:
 def json_texts(line: str, keys: Sequence[str]) -> list[str] | str:
   """The texts under keys of a line's JSON object, or why there are none."""
   try:
-    value = json.loads(line)
+    value = _decode_json(line)
   except (ValueError, RecursionError):
     return 'not JSON'
   texts = [_look_up(value, key) for key in keys]
   for key, text in zip(keys, texts, strict=True):
+    if text is _TWICE:
+      return f'more than one value for {key!r}'
     if not isinstance(text, str):
       return f'no text under {key!r}'
   return any_fault(texts) or texts
+
+
+def _object(pairs):
+  """A JSON object; a key that stands in it twice has no value of its own."""
+  out = dict(pairs)
+  if len(out) < len(pairs):
+    counts = collections.Counter(key for key, _ in pairs)
+    out |= {key: _TWICE for key, n in counts.items() if n > 1}
+  return out
+
+
+_decode_json = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
 def any_fault(
@@ -97,6 +113,8 @@ def any_fault(
 def _look_up(value, key):
   if isinstance(value, dict) and key in value:
     return value[key]
+  if value is _TWICE:
+    return value
   first, _, rest = key.partition('.')
   if rest and isinstance(value, dict):
     return _look_up(value.get(first), rest)

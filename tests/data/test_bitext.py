@@ -374,7 +374,7 @@ def test_the_digest_is_of_every_file(tmp_path):
 
 
 def test_the_digest_is_of_the_way_of_reading(tmp_path):
-  content = 'en1\tfr\tfr\na1\tb\tc\n'
+  content = 'en1\tfr\tx\na1\tb\tc\n'
   open_text(tmp_path, content)
   made = [
     open_text(tmp_path, None, columns=columns, reversed_pair=other_way).digest

@@ -115,6 +115,11 @@ def test_parquet(tmp_path):
     lambda: bitext.open_bitext([path, path], 'en-fr'),
     'a text a line is expected',
   )
+  columns = [pyarrow.array([text]) for text in ('a', 'b', 'c')]
+  two = tmp_path / 'two.parquet'
+  parquet.write_table(pyarrow.table(columns, ['en', 'fr', 'en']), two)
+  words = two, "more than one column 'en'"
+  refusal(lambda: bitext.open_bitext([two], 'en-fr'), *words)
   write(path, path.read_bytes()[:50])
   refusal(lambda: bitext.open_bitext([path], 'en-fr'), f'{path}: damaged')
 
