@@ -13,6 +13,7 @@ import errno
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import os
@@ -31,7 +32,7 @@ BOM = b'\xef\xbb\xbf'
 HEAD = 4096  # As many first bytes are looked at.
 
 # To be raised when what is written into the cache becomes other text.
-_VERSION = 1
+_VERSION = 2
 _PACKED = {b'\x1f\x8b': gzip.open, b'\xfd7zXZ\0': lzma.open}
 _JSON_LINES = ('.jsonl', '.ndjson', '.json')
 _PARQUET = b'PAR1'
@@ -84,8 +85,8 @@ def open_plain(
         f'{name}: parquet, where a text a line is expected; name it alone in '
         'data.source, or tell --key.'
       )
-    parts = ('parquet', *keys)
-    path = _rewrite(path, parts, lambda f: _parquet(name, path, keys, f))
+    parts, rows = ('parquet', *keys), _parquet(name, path, keys)
+    path = _rewrite(path, parts, lambda f: f.writelines(rows))
     return Plain(name, path, 'json')
   if aligned:
     return Plain(name, path, 'text')
@@ -195,7 +196,8 @@ def _cells(name, reader, most, out):
     ) from e
 
 
-def _parquet(name, path, keys, out):
+def _parquet(name, path, keys):
+  """Lines of JSON, see _json; an error while one is written passes by."""
   import pyarrow  # Here: it takes time to load.
   from pyarrow import parquet
 
@@ -214,9 +216,22 @@ def _parquet(name, path, keys, out):
         f'{name}: more than one column {min(twice)!r}; name them apart.'
       )
     for batch in file.iter_batches(columns=sorted(wanted)):
-      for row in batch.to_pylist():
-        out.write(json.dumps(row, default=str).encode() + b'\n')
-  except pyarrow.ArrowException as e:
+      yield from _json(batch)
+  except (OSError, ValueError, pyarrow.ArrowException) as e:
     raise errors.UserError(
-      f'{name}: damaged parquet ({" ".join(str(e).split())[:200]}).'
+      f'{name}: damaged parquet ({" ".join(str(e).split())[:200]}); fetch it '
+      'again.'
     ) from e
+
+
+def _json(batch):
+  """Each row of parquet as a line of JSON: null for what JSON has no type of.
+
+  Of a row that is not UTF-8 the line is not UTF-8 either.
+  """
+  try:
+    rows = batch.to_pylist()
+  except UnicodeDecodeError:
+    ones = [batch.slice(at, 1) for at in range(len(batch))]
+    return itertools.chain(*map(_json, ones)) if len(ones) > 1 else [b'\xff\n']
+  return [json.dumps(x, default=lambda _: None).encode() + b'\n' for x in rows]

@@ -1,6 +1,9 @@
 """Files as they lie on disk: the same pairs of every format, or a sentence."""
 
 import csv
+import datetime
+import decimal
+import functools
 import gzip
 import io
 import json
@@ -115,13 +118,43 @@ def test_parquet(tmp_path):
     lambda: bitext.open_bitext([path, path], 'en-fr'),
     'a text a line is expected',
   )
-  columns = [pyarrow.array([text]) for text in ('a', 'b', 'c')]
+  cells = [pyarrow.array([text]) for text in ('a', 'b', 'c')]
   two = tmp_path / 'two.parquet'
-  parquet.write_table(pyarrow.table(columns, ['en', 'fr', 'en']), two)
+  parquet.write_table(pyarrow.table(cells, ['en', 'fr', 'en']), two)
   words = two, "more than one column 'en'"
   refusal(lambda: bitext.open_bitext([two], 'en-fr'), *words)
-  write(path, path.read_bytes()[:50])
-  refusal(lambda: bitext.open_bitext([path], 'en-fr'), f'{path}: damaged')
+  whole = path.read_bytes()
+  for damaged in (whole[:50], whole[:4] + bytes(99) + whole[103:]):
+    write(path, damaged)
+    refusal(
+      lambda: bitext.open_bitext([path], 'en-fr', columns), f'{path}: damaged'
+    )
+
+
+def test_parquet_cells_that_are_no_text_are_counted(tmp_path):
+  import pyarrow
+  from pyarrow import parquet
+
+  table = {
+    'text': pyarrow.array([b'a', b'caf\xe9', b'c']).view('string'),
+    'bytes': [b'a', b'b', b'c'],
+    'day': [datetime.date(2020, 1, 1)] * 3,
+    'number': [decimal.Decimal(1)] * 3,
+    'some': ['d', 'e', None],
+  }
+  path = tmp_path / 'x.parquet'
+  parquet.write_table(pyarrow.table(table), path)
+  for key in ('bytes', 'day', 'number'):
+    call = functools.partial(bitext.open_bitext, [path], 'en-fr', (key, 'some'))
+    refusal(call, path, f"3 no text under '{key}'")
+  text = bitext.open_bitext(
+    [path], 'en-fr', ('text', 'some'), max_bad_fraction=0.7
+  )
+  assert tuples(text) == [('1', 'a', 'd')]
+  assert text.sample.unusable == {
+    'not UTF-8': (1, 2),
+    "no text under 'some'": (1, 3),
+  }
 
 
 def test_csv_lines_that_cannot_be_used_are_counted(tmp_path):
