@@ -79,12 +79,15 @@ def open_plain(
       'segments one a line into two aligned files, as `sacrebleu -t wmt20 -l '
       'en-de --echo src ref` does.'
     )
-  if head.startswith(_PARQUET):
-    if aligned:
-      raise errors.UserError(
-        f'{name}: parquet, where a text a line is expected; name it alone in '
-        'data.source, or tell --key.'
-      )
+  is_parquet = head.startswith(_PARQUET)
+  if aligned and (is_parquet or suffix in (*_JSON_LINES, '.csv')):
+    what = 'parquet' if is_parquet else suffix
+    raise errors.UserError(
+      f'{name}: {what}, where a text a line is expected; write its texts into '
+      'a file, one a line, or name a file of both languages in data.source, '
+      'without {lang}; mt.translate reads JSON and parquet by --key.'
+    )
+  if is_parquet:
     parts, rows = ('parquet', *keys), _parquet(name, path, keys)
     path = _rewrite(path, parts, lambda f: f.writelines(rows))
     return Plain(name, path, 'json')

@@ -191,6 +191,20 @@ def test_what_is_not_read_is_recognised(tmp_path, what, pack):
     refusal(call, tmp_path / f'x{len(contents) - 1}.tsv', *words)
 
 
+@pytest.mark.parametrize('suffix', ['.jsonl', '.json', '.csv', '.ndjson.gz'])
+def test_aligned_files_of_another_format_are_refused(tmp_path, suffix):
+  """Else their lines would be texts, braces and commas too."""
+  content = b'{"text": "a"}\n'
+  content = gzip.compress(content) if suffix.endswith('gz') else content
+  refusal(
+    lambda: open_text(tmp_path, content, content, suffix=suffix),
+    tmp_path / f'x0{suffix}',
+    suffix.removesuffix('.gz'),
+    'a text a line is expected',
+    '--key',
+  )
+
+
 def test_a_json_array_is_refused(tmp_path):
   content = b' [\n{"en": "a", "fr": "b"}]'
   for suffix in ('.json', '.jsonl', '.json.gz'):
