@@ -7,7 +7,9 @@ break inside a text is \\n in JSON. What is none of these is recognised by its
 first bytes and refused.
 """
 
+import collections
 from collections.abc import Sequence
+import contextlib
 import csv
 import errno
 import functools
@@ -30,6 +32,8 @@ from mt.base import foreign
 
 BOM = b'\xef\xbb\xbf'
 HEAD = 4096  # As many first bytes are looked at.
+_FIRST = 1000  # Records of CSV that tell its delimiter.
+_MOST = 0.9  # Of them; the others may be damaged.
 
 # To be raised when what is written into the cache becomes other text.
 _VERSION = 2
@@ -104,7 +108,7 @@ def open_plain(
       )
     return Plain(name, path, 'json')
   if quotes == 'csv' or (suffix == '.csv' and quotes != 'text'):
-    delimiter = _delimiter(head) if suffix == '.csv' else '\t'
+    delimiter = _delimiter(name, path) if suffix == '.csv' else '\t'
     parts = ('csv', delimiter)
     path = _rewrite(path, parts, lambda f: _csv(name, path, delimiter, f))
     return Plain(name, path, 'cells')
@@ -163,18 +167,58 @@ def _unpack(opener, path, out):
     ) from e
 
 
-def _delimiter(head) -> str:
-  """A comma, or the semicolon of spreadsheets whose numbers have commas."""
-  first, *_ = head.split(b'\n')
-  return ';' if b';' in first and b',' not in first else ','
+def _delimiter(name, path) -> str:
+  """A comma, or the semicolon of spreadsheets whose numbers have commas.
+
+  It parts some first records into as many cells each, two or more; a few may be
+  odd, if the other one does not part most of them so.
+  """
+  ranks = {}
+  for delimiter in ',;':
+    rows = _first_records(path, delimiter=delimiter)
+    sizes = collections.Counter(len(x) for x in rows if any(map(str.strip, x)))
+    size, times = max(sizes.items(), key=lambda x: x[1], default=(0, 0))
+    share = times / sizes.total() if size > 1 else 0
+    ranks[delimiter] = (share > 0) + (share >= _MOST) + (share == 1)
+  if ranks[','] == ranks[';'] > 0:
+    raise errors.UserError(
+      f'{name}: a comma and a semicolon both part its records into cells (as '
+      f'{";".join(rows[0])[:80]!r}); put quotes around texts that have one, or '
+      'write a .tsv.'
+    )
+  return max(ranks, key=ranks.get)
+
+
+def _first_records(path, **options) -> list[list[str]]:
+  """Some first records of CSV, or none where one of them is damaged."""
+  with _open_csv(path) as f, contextlib.suppress(csv.Error):
+    return [*itertools.islice(csv.reader(f, strict=True, **options), _FIRST)]
+  return []
 
 
 # What is not UTF-8 becomes surrogates, which a parser refuses by the line.
+def _open_csv(path):
+  return open(path, encoding='utf-8-sig', errors='surrogateescape', newline='')
+
+
 def _csv(name, path, delimiter, out):
-  with open(
-    path, encoding='utf-8-sig', errors='surrogateescape', newline=''
-  ) as f:
+  _refuse_spaces(name, path, delimiter)
+  with _open_csv(path) as f:
     _cells(name, csv.reader(f, delimiter=delimiter, strict=True), None, out)
+
+
+def _refuse_spaces(name, path, delimiter):
+  """Refuses quotes after a space, which would be characters of a text."""
+  kept, skipped = (
+    _first_records(path, delimiter=delimiter, skipinitialspace=skip)
+    for skip in (False, True)
+  )
+  for row, other in zip(kept, skipped, strict=False):
+    if [x.lstrip(' ') for x in row] != [x.lstrip(' ') for x in other]:
+      raise errors.UserError(
+        f'{name}: quotes with a space before them (such as '
+        f'{delimiter.join(row)[:80]!r}); take those spaces out.'
+      )
 
 
 def _tfds(name, path, out):

@@ -169,6 +169,38 @@ def test_csv_lines_that_cannot_be_used_are_counted(tmp_path):
   }
 
 
+@pytest.mark.parametrize(
+  ('row', 'pair'),
+  [
+    ('Well, hello;Salut', ('Well, hello', 'Salut')),
+    ('Hello,Salut; toi', ('Hello', 'Salut; toi')),
+    ('"Hello; you","Salut, toi"', ('Hello; you', 'Salut, toi')),
+  ],
+)
+@pytest.mark.parametrize('bad', ['', '\nno cell\n'])
+def test_the_delimiter_gives_records_as_many_cells(tmp_path, row, pair, bad):
+  """The other one may stand in texts; where it stands in all, nobody knows."""
+  call = functools.partial(open_text, tmp_path, suffix='.csv')
+  plain = f'{row}\n' * 20
+  if '"' in row:
+    assert call(plain + bad).read()[-1][1:] == pair
+    return
+  words = tmp_path / 'x0.csv', 'a comma and a semicolon', row, '.tsv'
+  refusal(lambda: call(plain + bad), *words)
+  others = row.replace(', ', ' ').replace('; ', ' ')
+  assert call(plain + f'{others}\n' * 9 + bad).read()[0][1:] == pair
+
+
+def test_quotes_after_a_space_are_refused(tmp_path):
+  for sign, suffix in ((',', '.csv'), (';', '.csv'), ('\t', '.tsv')):
+    call = functools.partial(open_text, tmp_path, suffix=suffix, quotes='csv')
+    content = f'"a"{sign} "b"\n'
+    refusal(lambda c=content, f=call: f(c), 'a space before', 'spaces out')
+  # It is text inside quotes, or where no cell ends with the quote.
+  text = open_text(tmp_path, 'a," ""b"""\nc, "d" e\n', suffix='.csv')
+  assert tuples(text) == [('1', 'a', ' "b"'), ('2', 'c', ' "d" e')]
+
+
 SGM = b'<srcset setid="x" srclang="any">\n<doc docid="y">\n<seg>a</seg>\n'
 REFUSED = {
   'zip': (b'PK\3\4rest', ['a zip archive', 'unpack it']),
