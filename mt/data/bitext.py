@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from mt.data import typography
 
 _LOOK_AT_ALL = 1 << 16  # Lines; of more, as many as _SAMPLE, evenly spread.
 _SAMPLE = 1 << 12
+_CHANCE = 5  # Standard deviations of the number of bad lines in a sample.
 _FIRST = 1000  # Lines that tell what the columns mean.
 
 Unusable = dict[str, tuple[int, int]]  # Reason -> (how many, the first one).
@@ -134,19 +136,29 @@ class Bitext:
     return Looked(len(which), pairs, np.array(usable, np.int64), unusable)
 
   def check(self, unusable: Unusable, number: int) -> None:
-    """Refuses too many unusable ones among `number` lines."""
+    """Refuses too many unusable ones among `number` lines.
+
+    Of some lines drawn at random a little more is put up with, so that chance
+    stops no run; of a text that was looked at whole before, any number.
+    """
+    whole = number == len(self)
+    if not whole and len(self) <= _LOOK_AT_ALL:
+      return
     lost = sum(count for count, _ in unusable.values())
     bad = lost - sum(unusable.get(name, (0,))[0] for name in faults.NAMES)
+    most = self.max_bad_fraction
+    if not whole:
+      most += _CHANCE * math.sqrt(most / number)
     # Divided, for 0.29 * 100 is less than 29.
-    if bad and bad / number > self.max_bad_fraction:
-      of = 'its' if number == len(self) else 'some'
+    if bad and bad / number > most:
+      of = 'its' if whole else 'some'
       raise errors.UserError(
         f'{self.where}: {bad:,} of {of} {number:,} lines cannot be used '
         f'({reasons(unusable)}), more than data.max_bad_fraction='
         f'{self.max_bad_fraction:g}; mend them, or raise it.'
       )
-    if lost == number:
-      raise no_pair(self.where)
+    if whole and lost == number:
+      raise no_pair(self.where, unusable)
 
 
 def _stat(f) -> tuple[int, ...]:
@@ -242,7 +254,7 @@ def _first_cells(file, kind, named) -> list[list[str]]:
   out = rows[:1] if named else []
   out += [row for row in rows[len(out) :] if any(map(str.strip, row))]
   if not out:
-    raise no_pair(file.name)
+    raise no_pair(file.name, {})
   return out
 
 
@@ -263,10 +275,13 @@ def unreadable(path: str, e: OSError) -> errors.UserError:
   )
 
 
-def no_pair(where: str) -> errors.UserError:
+def no_pair(where: str, unusable: Unusable) -> errors.UserError:
   """The error for a text without a usable line."""
+  why = f' ({reasons(unusable)})' if unusable else ''
+  filtered = unusable.keys() & faults.NAMES
   return errors.UserError(
-    f'{where}: no pair in it; one a line is expected: name another file.'
+    f'{where}: no pair in it{why}; one a line is expected: name another file'
+    f'{", or change data.filter" if filtered else ""}.'
   )
 
 
