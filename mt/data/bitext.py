@@ -206,7 +206,8 @@ def open_bitext(
     opened.append(File(file.name, file.path, stat, indices[-1].starts))
   _check_alignment(opened)
   named = columns_lib.has_header(columns)
-  first = _first_cells(opened[0], plain[0].kind, named)
+  in_columns = len(opened) == 1 and plain[0].kind != 'json'
+  first = _first_cells(opened[0], plain[0].kind, named) if in_columns else []
   parse, notes = columns_lib.choose(
     plain, first, pair, columns, quotes=quotes, reversed_pair=reversed_pair
   )
@@ -245,17 +246,16 @@ def _first_cells(file, kind, named) -> list[list[str]]:
 
   Where columns are `named`, the very first is one of them.
   """
-  raws = file.read(np.arange(min(len(file.starts) - 1, _FIRST)))
-  texts = [lines.strip_end(raw).decode(errors='replace') for raw in raws]
-  if kind == 'cells':
-    rows = list(map(json.loads, texts))
-  else:
-    rows = [text.split('\t') for text in texts]
-  out = rows[:1] if named else []
-  out += [row for row in rows[len(out) :] if any(map(str.strip, row))]
-  if not out:
-    raise no_pair(file.name, {})
-  return out
+  number = len(file.starts) - 1
+  for at in range(0, number, _FIRST):
+    raws = file.read(np.arange(at, min(at + _FIRST, number)))
+    texts = [lines.strip_end(raw).decode(errors='replace') for raw in raws]
+    split = json.loads if kind == 'cells' else lambda x: x.split('\t')
+    rows = enumerate(map(split, texts), at)
+    out = [x for i, x in rows if any(map(str.strip, x)) or (named and not i)]
+    if out:
+      return out
+  raise no_pair(file.name, {})
 
 
 def reasons(unusable: Unusable) -> str:
