@@ -131,7 +131,7 @@ class Rows:
     while firsts[-1] <= index:
       number = len(firsts) - 1
       firsts.append(firsts[-1] + len(self.block_of_epoch(number)[1]))
-      if number + 1 == len(self._own) and firsts[-1] == 0:
+      if number + 1 >= len(self._own) and firsts[-1] == 0:
         raise self._no_row()
       if several:
         self.store.keep(what, firsts)
