@@ -42,7 +42,8 @@ _JSON_LINES = ('.jsonl', '.ndjson', '.json')
 _PARQUET = b'PAR1'
 
 _MARKUP = re.compile(
-  rb'\s*<(\?xml|tmx|!doctype|html|srcset|refset|tstset|doc|dataset|mteval)\b',
+  rb'\s*<(!--|(\?xml|tmx|xliff|!doctype|html|srcset|refset|tstset|doc|dataset'
+  rb'|mteval)\b)',
   re.IGNORECASE,
 )
 
@@ -78,8 +79,8 @@ def open_plain(
   foreign.refuse_no_text(head, name)
   if _MARKUP.match(head):
     raise errors.UserError(
-      f"{name}: markup, as of TMX, of WMT's .sgm and .xml, or of a web page in "
-      'the place of a file; write its pairs into a .jsonl, or its '
+      f"{name}: markup, as of TMX, of XLIFF, of WMT's .sgm and .xml, or of a "
+      'web page in the place of a file; write its pairs into a .jsonl, or its '
       'segments one a line into two aligned files, as `sacrebleu -t wmt20 -l '
       'en-de --echo src ref` does.'
     )

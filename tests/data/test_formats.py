@@ -207,6 +207,8 @@ REFUSED = {
   'sgm': (SGM, ['markup', 'segments one a line', 'sacrebleu']),
   'xml': (BOM + b"<?xml version='1.0'?>\n<dataset/>", ['markup', 'sacrebleu']),
   'tmx': (b'<?xml version="1.0"?>\n<tmx version="1.4">', ['TMX', '.jsonl']),
+  'xliff': (b'<xliff version="1.2">\n<file/>', ['XLIFF', '.jsonl']),
+  'a comment': (b'<!-- TMX -->\n<tmx version="1.4">', ['markup', '.jsonl']),
   'html': (b'\n<!DOCTYPE html>\n<html>', ['a web page', '.jsonl']),
   'lfs': (b'version https://git-lfs.github.com/spec/v1\n', ['git lfs pull']),
   'bzip2': (b'BZh91AY', ['bzip2', 'unpack it']),
