@@ -243,4 +243,8 @@ def _open_folder(source) -> pathlib.Path:
   if source == 'mtnt':
     return mtnt.fetch()
   path = pathlib.Path(source)
+  try:
+    path.stat()
+  except OSError as e:
+    raise bitext.unreadable(source, e) from e
   return (mtnt.open_archive if os.path.isfile(path) else mtnt.split_root)(path)

@@ -95,7 +95,10 @@ def test_a_folder_without_splits(tmp_path):
   path = tmp_path / 'train' / 'train.en-fr.tsv'
   words = (f'{path}: cannot read', 'No such file', 'data.source')
   refusal(lambda: _read(tmp_path), *words)
-  refusal(lambda: _read(tmp_path / 'nowhere.tsv'), 'nowhere.tsv', *words[1:])
+  for name in ('nowhere.tsv', 'nowhere.tar.gz', 'nowhere'):
+    nowhere = tmp_path / name
+    words = f'{nowhere}: cannot read', *words[1:]
+    refusal(lambda n=nowhere: _read(n), *words)
   path.mkdir(parents=True)
   refusal(lambda: _read(tmp_path), f'{path}: cannot read', 'Is a directory')
 
