@@ -136,12 +136,15 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
     seed=config.seed,
     texts=corpus.some_texts(texts['train'][0]) if random else (),
   ).tokenizer
+  plain = config.copy_and_resolve_references()
+  plain.data.noise, plain.data.shards = 0.0, 1  # They are of training alone.
   out, measured = [], {}
   for split in wanted:
     if split not in texts:
       out.append(f'{split}: no text is named; data.{split} names one.')
       continue
-    sources, mixture = splits.training_rows(config, tok, texts[split])
+    own = config if split == 'train' else plain
+    sources, mixture = splits.training_rows(own, tok, texts[split])
     for source, share in zip(sources, mixture, strict=False):
       text = source.store.bitext
       name = directions.name(config.data.pair, split, text.pair)

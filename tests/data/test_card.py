@@ -157,6 +157,16 @@ def test_the_test_split_is_shown_where_it_is_scored(config, tmp_path):
   assert f'\ntest: {config.data.test}: 6 lines, 4' in card.show(config, False)
 
 
+def test_noise_and_shards_are_those_of_training(config):
+  """No run validates on noisy text, or needs so many lines for it."""
+  plain = card.show(config, color=False)
+  config.data.noise, config.data.shards, config.train.batch_size = 0.9, 40, 40
+  noisy = card.show(config, color=False)
+  assert noisy.split('\nvalid: ')[1] == plain.split('\nvalid: ')[1]
+  learned = [x for x in noisy.splitlines() if '⟦' in x]
+  assert learned[0] not in plain
+
+
 def test_it_refuses_what_a_run_refuses(config):
   config.train.max_steps = 0
   refusal(lambda: card.show(config, color=False), 'train.max_steps is 0')
