@@ -152,7 +152,8 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
       out.append(f'{name}: {bitext.describe(text)}')
       numbers = range(len(source.store))
       if len(numbers) > 1 and (bad := source.store.unusable(numbers)):
-        out.append(f'  not used of all lines: {bitext.reasons(bad)}')
+        why = bitext.reasons(bad, text.unit)
+        out.append(f'  not used of all lines: {why}')
       out.append(table(found, config.data.length))
       if split == 'train':
         out += faults.show(faults.count(text, range(len(text))))

@@ -139,12 +139,13 @@ class Rows:
     return number, index - firsts[number]
 
   def _no_row(self):
-    where, (at, shards) = self.store.bitext.where, self.shard
+    text, (at, shards) = self.store.bitext, self.shard
+    where = text.where
     if shards > 1:
       where += f', part {at + 1} of data.shards={shards}'
     sizes = np.concatenate([self.store.block(i).sizes for i in self._own])
     if not len(sizes):
-      return bitext.no_pair(where, self.store.unusable(self._own))
+      return bitext.no_pair(where, self.store.unusable(self._own), text.unit)
     return no_pair_fits(where, self.length, sizes)
 
   @property

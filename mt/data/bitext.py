@@ -85,6 +85,7 @@ class Bitext:
   pair: str  # The direction, such as en-fr.
   rules: faults.Rules | None = None  # What training leaves out, see corpus.
   apostrophe: str = ''  # Of all targets; '' for their own.
+  unit: str = 'line'  # See formats.Plain.
 
   def __len__(self) -> int:
     """Lines, usable or not."""
@@ -154,11 +155,11 @@ class Bitext:
       of = 'its' if whole else 'some'
       raise errors.UserError(
         f'{self.where}: {bad:,} of {of} {number:,} lines cannot be used '
-        f'({reasons(unusable)}), more than data.max_bad_fraction='
+        f'({reasons(unusable, self.unit)}), more than data.max_bad_fraction='
         f'{self.max_bad_fraction:g}; mend them, or raise it.'
       )
     if whole and lost == number:
-      raise no_pair(self.where, unusable)
+      raise no_pair(self.where, unusable, self.unit)
 
 
 def _stat(f) -> tuple[int, ...]:
@@ -226,6 +227,7 @@ def open_bitext(
     notes=notes,
     digest=hashlib.sha256(identity.encode()).hexdigest(),
     pair=pair,
+    unit=plain[0].unit,
   )
   text.check(text.sample.unusable, text.sample.number)
   return text
@@ -258,11 +260,11 @@ def _first_cells(file, kind, named) -> list[list[str]]:
   raise no_pair(file.name, {})
 
 
-def reasons(unusable: Unusable) -> str:
+def reasons(unusable: Unusable, unit: str) -> str:
   """Why lines were not used, the most frequent reason first."""
   by_count = sorted(unusable.items(), key=lambda item: -item[1][0])
   return ', '.join(
-    f'{count:,} {reason} (the first in line {first:,})'
+    f'{count:,} {reason} (the first in {unit} {first:,})'
     for reason, (count, first) in by_count
   )
 
@@ -275,9 +277,11 @@ def unreadable(path: str, e: OSError) -> errors.UserError:
   )
 
 
-def no_pair(where: str, unusable: Unusable) -> errors.UserError:
+def no_pair(
+  where: str, unusable: Unusable, unit: str = 'line'
+) -> errors.UserError:
   """The error for a text without a usable line."""
-  why = f' ({reasons(unusable)})' if unusable else ''
+  why = f' ({reasons(unusable, unit)})' if unusable else ''
   filtered = unusable.keys() & faults.NAMES
   return errors.UserError(
     f'{where}: no pair in it{why}; one a line is expected: name another file'
@@ -293,5 +297,5 @@ def describe(text: Bitext) -> str:
     out += f'{looked_at:,} of them looked at: '
   out += f'{len(pairs):,} pairs'
   if unusable:
-    out += f'; not used: {reasons(unusable)}'
+    out += f'; not used: {reasons(unusable, text.unit)}'
   return '; '.join([out, *text.notes])

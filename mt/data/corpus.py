@@ -167,7 +167,7 @@ def some_texts(text: bitext.Bitext, most: int = 4000) -> list[str]:
   for at in range(0, len(text), most):
     if pairs := text.read(range(at, min(at + most, len(text)))):
       return [side for p in pairs for side in (p.source, p.target)]
-  raise bitext.no_pair(text.where, text.sample.unusable)
+  raise bitext.no_pair(text.where, text.sample.unusable, text.unit)
 
 
 class _Files(NamedTuple):

@@ -54,6 +54,7 @@ class Plain(NamedTuple):
   name: str  # As it was asked for.
   path: str  # The same, or what it became in the cache.
   kind: str  # `text`; `json`: objects; `cells`: arrays of JSON.
+  unit: str = 'line'  # Or `record`, of which a line number says nothing.
 
 
 def open_plain(
@@ -95,12 +96,12 @@ def open_plain(
   if is_parquet:
     parts, rows = ('parquet', *keys), _parquet(name, path, keys)
     path = _rewrite(path, parts, lambda f: f.writelines(rows))
-    return Plain(name, path, 'json')
+    return Plain(name, path, 'json', 'record')
   if aligned:
     return Plain(name, path, 'text')
   if quotes == 'tfds':
     path = _rewrite(path, (quotes,), lambda f: _tfds(name, path, f))
-    return Plain(name, path, 'cells')
+    return Plain(name, path, 'cells', 'record')
   if suffix in _JSON_LINES:
     if head.lstrip().startswith(b'['):
       raise errors.UserError(
@@ -112,7 +113,7 @@ def open_plain(
     delimiter = _delimiter(name, path) if suffix == '.csv' else '\t'
     parts = ('csv', delimiter)
     path = _rewrite(path, parts, lambda f: _csv(name, path, delimiter, f))
-    return Plain(name, path, 'cells')
+    return Plain(name, path, 'cells', 'record')
   return Plain(name, path, 'text')
 
 

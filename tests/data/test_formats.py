@@ -146,7 +146,7 @@ def test_parquet_cells_that_are_no_text_are_counted(tmp_path):
   parquet.write_table(pyarrow.table(table), path)
   for key in ('bytes', 'day', 'number'):
     call = functools.partial(bitext.open_bitext, [path], 'en-fr', (key, 'some'))
-    refusal(call, path, f"3 no text under '{key}'")
+    refusal(call, path, f"3 no text under '{key}' (the first in record 1")
   text = bitext.open_bitext(
     [path], 'en-fr', ('text', 'some'), max_bad_fraction=0.7
   )
@@ -167,6 +167,10 @@ def test_csv_lines_that_cannot_be_used_are_counted(tmp_path):
     'not UTF-8': (2, 4),  # As of .tsv: in ids, too.
     'a NUL character': (1, 5),
   }
+  content = '"a\nb",c\nonly one\n'
+  call = lambda bad: open_text(tmp_path, content, suffix='.csv', bad=bad)  # noqa: E731
+  refusal(lambda: call(0), 'columns (the first in record 2)')
+  assert 'columns (the first in record 2)' in bitext.describe(call(1))
 
 
 @pytest.mark.parametrize(
