@@ -38,17 +38,21 @@ def lengths(blocks: store.Store) -> dict[str, np.ndarray]:
   """Tokens of each `prompt`, each `target`, and `both` of a text: [n] each.
 
   Tokenises all blocks that are not in the store yet.
+
+  Raises:
+    errors.UserError: see Store.block; or there is no pair in them.
   """
-  parts = []
-  progress = journal.Progress(
-    f'tokenising {blocks.bitext.where}, blocks', len(blocks)
-  )
+  parts, text = [], blocks.bitext
+  progress = journal.Progress(f'tokenising {text.where}, blocks', len(blocks))
   for number in range(len(blocks)):
     examples = blocks.block(number)
     parts.append((examples.target_starts, examples.sizes))
     progress.update(number + 1)
   progress.close()
   prompt, size = map(np.concatenate, zip(*parts, strict=True))
+  if not len(size):
+    bad = blocks.unusable(range(len(blocks)))
+    raise bitext.no_pair(text.where, bad, text.unit)
   return {'prompt': prompt, 'target': size - prompt, 'both': size}
 
 

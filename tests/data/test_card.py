@@ -89,6 +89,20 @@ def test_the_table_by_hand():
   assert len({len(line) for line in shown[:4]}) == 1, 'columns stand askew'
 
 
+def test_a_large_text_that_is_filtered_away(tmp_path, monkeypatch):
+  """Its sample does not tell that no other line has a pair."""
+  monkeypatch.setattr(bitext, '_LOOK_AT_ALL', 8)
+  config = debug.get_config()
+  config.data.source = str(tmp_path / 'x.tsv')
+  (tmp_path / 'x.tsv').write_text('a\ta\n' * 9)
+  config.data.filter = 'copies'
+  (text,) = corpus.read_splits(config.data, ['train'])['train']
+  tok = numbered_rows.sample_tokenizer()
+  made = store.open_store(text, tok, PLAIN, shards=2)
+  words = 'x.tsv: no pair in it (9 copies', 'data.filter'
+  refusal(lambda: card.lengths(made), *words)
+
+
 def test_counts_are_those_of_numpy(config, tmp_path, monkeypatch):
   monkeypatch.setattr(store, '_BLOCK', 20)  # Of all blocks.
   shown = card.show(config, color=False).splitlines()
