@@ -141,7 +141,9 @@ KNOBS = (
     some of them long. Only to compare with results from TFDS.
     """),
   knob('data.max_bad_fraction', 0.01, between(0, 1), """
-    More unusable lines than this share of a file stop the run.
+    More unusable lines than this share of a file stop the run. A file of more
+    than 65,536 lines is looked at in parts, drawn at random: it is more than
+    chance would have in such a part of a file with this share.
     """, 'free'),
   knob('data.filter', '', Rule(
     lambda v: {x.strip() for x in v.split(',')} <= {'', *FAULTS},

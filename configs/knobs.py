@@ -95,7 +95,9 @@ LANGUAGES = Rule(
 )
 COLUMNS = Rule(
   lambda v: (
-    len(v) in (0, 2) and all(map(_is_column, v)) and len({*map(type, v)}) < 2
+    len({*v}) == len(v) in (0, 2)
+    and all(map(_is_column, v))
+    and len({*map(type, v)}) < 2
   ),
   'two numbers from 1 up, two names, or ()',
 )

@@ -38,17 +38,21 @@ def lengths(blocks: store.Store) -> dict[str, np.ndarray]:
   """Tokens of each `prompt`, each `target`, and `both` of a text: [n] each.
 
   Tokenises all blocks that are not in the store yet.
+
+  Raises:
+    errors.UserError: see Store.block; or there is no pair in them.
   """
-  parts = []
-  progress = journal.Progress(
-    f'tokenising {blocks.bitext.where}, blocks', len(blocks)
-  )
+  parts, text = [], blocks.bitext
+  progress = journal.Progress(f'tokenising {text.where}, blocks', len(blocks))
   for number in range(len(blocks)):
     examples = blocks.block(number)
     parts.append((examples.target_starts, examples.sizes))
     progress.update(number + 1)
   progress.close()
   prompt, size = map(np.concatenate, zip(*parts, strict=True))
+  if not len(size):
+    bad = blocks.unusable(range(len(blocks)))
+    raise bitext.no_pair(text.where, bad, text.unit)
   return {'prompt': prompt, 'target': size - prompt, 'both': size}
 
 
@@ -136,12 +140,15 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
     seed=config.seed,
     texts=corpus.some_texts(texts['train'][0]) if random else (),
   ).tokenizer
+  plain = config.copy_and_resolve_references()
+  plain.data.noise, plain.data.shards = 0.0, 1  # They are of training alone.
   out, measured = [], {}
   for split in wanted:
     if split not in texts:
       out.append(f'{split}: no text is named; data.{split} names one.')
       continue
-    sources, mixture = splits.training_rows(config, tok, texts[split])
+    own = config if split == 'train' else plain
+    sources, mixture = splits.training_rows(own, tok, texts[split])
     for source, share in zip(sources, mixture, strict=False):
       text = source.store.bitext
       name = directions.name(config.data.pair, split, text.pair)
@@ -149,7 +156,8 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
       out.append(f'{name}: {bitext.describe(text)}')
       numbers = range(len(source.store))
       if len(numbers) > 1 and (bad := source.store.unusable(numbers)):
-        out.append(f'  not used of all lines: {bitext.reasons(bad)}')
+        why = bitext.reasons(bad, text.unit)
+        out.append(f'  not used of all lines: {why}')
       out.append(table(found, config.data.length))
       if split == 'train':
         out += faults.show(faults.count(text, range(len(text))))

@@ -22,6 +22,7 @@ import grain
 import numpy as np
 
 from mt.base import errors
+from mt.data import bitext
 from mt.data import noising
 from mt.data import packing as packing_lib
 from mt.data import store as store_lib
@@ -130,13 +131,22 @@ class Rows:
     while firsts[-1] <= index:
       number = len(firsts) - 1
       firsts.append(firsts[-1] + len(self.block_of_epoch(number)[1]))
-      if number + 1 == len(self._own) and firsts[-1] == 0:
-        sizes = [self.store.block(i).sizes for i in self._own]
-        raise no_pair_fits(self.store.bitext.where, self.length, sizes)
+      if number + 1 >= len(self._own) and firsts[-1] == 0:
+        raise self._no_row()
       if several:
         self.store.keep(what, firsts)
     number = bisect.bisect_right(firsts, index) - 1
     return number, index - firsts[number]
+
+  def _no_row(self):
+    text, (at, shards) = self.store.bitext, self.shard
+    where = text.where
+    if shards > 1:
+      where += f', part {at + 1} of data.shards={shards}'
+    sizes = np.concatenate([self.store.block(i).sizes for i in self._own])
+    if not len(sizes):
+      return bitext.no_pair(where, self.store.unusable(self._own), text.unit)
+    return no_pair_fits(where, self.length, sizes)
 
   @property
   def _own(self):
@@ -180,12 +190,12 @@ class Rows:
 
 
 def no_pair_fits(
-  where: str, length: int, sizes: Sequence[np.ndarray]
+  where: str, length: int, sizes: np.ndarray
 ) -> errors.UserError:
   """The error for a text that has nothing for rows of this length."""
   return errors.UserError(
     f'{where}: none of its pairs fits into data.length={length} tokens (the '
-    f'shortest needs {min(s.min() for s in sizes)}); raise data.length.'
+    f'shortest needs {sizes.min()}); raise data.length.'
   )
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from mt.data import typography
 
 _LOOK_AT_ALL = 1 << 16  # Lines; of more, as many as _SAMPLE, evenly spread.
 _SAMPLE = 1 << 12
+_CHANCE = 5  # Standard deviations of the number of bad lines in a sample.
 _FIRST = 1000  # Lines that tell what the columns mean.
 
 Unusable = dict[str, tuple[int, int]]  # Reason -> (how many, the first one).
@@ -83,6 +85,7 @@ class Bitext:
   pair: str  # The direction, such as en-fr.
   rules: faults.Rules | None = None  # What training leaves out, see corpus.
   apostrophe: str = ''  # Of all targets; '' for their own.
+  unit: str = 'line'  # See formats.Plain.
 
   def __len__(self) -> int:
     """Lines, usable or not."""
@@ -134,19 +137,29 @@ class Bitext:
     return Looked(len(which), pairs, np.array(usable, np.int64), unusable)
 
   def check(self, unusable: Unusable, number: int) -> None:
-    """Refuses too many unusable ones among `number` lines."""
+    """Refuses too many unusable ones among `number` lines.
+
+    Of some lines drawn at random a little more is put up with, so that chance
+    stops no run; of a text that was looked at whole before, any number.
+    """
+    whole = number == len(self)
+    if not whole and len(self) <= _LOOK_AT_ALL:
+      return
     lost = sum(count for count, _ in unusable.values())
     bad = lost - sum(unusable.get(name, (0,))[0] for name in faults.NAMES)
+    most = self.max_bad_fraction
+    if not whole:
+      most += _CHANCE * math.sqrt(most / number)
     # Divided, for 0.29 * 100 is less than 29.
-    if bad and bad / number > self.max_bad_fraction:
-      of = 'its' if number == len(self) else 'some'
+    if bad and bad / number > most:
+      of = 'its' if whole else 'some'
       raise errors.UserError(
         f'{self.where}: {bad:,} of {of} {number:,} lines cannot be used '
-        f'({reasons(unusable)}), more than data.max_bad_fraction='
+        f'({reasons(unusable, self.unit)}), more than data.max_bad_fraction='
         f'{self.max_bad_fraction:g}; mend them, or raise it.'
       )
-    if lost == number:
-      raise no_pair(self.where)
+    if whole and lost == number:
+      raise no_pair(self.where, unusable, self.unit)
 
 
 def _stat(f) -> tuple[int, ...]:
@@ -194,7 +207,8 @@ def open_bitext(
     opened.append(File(file.name, file.path, stat, indices[-1].starts))
   _check_alignment(opened)
   named = columns_lib.has_header(columns)
-  first = _first_cells(opened[0], plain[0].kind, named)
+  in_columns = len(opened) == 1 and plain[0].kind != 'json'
+  first = _first_cells(opened[0], plain[0].kind, named) if in_columns else []
   parse, notes = columns_lib.choose(
     plain, first, pair, columns, quotes=quotes, reversed_pair=reversed_pair
   )
@@ -213,6 +227,7 @@ def open_bitext(
     notes=notes,
     digest=hashlib.sha256(identity.encode()).hexdigest(),
     pair=pair,
+    unit=plain[0].unit,
   )
   text.check(text.sample.unusable, text.sample.number)
   return text
@@ -233,24 +248,23 @@ def _first_cells(file, kind, named) -> list[list[str]]:
 
   Where columns are `named`, the very first is one of them.
   """
-  raws = file.read(np.arange(min(len(file.starts) - 1, _FIRST)))
-  texts = [lines.strip_end(raw).decode(errors='replace') for raw in raws]
-  if kind == 'cells':
-    rows = list(map(json.loads, texts))
-  else:
-    rows = [text.split('\t') for text in texts]
-  out = rows[:1] if named else []
-  out += [row for row in rows[len(out) :] if any(map(str.strip, row))]
-  if not out:
-    raise no_pair(file.name)
-  return out
+  number = len(file.starts) - 1
+  for at in range(0, number, _FIRST):
+    raws = file.read(np.arange(at, min(at + _FIRST, number)))
+    texts = [lines.strip_end(raw).decode(errors='replace') for raw in raws]
+    split = json.loads if kind == 'cells' else lambda x: x.split('\t')
+    rows = enumerate(map(split, texts), at)
+    out = [x for i, x in rows if any(map(str.strip, x)) or (named and not i)]
+    if out:
+      return out
+  raise no_pair(file.name, {})
 
 
-def reasons(unusable: Unusable) -> str:
+def reasons(unusable: Unusable, unit: str) -> str:
   """Why lines were not used, the most frequent reason first."""
   by_count = sorted(unusable.items(), key=lambda item: -item[1][0])
   return ', '.join(
-    f'{count:,} {reason} (the first in line {first:,})'
+    f'{count:,} {reason} (the first in {unit} {first:,})'
     for reason, (count, first) in by_count
   )
 
@@ -263,10 +277,15 @@ def unreadable(path: str, e: OSError) -> errors.UserError:
   )
 
 
-def no_pair(where: str) -> errors.UserError:
+def no_pair(
+  where: str, unusable: Unusable, unit: str = 'line'
+) -> errors.UserError:
   """The error for a text without a usable line."""
+  why = f' ({reasons(unusable, unit)})' if unusable else ''
+  filtered = unusable.keys() & faults.NAMES
   return errors.UserError(
-    f'{where}: no pair in it; one a line is expected: name another file.'
+    f'{where}: no pair in it{why}; one a line is expected: name another file'
+    f'{", or change data.filter" if filtered else ""}.'
   )
 
 
@@ -278,5 +297,5 @@ def describe(text: Bitext) -> str:
     out += f'{looked_at:,} of them looked at: '
   out += f'{len(pairs):,} pairs'
   if unusable:
-    out += f'; not used: {reasons(unusable)}'
+    out += f'; not used: {reasons(unusable, text.unit)}'
   return '; '.join([out, *text.notes])

@@ -46,6 +46,12 @@ def choose(
   if len(files) == 2:
     return lines.Aligned(), ()
   if files[0].kind == 'json':
+    if columns and not has_header(columns):
+      raise errors.UserError(
+        f'{where}: its texts have keys, but data.columns is {columns}; set it '
+        "to two keys, such as ('translation.en', 'translation.fr'), or to () "
+        'for the languages.'
+      )
     return lines.Keys(*(keys(pair, columns))), ()
   if quotes == 'tfds':
     sides = (2, 1) if reversed_pair else (1, 2)
@@ -59,6 +65,12 @@ def choose(
     for column in columns:
       if column not in known:
         raise _wrong_columns(where, cells, f'{column!r}, of {columns},')
+      if has_header(columns) and cells.count(column) > 1:
+        raise errors.UserError(
+          f'{where}: {column!r} stands in its first line more than once '
+          f'({" | ".join(cells)[:200]}); name the columns apart there, or take '
+          'that line out and set data.columns to numbers.'
+        )
     found = map(known.index, columns)
     header = () if has_header(columns) else _header(cells, pair)
     note = f'its first line, {" | ".join(header)!r}, is taken for a pair'

@@ -121,7 +121,8 @@ def _cleaned(text, data, held_out) -> bitext.Bitext:
   """A training text without what data.filter names.
 
   Raises:
-    errors.UserError: it has sources of the test split, and nobody allows that.
+    errors.UserError: it has sources of the test split, and nobody allows that;
+      or nothing is left of it.
   """
   names = {name.strip() for name in data.filter.split(',')} - {''}
   ratio = faults.median_ratio(text.sample.pairs)
@@ -138,7 +139,9 @@ def _cleaned(text, data, held_out) -> bitext.Bitext:
   sources = sorted(held_out) if 'leaks' in names else []
   identity = json.dumps([text.digest, sorted(names), text.pair, sources])
   digest = hashlib.sha256(identity.encode()).hexdigest()
-  return dataclasses.replace(text, rules=rules, digest=digest)
+  text = dataclasses.replace(text, rules=rules, digest=digest)
+  text.check(text.sample.unusable, text.sample.number)
+  return text
 
 
 def split_source(data: ml_collections.ConfigDict, split: str) -> str | None:
@@ -154,9 +157,17 @@ def split_source(data: ml_collections.ConfigDict, split: str) -> str | None:
 
 
 def some_texts(text: bitext.Bitext, most: int = 4000) -> list[str]:
-  """Both sides of the first pairs, to train a tokenizer on."""
-  pairs = text.read(range(min(len(text), most)))
-  return [side for p in pairs for side in (p.source, p.target)]
+  """Both sides of pairs in as many lines, to train a tokenizer on.
+
+  They are the first lines, or the next ones where these have no pair.
+
+  Raises:
+    errors.UserError: no lines have.
+  """
+  for at in range(0, len(text), most):
+    if pairs := text.read(range(at, min(at + most, len(text)))):
+      return [side for p in pairs for side in (p.source, p.target)]
+  raise bitext.no_pair(text.where, text.sample.unusable, text.unit)
 
 
 class _Files(NamedTuple):
@@ -232,4 +243,8 @@ def _open_folder(source) -> pathlib.Path:
   if source == 'mtnt':
     return mtnt.fetch()
   path = pathlib.Path(source)
+  try:
+    path.stat()
+  except OSError as e:
+    raise bitext.unreadable(source, e) from e
   return (mtnt.open_archive if os.path.isfile(path) else mtnt.split_root)(path)

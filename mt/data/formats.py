@@ -7,12 +7,15 @@ break inside a text is \\n in JSON. What is none of these is recognised by its
 first bytes and refused.
 """
 
+import collections
 from collections.abc import Sequence
+import contextlib
 import csv
 import errno
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import os
@@ -29,15 +32,18 @@ from mt.base import foreign
 
 BOM = b'\xef\xbb\xbf'
 HEAD = 4096  # As many first bytes are looked at.
+_FIRST = 1000  # Records of CSV that tell its delimiter.
+_MOST = 0.9  # Of them; the others may be damaged.
 
 # To be raised when what is written into the cache becomes other text.
-_VERSION = 1
+_VERSION = 2
 _PACKED = {b'\x1f\x8b': gzip.open, b'\xfd7zXZ\0': lzma.open}
 _JSON_LINES = ('.jsonl', '.ndjson', '.json')
 _PARQUET = b'PAR1'
 
 _MARKUP = re.compile(
-  rb'\s*<(\?xml|tmx|!doctype|html|srcset|refset|tstset|doc|dataset|mteval)\b',
+  rb'\s*<(!--|(\?xml|tmx|xliff|!doctype|html|srcset|refset|tstset|doc|dataset'
+  rb'|mteval)\b)',
   re.IGNORECASE,
 )
 
@@ -48,6 +54,7 @@ class Plain(NamedTuple):
   name: str  # As it was asked for.
   path: str  # The same, or what it became in the cache.
   kind: str  # `text`; `json`: objects; `cells`: arrays of JSON.
+  unit: str = 'line'  # Or `record`, of which a line number says nothing.
 
 
 def open_plain(
@@ -73,25 +80,28 @@ def open_plain(
   foreign.refuse_no_text(head, name)
   if _MARKUP.match(head):
     raise errors.UserError(
-      f"{name}: markup, as of TMX, of WMT's .sgm and .xml, or of a web page in "
-      'the place of a file; write its pairs into a .jsonl, or its '
+      f"{name}: markup, as of TMX, of XLIFF, of WMT's .sgm and .xml, or of a "
+      'web page in the place of a file; write its pairs into a .jsonl, or its '
       'segments one a line into two aligned files, as `sacrebleu -t wmt20 -l '
       'en-de --echo src ref` does.'
     )
-  if head.startswith(_PARQUET):
-    if aligned:
-      raise errors.UserError(
-        f'{name}: parquet, where a text a line is expected; name it alone in '
-        'data.source, or tell --key.'
-      )
-    parts = ('parquet', *keys)
-    path = _rewrite(path, parts, lambda f: _parquet(name, path, keys, f))
-    return Plain(name, path, 'json')
+  is_parquet = head.startswith(_PARQUET)
+  if aligned and (is_parquet or suffix in (*_JSON_LINES, '.csv')):
+    what = 'parquet' if is_parquet else suffix
+    raise errors.UserError(
+      f'{name}: {what}, where a text a line is expected; write its texts into '
+      'a file, one a line, or name a file of both languages in data.source, '
+      'without {lang}; mt.translate reads JSON and parquet by --key.'
+    )
+  if is_parquet:
+    parts, rows = ('parquet', *keys), _parquet(name, path, keys)
+    path = _rewrite(path, parts, lambda f: f.writelines(rows))
+    return Plain(name, path, 'json', 'record')
   if aligned:
     return Plain(name, path, 'text')
   if quotes == 'tfds':
     path = _rewrite(path, (quotes,), lambda f: _tfds(name, path, f))
-    return Plain(name, path, 'cells')
+    return Plain(name, path, 'cells', 'record')
   if suffix in _JSON_LINES:
     if head.lstrip().startswith(b'['):
       raise errors.UserError(
@@ -100,10 +110,10 @@ def open_plain(
       )
     return Plain(name, path, 'json')
   if quotes == 'csv' or (suffix == '.csv' and quotes != 'text'):
-    delimiter = _delimiter(head) if suffix == '.csv' else '\t'
+    delimiter = _delimiter(name, path) if suffix == '.csv' else '\t'
     parts = ('csv', delimiter)
     path = _rewrite(path, parts, lambda f: _csv(name, path, delimiter, f))
-    return Plain(name, path, 'cells')
+    return Plain(name, path, 'cells', 'record')
   return Plain(name, path, 'text')
 
 
@@ -159,18 +169,58 @@ def _unpack(opener, path, out):
     ) from e
 
 
-def _delimiter(head) -> str:
-  """A comma, or the semicolon of spreadsheets whose numbers have commas."""
-  first, *_ = head.split(b'\n')
-  return ';' if b';' in first and b',' not in first else ','
+def _delimiter(name, path) -> str:
+  """A comma, or the semicolon of spreadsheets whose numbers have commas.
+
+  It parts some first records into as many cells each, two or more; a few may be
+  odd, if the other one does not part most of them so.
+  """
+  ranks = {}
+  for delimiter in ',;':
+    rows = _first_records(path, delimiter=delimiter)
+    sizes = collections.Counter(len(x) for x in rows if any(map(str.strip, x)))
+    size, times = max(sizes.items(), key=lambda x: x[1], default=(0, 0))
+    share = times / sizes.total() if size > 1 else 0
+    ranks[delimiter] = (share > 0) + (share >= _MOST) + (share == 1)
+  if ranks[','] == ranks[';'] > 0:
+    raise errors.UserError(
+      f'{name}: a comma and a semicolon both part its records into cells (as '
+      f'{";".join(rows[0])[:80]!r}); put quotes around texts that have one, or '
+      'write a .tsv.'
+    )
+  return max(ranks, key=ranks.get)
+
+
+def _first_records(path, **options) -> list[list[str]]:
+  """Some first records of CSV, or none where one of them is damaged."""
+  with _open_csv(path) as f, contextlib.suppress(csv.Error):
+    return [*itertools.islice(csv.reader(f, strict=True, **options), _FIRST)]
+  return []
 
 
 # What is not UTF-8 becomes surrogates, which a parser refuses by the line.
+def _open_csv(path):
+  return open(path, encoding='utf-8-sig', errors='surrogateescape', newline='')
+
+
 def _csv(name, path, delimiter, out):
-  with open(
-    path, encoding='utf-8-sig', errors='surrogateescape', newline=''
-  ) as f:
+  _refuse_spaces(name, path, delimiter)
+  with _open_csv(path) as f:
     _cells(name, csv.reader(f, delimiter=delimiter, strict=True), None, out)
+
+
+def _refuse_spaces(name, path, delimiter):
+  """Refuses quotes after a space, which would be characters of a text."""
+  kept, skipped = (
+    _first_records(path, delimiter=delimiter, skipinitialspace=skip)
+    for skip in (False, True)
+  )
+  for row, other in zip(kept, skipped, strict=False):
+    if [x.lstrip(' ') for x in row] != [x.lstrip(' ') for x in other]:
+      raise errors.UserError(
+        f'{name}: quotes with a space before them (such as '
+        f'{delimiter.join(row)[:80]!r}); take those spaces out.'
+      )
 
 
 def _tfds(name, path, out):
@@ -195,7 +245,8 @@ def _cells(name, reader, most, out):
     ) from e
 
 
-def _parquet(name, path, keys, out):
+def _parquet(name, path, keys):
+  """Lines of JSON, see _json; an error while one is written passes by."""
   import pyarrow  # Here: it takes time to load.
   from pyarrow import parquet
 
@@ -209,10 +260,27 @@ def _parquet(name, path, keys, out):
         f'{", ".join(names)[:200]}: set data.columns to two of them, such as '
         "('translation.en', 'translation.fr')."
       )
+    if twice := [name for name in wanted if names.count(name) > 1]:
+      raise errors.UserError(
+        f'{name}: more than one column {min(twice)!r}; name them apart.'
+      )
     for batch in file.iter_batches(columns=sorted(wanted)):
-      for row in batch.to_pylist():
-        out.write(json.dumps(row, default=str).encode() + b'\n')
-  except pyarrow.ArrowException as e:
+      yield from _json(batch)
+  except (OSError, ValueError, pyarrow.ArrowException) as e:
     raise errors.UserError(
-      f'{name}: damaged parquet ({" ".join(str(e).split())[:200]}).'
+      f'{name}: damaged parquet ({" ".join(str(e).split())[:200]}); fetch it '
+      'again.'
     ) from e
+
+
+def _json(batch):
+  """Each row of parquet as a line of JSON: null for what JSON has no type of.
+
+  Of a row that is not UTF-8 the line is not UTF-8 either.
+  """
+  try:
+    rows = batch.to_pylist()
+  except UnicodeDecodeError:
+    ones = [batch.slice(at, 1) for at in range(len(batch))]
+    return itertools.chain(*map(_json, ones)) if len(ones) > 1 else [b'\xff\n']
+  return [json.dumps(x, default=lambda _: None).encode() + b'\n' for x in rows]

@@ -5,10 +5,12 @@ and with nothing else: U+2028 and form feeds are text. White space around a text
 is kept, and so is a line break inside one, where the format can hold it.
 """
 
+import collections
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import json
+import re
 from typing import NamedTuple
 
 
@@ -19,6 +21,9 @@ class Pair(NamedTuple):
   source: str
   target: str
 
+
+_surrogate = re.compile('[\ud800-\udfff]').search
+_TWICE = object()
 
 # (line number from 1, a line of each file) -> pair or reason.
 Parser = Callable[..., Pair | str]
@@ -37,16 +42,16 @@ class Columns:
 
   def __call__(self, number: int, line: str) -> Pair | str:
     cells = json.loads(line) if self.json else line.split('\t')
+    # The surrogates of CSV are bytes, see formats.
+    if self.json and (fault := any_fault(cells, 'not UTF-8')):
+      return fault
     if not self.may_be_empty and not any(map(str.strip, cells)):
       return 'an empty line'
     if len(cells) != self.number:
       less = len(cells) < self.number
       return f'{"fewer" if less else "more"} than {self.number} columns'
     name = str(number) if self.id is None else cells[self.id]
-    texts = cells[self.source], cells[self.target]
-    if self.json and (fault := any_fault(texts)):
-      return fault
-    return Pair(name, *texts)
+    return Pair(name, cells[self.source], cells[self.target])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,28 +77,44 @@ class Aligned:
 def json_texts(line: str, keys: Sequence[str]) -> list[str] | str:
   """The texts under keys of a line's JSON object, or why there are none."""
   try:
-    value = json.loads(line)
+    value = _decode_json(line)
   except (ValueError, RecursionError):
     return 'not JSON'
   texts = [_look_up(value, key) for key in keys]
   for key, text in zip(keys, texts, strict=True):
+    if text is _TWICE:
+      return f'more than one value for {key!r}'
     if not isinstance(text, str):
       return f'no text under {key!r}'
   return any_fault(texts) or texts
 
 
-def any_fault(texts: Sequence[str]) -> str:
+def _object(pairs):
+  """A JSON object; a key that stands in it twice has no value of its own."""
+  out = dict(pairs)
+  if len(out) < len(pairs):
+    counts = collections.Counter(key for key, _ in pairs)
+    out |= {key: _TWICE for key, n in counts.items() if n > 1}
+  return out
+
+
+_decode_json = json.JSONDecoder(object_pairs_hook=_object).decode
+
+
+def any_fault(
+  texts: Sequence[str], surrogate: str = 'half a surrogate pair'
+) -> str:
   """Why texts that JSON can hold cannot be used, or nothing."""
   if any('\0' in text for text in texts):
     return 'a NUL character'
-  if any('\ud800' <= c <= '\udfff' for text in texts for c in text):
-    return 'half a surrogate pair'
-  return ''
+  return surrogate if any(map(_surrogate, texts)) else ''
 
 
 def _look_up(value, key):
   if isinstance(value, dict) and key in value:
     return value[key]
+  if value is _TWICE:
+    return value
   first, _, rest = key.partition('.')
   if rest and isinstance(value, dict):
     return _look_up(value.get(first), rest)

@@ -16,7 +16,7 @@ import unicodedata
 
 import regex
 
-VERSION = 1  # To be raised when the noise of a text becomes other.
+VERSION = 2  # To be raised when the noise of a text becomes other.
 
 # Language -> [a word, its short form], or ['', what ends a sentence]. All of it
 # is in the lists of mt/evaluate/words, too.
@@ -56,7 +56,7 @@ def noised(text: str, share: float, seed: Sequence[int], language: str) -> str:
 
   def change(match):
     word = match[0]
-    if rng.random() >= share or not word[0].isalpha() or {*word} & {*'/@#'}:
+    if rng.random() >= share or not word[0].isalpha() or _is_left(word):
       return word
     # Typing errors are most frequent where nobody makes noise on purpose.
     kinds = [_mistyped(word, rng, language)] * 4 + [_bare(word)] * 2
@@ -68,7 +68,17 @@ def noised(text: str, share: float, seed: Sequence[int], language: str) -> str:
   if rng.random() >= share:
     return text
   added = f'{text} {_pick(_EMOJI + last, rng)}'
-  return _pick([added, added, text.upper(), text.lower()], rng)
+  cased = [_cased(text, x) for x in (str.upper, str.lower)]
+  return _pick([added, added, *cased], rng)
+
+
+def _is_left(word):
+  """Whether it is a match of _words that is no word."""
+  return {*word} & {*'/@#'}
+
+
+def _cased(text, change) -> str:
+  return _words.sub(lambda m: m[0] if _is_left(m[0]) else change(m[0]), text)
 
 
 def _pick(options, rng):

@@ -210,6 +210,12 @@ def _minitrain(config, tok, texts, mixture, most) -> list[batches.Batch]:
   if number < 0:
     return []
   drawn = draw(texts, mixture, number, config.seed)
+  if not any(drawn):
+    journal.say(
+      'minitrain: none of the training lines drawn is a pair that is used; '
+      'there is no loss of them (a higher eval.minitrain_pairs draws more)'
+    )
+    return []
   groups = list(zip([text.pair for text in texts], drawn, strict=True))
   where = f'eval.minitrain_pairs={number}, drawn from training'
   made, dropped = _loss_batches(config, tok, groups, where)
@@ -229,7 +235,9 @@ def _loss_batches(
   )
   length, size = config.data.length, config.train.batch_size
   dropped = int((examples.sizes > length).sum())
+  if not len(examples):
+    raise bitext.no_pair(where, {})
   if dropped == len(examples):
-    raise batches.no_pair_fits(where, length, [examples.sizes])
+    raise batches.no_pair_fits(where, length, examples.sizes)
   made = batches.eval_batches(examples, length, size, config.data.packing)
   return list(made)[: config.eval.loss_batches or None], dropped

@@ -191,7 +191,7 @@ class Store:
       unusable = self.bitext.look(np.delete(members, usable)).unusable
       journal.say(
         f'{self.bitext.where}: {len(members):,} lines more were looked at; not '
-        f'used: {bitext_lib.reasons(unusable)}'
+        f'used: {bitext_lib.reasons(unusable, self.bitext.unit)}'
       )
 
 

@@ -130,13 +130,14 @@ def test_no_pair_fits(blocks, tmp_path, monkeypatch):
   assert len(made) == blocks
   shortest = min(int(made.block(i).sizes.min()) for i in range(blocks))
   rows = batches.Rows(made, shortest - 1, 0)
-  refusal(
-    lambda: rows[0],
-    path,
-    'none of its pairs fits',
-    f'data.length={shortest - 1} ',
-    f'the shortest needs {shortest})',
-  )
+  for index in (0, 1):  # A thread that reads ahead asks again.
+    refusal(
+      lambda i=index: rows[i],
+      path,
+      'none of its pairs fits',
+      f'data.length={shortest - 1} ',
+      f'the shortest needs {shortest})',
+    )
   # The advice works.
   assert batches.Rows(made, shortest, 0)[0]['segment_ids'].any()
 

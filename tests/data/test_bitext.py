@@ -1,5 +1,6 @@
 """Parallel text on disk: what is read of it, counted, noted and refused."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -234,6 +235,29 @@ def test_exactly_the_fraction_does_not_stop(tmp_path):
       open_text(tmp_path, content + '\n', bad=bad / 100)
 
 
+def test_chance_stops_no_run(tmp_path, monkeypatch):
+  """Of as many bad lines as are allowed a sample has too many, often."""
+  text = open_text(tmp_path, 'a\tb\n' * 99 + '\n', bad=0.01)
+  monkeypatch.setattr(bitext, '_LOOK_AT_ALL', 99)
+  text.check({'an empty line': (2, 1)}, 100 // 2)
+  text.check({'an empty line': (780, 1), 'copies': (9999, 1)}, 1 << 16)
+  text.check({'copies': (1 << 16, 1)}, 1 << 16)  # Of others pairs may be left.
+  few = {'an empty line': (790, 1)}
+  refusal(lambda: text.check(few, 1 << 16), '790 of some 65,536 lines')
+  text = dataclasses.replace(text, max_bad_fraction=0)
+  one = {'an empty line': (1, 1)}
+  refusal(lambda: text.check(one, 1 << 16), '1 of some')
+  monkeypatch.setattr(bitext, '_LOOK_AT_ALL', 100)
+  text.check(one, 50)  # It was looked at whole.
+
+
+@pytest.mark.parametrize('blank', [999, 1000, 2001])
+def test_any_number_of_lines_in_front_may_be_empty(tmp_path, blank):
+  content = '\n' * blank + '1\ta\tb\n2\tc\td\n'
+  assert tuples(open_text(tmp_path, content))[0] == ('1', 'a', 'b')
+  assert len(open_text(tmp_path, content, content).read()) == 2
+
+
 # Files that are no parallel text.
 
 
@@ -374,7 +398,7 @@ def test_the_digest_is_of_every_file(tmp_path):
 
 
 def test_the_digest_is_of_the_way_of_reading(tmp_path):
-  content = 'en1\tfr\tfr\na1\tb\tc\n'
+  content = 'en1\tfr\tx\na1\tb\tc\n'
   open_text(tmp_path, content)
   made = [
     open_text(tmp_path, None, columns=columns, reversed_pair=other_way).digest

@@ -89,6 +89,20 @@ def test_the_table_by_hand():
   assert len({len(line) for line in shown[:4]}) == 1, 'columns stand askew'
 
 
+def test_a_large_text_that_is_filtered_away(tmp_path, monkeypatch):
+  """Its sample does not tell that no other line has a pair."""
+  monkeypatch.setattr(bitext, '_LOOK_AT_ALL', 8)
+  config = debug.get_config()
+  config.data.source = str(tmp_path / 'x.tsv')
+  (tmp_path / 'x.tsv').write_text('a\ta\n' * 9)
+  config.data.filter = 'copies'
+  (text,) = corpus.read_splits(config.data, ['train'])['train']
+  tok = numbered_rows.sample_tokenizer()
+  made = store.open_store(text, tok, PLAIN, shards=2)
+  words = 'x.tsv: no pair in it (9 copies', 'data.filter'
+  refusal(lambda: card.lengths(made), *words)
+
+
 def test_counts_are_those_of_numpy(config, tmp_path, monkeypatch):
   monkeypatch.setattr(store, '_BLOCK', 20)  # Of all blocks.
   shown = card.show(config, color=False).splitlines()
@@ -155,6 +169,16 @@ def test_the_test_split_is_shown_where_it_is_scored(config, tmp_path):
   assert '\ntest: ' not in card.show(config, color=False)
   config.eval.test = True
   assert f'\ntest: {config.data.test}: 6 lines, 4' in card.show(config, False)
+
+
+def test_noise_and_shards_are_those_of_training(config):
+  """No run validates on noisy text, or needs so many lines for it."""
+  plain = card.show(config, color=False)
+  config.data.noise, config.data.shards, config.train.batch_size = 0.9, 40, 40
+  noisy = card.show(config, color=False)
+  assert noisy.split('\nvalid: ')[1] == plain.split('\nvalid: ')[1]
+  learned = [x for x in noisy.splitlines() if '⟦' in x]
+  assert learned[0] not in plain
 
 
 def test_it_refuses_what_a_run_refuses(config):

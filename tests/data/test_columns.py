@@ -85,6 +85,7 @@ def test_columns_that_hold_something_else(first, words):
     ('en\tde', ('en', 'fr'), ["'fr', of", "'en | de'", 'data.columns']),
     ('en\tfr ', ('en', 'fr'), ["'fr', of"]),
     ('', ('en', 'fr'), ["'en', of ('en', 'fr'), expected"]),
+    ('en\tfr\ten', ('en', 'fr'), ["'en' stands", 'en | fr | en', 'numbers']),
     ('EN\tFR\u2028x', ('EN', 'FR'), ["'FR', of", '\\u2028']),
   ],
 )
@@ -103,6 +104,8 @@ def test_keys_and_aligned_files():
   assert _choose('', kind='json', pair='de-ja') == (lines.Keys('de', 'ja'), ())
   columns = ('translation.en', 'translation.fr')
   assert _choose('{}', columns, kind='json') == (lines.Keys(*columns), ())
+  words = 'my/x.tsv', 'have keys', 'data.columns is (2, 1)', '()'
+  refusal(lambda: _choose('{}', (2, 1), kind='json'), *words)
   file = formats.Plain('x.en', 'x.en', 'text')
   made = columns_lib.choose([file, file], [], 'en-fr', ())
   assert made == (lines.Aligned(), ())

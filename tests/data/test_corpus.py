@@ -1,5 +1,6 @@
 """Which files a run learns from, and the bundled sample."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -94,7 +95,10 @@ def test_a_folder_without_splits(tmp_path):
   path = tmp_path / 'train' / 'train.en-fr.tsv'
   words = (f'{path}: cannot read', 'No such file', 'data.source')
   refusal(lambda: _read(tmp_path), *words)
-  refusal(lambda: _read(tmp_path / 'nowhere.tsv'), 'nowhere.tsv', *words[1:])
+  for name in ('nowhere.tsv', 'nowhere.tar.gz', 'nowhere'):
+    nowhere = tmp_path / name
+    words = f'{nowhere}: cannot read', *words[1:]
+    refusal(lambda n=nowhere: _read(n), *words)
   path.mkdir(parents=True)
   refusal(lambda: _read(tmp_path), f'{path}: cannot read', 'Is a directory')
 
@@ -224,6 +228,21 @@ def test_bad_lines_are_looked_at_for_each_file(tmp_path):
     '3 of its 100 lines',
     'data.max_bad_fraction=0.02',
   )
+
+
+def test_a_text_that_is_filtered_away(tmp_path):
+  path = _write(tmp_path / 'x.tsv', 'a\ta\n' * 20)
+  words = path, 'no pair in it (20 copies', 'data.filter'
+  refusal(lambda: _read(path, filter='copies'), *words)
+
+
+def test_some_texts_are_those_of_pairs(tmp_path):
+  path = _write(tmp_path / 'x.tsv', 'a\ta\n' * 20 + 'b\tc\n' * 20)
+  (text,) = corpus.read_splits(_data(path, filter='copies'), ['train'])['train']
+  assert corpus.some_texts(text, 22) == ['b', 'c'] * 2
+  assert corpus.some_texts(text, 15) == ['b', 'c'] * 10
+  none = dataclasses.replace(text, header=40)
+  refusal(lambda: corpus.some_texts(none), path, 'no pair in it')
 
 
 # The bundled sample.

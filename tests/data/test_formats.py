@@ -1,6 +1,9 @@
 """Files as they lie on disk: the same pairs of every format, or a sentence."""
 
 import csv
+import datetime
+import decimal
+import functools
 import gzip
 import io
 import json
@@ -115,20 +118,91 @@ def test_parquet(tmp_path):
     lambda: bitext.open_bitext([path, path], 'en-fr'),
     'a text a line is expected',
   )
-  write(path, path.read_bytes()[:50])
-  refusal(lambda: bitext.open_bitext([path], 'en-fr'), f'{path}: damaged')
+  cells = [pyarrow.array([text]) for text in ('a', 'b', 'c')]
+  two = tmp_path / 'two.parquet'
+  parquet.write_table(pyarrow.table(cells, ['en', 'fr', 'en']), two)
+  words = two, "more than one column 'en'"
+  refusal(lambda: bitext.open_bitext([two], 'en-fr'), *words)
+  whole = path.read_bytes()
+  for damaged in (whole[:50], whole[:4] + bytes(99) + whole[103:]):
+    write(path, damaged)
+    refusal(
+      lambda: bitext.open_bitext([path], 'en-fr', columns), f'{path}: damaged'
+    )
+
+
+def test_parquet_cells_that_are_no_text_are_counted(tmp_path):
+  import pyarrow
+  from pyarrow import parquet
+
+  table = {
+    'text': pyarrow.array([b'a', b'caf\xe9', b'c']).view('string'),
+    'bytes': [b'a', b'b', b'c'],
+    'day': [datetime.date(2020, 1, 1)] * 3,
+    'number': [decimal.Decimal(1)] * 3,
+    'some': ['d', 'e', None],
+  }
+  path = tmp_path / 'x.parquet'
+  parquet.write_table(pyarrow.table(table), path)
+  for key in ('bytes', 'day', 'number'):
+    call = functools.partial(bitext.open_bitext, [path], 'en-fr', (key, 'some'))
+    refusal(call, path, f"3 no text under '{key}' (the first in record 1")
+  text = bitext.open_bitext(
+    [path], 'en-fr', ('text', 'some'), max_bad_fraction=0.7
+  )
+  assert tuples(text) == [('1', 'a', 'd')]
+  assert text.sample.unusable == {
+    'not UTF-8': (1, 2),
+    "no text under 'some'": (1, 3),
+  }
 
 
 def test_csv_lines_that_cannot_be_used_are_counted(tmp_path):
-  content = b'1,a,b\n\n2,c\n3,\xff,d\n4,e\0,f\n,,\n5,"g\nh",i\n'
+  content = b'1,a,b\n\n2,c\n3,\xff,d\n4,e\0,f\n,,\n5,"g\nh",i\n\xe92,j,k\n'
   text = open_text(tmp_path, content, suffix='.csv')
   assert tuples(text) == [('1', 'a', 'b'), ('5', 'g\nh', 'i')]
   assert text.sample.unusable == {
     'an empty line': (2, 2),
     'fewer than 3 columns': (1, 3),
-    'half a surrogate pair': (1, 4),
+    'not UTF-8': (2, 4),  # As of .tsv: in ids, too.
     'a NUL character': (1, 5),
   }
+  content = '"a\nb",c\nonly one\n'
+  call = lambda bad: open_text(tmp_path, content, suffix='.csv', bad=bad)  # noqa: E731
+  refusal(lambda: call(0), 'columns (the first in record 2)')
+  assert 'columns (the first in record 2)' in bitext.describe(call(1))
+
+
+@pytest.mark.parametrize(
+  ('row', 'pair'),
+  [
+    ('Well, hello;Salut', ('Well, hello', 'Salut')),
+    ('Hello,Salut; toi', ('Hello', 'Salut; toi')),
+    ('"Hello; you","Salut, toi"', ('Hello; you', 'Salut, toi')),
+  ],
+)
+@pytest.mark.parametrize('bad', ['', '\nno cell\n'])
+def test_the_delimiter_gives_records_as_many_cells(tmp_path, row, pair, bad):
+  """The other one may stand in texts; where it stands in all, nobody knows."""
+  call = functools.partial(open_text, tmp_path, suffix='.csv')
+  plain = f'{row}\n' * 20
+  if '"' in row:
+    assert call(plain + bad).read()[-1][1:] == pair
+    return
+  words = tmp_path / 'x0.csv', 'a comma and a semicolon', row, '.tsv'
+  refusal(lambda: call(plain + bad), *words)
+  others = row.replace(', ', ' ').replace('; ', ' ')
+  assert call(plain + f'{others}\n' * 9 + bad).read()[0][1:] == pair
+
+
+def test_quotes_after_a_space_are_refused(tmp_path):
+  for sign, suffix in ((',', '.csv'), (';', '.csv'), ('\t', '.tsv')):
+    call = functools.partial(open_text, tmp_path, suffix=suffix, quotes='csv')
+    content = f'"a"{sign} "b"\n'
+    refusal(lambda c=content, f=call: f(c), 'a space before', 'spaces out')
+  # It is text inside quotes, or where no cell ends with the quote.
+  text = open_text(tmp_path, 'a," ""b"""\nc, "d" e\n', suffix='.csv')
+  assert tuples(text) == [('1', 'a', ' "b"'), ('2', 'c', ' "d" e')]
 
 
 SGM = b'<srcset setid="x" srclang="any">\n<doc docid="y">\n<seg>a</seg>\n'
@@ -137,6 +211,8 @@ REFUSED = {
   'sgm': (SGM, ['markup', 'segments one a line', 'sacrebleu']),
   'xml': (BOM + b"<?xml version='1.0'?>\n<dataset/>", ['markup', 'sacrebleu']),
   'tmx': (b'<?xml version="1.0"?>\n<tmx version="1.4">', ['TMX', '.jsonl']),
+  'xliff': (b'<xliff version="1.2">\n<file/>', ['XLIFF', '.jsonl']),
+  'a comment': (b'<!-- TMX -->\n<tmx version="1.4">', ['markup', '.jsonl']),
   'html': (b'\n<!DOCTYPE html>\n<html>', ['a web page', '.jsonl']),
   'lfs': (b'version https://git-lfs.github.com/spec/v1\n', ['git lfs pull']),
   'bzip2': (b'BZh91AY&SY', ['bzip2', 'unpack it']),
@@ -151,6 +227,20 @@ def test_what_is_not_read_is_recognised(tmp_path, what, pack):
   for contents in ([pack(content)], [b'a\n', pack(content)]):
     call = lambda c=contents: open_text(tmp_path, *c)  # noqa: E731
     refusal(call, tmp_path / f'x{len(contents) - 1}.tsv', *words)
+
+
+@pytest.mark.parametrize('suffix', ['.jsonl', '.json', '.csv', '.ndjson.gz'])
+def test_aligned_files_of_another_format_are_refused(tmp_path, suffix):
+  """Else their lines would be texts, braces and commas too."""
+  content = b'{"text": "a"}\n'
+  content = gzip.compress(content) if suffix.endswith('gz') else content
+  refusal(
+    lambda: open_text(tmp_path, content, content, suffix=suffix),
+    tmp_path / f'x0{suffix}',
+    suffix.removesuffix('.gz'),
+    'a text a line is expected',
+    '--key',
+  )
 
 
 def test_a_json_array_is_refused(tmp_path):

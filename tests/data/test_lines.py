@@ -78,6 +78,8 @@ HUGE = '9' * 5000  # More digits than Python makes an int of.
     ('{"en": "", "fr": "b"}', 'an empty source'),
     ('{"en": "a", "fr": " \\u2003"}', 'an empty target'),
     (' ', 'an empty line'),
+    ('{"en": "a", "fr": "b", "fr": "b"}', "more than one value for 'fr'"),
+    ('{"en": "a", "fr": "b", "n": 1, "n": 2}', ('5', 'a', 'b')),
   ],
 )
 def test_a_line_of_json(line, expected):
@@ -98,6 +100,11 @@ def test_a_dot_goes_into_an_object():
   for translation in ('en', ['en'], None, {'en': 3}, {'de': 'x'}):
     bad = {**good, 'translation': translation}
     assert parse(bad) == "no text under 'translation.en'"
+  for twice in ('"translation": 0, ', '', '"translation": {"en": "x"}, '):
+    inner = '"en": "v", ' * (not twice) + '"en": "w"'
+    line = f'{{{twice}"translation": {{{inner}}}, "a": {{"b": {{"c": "y"}}}}}}'
+    found = lines.parse_line(keys, 1, [line.encode()])
+    assert found == "more than one value for 'translation.en'"
 
 
 # Aligned files.

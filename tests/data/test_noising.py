@@ -53,10 +53,12 @@ def test_the_same_draws_give_the_same_noise():
 
 
 def test_what_is_no_prose_stays():
-  text = 'https://example.com/because r/because @because #because 12'
+  text = 'https://Example.com/Because r/AskReddit @Because #Because 12'
   for n in range(50):
     made = noising.noised(text, 1.0, (n,), 'en')
-    assert made.lower().startswith(text)
+    assert made.startswith(text)
+  made = {noising.noised(f'{text} Été', 0.5, (n,), 'xx') for n in range(50)}
+  assert {f'{text} ÉTÉ', f'{text} été'} <= made
 
 
 def test_any_script_and_any_word_keep_something():

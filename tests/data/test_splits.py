@@ -265,6 +265,14 @@ def test_a_sample_of_training_pairs(config):
   assert sum(int(b['segment_ids'].max(1).sum()) for b in capped) == 4
 
 
+def test_a_sample_of_which_nothing_is_used(config, tmp_path, capsys):
+  """Most lines are left out by data.filter, and few are drawn."""
+  (tmp_path / 'train.tsv').write_text('a b\tc d\n' * 300 + 'e f\tg h\n')
+  config.data.filter, config.eval.minitrain_pairs = 'duplicates', 1
+  assert _read(config).minitrain == []
+  assert 'minitrain: none of the training lines' in capsys.readouterr().out
+
+
 def test_the_sample_is_drawn_by_share(tmp_path):
   texts = [
     bitext.open_bitext(

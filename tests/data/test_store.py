@@ -15,6 +15,7 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from mt.base import errors
 from mt.data import batches
 from mt.data import bitext
+from mt.data import faults
 from mt.data import lines
 from mt.data import store
 from mt.data import template as template_lib
@@ -128,7 +129,9 @@ def test_a_block_is_tokenised_once_and_when_it_is_asked_for(
   assert _lists(_open(text).block(2)) == want
 
 
-def test_lines_that_are_no_pairs_are_left_out_and_counted(tmp_path, capsys):
+def test_lines_that_are_no_pairs_are_left_out_and_counted(
+  tmp_path, capsys, monkeypatch
+):
   rows = [f'{"x" * n} y\t{n} z' for n in range(23)]
   rows[3] = rows[17] = 'no second column'
   path = tmp_path / 'a.tsv'
@@ -145,16 +148,43 @@ def test_lines_that_are_no_pairs_are_left_out_and_counted(tmp_path, capsys):
   assert opened.unusable(range(4)) == {'fewer than 2 columns': (2, 4)}
   said = capsys.readouterr().out
   assert said.count('1 fewer than 2 columns') == 2
-  # One bad line in a block of five or six is more than a tenth.
+  # One in a block of five or six is more than a tenth; of all it is less.
   text = dataclasses.replace(text, max_bad_fraction=0.1)
+  for block in range(4):
+    _open(text).block(block)
+  monkeypatch.setattr(bitext, '_LOOK_AT_ALL', 22)
+  text = dataclasses.replace(text, max_bad_fraction=0)
   stopped = 0
   for block in range(4):  # Blocks that are there already, too.
     try:
       _open(text).block(block)
     except errors.UserError as e:
-      assert 'data.max_bad_fraction=0.1' in str(e)
+      assert '1 of some ' in str(e) and 'data.max_bad_fraction=0;' in str(e)
       stopped += 1
   assert stopped == 2
+
+
+def test_a_block_may_be_empty(tmp_path):
+  """Where data.filter leaves nothing of it; but not all blocks."""
+  path = tmp_path / 'a.tsv'
+  path.write_text(''.join(f'a {i}\t{"ab"[i % 2]} {i}\n' for i in range(16)))
+  text = bitext.open_bitext([path], 'en-fr')
+  rules = faults.Rules('en-fr', 0.0, left_out=frozenset(['copies']))
+  tok = numbered_rows.sample_tokenizer()
+  text = dataclasses.replace(text, rules=rules)
+  made = store.open_store(text, tok, PLAIN, shards=8)
+  sizes = [len(made.block(i)) for i in range(8)]
+  assert 0 in sizes and sum(sizes) == 8
+  rows = batches.Rows(made, 64, 0)
+  last = rows[len([n for n in sizes if n]) - 1]
+  assert last['segment_ids'].any()
+  empty = sizes.index(0)
+  refusal(
+    lambda: batches.Rows(made, 64, 0, shard=(empty, 8))[0],
+    path,
+    f'part {empty + 1} of data.shards=8: no pair in it (2 copies',
+    'data.filter',
+  )
 
 
 def test_the_next_block_is_made_ahead_and_rows_are_kept(tmp_path, monkeypatch):

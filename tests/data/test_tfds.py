@@ -40,8 +40,8 @@ def test_quotes_swallow_lines(tmp_path):
   pair = lines.Pair('1', 'so "close" lol', 'si près')
   assert text.read() == [pair]
   assert bitext.describe(text).endswith(
-    '3 lines, 1 pairs; not used: 2 fewer than 3 columns (the first in line 2); '
-    'rows as TFDS counts them'
+    '3 lines, 1 pairs; not used: 2 fewer than 3 columns (the first in record '
+    '2); rows as TFDS counts them'
   )
   content = '\ufeff1\t"a\tb\n2\tc"\td\n3\t\t"e ""f"" g"\n'
   text = _read_as_tfds(write(tmp_path / 'x.tsv', content))

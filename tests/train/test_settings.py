@@ -58,6 +58,7 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('data.columns', (1,)),
     ('data.columns', (0, 1)),
     ('data.columns', (1, 'en')),
+    ('data.columns', (2, 2)),
     ('data.columns', ('en', '')),
     ('data.apostrophe', '"'),
     ('data.max_bad_fraction', 1.5),
@@ -216,7 +217,7 @@ def test_names_that_would_break_the_line_are_shown_escaped():
   config = default.get_config()
   config.data.source = 'a\nb\x1b[31m\u2028é'
   splits = lambda: corpus.read_splits(config.data, ['train'])  # noqa: E731
-  refusal(splits, r'a\nb\x1b[31m\u2028é/train/train.en-fr.tsv: ')
+  refusal(splits, r'a\nb\x1b[31m\u2028é: cannot read')
 
 
 def _changes(capsys, before, now, at, skipped=0):
