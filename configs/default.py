@@ -142,8 +142,8 @@ KNOBS = (
     """),
   knob('data.max_bad_fraction', 0.01, between(0, 1), """
     More unusable lines than this share of a file stop the run. A file of more
-    than 65,536 lines is looked at in parts, drawn at random: it is more than
-    chance would have in such a part of a file with this share.
+    than 65,536 lines is looked at in random parts: one of them stops the run if
+    it has more than this share and five standard deviations of chance.
     """, 'free'),
   knob('data.filter', '', Rule(
     lambda v: {x.strip() for x in v.split(',')} <= {'', *FAULTS},
