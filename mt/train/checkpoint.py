@@ -205,7 +205,8 @@ def restore(
 
   Args:
     manager: see open_manager.
-    state: a fresh one, for structure, dtypes and frozen parameters.
+    state: a fresh one, for structure, dtypes and frozen parameters; all else
+      in it is freed, if there is a checkpoint.
     who: see `identity`.
 
   Raises:
@@ -216,6 +217,8 @@ def restore(
     return None
   check_identity(manager, at, who)
   trees = _arrays(state)
+  for x in jax.tree.leaves(trees):
+    x.delete()  # There may be no room for two states.
   read = _read(manager, at, trees, data=ocp.args.JsonRestore())
   found = {name: read[name] for name in trees}
   restored = dataclasses.replace(state, **found.pop('rest'), **found)

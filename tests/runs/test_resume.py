@@ -1,6 +1,7 @@
 """Runs that go on: after a kill, with another config, on another machine."""
 
 import dataclasses
+import gc
 import json
 import re
 import signal
@@ -8,15 +9,20 @@ import subprocess
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from mt.base import journal
 from mt.base import run_folder
 from mt.data import corpus
 from mt.gemma import parameters
+from mt.gemma import sharding
 from mt.gemma import sizes
+from mt.train import checkpoint
 from mt.train import machine
 from mt.train import run as run_lib
+from mt.train import state as state_lib
+from tests.fixtures import tiny_step
 from tests.fixtures.refusal import refusal
 from tests.runs import folders
 from tests.runs import small
@@ -142,6 +148,42 @@ def test_a_checkpoint_of_another_model_is_refused(plain_copy, monkeypatch):
   other = dataclasses.replace(sizes.SIZES['debug'], num_layers=2)
   monkeypatch.setitem(sizes.SIZES, 'debug', other)
   refusal(lambda: run_lib.run(config, folder), folder, 'num_layers')
+
+
+@pytest.mark.parametrize('mesh', [{}, {'fsdp': 2}])
+def test_a_resume_never_holds_two_states(tmp_path, monkeypatch, mesh):
+  config, optimizer, _ = tiny_step.setup(ema_decay=0.5)
+  config.mesh.update(mesh)
+  on = sharding.make_mesh(config.mesh)
+
+  def fresh():
+    params = parameters.init(tiny_step.CFG, jax.random.key(1))
+    return state_lib.init_state(
+      tiny_step.CFG, params, config, optimizer, jax.random.key(2), on
+    )
+
+  def alive():
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+  saved = fresh()
+  saved = dataclasses.replace(saved, step=saved.step + 3)
+  with checkpoint.open_manager(tmp_path, 1) as manager:
+    checkpoint.save(manager, saved, 7, {})
+    checkpoint.wait(manager)
+    want, others = jax.device_get(saved.trained), alive()
+    new = fresh()
+    real, most = checkpoint._read, []
+    monkeypatch.setattr(
+      checkpoint, '_read', lambda *a, **k: most.append(alive()) or real(*a, **k)
+    )
+    restored, data = checkpoint.restore(manager, new, {})
+  size = sum(x.nbytes for x in jax.tree.leaves(new))
+  assert most[-1] <= others + 1000 < others + size
+  assert (restored.at, data) == (3, 7)
+  jax.tree.map(np.testing.assert_array_equal, want, restored.trained)
+  for a, b in zip(*map(jax.tree.leaves, (saved, restored)), strict=True):
+    assert a.sharding == b.sharding
 
 
 def test_other_data_is_refused(debug_config, tmp_path):
