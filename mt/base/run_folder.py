@@ -109,15 +109,20 @@ def absolute(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return config
 
 
-def step_knobs(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The knobs that decide what a step computes, as JSON gives them back.
+def knobs(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What all processes of a run must agree in, as JSON gives it back.
 
   Not the paths of weights: a checkpoint knows those by what is in them.
   """
   values = json.loads(json.dumps(flat(config.to_dict())))
+  paths = {f'weights.{name}' for name in _PATHS}
+  return {k: v for k, v in values.items() if k not in paths}
+
+
+def step_knobs(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Those of `knobs` that decide what a step computes."""
   same = {k.path for k in default.KNOBS if k.resume == 'same'}
-  same -= {f'weights.{name}' for name in _PATHS}
-  return {k: v for k, v in values.items() if k in same}
+  return {k: v for k, v in knobs(config).items() if k in same}
 
 
 def flat(config: dict[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -157,7 +157,7 @@ def begin(
   )
   processes.check_same(
     {
-      'config': run_folder.step_knobs(config),
+      'config': run_folder.knobs(config),
       'model or tokenizer': run.identity,
       'training text': data.train_digest,
     }
