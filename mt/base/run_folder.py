@@ -34,6 +34,7 @@ import ml_collections
 from configs import default
 from mt.base import errors
 from mt.base import files
+from mt.base import journal
 from mt.base import processes
 
 _PATHS = 'source', 'tokenizer', 'adapter', 'warm_start'  # Of `weights`.
@@ -89,14 +90,25 @@ def claim(
 def _check_same(workdir, before, config):
   """Refuses a config with which the run there cannot go on."""
   old = before.to_dict()
+  compared = old['eval']['translate_every'] or has_chrf(workdir)
   resume = {k.path: k.resume for k in default.KNOBS}
   for path, was, now in differences(old, config.to_dict()):
-    scored = old['eval']['translate_every'] and resume[path] == 'same_if_scored'
-    if resume[path] == 'same' or scored:
+    if resume[path] == 'same' or (
+      resume[path] == 'same_if_scored' and compared
+    ):
       raise errors.UserError(
         f'{workdir} holds a run with {path}={was!r}, this one has {now!r}; '
         f'use another --workdir, or --config.{path}={was}.'
       )
+
+
+def has_chrf(workdir: pathlib.Path) -> bool:
+  """Whether a start of a run has translated validation while it trained.
+
+  The pretrained model's chrF, of step 0, is compared with no checkpoint's.
+  """
+  metrics = journal.read_metrics(workdir / 'metrics.jsonl')
+  return any('valid_chrf' in m for m in metrics if m['step'] > 0)
 
 
 def absolute(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -249,6 +249,14 @@ def test_what_is_compared_by_chrf_stays_the_same(debug_config, tmp_path):
   # Where there is nothing to compare they may change.
   again(eval_translate_every=0)
   again(eval_chrf_pairs=1, decode_beam=2)
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 0, "valid_chrf": 1.0}\n')  # Of no checkpoint.
+  again(eval_chrf_pairs=2)
+  # An earlier start has compared, whatever the last one did.
+  path.write_text('{"step": 2, "valid_chrf": 1.0}\n')
+  again(eval_translate_every=2)
+  again(eval_translate_every=0)
+  refusal(lambda: again(decode_beam=3), tmp_path, 'decode.beam=2')
 
 
 def test_knobs_that_are_no_more_are_passed_over(debug_config, tmp_path):
