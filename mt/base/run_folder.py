@@ -91,11 +91,10 @@ def _check_same(workdir, before, config):
   """Refuses a config with which the run there cannot go on."""
   old = before.to_dict()
   compared = old['eval']['translate_every'] or has_chrf(workdir)
+  fixed = ('same', 'same_if_scored') if compared else ('same',)
   resume = {k.path: k.resume for k in default.KNOBS}
   for path, was, now in differences(old, config.to_dict()):
-    if resume[path] == 'same' or (
-      resume[path] == 'same_if_scored' and compared
-    ):
+    if resume[path] in fixed:
       raise errors.UserError(
         f'{workdir} holds a run with {path}={was!r}, this one has {now!r}; '
         f'use another --workdir, or --config.{path}={was}.'

@@ -9,10 +9,12 @@ has to agree with them after a crash.
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import json
 import math
 import pathlib
 import time
 from typing import Any
+import zlib
 
 import jax
 from jax.sharding import Mesh
@@ -30,6 +32,7 @@ from mt.base import run_folder
 from mt.base import signals
 from mt.data import batches
 from mt.data import directions
+from mt.data import lines
 from mt.data import splits
 from mt.data import template as template_lib
 from mt.evaluate import report
@@ -87,9 +90,22 @@ class Run:
   def checkpoint_identity(self) -> dict[str, Any]:
     """What a checkpoint of this run must agree with."""
     return self.identity | {
-      'texts': self.data.train_texts,
+      'texts': self.data.train_texts | self.texts_of_chrf(),
       'data': self.data.train_digest,
       'config': run_folder.step_knobs(self.config),
+    }
+
+  def of_chrf(self, split: str) -> list[lines.Pair]:
+    """The pairs of validation whose chrF checkpoints are compared by."""
+    return self.data.scored[split][: self.config.eval.chrf_pairs or None]
+
+  def texts_of_chrf(self) -> dict[str, int]:
+    """CRC-32 of these pairs, under what a message calls them."""
+    return {
+      f'the text of {name}': zlib.crc32(
+        json.dumps([[p.source, p.target] for p in self.of_chrf(name)]).encode()
+      )
+      for name in directions.named(self.config.data.pair, 'valid')
     }
 
 
@@ -320,7 +336,7 @@ def valid_chrf(run: Run, state: state_lib.TrainState) -> float:
   for name, direction in directions.named(
     run.config.data.pair, 'valid'
   ).items():
-    pairs = run.data.scored[name][: run.config.eval.chrf_pairs or None]
+    pairs = run.of_chrf(name)
     if state.at:
       translator = run.translator_of(direction)
       texts = translator(eval_model(run, state), [p.source for p in pairs])

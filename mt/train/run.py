@@ -160,6 +160,7 @@ def begin(
       'config': run_folder.knobs(config),
       'model or tokenizer': run.identity,
       'training text': data.train_digest,
+      'validation text': run.texts_of_chrf(),
     }
   )
   state = state_lib.init_state(
@@ -208,6 +209,8 @@ def resume(
   """
   last = -1
   identity = run.checkpoint_identity()
+  if not processes.agree(run_folder.has_chrf(run.workdir)):
+    identity['texts'] = run.data.train_texts  # Validation may still change.
   restored = checkpoint.restore(run.checkpoints, state, identity)
   if restored is not None:
     state, data_state = restored

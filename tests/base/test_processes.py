@@ -119,6 +119,7 @@ def test_every_knob_is_compared(tmp_path, monkeypatch):
   paths = {f'weights.{name}' for name in run_folder._PATHS}
   assert compared.keys() == asked.keys() - paths
   assert all(compared[k] == asked[k] for k in ('seed', 'train.max_steps'))
+  assert seen['validation text'] == run.texts_of_chrf() != {}
 
 
 def _numbers(workdir, *kinds):

@@ -195,13 +195,29 @@ def test_other_data_is_refused(debug_config, tmp_path):
     lines = text.splitlines(keepends=True)[:n]
     (data / name).write_text(''.join(lines), encoding='utf-8')
   debug_config.data.source = str(data)
+
+  def go_on():
+    run_lib.run(debug_config, tmp_path / 'w')
+
+  def change(split, at):
+    path = data / split / f'{split}.en-fr.tsv'
+    lines = path.read_text('utf-8').splitlines(keepends=True)
+    lines[at] = lines[at].swapcase()
+    path.write_text(''.join(lines), encoding='utf-8')
+    return path
+
   debug_config.train.max_steps = 1
-  run_lib.run(debug_config, tmp_path / 'w')
-  path = data / 'train' / 'train.en-fr.tsv'
-  path.write_text(path.read_text('utf-8').upper(), encoding='utf-8')
-  refusal(
-    lambda: run_lib.run(debug_config, tmp_path / 'w'), path, 'has changed'
-  )
+  go_on()
+  change('valid', 0)  # Nothing is compared by it yet.
+  debug_config.train.max_steps = 2
+  debug_config.eval.translate_every, debug_config.eval.chrf_pairs = 1, 2
+  go_on()
+  change('valid', 2)  # Nor ever by this pair.
+  go_on()
+  change('valid', 1)
+  refusal(go_on, 'step 2 belongs', 'the text of valid has changed')
+  change('valid', 1)
+  refusal(go_on, change('train', 0), 'has changed')
 
 
 def _started(folder, config):
