@@ -313,9 +313,10 @@ def _cached(
 ) -> list[str]:
   """The pretrained model's translations, of which other runs have need too."""
   decode, train = run.config.decode.to_dict(), run.config.train
-  dtypes = train.dtype, train.frozen_dtype
+  keep = state_lib.keeping(run.translator.settings.cfg, train)
+  formats = train.dtype, train.matmul_precision, dict(keep.dtypes)
   # With the languages' names, which come from data.pair.
-  key = [run.identity, dataclasses.asdict(template), decode, dtypes, sources]
+  key = [run.identity, dataclasses.asdict(template), decode, formats, sources]
   return cached.cached(key, work)
 
 
