@@ -145,6 +145,23 @@ def train(
   return state
 
 
+def evaluate_last(run: Run, state: state_lib.TrainState) -> None:
+  """What is due after the last step, where it was not known to be the last.
+
+  Such as train.max_steps lowered to where a signal has stopped a run.
+  """
+  at, translate = state.at, run.config.eval.translate_every > 0
+  lines = journal.read_metrics(run.metrics_path)
+  seen = any('valid_loss' in m for m in lines if m['step'] == at)
+  if translate:
+    seen = seen and 'valid_chrf' in (run.checkpoints.metrics(at) or {})
+  if processes.agree(seen):
+    return
+  metrics = evaluate(run, state, translate)
+  if translate:
+    checkpoint.add_chrf(run.checkpoints, at, metrics['valid_chrf'])
+
+
 @dataclasses.dataclass(frozen=True)
 class Due:
   """What is to be done between two steps."""

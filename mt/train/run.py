@@ -225,7 +225,10 @@ def train(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
   """The loop, where there is something left to train."""
   at = int(state.step)
   try:
-    if at >= run.config.train.max_steps or loop.patience_over(run, at):
+    if at >= run.config.train.max_steps:
+      loop.evaluate_last(run, state)
+      return state
+    if loop.patience_over(run, at):
       return state
     drop_stale(run, 'after')  # It is of fewer steps.
     with signals.listening(run.config.train.preempt_command) as listener:
