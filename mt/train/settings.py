@@ -3,6 +3,7 @@
 import pathlib
 
 import ml_collections
+import numpy as np
 
 from configs import default
 from mt.base import errors
@@ -111,16 +112,19 @@ def say_changes(
   ]
   if not changed:
     return
-  done = at - skipped
   was, rate = (
     optimizer.make_schedule(c.optim, c.train.max_steps) for c in (before, now)
   )
   effect = 'the steps to come compute what they would have, but for rounding'
-  if at < now.train.max_steps and float(was(done)) != float(rate(done)):
+  # Done before each of the steps to come; a skipped one moves no schedule.
+  done = np.arange(at, now.train.max_steps) - skipped
+  differ = np.flatnonzero(np.not_equal(was(done), rate(done)))
+  if differ.size:
+    first, n = done[differ[0]], at + differ[0]
     effect = (
-      f'the learning rate jumps from {float(was(max(0, done - 1))):.2e} in step'
-      f' {at} to {float(rate(done)):.2e} in step {at + 1}, as optim.schedule='
-      f'{now.optim.schedule} ends at train.max_steps'
+      f'the learning rate goes from {was(max(0, first - 1)):.2e} in step {n} '
+      f'to {rate(first):.2e} in step {n + 1}, not to {was(first):.2e}, as '
+      'optim.warmup_steps and optim.schedule end with train.max_steps'
     )
   journal.say(f'changed: {", ".join(changed)}; {effect}')
 

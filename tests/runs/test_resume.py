@@ -125,7 +125,7 @@ def test_more_steps_go_on_from_the_last(plain_copy, capsys):
   assert folders.scores(folder)['valid']['after']['step'] == 8
   out = capsys.readouterr().out
   assert 'changed: eval.every=4 (was 3), train.max_steps=8 (was 6); the' in out
-  assert 'rate jumps' not in out
+  assert 'learning rate' not in out
 
 
 def test_a_folder_of_another_run_is_refused(finished_copy):
