@@ -65,6 +65,9 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('train.label_smoothing', 1.0),
     ('template.prompt', 'Translate this.'),
     ('template.prompt', '{source}{source}'),
+    ('template.prompt', '{source_langauge}: {source}'),
+    ('template.prompt', '{source} {}'),
+    ('template.prompt', '{source} {target code}'),
     ('train.max_steps', 0),
     ('train.batch_size', 0),
     ('train.micro_batches', 0),
@@ -181,6 +184,13 @@ def test_what_has_no_effect_is_a_note(values, note, capsys):
   out = capsys.readouterr().out
   assert out.count('note: ') == (note is not None)
   assert note is None or note in out
+
+
+def test_a_brace_of_a_prompt_may_mean_itself():
+  config = default.get_config()
+  for prompt in ('{source} {', ':} {source}', '{"en": "{source}", "fr": "'):
+    config.template.prompt = prompt
+    settings.check(config)
 
 
 def test_the_names_in_the_knobs_are_those_of_the_code():
