@@ -84,11 +84,12 @@ _EACH = """
 import os, signal
 from mt.base import cli, errors, signals
 def main(_):
-  signal.signal(signal.SIGHUP, signal.SIG_DFL)  # The tests may be under nohup.
-  for ignored in (0, signal.SIGHUP):
-    if ignored:  # As nohup does.
-      signal.signal(ignored, signal.SIG_IGN)
-    for number in errors.TAKEN_AWAY:
+  for number in (signal.SIGINT, signal.SIGHUP):  # The tests may be under nohup.
+    signal.signal(number, signal.SIG_DFL)
+  for ignored in ((), (signal.SIGINT, signal.SIGHUP)):
+    for number in ignored:  # As nohup and a script's `&` do.
+      signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, *errors.TAKEN_AWAY):
       with signals.listening() as listener:
         os.kill(os.getpid(), number)
         print(int(listener.asked()), end=' ')
@@ -124,7 +125,7 @@ def test_each_signal_that_takes_a_machine_away():
   )
   assert done.returncode == 128 + signal.SIGUSR1, done.stderr
   heard = [int(x) for x in done.stdout.split() if x.isdecimal()]
-  assert heard == [15, 1, 10, 12, 15, 0, 10, 12]
+  assert heard == [2, 15, 1, 10, 12, 0, 15, 0, 10, 12]
   assert done.stderr.count('\n') == 1 and 'last checkpoint' in done.stderr
 
 
