@@ -142,6 +142,9 @@ def train(
       state, metrics = run.train_step(state, batch)
       log.after_next_dispatch(at + 1, metrics, waited)
   checkpoint.wait(run.checkpoints)
+  # While the last step was evaluated; several processes answer a call late.
+  if heard := max(listener.asked() for _ in range(2)):
+    signals.leave(heard, state.at)
   return state
 
 
@@ -178,11 +181,10 @@ def schedule(
   """What is due after `at` steps, in a run that started with `first` done.
 
   Before the first step validation is looked at. A resumed run begins with a
-  step: its checkpoint came last. After the last step everything is due, and a
-  signal that was heard (`asked`, or 0) does not matter any more.
+  step: its checkpoint came last. After the last step everything is due; `asked`
+  is the signal that was heard, or 0.
   """
   last = config.train.max_steps
-  asked = asked if at < last else 0
   if at == first > 0:
     return Due(evaluate=False, translate=False, save=False, leave=asked)
 

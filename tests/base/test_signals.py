@@ -12,6 +12,7 @@ import pytest
 from mt.base import errors
 from mt.base import journal
 from mt.base import signals
+from mt.train import loop
 from mt.train import manifest
 from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
@@ -60,6 +61,29 @@ def test_saved_within_a_step_and_the_same_run_after(
   monkeypatch.setattr(journal, 'add_metrics', real)
   run_lib.run(config, tmp_path / 'cut')
   folders.assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
+
+
+def test_one_at_the_last_validation_leaves_before_the_scores(
+  config, tmp_path, monkeypatch
+):
+  config.train.max_steps = 2
+  real = loop.evaluate
+
+  def evaluate(run, state, translate):
+    if state.at == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return real(run, state, translate)
+
+  with monkeypatch.context() as m:
+    m.setattr(loop, 'evaluate', evaluate)
+    with pytest.raises(errors.Interrupted, match='step 2, which is saved'):
+      run_lib.run(config, tmp_path)
+  assert not (tmp_path / 'scores.json').exists()
+  lines = folders.metrics(tmp_path)
+  assert 'valid_loss' in lines[-1] and lines[-1]['step'] == 2
+  run_lib.run(config, tmp_path)
+  assert folders.metrics(tmp_path) == lines
+  assert folders.scores(tmp_path)['valid']['after']['step'] == 2
 
 
 _TWICE = """

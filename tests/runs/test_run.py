@@ -193,7 +193,7 @@ def test_what_is_due():
   assert due(6) == ('evaluate translate save', 0)
   assert due(6, first=6) == ('', 0)
   assert due(6, first=6, asked=2) == ('', 2)
-  assert due(12, asked=15) == ('evaluate translate save', 0)
+  assert due(12, asked=15) == ('evaluate translate save', 15)
   assert due(12, first=12) == ('', 0)
   config.eval.translate_every = 0
   assert due(6) == ('', 0)
