@@ -93,6 +93,8 @@ def test_the_curve_of_chrf_is_of_the_first_pairs(finished, plain, monkeypatch):
 class _Stub:
   """Of a run, what valid_chrf reads at step 0."""
 
+  of_chrf = loop.Run.of_chrf
+
   class State:
     def __init__(self, at):
       self.at = at
