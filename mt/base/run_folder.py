@@ -25,6 +25,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import sys
 from typing import Any
 
@@ -114,8 +115,10 @@ def absolute(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """A config whose weights are found from any folder."""
   config = config.copy_and_resolve_references()
   for name in _PATHS:
-    path = config.weights[name]
-    if path != 'random' and os.path.exists(path):
+    path = folder = config.weights[name]
+    if name == 'warm_start':  # FOLDER@STEP.
+      folder = re.sub(r'@(best|last|\d+)$', '', path)
+    if path != 'random' and os.path.exists(folder):
       config.weights[name] = os.path.abspath(path)
   return config
 

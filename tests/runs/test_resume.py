@@ -275,6 +275,19 @@ def test_what_is_compared_by_chrf_stays_the_same(debug_config, tmp_path):
   refusal(lambda: again(decode_beam=3), tmp_path, 'decode.beam=2')
 
 
+@pytest.mark.parametrize('which', ['', '@6', '@best'])
+def test_a_folder_to_begin_with_is_found_from_elsewhere(
+  debug_config, tmp_path, monkeypatch, which
+):
+  other = tmp_path / 'other'
+  other.mkdir()
+  for folder, path in ((tmp_path, 'other'), (other, '../other')):
+    monkeypatch.chdir(folder)
+    debug_config.weights.warm_start = path + which
+    found = run_folder.absolute(debug_config).weights.warm_start
+    assert found == f'{other}{which}'
+
+
 def test_knobs_that_are_no_more_are_passed_over(debug_config, tmp_path):
   _started(tmp_path, debug_config)
   path = tmp_path / 'config.json'
