@@ -164,7 +164,17 @@ def test_values_that_contradict_each_other(values, words):
     ({}, None),
     ({'optim.warmup_steps': 999}, None),
     ({'optim.warmup_steps': 1000}, 'is cut to 999'),
-    ({'optim.name': 'sgd', 'optim.weight_decay': 0.1}, 'has no decay'),
+    ({'optim.name': 'sgd', 'optim.weight_decay': 0.1}, 'sgd has none'),
+    ({'optim.name': 'adafactor', 'optim.beta2': 0.9}, 'optim.beta2=0.9 has no'),
+    ({'optim.name': 'sgd', 'optim.beta1': 0.9}, None),  # The default.
+    ({'optim.beta1': 0.8, 'optim.epsilon': 1e-6}, None),
+    ({'train.parts': 'all', 'train.lora_rank': 4}, 'no low-rank factors'),
+    ({'train.parts': 'all', 'train.lora_targets': 'q'}, "targets='q' has no"),
+    ({'train.parts': 'lora', 'train.lora_rank': 4}, None),
+    ({'decode.length_penalty': 0.5}, 'decode.length_penalty=0.5 has no effect'),
+    ({'decode.length_penalty': 0.5, 'decode.beam': 2}, None),
+    ({'decode.mbr_temperature': 0.5}, 'decode.mbr=0 draws none'),
+    ({'decode.mbr_temperature': 0.5, 'decode.mbr': 2}, None),
     ({'eval.chrf_pairs': 4}, 'eval.chrf_pairs=4 has no effect'),
     ({'eval.patience': 2}, 'eval.patience=2 has no effect'),
     (
