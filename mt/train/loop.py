@@ -154,8 +154,8 @@ def evaluate_last(run: Run, state: state_lib.TrainState) -> None:
   Such as train.max_steps lowered to where a signal has stopped a run.
   """
   at, translate = state.at, run.config.eval.translate_every > 0
-  lines = journal.read_metrics(run.metrics_path)
-  seen = any('valid_loss' in m for m in lines if m['step'] == at)
+  logged = journal.read_metrics(run.metrics_path)
+  seen = any('valid_loss' in m for m in logged if m['step'] == at)
   if translate:
     seen = seen and 'valid_chrf' in (run.checkpoints.metrics(at) or {})
   if processes.agree(seen):
