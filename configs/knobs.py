@@ -65,6 +65,13 @@ def each(test: Callable[[Any], bool], expected: str) -> Rule:
   return Rule(lambda values: all(map(test, values)), expected)
 
 
+def _is_prompt(v: str) -> bool:
+  words = re.findall(r'{([\w -]*)}', v)
+  return v == 'translategemma' or (
+    words.count('source') == 1 and {*words} <= {'source', *FIELDS}
+  )
+
+
 def _is_column(v: Any) -> bool:
   return (isinstance(v, int) and v >= 1) or (isinstance(v, str) and bool(v))
 
@@ -105,7 +112,9 @@ IN_LINE = Rule(
   lambda v: '\n' not in v,
   'a text without a line break, which ends a translation',
 )
+FIELDS = 'source_language', 'target_language', 'source_code', 'target_code'
 PROMPT = Rule(
-  lambda v: v.count('{source}') == 1 or v == 'translategemma',
-  'a text with {source} in it once, or translategemma',
+  _is_prompt,
+  'a text with {source} in it once and no other word in braces than '
+  f'{", ".join(FIELDS)}, or translategemma',
 )

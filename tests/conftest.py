@@ -3,6 +3,7 @@
 import gc
 from importlib import metadata
 import os
+import signal
 import tempfile
 
 import pytest
@@ -11,6 +12,9 @@ _CACHE = tempfile.TemporaryDirectory(prefix='mt-tests-')
 os.environ['XDG_CACHE_HOME'] = _CACHE.name
 os.environ['MPLCONFIGDIR'] = _CACHE.name  # Of matplotlib.
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# Where the tests are started in the background; tests interrupt runs.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 # Meshes need devices. What asks for no mesh takes the first.
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
 # Compiling is most of the time of these tests, and models are tiny: a sixth.

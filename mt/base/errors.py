@@ -10,9 +10,14 @@ import signal
 TAKEN_AWAY = signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
 
 
-def heard_signals() -> list[signal.Signals]:
-  """Those of TAKEN_AWAY that nobody wants ignored, as nohup does SIGHUP."""
-  return [n for n in TAKEN_AWAY if signal.getsignal(n) != signal.SIG_IGN]
+def heard_signals(*others: signal.Signals) -> list[signal.Signals]:
+  """Those of `others` and TAKEN_AWAY that nobody wants ignored.
+
+  As nohup does with SIGHUP, and a shell's script with SIGINT of what it starts
+  in the background.
+  """
+  every = *others, *TAKEN_AWAY
+  return [n for n in every if signal.getsignal(n) != signal.SIG_IGN]
 
 
 class UserError(Exception):

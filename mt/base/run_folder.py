@@ -25,6 +25,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import sys
 from typing import Any
 
@@ -34,6 +35,7 @@ import ml_collections
 from configs import default
 from mt.base import errors
 from mt.base import files
+from mt.base import journal
 from mt.base import processes
 
 _PATHS = 'source', 'tokenizer', 'adapter', 'warm_start'  # Of `weights`.
@@ -89,35 +91,52 @@ def claim(
 def _check_same(workdir, before, config):
   """Refuses a config with which the run there cannot go on."""
   old = before.to_dict()
+  compared = old['eval']['translate_every'] or has_chrf(workdir)
+  fixed = ('same', 'same_if_scored') if compared else ('same',)
   resume = {k.path: k.resume for k in default.KNOBS}
   for path, was, now in differences(old, config.to_dict()):
-    scored = old['eval']['translate_every'] and resume[path] == 'same_if_scored'
-    if resume[path] == 'same' or scored:
+    if resume[path] in fixed:
       raise errors.UserError(
         f'{workdir} holds a run with {path}={was!r}, this one has {now!r}; '
         f'use another --workdir, or --config.{path}={was}.'
       )
 
 
+def has_chrf(workdir: pathlib.Path) -> bool:
+  """Whether a start of a run has translated validation while it trained.
+
+  The pretrained model's chrF, of step 0, is compared with no checkpoint's.
+  """
+  metrics = journal.read_metrics(workdir / 'metrics.jsonl')
+  return any('valid_chrf' in m for m in metrics if m['step'] > 0)
+
+
 def absolute(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """A config whose weights are found from any folder."""
   config = config.copy_and_resolve_references()
   for name in _PATHS:
-    path = config.weights[name]
-    if path != 'random' and os.path.exists(path):
+    path = folder = config.weights[name]
+    if name == 'warm_start':  # FOLDER@STEP.
+      folder = re.sub(r'@(best|last|\d+)$', '', path)
+    if path != 'random' and os.path.exists(folder):
       config.weights[name] = os.path.abspath(path)
   return config
 
 
-def step_knobs(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The knobs that decide what a step computes, as JSON gives them back.
+def knobs(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What all processes of a run must agree in, as JSON gives it back.
 
   Not the paths of weights: a checkpoint knows those by what is in them.
   """
   values = json.loads(json.dumps(flat(config.to_dict())))
+  paths = {f'weights.{name}' for name in _PATHS}
+  return {k: v for k, v in values.items() if k not in paths}
+
+
+def step_knobs(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Those of `knobs` that decide what a step computes."""
   same = {k.path for k in default.KNOBS if k.resume == 'same'}
-  same -= {f'weights.{name}' for name in _PATHS}
-  return {k: v for k, v in values.items() if k in same}
+  return {k: v for k, v in knobs(config).items() if k in same}
 
 
 def flat(config: dict[str, Any], prefix: str = '') -> dict[str, Any]:

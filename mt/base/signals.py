@@ -102,7 +102,7 @@ def listening(command: str = '') -> Iterator[Listener]:
     watch = threading.Thread(target=listener.watch, args=[command, ended])
     watch.daemon = True
     watch.start()
-  heard = signal.SIGINT, *errors.heard_signals()
+  heard = errors.heard_signals(signal.SIGINT)
   old = {number: signal.signal(number, listener.hear) for number in heard}
   try:
     yield listener

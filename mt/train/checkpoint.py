@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
+import json
 import pathlib
 from typing import Any
 import zlib
@@ -139,6 +140,15 @@ def save(
     wait(manager)
 
 
+def add_chrf(manager: ocp.CheckpointManager, at: int, chrf: float) -> None:
+  """Writes the chrF of validation into a checkpoint that is there already."""
+  content = json.dumps({'valid_chrf': chrf}).encode()
+  folder = manifest.folder_of(pathlib.Path(manager.directory), at)
+  manifest.replace(folder, 'metrics/metrics', content)
+  processes.sync('chrf')
+  manager.reload()
+
+
 @jax.jit
 def _copied(arrays):
   return jax.tree.map(jnp.copy, arrays)
@@ -205,7 +215,8 @@ def restore(
 
   Args:
     manager: see open_manager.
-    state: a fresh one, for structure, dtypes and frozen parameters.
+    state: a fresh one, for structure, dtypes and frozen parameters; all else
+      in it is freed, if there is a checkpoint.
     who: see `identity`.
 
   Raises:
@@ -216,6 +227,8 @@ def restore(
     return None
   check_identity(manager, at, who)
   trees = _arrays(state)
+  for x in jax.tree.leaves(trees):
+    x.delete()  # There may be no room for two states.
   read = _read(manager, at, trees, data=ocp.args.JsonRestore())
   found = {name: read[name] for name in trees}
   restored = dataclasses.replace(state, **found.pop('rest'), **found)

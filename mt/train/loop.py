@@ -9,10 +9,12 @@ has to agree with them after a crash.
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import json
 import math
 import pathlib
 import time
 from typing import Any
+import zlib
 
 import jax
 from jax.sharding import Mesh
@@ -30,6 +32,7 @@ from mt.base import run_folder
 from mt.base import signals
 from mt.data import batches
 from mt.data import directions
+from mt.data import lines
 from mt.data import splits
 from mt.data import template as template_lib
 from mt.evaluate import report
@@ -87,9 +90,22 @@ class Run:
   def checkpoint_identity(self) -> dict[str, Any]:
     """What a checkpoint of this run must agree with."""
     return self.identity | {
-      'texts': self.data.train_texts,
+      'texts': self.data.train_texts | self.texts_of_chrf(),
       'data': self.data.train_digest,
       'config': run_folder.step_knobs(self.config),
+    }
+
+  def of_chrf(self, split: str) -> list[lines.Pair]:
+    """The pairs of validation whose chrF checkpoints are compared by."""
+    return self.data.scored[split][: self.config.eval.chrf_pairs or None]
+
+  def texts_of_chrf(self) -> dict[str, int]:
+    """CRC-32 of these pairs, under what a message calls them."""
+    return {
+      f'the text of {name}': zlib.crc32(
+        json.dumps([[p.source, p.target] for p in self.of_chrf(name)]).encode()
+      )
+      for name in directions.named(self.config.data.pair, 'valid')
     }
 
 
@@ -126,7 +142,27 @@ def train(
       state, metrics = run.train_step(state, batch)
       log.after_next_dispatch(at + 1, metrics, waited)
   checkpoint.wait(run.checkpoints)
+  # While the last step was evaluated; several processes answer a call late.
+  if heard := max(listener.asked() for _ in range(2)):
+    signals.leave(heard, state.at)
   return state
+
+
+def evaluate_last(run: Run, state: state_lib.TrainState) -> None:
+  """What is due after the last step, where it was not known to be the last.
+
+  Such as train.max_steps lowered to where a signal has stopped a run.
+  """
+  at, translate = state.at, run.config.eval.translate_every > 0
+  logged = journal.read_metrics(run.metrics_path)
+  seen = any('valid_loss' in m for m in logged if m['step'] == at)
+  if translate:
+    seen = seen and 'valid_chrf' in (run.checkpoints.metrics(at) or {})
+  if processes.agree(seen):
+    return
+  metrics = evaluate(run, state, translate)
+  if translate:
+    checkpoint.add_chrf(run.checkpoints, at, metrics['valid_chrf'])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,11 +181,10 @@ def schedule(
   """What is due after `at` steps, in a run that started with `first` done.
 
   Before the first step validation is looked at. A resumed run begins with a
-  step: its checkpoint came last. After the last step everything is due, and a
-  signal that was heard (`asked`, or 0) does not matter any more.
+  step: its checkpoint came last. After the last step everything is due; `asked`
+  is the signal that was heard, or 0.
   """
   last = config.train.max_steps
-  asked = asked if at < last else 0
   if at == first > 0:
     return Due(evaluate=False, translate=False, save=False, leave=asked)
 
@@ -320,7 +355,7 @@ def valid_chrf(run: Run, state: state_lib.TrainState) -> float:
   for name, direction in directions.named(
     run.config.data.pair, 'valid'
   ).items():
-    pairs = run.data.scored[name][: run.config.eval.chrf_pairs or None]
+    pairs = run.of_chrf(name)
     if state.at:
       translator = run.translator_of(direction)
       texts = translator(eval_model(run, state), [p.source for p in pairs])

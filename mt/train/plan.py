@@ -39,9 +39,16 @@ from mt.train import settings
 from mt.train import targets
 
 _SHOWN = 10  # Kernels of each program.
-_CGROUPS = (  # (limit, in use), of version 2 and 1.
-  ('memory.max', 'memory.current'),
-  ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes'),
+# Of version 2 and 1: limit, in use, and in which file under which key it says
+# what of that is dropped where memory is short: files that were read.
+_CGROUPS = (
+  ('memory.max', 'memory.current', 'memory.stat', 'inactive_file'),
+  (
+    'memory/memory.limit_in_bytes',
+    'memory/memory.usage_in_bytes',
+    'memory/memory.stat',
+    'total_inactive_file',
+  ),
 )
 
 
@@ -228,11 +235,14 @@ def available(root: pathlib.Path = pathlib.Path('/sys/fs/cgroup')) -> int:
     stats = device.memory_stats() or {}
     return stats.get('bytes_limit', 1 << 62) - stats.get('bytes_in_use', 0)
   free = psutil.virtual_memory().available
-  for names in _CGROUPS:
+  for *names, stat, key in _CGROUPS:
     try:
       limit, used = (int((root / name).read_text('utf-8')) for name in names)
     except (OSError, ValueError):  # There is none, or it is 'max'.
       continue
+    with contextlib.suppress(OSError):
+      lines = (root / stat).read_text('utf-8').splitlines()
+      used -= int(dict(line.split() for line in lines).get(key, 0))
     free = min(free, limit - used)
   return free // len(jax.local_devices())  # They share it.
 

@@ -157,9 +157,10 @@ def begin(
   )
   processes.check_same(
     {
-      'config': run_folder.step_knobs(config),
+      'config': run_folder.knobs(config),
       'model or tokenizer': run.identity,
       'training text': data.train_digest,
+      'validation text': run.texts_of_chrf(),
     }
   )
   state = state_lib.init_state(
@@ -208,6 +209,8 @@ def resume(
   """
   last = -1
   identity = run.checkpoint_identity()
+  if not processes.agree(run_folder.has_chrf(run.workdir)):
+    identity['texts'] = run.data.train_texts  # Validation may still change.
   restored = checkpoint.restore(run.checkpoints, state, identity)
   if restored is not None:
     state, data_state = restored
@@ -222,7 +225,10 @@ def train(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
   """The loop, where there is something left to train."""
   at = int(state.step)
   try:
-    if at >= run.config.train.max_steps or loop.patience_over(run, at):
+    if at >= run.config.train.max_steps:
+      loop.evaluate_last(run, state)
+      return state
+    if loop.patience_over(run, at):
       return state
     drop_stale(run, 'after')  # It is of fewer steps.
     with signals.listening(run.config.train.preempt_command) as listener:
@@ -310,9 +316,10 @@ def _cached(
 ) -> list[str]:
   """The pretrained model's translations, of which other runs have need too."""
   decode, train = run.config.decode.to_dict(), run.config.train
-  dtypes = train.dtype, train.frozen_dtype
+  keep = state_lib.keeping(run.translator.settings.cfg, train)
+  formats = train.dtype, train.matmul_precision, dict(keep.dtypes)
   # With the languages' names, which come from data.pair.
-  key = [run.identity, dataclasses.asdict(template), decode, dtypes, sources]
+  key = [run.identity, dataclasses.asdict(template), decode, formats, sources]
   return cached.cached(key, work)
 
 

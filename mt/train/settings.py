@@ -3,6 +3,7 @@
 import pathlib
 
 import ml_collections
+import numpy as np
 
 from configs import default
 from mt.base import errors
@@ -111,16 +112,19 @@ def say_changes(
   ]
   if not changed:
     return
-  done = at - skipped
   was, rate = (
     optimizer.make_schedule(c.optim, c.train.max_steps) for c in (before, now)
   )
   effect = 'the steps to come compute what they would have, but for rounding'
-  if at < now.train.max_steps and float(was(done)) != float(rate(done)):
+  # Done before each of the steps to come; a skipped one moves no schedule.
+  done = np.arange(at, now.train.max_steps) - skipped
+  differ = np.flatnonzero(np.not_equal(was(done), rate(done)))
+  if differ.size:
+    first, n = done[differ[0]], at + differ[0]
     effect = (
-      f'the learning rate jumps from {float(was(max(0, done - 1))):.2e} in step'
-      f' {at} to {float(rate(done)):.2e} in step {at + 1}, as optim.schedule='
-      f'{now.optim.schedule} ends at train.max_steps'
+      f'the learning rate goes from {was(max(0, first - 1)):.2e} in step {n} '
+      f'to {rate(first):.2e} in step {n + 1}, not to {was(first):.2e}, as '
+      'optim.warmup_steps and optim.schedule end with train.max_steps'
     )
   journal.say(f'changed: {", ".join(changed)}; {effect}')
 
@@ -135,11 +139,6 @@ def notes(config: ml_collections.ConfigDict) -> list[str]:
       f'optim.warmup_steps={optim.warmup_steps} is cut to '
       f'{train.max_steps - 1}, as train.max_steps={train.max_steps}'
     )
-  if optim.weight_decay and optim.name in ('adafactor', 'sgd'):
-    found.append(
-      f'optim.weight_decay={optim.weight_decay} has no effect: '
-      f'optim.name={optim.name} has no decay'
-    )
   if config.data.temperature != 1 and (
     config.data.weights or ',' not in config.data.source + config.data.pair
   ):
@@ -147,12 +146,7 @@ def notes(config: ml_collections.ConfigDict) -> list[str]:
       f'data.temperature={config.data.temperature} has no effect: it shares '
       'several sources or directions, where data.weights does not'
     )
-  for knob in ('chrf_pairs', 'patience'):
-    if eval_[knob] and not eval_.translate_every:
-      found.append(
-        f'eval.{knob}={eval_[knob]} has no effect: eval.translate_every=0 '
-        'translates nothing while training lasts'
-      )
+  found += _of_what_is_off(config)
   if eval_.translate_every and 0 < eval_.translate_pairs < eval_.chrf_pairs:
     found.append(
       f'eval.chrf_pairs={eval_.chrf_pairs} is cut to '
@@ -162,6 +156,38 @@ def notes(config: ml_collections.ConfigDict) -> list[str]:
     found.append(
       f'log.profile={log.profile} ends after train.max_steps={train.max_steps}'
     )
+  return found
+
+
+def _of_what_is_off(config):
+  """A sentence for each knob that is set, of something that is switched off."""
+  train, optim, decode = config.train, config.optim, config.decode
+  found = []
+  values = run_folder.flat(config.to_dict())
+  for useless, paths, why in (
+    (
+      optim.name in ('adafactor', 'sgd'),
+      [f'optim.{k}' for k in ('beta1', 'beta2', 'epsilon', 'weight_decay')],
+      f'optim.name={optim.name} has none',
+    ),
+    (
+      train.parts != 'lora',
+      [f'train.lora_{k}' for k in ('rank', 'alpha', 'targets')],
+      f'train.parts={train.parts!r} has no low-rank factors',
+    ),
+    (
+      not config.eval.translate_every,
+      ['eval.chrf_pairs', 'eval.patience'],
+      'eval.translate_every=0 translates nothing while training lasts',
+    ),
+    (decode.beam == 1, ['decode.length_penalty'], 'decode.beam=1 ranks none'),
+    (not decode.mbr, ['decode.mbr_temperature'], 'decode.mbr=0 draws none'),
+  ):
+    found += [
+      f'{knob.path}={values[knob.path]!r} has no effect: {why}'
+      for knob in default.KNOBS
+      if useless and knob.path in paths and values[knob.path] != knob.default
+    ]
   return found
 
 

@@ -25,8 +25,10 @@ def useful_flops(
   A product with a weight is 2 for each position, forward; 2 for the gradient of
   its input; and 2 for its own, if it is trained: 6, or 4 of a frozen one, for
   LoRA in all layers. Attention has 4 for each number of a head and each pair of
-  a query and a key that it may see, and 8 backward. The output layer counts at
-  targets alone; neither padding nor what is computed twice counts.
+  a query and a key that it may see, and 8 backward. Where only the norm after
+  the layers is trained, nothing of theirs is computed backward: 2 and 4. The
+  output layer counts at targets alone; neither padding nor what is computed
+  twice counts.
 
   Args:
     cfg: the model's shape.
@@ -35,19 +37,20 @@ def useful_flops(
   """
   inside = batch['segment_ids'] > 0
   chex.assert_rank(inside, 2)
+  backward = trained.keys() != {'final_norm'}
   of_token = sum(6 * x.size for path, x in trained.items() if '_lora_' in path)
   shapes = parameters.shapes(cfg)
   for row in parameters.table(cfg):
     if row.stacked or row.path == 'layer_input_proj':
-      factor = 6 if row.path in trained else 4
+      factor = 6 if row.path in trained else 4 if backward else 2
       of_token += factor * math.prod(shapes[row.path])
   of_target = 6 if 'embedding' in trained else 4
   of_target *= cfg.vocab_size * cfg.embed_dim
   keys = jnp.where(inside, batch['positions'] + 1, 0).astype(jnp.float32)
   pairs = {'G': jnp.sum(keys)}
   pairs['L'] = jnp.sum(jnp.minimum(keys, cfg.window or math.inf))
-  of_pairs = sum(
-    12.0 * stack.cfg.num_heads * stack.cfg.head_dim * pairs[cfg.kind(n)]
+  of_pairs = (12.0 if backward else 4.0) * sum(
+    stack.cfg.num_heads * stack.cfg.head_dim * pairs[cfg.kind(n)]
     for stack in cfg.stacks()
     for n in stack.layers
   )

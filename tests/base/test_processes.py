@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from mt.base import processes
+from mt.base import run_folder
+from mt.train import machine
 from mt.train import run as run_lib
 from tests.fixtures import several
 from tests.fixtures.refusal import refusal
@@ -104,6 +106,20 @@ def test_a_cluster_says_who_they_are(variables):
   # The same inputs are expected of both.
   refused = ['process 1 has another text than process 0' in out for out in ends]
   assert refused == [False, True]
+
+
+def test_every_knob_is_compared(tmp_path, monkeypatch):
+  """Those too that a resume may change: all must end at the same step."""
+  seen = {}
+  monkeypatch.setattr(processes, 'check_same', seen.update)
+  config = machine.here(_config(1))
+  run, _ = run_lib.begin(config, tmp_path, None, 0.0)
+  run.data.train.close()
+  compared, asked = seen['config'], run_folder.flat(config.to_dict())
+  paths = {f'weights.{name}' for name in run_folder._PATHS}
+  assert compared.keys() == asked.keys() - paths
+  assert all(compared[k] == asked[k] for k in ('seed', 'train.max_steps'))
+  assert seen['validation text'] == run.texts_of_chrf() != {}
 
 
 def _numbers(workdir, *kinds):

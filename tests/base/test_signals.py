@@ -12,6 +12,7 @@ import pytest
 from mt.base import errors
 from mt.base import journal
 from mt.base import signals
+from mt.train import loop
 from mt.train import manifest
 from mt.train import run as run_lib
 from tests.fixtures.refusal import refusal
@@ -62,6 +63,29 @@ def test_saved_within_a_step_and_the_same_run_after(
   folders.assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
 
 
+def test_one_at_the_last_validation_leaves_before_the_scores(
+  config, tmp_path, monkeypatch
+):
+  config.train.max_steps = 2
+  real = loop.evaluate
+
+  def evaluate(run, state, translate):
+    if state.at == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return real(run, state, translate)
+
+  with monkeypatch.context() as m:
+    m.setattr(loop, 'evaluate', evaluate)
+    with pytest.raises(errors.Interrupted, match='step 2, which is saved'):
+      run_lib.run(config, tmp_path)
+  assert not (tmp_path / 'scores.json').exists()
+  lines = folders.metrics(tmp_path)
+  assert 'valid_loss' in lines[-1] and lines[-1]['step'] == 2
+  run_lib.run(config, tmp_path)
+  assert folders.metrics(tmp_path) == lines
+  assert folders.scores(tmp_path)['valid']['after']['step'] == 2
+
+
 _TWICE = """
 import os, signal
 from mt.base import cli, signals
@@ -84,11 +108,12 @@ _EACH = """
 import os, signal
 from mt.base import cli, errors, signals
 def main(_):
-  signal.signal(signal.SIGHUP, signal.SIG_DFL)  # The tests may be under nohup.
-  for ignored in (0, signal.SIGHUP):
-    if ignored:  # As nohup does.
-      signal.signal(ignored, signal.SIG_IGN)
-    for number in errors.TAKEN_AWAY:
+  for number in (signal.SIGINT, signal.SIGHUP):  # The tests may be under nohup.
+    signal.signal(number, signal.SIG_DFL)
+  for ignored in ((), (signal.SIGINT, signal.SIGHUP)):
+    for number in ignored:  # As nohup and a script's `&` do.
+      signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, *errors.TAKEN_AWAY):
       with signals.listening() as listener:
         os.kill(os.getpid(), number)
         print(int(listener.asked()), end=' ')
@@ -124,7 +149,7 @@ def test_each_signal_that_takes_a_machine_away():
   )
   assert done.returncode == 128 + signal.SIGUSR1, done.stderr
   heard = [int(x) for x in done.stdout.split() if x.isdecimal()]
-  assert heard == [15, 1, 10, 12, 15, 0, 10, 12]
+  assert heard == [2, 15, 1, 10, 12, 0, 15, 0, 10, 12]
   assert done.stderr.count('\n') == 1 and 'last checkpoint' in done.stderr
 
 

@@ -1,6 +1,7 @@
 """Runs that go on: after a kill, with another config, on another machine."""
 
 import dataclasses
+import gc
 import json
 import re
 import signal
@@ -8,15 +9,20 @@ import subprocess
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from mt.base import journal
 from mt.base import run_folder
 from mt.data import corpus
 from mt.gemma import parameters
+from mt.gemma import sharding
 from mt.gemma import sizes
+from mt.train import checkpoint
 from mt.train import machine
 from mt.train import run as run_lib
+from mt.train import state as state_lib
+from tests.fixtures import tiny_step
 from tests.fixtures.refusal import refusal
 from tests.runs import folders
 from tests.runs import small
@@ -119,7 +125,7 @@ def test_more_steps_go_on_from_the_last(plain_copy, capsys):
   assert folders.scores(folder)['valid']['after']['step'] == 8
   out = capsys.readouterr().out
   assert 'changed: eval.every=4 (was 3), train.max_steps=8 (was 6); the' in out
-  assert 'rate jumps' not in out
+  assert 'learning rate' not in out
 
 
 def test_a_folder_of_another_run_is_refused(finished_copy):
@@ -144,6 +150,42 @@ def test_a_checkpoint_of_another_model_is_refused(plain_copy, monkeypatch):
   refusal(lambda: run_lib.run(config, folder), folder, 'num_layers')
 
 
+@pytest.mark.parametrize('mesh', [{}, {'fsdp': 2}])
+def test_a_resume_never_holds_two_states(tmp_path, monkeypatch, mesh):
+  config, optimizer, _ = tiny_step.setup(ema_decay=0.5)
+  config.mesh.update(mesh)
+  on = sharding.make_mesh(config.mesh)
+
+  def fresh():
+    params = parameters.init(tiny_step.CFG, jax.random.key(1))
+    return state_lib.init_state(
+      tiny_step.CFG, params, config, optimizer, jax.random.key(2), on
+    )
+
+  def alive():
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+  saved = fresh()
+  saved = dataclasses.replace(saved, step=saved.step + 3)
+  with checkpoint.open_manager(tmp_path, 1) as manager:
+    checkpoint.save(manager, saved, 7, {})
+    checkpoint.wait(manager)
+    want, others = jax.device_get(saved.trained), alive()
+    new = fresh()
+    real, most = checkpoint._read, []
+    monkeypatch.setattr(
+      checkpoint, '_read', lambda *a, **k: most.append(alive()) or real(*a, **k)
+    )
+    restored, data = checkpoint.restore(manager, new, {})
+  size = sum(x.nbytes for x in jax.tree.leaves(new))
+  assert most[-1] <= others + 1000 < others + size
+  assert (restored.at, data) == (3, 7)
+  jax.tree.map(np.testing.assert_array_equal, want, restored.trained)
+  for a, b in zip(*map(jax.tree.leaves, (saved, restored)), strict=True):
+    assert a.sharding == b.sharding
+
+
 def test_other_data_is_refused(debug_config, tmp_path):
   data = tmp_path / 'data'
   for split, n in (('train', 40), ('valid', 5)):
@@ -153,13 +195,29 @@ def test_other_data_is_refused(debug_config, tmp_path):
     lines = text.splitlines(keepends=True)[:n]
     (data / name).write_text(''.join(lines), encoding='utf-8')
   debug_config.data.source = str(data)
+
+  def go_on():
+    run_lib.run(debug_config, tmp_path / 'w')
+
+  def change(split, at):
+    path = data / split / f'{split}.en-fr.tsv'
+    lines = path.read_text('utf-8').splitlines(keepends=True)
+    lines[at] = lines[at].swapcase()
+    path.write_text(''.join(lines), encoding='utf-8')
+    return path
+
   debug_config.train.max_steps = 1
-  run_lib.run(debug_config, tmp_path / 'w')
-  path = data / 'train' / 'train.en-fr.tsv'
-  path.write_text(path.read_text('utf-8').upper(), encoding='utf-8')
-  refusal(
-    lambda: run_lib.run(debug_config, tmp_path / 'w'), path, 'has changed'
-  )
+  go_on()
+  change('valid', 0)  # Nothing is compared by it yet.
+  debug_config.train.max_steps = 2
+  debug_config.eval.translate_every, debug_config.eval.chrf_pairs = 1, 2
+  go_on()
+  change('valid', 2)  # Nor ever by this pair.
+  go_on()
+  change('valid', 1)
+  refusal(go_on, 'step 2 belongs', 'the text of valid has changed')
+  change('valid', 1)
+  refusal(go_on, change('train', 0), 'has changed')
 
 
 def _started(folder, config):
@@ -207,6 +265,27 @@ def test_what_is_compared_by_chrf_stays_the_same(debug_config, tmp_path):
   # Where there is nothing to compare they may change.
   again(eval_translate_every=0)
   again(eval_chrf_pairs=1, decode_beam=2)
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 0, "valid_chrf": 1.0}\n')  # Of no checkpoint.
+  again(eval_chrf_pairs=2)
+  # An earlier start has compared, whatever the last one did.
+  path.write_text('{"step": 2, "valid_chrf": 1.0}\n')
+  again(eval_translate_every=2)
+  again(eval_translate_every=0)
+  refusal(lambda: again(decode_beam=3), tmp_path, 'decode.beam=2')
+
+
+@pytest.mark.parametrize('which', ['', '@6', '@best'])
+def test_a_folder_to_begin_with_is_found_from_elsewhere(
+  debug_config, tmp_path, monkeypatch, which
+):
+  other = tmp_path / 'other'
+  other.mkdir()
+  for folder, path in ((tmp_path, 'other'), (other, '../other')):
+    monkeypatch.chdir(folder)
+    debug_config.weights.warm_start = path + which
+    found = run_folder.absolute(debug_config).weights.warm_start
+    assert found == f'{other}{which}'
 
 
 def test_knobs_that_are_no_more_are_passed_over(debug_config, tmp_path):

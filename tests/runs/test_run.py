@@ -93,6 +93,8 @@ def test_the_curve_of_chrf_is_of_the_first_pairs(finished, plain, monkeypatch):
 class _Stub:
   """Of a run, what valid_chrf reads at step 0."""
 
+  of_chrf = loop.Run.of_chrf
+
   class State:
     def __init__(self, at):
       self.at = at
@@ -193,7 +195,7 @@ def test_what_is_due():
   assert due(6) == ('evaluate translate save', 0)
   assert due(6, first=6) == ('', 0)
   assert due(6, first=6, asked=2) == ('', 2)
-  assert due(12, asked=15) == ('evaluate translate save', 0)
+  assert due(12, asked=15) == ('evaluate translate save', 15)
   assert due(12, first=12) == ('', 0)
   config.eval.translate_every = 0
   assert due(6) == ('', 0)
@@ -273,10 +275,13 @@ def test_a_workdir_that_cannot_be_written(debug_config, tmp_path):
   )
 
 
-def test_remembered_translations_are_of_one_pair_of_languages(
+def test_remembered_translations_are_of_what_decides_them(
   debug_config, tmp_path, monkeypatch
 ):
-  """The same English may have to become German, with the same template."""
+  """The same English may have to become German, with the same template.
+
+  And 4 bits are those of the matrices that are frozen.
+  """
 
   class Seen(Exception):
     """All that this test needs."""
@@ -290,9 +295,16 @@ def test_remembered_translations_are_of_one_pair_of_languages(
   texts.write_text('\n'.join(sample.split('\n')[:30]), 'utf-8')
   debug_config.data.source = debug_config.data.valid = str(texts)
   keys = []
-  for pair in ('en-fr', 'en-de'):
+  for pair, frozen, parts in (
+    ('en-fr', 'int4', 'lora'),
+    ('en-de', 'int4', 'lora'),
+    ('en-fr', 'int4', 'layers/(q|k)'),
+    ('en-fr', 'float32', 'lora'),
+    ('en-fr', 'float32', 'layers/(q|k)'),
+  ):
     debug_config.data.pair = pair
+    debug_config.train.update(frozen_dtype=frozen, parts=parts)
     with pytest.raises(Seen) as e:
-      run_lib.run(debug_config, tmp_path / pair)
+      run_lib.run(debug_config, tmp_path / f'w{len(keys)}')
     keys.append(str(e.value))
-  assert keys[0] != keys[1]
+  assert len({*keys}) == 4 and keys[3] == keys[4]

@@ -34,15 +34,26 @@ def test_it_is_less_than_a_compiled_step_takes(
 def test_what_there_is(tmp_path):
   plain = plan.available(tmp_path)
   assert plain > 0
-  (tmp_path / 'memory.max').write_text('max\n')
-  (tmp_path / 'memory.current').write_text('5\n')
+
+  def write(**texts):
+    for name, text in texts.items():
+      (folder / f'memory.{name}').write_text(f'{text}\n')
+
+  folder = tmp_path
+  write(max='max', current=5, stat='anon 5\ninactive_file 0\nactive_file 3')
   assert plan.available(tmp_path) > 1000
-  (tmp_path / 'memory.current').write_text('805\n')
-  (tmp_path / 'memory.max').write_text('8805\n')
+  write(current=805, max=8805)
   assert plan.available(tmp_path) == 1000  # Of each of eight devices.
-  (tmp_path / 'memory').mkdir()
-  (tmp_path / 'memory' / 'memory.limit_in_bytes').write_text('4000\n')
-  (tmp_path / 'memory' / 'memory.usage_in_bytes').write_text('0\n')
+  # What was read from files and can be dropped is free.
+  write(current=1005, stat='anon 805\ninactive_file 200\nactive_file 3')
+  assert plan.available(tmp_path) == 1000
+  folder = tmp_path / 'memory'
+  folder.mkdir()
+  write(
+    limit_in_bytes=4000,
+    usage_in_bytes=80,
+    stat='inactive_file 7\ntotal_inactive_file 80',
+  )
   assert plan.available(tmp_path) == 500
 
 

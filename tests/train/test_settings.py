@@ -67,6 +67,9 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('train.label_smoothing', 1.0),
     ('template.prompt', 'Translate this.'),
     ('template.prompt', '{source}{source}'),
+    ('template.prompt', '{source_langauge}: {source}'),
+    ('template.prompt', '{source} {}'),
+    ('template.prompt', '{source} {target code}'),
     ('train.max_steps', 0),
     ('train.batch_size', 0),
     ('train.micro_batches', 0),
@@ -163,7 +166,17 @@ def test_values_that_contradict_each_other(values, words):
     ({}, None),
     ({'optim.warmup_steps': 999}, None),
     ({'optim.warmup_steps': 1000}, 'is cut to 999'),
-    ({'optim.name': 'sgd', 'optim.weight_decay': 0.1}, 'has no decay'),
+    ({'optim.name': 'sgd', 'optim.weight_decay': 0.1}, 'sgd has none'),
+    ({'optim.name': 'adafactor', 'optim.beta2': 0.9}, 'optim.beta2=0.9 has no'),
+    ({'optim.name': 'sgd', 'optim.beta1': 0.9}, None),  # The default.
+    ({'optim.beta1': 0.8, 'optim.epsilon': 1e-6}, None),
+    ({'train.parts': 'all', 'train.lora_rank': 4}, 'no low-rank factors'),
+    ({'train.parts': 'all', 'train.lora_targets': 'q'}, "targets='q' has no"),
+    ({'train.parts': 'lora', 'train.lora_rank': 4}, None),
+    ({'decode.length_penalty': 0.5}, 'decode.length_penalty=0.5 has no effect'),
+    ({'decode.length_penalty': 0.5, 'decode.beam': 2}, None),
+    ({'decode.mbr_temperature': 0.5}, 'decode.mbr=0 draws none'),
+    ({'decode.mbr_temperature': 0.5, 'decode.mbr': 2}, None),
     ({'eval.chrf_pairs': 4}, 'eval.chrf_pairs=4 has no effect'),
     ({'eval.patience': 2}, 'eval.patience=2 has no effect'),
     (
@@ -183,6 +196,13 @@ def test_what_has_no_effect_is_a_note(values, note, capsys):
   out = capsys.readouterr().out
   assert out.count('note: ') == (note is not None)
   assert note is None or note in out
+
+
+def test_a_brace_of_a_prompt_may_mean_itself():
+  config = default.get_config()
+  for prompt in ('{source} {', ':} {source}', '{"en": "{source}", "fr": "'):
+    config.template.prompt = prompt
+    settings.check(config)
 
 
 def test_the_names_in_the_knobs_are_those_of_the_code():
@@ -235,14 +255,22 @@ def test_a_resume_says_what_it_changes_and_what_that_does(capsys):
   assert _changes(capsys, cosine, cosine, 100) == ''
   out = _changes(capsys, cosine, cosine | longer, 100)
   assert out.startswith('changed: train.max_steps=200 (was 100); ')
-  assert 'jumps from 2.47e-07 in step 100 to 5.00e-04 in step 101' in out
+  assert 'goes from 2.47e-07 in step 100 to 5.00e-04 in step 101, not to' in out
   # A skipped step does not move the schedule.
   out = _changes(capsys, cosine, cosine | longer, 100, skipped=50)
-  assert 'jumps from 5.16e-04 in step 100 to 8.54e-04 in step 101' in out
+  assert 'goes from 5.16e-04 in step 100 to 8.54e-04 in step 101, not to' in out
   # Where no step is left, or the rate is the same, none is told.
-  assert 'jumps' not in _changes(capsys, cosine | longer, cosine, 100)
+  assert 'goes from' not in _changes(capsys, cosine | longer, cosine, 100)
   out = _changes(capsys, {}, longer | {'eval.every': 7}, 100)
   assert 'eval.every=7 (was 100)' in out and 'would have' in out
+  # The first step that differs may be far ahead: here after the warm-up.
+  linear = {'optim.schedule': 'linear', 'optim.warmup_steps': 50}
+  out = _changes(capsys, linear, linear | {'train.max_steps': 60}, 7)
+  said = 'from 1.00e-03 in step 51 to 9.00e-04 in step 52, not to 9.80e-04'
+  assert said in out
+  short = {'optim.warmup_steps': 50, 'train.max_steps': 20}
+  out = _changes(capsys, {'optim.warmup_steps': 50}, short, 1)
+  assert 'in step 2, not to 3.92e-05' in out
 
 
 def test_several_directions():

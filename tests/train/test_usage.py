@@ -58,6 +58,19 @@ def test_a_frozen_embedding_has_no_gradient_of_its_own():
   assert float(whole - usage.useful_flops(cfg, trained, batch)) == less
 
 
+def test_layers_under_a_norm_that_alone_is_trained_have_no_backward():
+  cfg, batch = tiny_step.CFG, tiny_step.make_batch()
+  batch['target_mask'][:] = False  # All but the output layer.
+  forward = 2 * table.numbers_of(cfg, 'layers/') * batch['segment_ids'].sum()
+  seen = 2 * 2 * cfg.num_heads * cfg.head_dim * _seen_pairs(cfg, batch)
+  for paths, want in (
+    (('final_norm',), forward + seen),
+    (('final_norm', 'embedding'), 2 * forward + 3 * seen),
+  ):
+    trained = dict.fromkeys(paths, np.zeros(1))
+    assert float(usage.useful_flops(cfg, trained, batch)) == pytest.approx(want)
+
+
 @pytest.mark.parametrize(
   'kind, dtype, peak',
   [
