@@ -12,6 +12,7 @@ Each run asks for less, by arithmetic on shapes: whether a step can fit at all,
 before anything is read or compiled (`check_memory`).
 """
 
+import collections
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -38,7 +39,7 @@ from mt.train import roofline
 from mt.train import settings
 from mt.train import targets
 
-_SHOWN = 10  # Kernels of each program.
+_SHOWN = 10  # Kernels of each program, those that are alike as one.
 # Of version 2 and 1: limit, in use, and in which file under which key it says
 # what of that is dropped where memory is short: files that were read.
 _CGROUPS = (
@@ -150,11 +151,16 @@ def describe(program: programs.Program, target: targets.Target) -> str:
     lines.append(
       f'  {hidden * 1e3:.2f} ms are of custom kernels, by their bytes alone'
     )
-  for k in sorted(kernels, key=lambda k: -k.seconds * k.times)[:_SHOWN]:
-    if k.seconds:
+  alike = collections.Counter()  # Layers of a decoding step are no loop.
+  for k in kernels:
+    alike[k.name, k.seconds] += k.times
+  costs = [
+    (times * each, times, each, name) for (name, each), times in alike.items()
+  ]
+  for cost, times, each, name in sorted(costs, reverse=True)[:_SHOWN]:
+    if cost:
       lines.append(
-        f'  {k.seconds * k.times * 1e3:9.3f} ms = {k.times:5} x '
-        f'{k.seconds * 1e6:8.1f} us  {k.name}'
+        f'  {cost * 1e3:9.3f} ms = {times:5} x {each * 1e6:8.1f} us  {name}'
       )
   return '\n'.join(lines)
 

@@ -176,12 +176,15 @@ def test_a_program_is_described():
     'h100', jax.devices()[:1], 2 * GB, targets.CHIPS['h100']
   )
   attention = KERNEL._replace(name='mosaic_gpu', opaque=True, sent=1e6, times=1)
-  text = plan.describe(_program(kernels=[KERNEL] * 20 + [attention]), target)
+  others = [KERNEL._replace(name=str(i), seconds=1e-6) for i in range(20)]
+  kernels = [KERNEL] * 20 + [attention] + others
+  text = plan.describe(_program(kernels=kernels), target)
   head, kinds, sent, hidden, *top = text.splitlines()
-  assert head == ('train_step: 1.0 GB, fits; about 361.00 ms; compiled in 12 s')
+  assert head == ('train_step: 1.0 GB, fits; about 361.36 ms; compiled in 12 s')
   assert kinds == '  GB: parameters 0.500, temporary 0.500, total 1.000'
   assert 'collectives: 0.001 GB' in sent and '1.00 ms are of custom' in hidden
-  assert len(top) == 10 and '18 x' in top[0] and 'dot_general' in top[0]
+  # The layers of a decoding step are no loop: their kernels are one line.
+  assert len(top) == 10 and '360 x' in top[0] and 'dot_general' in top[0]
   text = plan.describe(_program(total=3 * GB, kernels=()), target)
   assert 'DOES NOT FIT; no estimate of time' in text
 
