@@ -1,7 +1,7 @@
 """Every knob: path, default, rule, what it does, and what a resume may change.
 
-Other configs state what differs. 0 pairs or batches are all there are; any
-other number for which 0 makes sense is switched off by it.
+Other configs state what differs. In a number of pairs or batches 0 means all of
+them; elsewhere it switches something off, or the machine decides.
 """
 
 import ml_collections
@@ -57,8 +57,8 @@ KNOBS = (
     gemma3-4b-it, …), with /VERSION to pin it; `hf:` and a name of the Hugging
     Face hub (google/gemma-3-270m), with @REVISION to pin it, or of a GGUF file
     there (OWNER/MODEL/FILE.gguf); the path of a .gguf file, of a Hugging Face
-    folder, or of a folder with a Flax (Orbax) checkpoint; or `random`. Gemma 1
-    to 4 in each form.
+    folder, or of a folder with a Flax (Orbax) checkpoint or one .gguf file; or
+    `random`. Gemma 1 to 4 in each form.
     """),
   knob('weights.size', 'debug', one_of(*SIZES), """
     A name out of mt/gemma/sizes.py: of `random` weights, and for `train.py
@@ -132,8 +132,8 @@ KNOBS = (
     """),
   knob('data.quotes', '', one_of('', 'csv', 'text'), """
     What a quote is in columns: `csv`, around a cell, doubled inside it, and the
-    cell may have line breaks; or `text`, a character. '' is csv in a .csv, else
-    text, and a .tsv that looks quoted is refused.
+    cell may have line breaks; or `text`, a character, and tabs part columns. ''
+    is csv in a .csv, else text, and a .tsv that looks quoted is refused.
     """),
   knob('data.tfds_quoting', False, ANY, """
     Read as TFDS does, where a quote swallows tabs and lines up to the next one:
@@ -142,8 +142,8 @@ KNOBS = (
     """),
   knob('data.max_bad_fraction', 0.01, between(0, 1), """
     More unusable lines than this share of a file stop the run. A file of more
-    than 65,536 lines is looked at in random parts: one of them stops the run if
-    it has more than this share and five standard deviations of chance.
+    than 65,536 lines is looked at in random parts; in each of them chance may
+    add up to five standard deviations to the share.
     """, 'free'),
   knob('data.filter', '', Rule(
     lambda v: {x.strip() for x in v.split(',')} <= {'', *FAULTS},
@@ -155,8 +155,9 @@ KNOBS = (
     mt.data` counts and shows them.
     """),
   knob('data.allow_leaks', False, ANY, """
-    Train on sources that are in the test text, too, which is refused else; in a
-    text of more than 65,536 lines they are left out.
+    Train on sources that are in the test text, too, which is refused else. Of a
+    text of more than 65,536 lines a sample is looked at; in the rest, sources
+    of validation and test are left out.
     """),
   knob('data.apostrophe', '', one_of('', "'", '’', 'ʼ'), """
     Written for every apostrophe inside the words of training targets, where
@@ -189,8 +190,9 @@ KNOBS = (
        PROMPT, """
     What the model reads before the target; {source} stands in it once.
     {source_language} and {target_language} become the names of the languages,
-    {source_code} and {target_code} their codes. Or `translategemma`: the prompt
-    that this model was published with, for template.chat.
+    {source_code} and {target_code} their codes; any other word in braces is
+    refused. Or `translategemma`: the prompt that this model was published with,
+    for template.chat.
     """),
   knob('template.source_language', '', ANY, """
     The source language's name; '' takes it from data.pair (en is English).
@@ -243,8 +245,8 @@ KNOBS = (
   # and writes them into its config.json; see mt/train/machine.py.
   knob('train.dtype', 'auto', FORMAT, """
     Of activations: float32, or bfloat16 (half the memory); auto is float32 on a
-    CPU, bfloat16 on a GPU or TPU. Trained weights are float32 always, and so
-    are logits.
+    CPU and on NVIDIA cards before Ampere, else bfloat16. Trained weights are
+    float32 always, and so are logits.
     """),
   knob('train.frozen_dtype', 'auto', FROZEN, """
     Of frozen weights in memory: float32; bfloat16 (half of it; a Gemma that was
@@ -257,7 +259,7 @@ KNOBS = (
     What the backward pass recomputes: `none`; all but the products with
     weights (`dots`); each layer but the product that ends it (`narrow`), for
     two [N, B, L, D] in memory; or each layer (`full`), for one. auto is none on
-    a CPU; full on a GPU or TPU, where reading what was saved takes longer.
+    a CPU, narrow on a GPU, full on a TPU, where reading it back takes longer.
     """, 'free'),
   knob('train.attention', 'auto', one_of('auto', *ATTENTION), """
     Its implementation: plain products (`xla`), or a fused kernel for NVIDIA
@@ -372,9 +374,9 @@ KNOBS = (
     Batches in the validation loss, the first ones; 0 for all.
     """, 'free'),
   knob('eval.minitrain_pairs', -1, at_least(-1), """
-    As many training pairs, drawn once by the seed, whose loss stands beside
-    that of validation: it falls and falls when text is learned by heart. At
-    most as many as in the validation loss; 0 for all of these; -1 for none.
+    Training pairs, drawn once by the seed, whose loss is shown beside that of
+    validation: it falls and falls when text is learned by heart. At most as
+    many as in the validation loss; 0 for all of these; -1 for none.
     """, 'free'),
   knob('eval.translate_every', 0, at_least(0), """
     Steps between two translations of validation, for a curve of chrF; the last

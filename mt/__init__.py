@@ -4,8 +4,8 @@
 
 The doors are train.py, mt/export and each room's __main__.py. To read the core,
 from a pair to a gradient to a translation, take these twelve in turn; nothing
-in them needs a look ahead. A file that stands further in may wait: its line
-here is all that the file below it asks you to know.
+in them needs a look ahead. An indented file may be left for later: its line
+here says all that the file below it needs of it.
 
   data/template       how a pair becomes tokens: prompt, target, what is learned
     data/packing        which pairs share a row
@@ -33,7 +33,7 @@ base, what every room stands on
   errors      one sentence for the person at the terminal
   foreign     what a file is that was taken for another
   cli         flags, --help with every knob, exit codes
-  accelerator which one is there, and whether JAX sees it
+  accelerator  which one is there, and whether JAX sees it
   cache       the folder of what is kept between runs
   files       files that are written whole or not at all
   compiling   compile once, keep what was compiled
@@ -65,6 +65,7 @@ data, from parallel text to rows of tokens; `python -m mt.data` shows them
 weights, pretrained ones in, trained ones out
   load        the checked loader: tensors of files -> the stacked pytree
   kept        in which format, and where on a mesh
+  mapped      dequantised weights, kept on disk and mapped into memory
   gguf_file   GGUF header and tensors
   gguf        shape, tokenizer and parameters out of a GGUF file
   gguf_out    parameters and tokenizer -> a GGUF file

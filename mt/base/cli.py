@@ -45,7 +45,7 @@ def run(main: Callable[[Sequence[str]], None], words_of: str = '') -> None:
 
   Words without dashes are refused, but for those after the flag `words_of`.
 
-  Exit codes: 0 done, 1 unknown flag, 2 bad input, 128 + the number of a signal
+  Exit codes: 0 done, 1 bad flag, 2 bad input, 128 + the number of a signal
   (130 of SIGINT, 143 of SIGTERM); all but the first with one line on stderr.
   """
   screen.protect()

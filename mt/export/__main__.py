@@ -7,11 +7,12 @@
 --to=gguf  the same as a GGUF file, for llama.cpp and whatever is built on it
 --to=gemma the same in Google's own Flax layout, for the gemma package
 --to=peft  the low-rank factors alone, an adapter folder that PEFT loads; its
-           base is the run's if a folder of Hugging Face's, else what --to=hf
-           --base writes
+           base is the run's, if from Hugging Face, or what --to=hf --base
+           writes
 
 With what decoding has to know beside, where the format has a place for it, and
-a model card. --push=hf:USER/NAME sends the folder to the Hugging Face hub.
+a model card. --push=hf:USER/NAME sends the folder to the Hugging Face hub, as a
+private model; with --public all may see it.
 
 --source=NAME --adapter=DIR in the place of --workdir adds an adapter of PEFT's
 into the model that it was made for.

@@ -7,15 +7,17 @@
   python -m mt.translate --workdir=W --mbr=comet --comet=MODEL < in.txt
   python -m mt.translate --workdir=W                  (a prompt on a terminal)
 
-One line in, one line out, in order. An empty line stays empty. Input may be
-packed as .gz or .xz; of a pipe, the lines that have come are answered before
-the next ones. With --json, an object a line:
+One line in, one line out, in order. An empty line stays empty. A file that
+--input names may be packed as .gz or .xz; a pipe's lines are answered as they
+come. With --json, an object a line:
 
   {"source": "Hi!", "translations": [{"text": "Salut !", "score": -0.21,
   "log_probability": -0.84, "cut_off": false}, …]}
 
-With --json --key=en the input is JSON lines (or a parquet file), whose texts
-stand under that key; a text may have line breaks, as its translation then has.
+cut_off: it reached its limit (decode.max_ratio, decode.max_extra) before its
+end. With --json --key=en the input is JSON lines (or a parquet file), whose
+texts stand under that key; a text may have line breaks, as its translation then
+has.
 """
 
 from collections.abc import Iterator

@@ -46,12 +46,15 @@ def test_requirements_are_pinned_and_without_tensorflow():
   assert not names & set(BANNED)
 
 
-def test_the_reading_list_names_files():
+def test_the_map_names_files_and_all_of_mt():
   """What stands first in an indented line of it, before two spaces."""
   text = (ROOT / 'mt' / '__init__.py').read_text()
-  named = re.findall(r'^  ([\w/]+?)(?:\.py)?  +\S', text, re.M)
+  named = re.findall(r'^  (?:  )?([\w/]+)  +\S', text, re.M)
   assert len(named) >= 10
   files = [*ROOT.glob('mt/**/*.py'), *ROOT.glob('*.py')]
   paths = [f'/{f.relative_to(ROOT).with_suffix("")}' for f in files]
   for name in named:
     assert any(path.endswith(f'/{name}') for path in paths), name
+  for path in paths:
+    if path.startswith('/mt/') and '__' not in path:
+      assert any(path.endswith(f'/{name}') for name in named), path
