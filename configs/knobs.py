@@ -102,9 +102,10 @@ LANGUAGES = Rule(
 )
 COLUMNS = Rule(
   lambda v: (
-    len({*v}) == len(v) in (0, 2)
+    len(v) in (0, 2)
     and all(map(_is_column, v))
     and len({*map(type, v)}) < 2
+    and len({*v}) == len(v)
   ),
   'two numbers from 1 up, two names, or ()',
 )

@@ -158,7 +158,7 @@ class Bitext:
         f'({reasons(unusable, self.unit)}), more than data.max_bad_fraction='
         f'{self.max_bad_fraction:g}; mend them, or raise it.'
       )
-    if whole and lost == number:
+    if lost == number and (whole or bad == number):
       raise no_pair(self.where, unusable, self.unit)
 
 

@@ -46,13 +46,9 @@ def choose(
   if len(files) == 2:
     return lines.Aligned(), ()
   if files[0].kind == 'json':
-    if columns and not has_header(columns):
-      raise errors.UserError(
-        f'{where}: its texts have keys, but data.columns is {columns}; set it '
-        "to two keys, such as ('translation.en', 'translation.fr'), or to () "
-        'for the languages.'
-      )
-    return lines.Keys(*(keys(pair, columns))), ()
+    note = f'its texts have keys, which data.columns={columns} does not name'
+    named = has_header(columns) or not columns
+    return lines.Keys(*keys(pair, columns)), () if named else (note,)
   if quotes == 'tfds':
     sides = (2, 1) if reversed_pair else (1, 2)
     parse = lines.Columns(3, *sides, id=0, json=True, may_be_empty=True)

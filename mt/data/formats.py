@@ -41,10 +41,10 @@ _PACKED = {b'\x1f\x8b': gzip.open, b'\xfd7zXZ\0': lzma.open}
 _JSON_LINES = ('.jsonl', '.ndjson', '.json')
 _PARQUET = b'PAR1'
 
-_MARKUP = re.compile(
-  rb'\s*<(!--|(\?xml|tmx|xliff|!doctype|html|srcset|refset|tstset|doc|dataset'
-  rb'|mteval)\b)',
-  re.IGNORECASE,
+_MARKUP = re.compile(  # After comments, if there are any.
+  rb'\s*(<!--((?!-->).)*-->\s*)*+<(\?xml|tmx|xliff|!doctype|html|srcset|refset'
+  rb'|tstset|doc|dataset|mteval)\b',
+  re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -175,27 +175,27 @@ def _delimiter(name, path) -> str:
   It parts some first records into as many cells each, two or more; a few may be
   odd, if the other one does not part most of them so.
   """
-  ranks = {}
+  shares = {}
   for delimiter in ',;':
     rows = _first_records(path, delimiter=delimiter)
     sizes = collections.Counter(len(x) for x in rows if any(map(str.strip, x)))
     size, times = max(sizes.items(), key=lambda x: x[1], default=(0, 0))
-    share = times / sizes.total() if size > 1 else 0
-    ranks[delimiter] = (share > 0) + (share >= _MOST) + (share == 1)
-  if ranks[','] == ranks[';'] > 0:
+    shares[delimiter] = times / sizes.total() if size > 1 else 0
+  if min(shares.values()) >= (1 if 1 in shares.values() else _MOST):
     raise errors.UserError(
       f'{name}: a comma and a semicolon both part its records into cells (as '
       f'{";".join(rows[0])[:80]!r}); put quotes around texts that have one, or '
       'write a .tsv.'
     )
-  return max(ranks, key=ranks.get)
+  return max(shares, key=shares.get)
 
 
 def _first_records(path, **options) -> list[list[str]]:
-  """Some first records of CSV, or none where one of them is damaged."""
+  """Some first records of CSV, up to one that is damaged."""
+  out = []
   with _open_csv(path) as f, contextlib.suppress(csv.Error):
-    return [*itertools.islice(csv.reader(f, strict=True, **options), _FIRST)]
-  return []
+    out.extend(itertools.islice(csv.reader(f, strict=True, **options), _FIRST))
+  return out
 
 
 # What is not UTF-8 becomes surrogates, which a parser refuses by the line.
@@ -210,7 +210,10 @@ def _csv(name, path, delimiter, out):
 
 
 def _refuse_spaces(name, path, delimiter):
-  """Refuses quotes after a space, which would be characters of a text."""
+  """Refuses quotes after a space, which would be characters of a text.
+
+  In the first records: who writes a file so does it from the first one on.
+  """
   kept, skipped = (
     _first_records(path, delimiter=delimiter, skipinitialspace=skip)
     for skip in (False, True)

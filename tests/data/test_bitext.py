@@ -242,6 +242,9 @@ def test_chance_stops_no_run(tmp_path, monkeypatch):
   text.check({'an empty line': (2, 1)}, 100 // 2)
   text.check({'an empty line': (780, 1), 'copies': (9999, 1)}, 1 << 16)
   text.check({'copies': (1 << 16, 1)}, 1 << 16)  # Of others pairs may be left.
+  none = {'no text under': (1 << 12, 1)}  # Where all are allowed to be bad.
+  lenient = dataclasses.replace(text, max_bad_fraction=1)
+  refusal(lambda: lenient.check(none, 1 << 12), 'no pair in it')
   few = {'an empty line': (790, 1)}
   refusal(lambda: text.check(few, 1 << 16), '790 of some 65,536 lines')
   text = dataclasses.replace(text, max_bad_fraction=0)

@@ -195,6 +195,13 @@ def test_the_delimiter_gives_records_as_many_cells(tmp_path, row, pair, bad):
   assert call(plain + f'{others}\n' * 9 + bad).read()[0][1:] == pair
 
 
+def test_the_better_of_two_delimiters_is_taken(tmp_path):
+  """The worse one's cells are text; a line without the better one is bad."""
+  content = 'a,b;c\n' * 12 + 'a;c\n' * 5 + 'a b c\n' * 3
+  text = open_text(tmp_path, content, suffix='.csv', bad=0.2)
+  assert {tuple(p[1:]) for p in text.read()} == {('a,b', 'c'), ('a', 'c')}
+
+
 def test_quotes_after_a_space_are_refused(tmp_path):
   for sign, suffix in ((',', '.csv'), (';', '.csv'), ('\t', '.tsv')):
     call = functools.partial(open_text, tmp_path, suffix=suffix, quotes='csv')
@@ -218,6 +225,11 @@ REFUSED = {
   'bzip2': (b'BZh91AY&SY', ['bzip2', 'unpack it']),
   'zstd': (b'\x28\xb5\x2f\xfd', ['zstd', 'unpack it']),
 }
+
+
+def test_a_comment_alone_is_text(tmp_path):
+  text = open_text(tmp_path, '<!-- a -->\tb\n<!-- c\td\n')
+  assert tuples(text) == [('1', '<!-- a -->', 'b'), ('2', '<!-- c', 'd')]
 
 
 @pytest.mark.parametrize('what', REFUSED)
@@ -272,6 +284,10 @@ def test_csv_that_is_none(tmp_path):
     'line 3: not CSV',
     "data.quotes='text'",
   )
+  # Its delimiter is that of the records before the damage.
+  content = '"en";"fr"\n' + '"a";"b"\n' * 5 + '"a" b;"c"\n'
+  call = functools.partial(open_text, tmp_path, content, suffix='.csv')
+  refusal(call, tmp_path / 'x0.csv', 'line 7: not CSV', "';' expected")
   text = open_text(tmp_path, 'a\t"b\n', suffix='.csv', quotes='text')
   assert tuples(text) == [('1', 'a', '"b')]
 

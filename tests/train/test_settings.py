@@ -59,6 +59,7 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('data.columns', (0, 1)),
     ('data.columns', (1, 'en')),
     ('data.columns', (2, 2)),
+    ('data.columns', ([2], [3])),
     ('data.columns', ('en', '')),
     ('data.apostrophe', '"'),
     ('data.max_bad_fraction', 1.5),
