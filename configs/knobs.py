@@ -66,7 +66,7 @@ def each(test: Callable[[Any], bool], expected: str) -> Rule:
 
 
 def _is_prompt(v: str) -> bool:
-  words = re.findall(r'{([\w -]*)}', v)
+  words = re.findall(r'{(\w[\w -]+)}', v)
   return v == 'translategemma' or (
     words.count('source') == 1 and {*words} <= {'source', *FIELDS}
   )

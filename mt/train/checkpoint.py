@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 import zlib
@@ -138,15 +137,6 @@ def save(
     raise _cannot_save(manager, state.at, e) from e
   if no_room:
     wait(manager)
-
-
-def add_chrf(manager: ocp.CheckpointManager, at: int, chrf: float) -> None:
-  """Writes the chrF of validation into a checkpoint that is there already."""
-  content = json.dumps({'valid_chrf': chrf}).encode()
-  folder = manifest.folder_of(pathlib.Path(manager.directory), at)
-  manifest.replace(folder, 'metrics/metrics', content)
-  processes.sync('chrf')
-  manager.reload()
 
 
 @jax.jit

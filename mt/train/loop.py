@@ -54,6 +54,7 @@ class Run:
 
   Attributes:
     identity: of the pretrained model, see checkpoint.identity.
+    compared: whether this start or one before it compares steps by chrF.
     recorder: of metrics, once it is known after which step it goes on.
     curves: of metrics, for the report.
     mesh: of several devices, or None.
@@ -67,6 +68,7 @@ class Run:
   translator: translator_lib.Translator
   data: splits.Data
   identity: dict[str, Any]
+  compared: bool
   checkpoints: ocp.CheckpointManager
   recorder: recorder_lib.Recorder | None
   curves: report.Curves
@@ -89,8 +91,9 @@ class Run:
 
   def checkpoint_identity(self) -> dict[str, Any]:
     """What a checkpoint of this run must agree with."""
+    compared = self.texts_of_chrf() if self.compared else {}
     return self.identity | {
-      'texts': self.data.train_texts | self.texts_of_chrf(),
+      'texts': self.data.train_texts | compared,
       'data': self.data.train_digest,
       'config': run_folder.step_knobs(self.config),
     }
@@ -151,18 +154,17 @@ def train(
 def evaluate_last(run: Run, state: state_lib.TrainState) -> None:
   """What is due after the last step, where it was not known to be the last.
 
-  Such as train.max_steps lowered to where a signal has stopped a run.
+  Such as train.max_steps lowered to where a signal has stopped a run. What is
+  saved of that step stays as it is, without a chrF.
   """
   at, translate = state.at, run.config.eval.translate_every > 0
+  wanted = 'valid_chrf' if translate else 'valid_loss'
   logged = journal.read_metrics(run.metrics_path)
-  seen = any('valid_loss' in m for m in logged if m['step'] == at)
-  if translate:
-    seen = seen and 'valid_chrf' in (run.checkpoints.metrics(at) or {})
-  if processes.agree(seen):
+  if processes.agree(any(wanted in m for m in logged if m['step'] == at)):
     return
-  metrics = evaluate(run, state, translate)
+  evaluate(run, state, translate)
   if translate:
-    checkpoint.add_chrf(run.checkpoints, at, metrics['valid_chrf'])
+    journal.say(f'note: step {at} is saved without its chrF: it is no best one')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,19 +82,6 @@ def crc(checkpoints: pathlib.Path, at: int) -> int:
   return zlib.crc32(path.read_bytes())
 
 
-def replace(folder: pathlib.Path, name: str, content: bytes) -> None:
-  """Writes one of a checkpoint's files anew; it is whole at any moment.
-
-  While the file changes, the manifest does not name it.
-  """
-  listed = json.loads((folder / NAME).read_text(encoding='utf-8'))
-  listed.pop(name, None)
-  files.write(folder / NAME, json.dumps(listed, indent=0))
-  files.write(folder / name, content)
-  listed[name] = [len(content), zlib.crc32(content)]
-  files.write(folder / NAME, json.dumps(listed, indent=0))
-
-
 def damage(folder: pathlib.Path, largest: float = math.inf) -> str:
   """What is wrong with a checkpoint; '' if it is as it was written.
 

@@ -149,6 +149,8 @@ def begin(
     ),
     data=data,
     identity=checkpoint.identity(source, fingerprint),
+    compared=config.eval.translate_every > 0
+    or processes.agree(run_folder.has_chrf(workdir)),
     checkpoints=checkpoint.open_manager(workdir, config.checkpoint.keep),
     recorder=None,
     curves=report.Curves(workdir / 'metrics.jsonl'),
@@ -208,10 +210,8 @@ def resume(
   The loader and metrics.jsonl are put back to the same step.
   """
   last = -1
-  identity = run.checkpoint_identity()
-  if not processes.agree(run_folder.has_chrf(run.workdir)):
-    identity['texts'] = run.data.train_texts  # Validation may still change.
-  restored = checkpoint.restore(run.checkpoints, state, identity)
+  who = run.checkpoint_identity()
+  restored = checkpoint.restore(run.checkpoints, state, who)
   if restored is not None:
     state, data_state = restored
     run.data.train.set_state(data_state)

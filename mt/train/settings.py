@@ -118,12 +118,12 @@ def say_changes(
   effect = 'the steps to come compute what they would have, but for rounding'
   # Done before each of the steps to come; a skipped one moves no schedule.
   done = np.arange(at, now.train.max_steps) - skipped
-  differ = np.flatnonzero(np.not_equal(was(done), rate(done)))
+  differ = np.flatnonzero(~np.isclose(was(done), rate(done), atol=0))
   if differ.size:
     first, n = done[differ[0]], at + differ[0]
     effect = (
-      f'the learning rate goes from {was(max(0, first - 1)):.2e} in step {n} '
-      f'to {rate(first):.2e} in step {n + 1}, not to {was(first):.2e}, as '
+      f'the learning rate goes from {was(max(0, first - 1)):.6g} in step {n} '
+      f'to {rate(first):.6g} in step {n + 1}, not to {was(first):.6g}, as '
       'optim.warmup_steps and optim.schedule end with train.max_steps'
     )
   journal.say(f'changed: {", ".join(changed)}; {effect}')

@@ -64,21 +64,6 @@ def test_zeros_in_an_array_are_not_what_was_written(plain_copy):
   assert manifest.damage(folder, largest=100) == ''  # Only measured.
 
 
-def test_a_file_that_is_written_anew_is_never_damage(plain_copy, monkeypatch):
-  folder = plain_copy[1] / 'checkpoints' / 'step_6'
-  real, seen = files.write, []
-
-  def write(path, content):
-    real(path, content)
-    seen.append(manifest.damage(folder))
-
-  monkeypatch.setattr(files, 'write', write)
-  manifest.replace(folder, 'metrics/metrics', b'{"valid_chrf": 1.5}')
-  assert seen == [''] * 3
-  (folder / 'metrics' / 'metrics').write_bytes(b'{"valid_chrf": 9.5}')
-  assert 'metrics/metrics has another content' in manifest.damage(folder)
-
-
 def test_a_run_goes_on_from_the_checkpoint_before(plain, plain_copy, capsys):
   config, workdir = plain_copy
   _damage(workdir / 'checkpoints' / 'step_6' / 'rest/_METADATA', 'truncated')

@@ -209,8 +209,9 @@ def test_other_data_is_refused(debug_config, tmp_path):
   debug_config.train.max_steps = 1
   go_on()
   change('valid', 0)  # Nothing is compared by it yet.
-  debug_config.train.max_steps = 2
   debug_config.eval.translate_every, debug_config.eval.chrf_pairs = 1, 2
+  go_on()  # Step 1 has a chrF now, but its checkpoint is of before.
+  debug_config.train.max_steps = 2
   go_on()
   change('valid', 2)  # Nor ever by this pair.
   go_on()
