@@ -73,7 +73,9 @@ weights, pretrained ones in, trained ones out
   flax        the same out of Google's own Flax checkpoints
   flax_out    parameters -> that layout
   hf_config   config.json of a folder of Hugging Face's
+  hf_config_out  a model's shape -> that file
   hf_tokenizer  its tokenizer.json
+  hf_tokenizer_out  a tokenizer -> that file
   hf          the same out of such a folder, and into one
   peft        LoRA factors <-> an adapter folder of PEFT's
   hub         models from the Hugging Face hub, and to it

@@ -18,7 +18,7 @@ from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import gguf as gguf_in
 from mt.weights import gguf_file
-from mt.weights import hf_config
+from mt.weights import hf_config_out
 from mt.weights import load
 
 _F32 = gguf.GGMLQuantizationType.F32
@@ -97,14 +97,14 @@ def check(cfg: sizes.ModelConfig) -> None:
 
 def _header(path, cfg, dtype):
   """A writer that has the model's keys, which are read back to be compared."""
-  arch = hf_config.kind_of(cfg).removesuffix('_text')
+  arch = hf_config_out.kind_of(cfg).removesuffix('_text')
   if arch == 'gemma4':
     raise errors.UserError(
       '--to=gguf: Gemma 4 is not written as GGUF; use --to=hf, and '
       "llama.cpp's convert_hf_to_gguf.py on that folder."
     )
   w = gguf.GGUFWriter(path, arch)
-  fields = hf_config.fields_of(cfg)
+  fields = hf_config_out.fields_of(cfg)
   scaling = fields.get('rope_scaling') or {}
   for ours, name in gguf_in.NAMES.items():
     value = (fields | scaling).get(ours)

@@ -31,7 +31,9 @@ from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import hf_config
+from mt.weights import hf_config_out
 from mt.weights import hf_tokenizer
+from mt.weights import hf_tokenizer_out
 from mt.weights import load
 
 _EMBEDDING = 'embed_tokens.weight'
@@ -220,7 +222,7 @@ def write(
   if split.is_sharded:
     index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
     files.write_json(folder / 'model.safetensors.index.json', index)
-  hf_config.write(folder / 'config.json', cfg, dtype, _ids(tok))
+  hf_config_out.write(folder / 'config.json', cfg, dtype, _ids(tok))
   write_serving(folder, cfg, tok, generation or {}, chat_template)
 
 
@@ -257,7 +259,7 @@ def write_serving(
   fields = _ids(tok) | ({'suppress_tokens': spare} if spare else {})
   fields |= {'do_sample': False} | generation
   files.write_json(folder / 'generation_config.json', fields)
-  hf_tokenizer.write(folder, tok, chat_template)
+  hf_tokenizer_out.write(folder, tok, chat_template)
 
 
 def save(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:

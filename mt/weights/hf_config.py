@@ -1,11 +1,10 @@
-"""Hugging Face's config.json <-> the model's shape.
+"""Hugging Face's config.json -> the model's shape.
 
 Fields: transformers, configuration_gemma.py, _gemma2.py, _gemma3.py and
 _gemma4.py. Both ways of writing RoPE are read, `rope_theta` with `rope_scaling`
-(version 4) and `rope_parameters` (version 5); the first is written, which both
-versions read. Gemma 4, which version 4 does not know, has the second alone; the
-shape of its global layers is in `global_head_dim` and
-`num_global_key_value_heads`, as published and written here, or in
+(version 4) and `rope_parameters` (version 5). Gemma 4, which version 4 does not
+know, has the second alone; the shape of its global layers is in
+`global_head_dim` and `num_global_key_value_heads`, as published, or in
 `per_layer_config`, as version 5.24 writes it.
 """
 
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from mt.base import errors
-from mt.base import files
 from mt.base import foreign
 from mt.gemma import sizes
 
@@ -53,7 +51,7 @@ _DEFAULTS = {
     'hidden_size_per_layer_input': 0,
   },
 }
-_GEMMA4_ROPE = {
+GEMMA4_ROPE = {
   'sliding_attention': {'rope_type': 'default', 'rope_theta': 10_000.0},
   'full_attention': {
     'rope_type': 'proportional',
@@ -61,8 +59,8 @@ _GEMMA4_ROPE = {
     'rope_theta': 1_000_000.0,
   },
 }
-_KINDS = {'sliding_attention': 'L', 'full_attention': 'G'}
-_NUMBERS = {
+KINDS = {'sliding_attention': 'L', 'full_attention': 'G'}
+NUMBERS = {
   'vocab_size': 'vocab_size',
   'num_layers': 'num_hidden_layers',
   'embed_dim': 'hidden_size',
@@ -70,7 +68,7 @@ _NUMBERS = {
   'num_heads': 'num_attention_heads',
   'num_kv_heads': 'num_key_value_heads',
 }
-_CAPS = {
+CAPS = {
   'attn_softcap': 'attn_logit_softcapping',
   'final_softcap': 'final_logit_softcapping',
 }
@@ -186,19 +184,19 @@ def shape(f: Fields) -> sizes.ModelConfig:
   for key, allowed in _ONLY.items():
     if f.values.get(key) not in allowed:
       raise f.bad(key, str(allowed[-1]))
-  cap = _CAPS['attn_softcap']  # In transformers no effect from Gemma 3 on.
+  cap = CAPS['attn_softcap']  # In transformers no effect from Gemma 3 on.
   if f.kind not in ('gemma', 'gemma2') and f.values.get(cap) is not None:
     raise f.bad(cap, 'null')
   head_dim = query_dim = f.number('head_dim', 256)
   later, caps = f.kind != 'gemma', {}
   if later:
     query_dim = 1 if f.is_4 else f.number('query_pre_attn_scalar', 256, float)
-    given = {k: x for k, x in _CAPS.items() if f.values.get(x) is not None}
+    given = {k: x for k, x in CAPS.items() if f.values.get(x) is not None}
     caps = {
       ours: f.number(theirs, kind=float) for ours, theirs in given.items()
     }
   local, global_, scale, part = _rope(f)
-  numbers = {ours: f.number(theirs) for ours, theirs in _NUMBERS.items()}
+  numbers = {ours: f.number(theirs) for ours, theirs in NUMBERS.items()}
   cfg = sizes.ModelConfig(
     **numbers,
     head_dim=head_dim,
@@ -312,7 +310,7 @@ def _rope(f):
   if old and new and old != new:
     raise f.bad('rope_parameters', 'the same as rope_scaling, or one of them')
   if f.is_4:
-    new = new or _GEMMA4_ROPE
+    new = new or GEMMA4_ROPE
   key = 'rope_parameters' if new else 'rope_scaling'
   base = f.number('rope_theta', 10_000.0, float)
   if f.kind in ('gemma', 'gemma2'):  # One kind of RoPE in all layers.
@@ -320,13 +318,13 @@ def _rope(f):
   else:
     base_local = f.number('rope_local_base_freq', 10_000.0, float)
     new = new or {'full_attention': old}
-    if not isinstance(new, dict) or new.keys() - _KINDS:
-      raise f.bad(key, f'an object of {", ".join(_KINDS)}')
+    if not isinstance(new, dict) or new.keys() - KINDS:
+      raise f.bad(key, f'an object of {", ".join(KINDS)}')
     if f.is_4 and not all(
       isinstance(new.get(kind), dict) and 'rope_theta' in new[kind]
-      for kind in _KINDS
+      for kind in KINDS
     ):
-      raise f.bad(key, f'rope_theta of each of {", ".join(_KINDS)}')
+      raise f.bad(key, f'rope_theta of each of {", ".join(KINDS)}')
     local = _rope_of_kind(f, key, new.get('sliding_attention'), base_local)
     global_ = _rope_of_kind(f, key, new.get('full_attention'), base)
   if local[1:] != (1.0, 1.0):
@@ -371,93 +369,10 @@ def _attention(f, layers):
   if (
     not isinstance(types, list)
     or len(types) != layers
-    or not all(str(t) in _KINDS for t in types)
+    or not all(str(t) in KINDS for t in types)
   ):
-    raise f.bad('layer_types', f'{layers} of {", ".join(_KINDS)}')
-  text = ''.join(_KINDS[t] for t in types)
+    raise f.bad('layer_types', f'{layers} of {", ".join(KINDS)}')
+  text = ''.join(KINDS[t] for t in types)
   # Its own length is a period.
   periods = (text[:n] for n in range(1, layers + 1))
   return next(p for p in periods if (p * layers)[:layers] == text)
-
-
-def kind_of(cfg: sizes.ModelConfig) -> str:
-  """The `model_type` of a shape: gemma, gemma2, gemma3_text, gemma4_text."""
-  if cfg.global_head_dim:
-    return 'gemma4_text'
-  if cfg.qk_norm:
-    return 'gemma3_text'
-  return 'gemma2' if cfg.post_norms else 'gemma'
-
-
-def write(
-  path: pathlib.Path, cfg: sizes.ModelConfig, dtype: str, ids: Mapping[str, Any]
-) -> None:
-  """Writes a config.json that `read` reads back to the same function.
-
-  Args:
-    path: of the file.
-    cfg: the model's shape.
-    dtype: of the weights beside it.
-    ids: `pad_token_id`, `bos_token_id`, `eos_token_id`.
-  """
-  files.write_json(path, fields_of(cfg) | {'torch_dtype': dtype} | ids)
-
-
-def fields_of(cfg: sizes.ModelConfig) -> dict[str, Any]:
-  """What a config.json says of a shape."""
-  kind = kind_of(cfg)
-  fields = {
-    'architectures': [f'{kind.removesuffix("_text").capitalize()}ForCausalLM'],
-    'model_type': kind,
-    **{theirs: getattr(cfg, ours) for ours, theirs in _NUMBERS.items()},
-    'head_dim': cfg.head_dim,
-    'hidden_act': 'gelu_pytorch_tanh',
-    'hidden_activation': 'gelu_pytorch_tanh',
-    'max_position_embeddings': 32_768 if cfg.qk_norm else 8192,
-    'rms_norm_eps': 1e-6,
-    'tie_word_embeddings': True,
-  }
-  if kind != 'gemma':
-    kinds = {short: long for long, short in _KINDS.items()}
-    fields |= {theirs: getattr(cfg, ours) for ours, theirs in _CAPS.items()}
-    fields['sliding_window'] = cfg.window
-    fields['layer_types'] = [kinds[cfg.kind(n)] for n in range(cfg.num_layers)]
-  if kind == 'gemma4_text':
-    del fields['attn_logit_softcapping']
-    fields |= _gemma4_fields(cfg)
-  else:
-    fields['rope_theta'] = cfg.rope_base_global
-  if kind in ('gemma2', 'gemma3_text'):
-    fields['query_pre_attn_scalar'] = _tidy(cfg.query_scale**-2)
-  if kind == 'gemma3_text':
-    fields['rope_local_base_freq'] = cfg.rope_base_local
-    factor, fields['rope_scaling'] = cfg.rope_scale_global, None
-    if factor != 1.0:
-      fields['rope_scaling'] = {'rope_type': 'linear', 'factor': factor}
-      fields['max_position_embeddings'] = 131_072
-  return fields
-
-
-def _gemma4_fields(cfg):
-  local, global_ = _GEMMA4_ROPE.values()
-  local = local | {'rope_theta': cfg.rope_base_local}
-  global_ = global_ | {
-    'rope_theta': cfg.rope_base_global,
-    'partial_rotary_factor': cfg.rope_part_global,
-  }
-  return {
-    'max_position_embeddings': 131_072,
-    'rope_parameters': {'sliding_attention': local, 'full_attention': global_},
-    'global_head_dim': cfg.global_head_dim,
-    'num_global_key_value_heads': cfg.global_kv_heads,
-    'attention_k_eq_v': cfg.keys_are_values,
-    'num_kv_shared_layers': cfg.sharing_layers,
-    'use_double_wide_mlp': cfg.sharing_hidden_dim is not None,
-    'hidden_size_per_layer_input': cfg.layer_input_dim,
-    'vocab_size_per_layer_input': cfg.vocab_size,
-  }
-
-
-def _tidy(x):
-  """16 for 16.000000000000004: the square of a root."""
-  return round(x) if abs(x - round(x)) < 1e-9 * x else x

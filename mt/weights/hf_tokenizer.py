@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json <-> a SentencePiece model.
+"""Hugging Face's tokenizer.json -> a SentencePiece model.
 
 Format: github.com/huggingface/tokenizers, as GemmaConverter of transformers
 fills it: BPE over characters with byte fallback, the merges in the order of the
@@ -10,28 +10,26 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import itertools
-import json
 import pathlib
 import re
 
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt.base import errors
-from mt.base import files
 from mt.data import tokenizer
 from mt.weights import hf_config
 
-_SPACE = '\u2581'
+SPACE = '\u2581'
 _BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
 ROLES = ('pad', 'eos', 'bos', 'unk')
 _A_SPACE = {'pattern': {'String': ' '}}
-_TO_VISIBLE = {'type': 'Replace', **_A_SPACE, 'content': _SPACE}
+TO_VISIBLE = {'type': 'Replace', **_A_SPACE, 'content': SPACE}
 _SPLIT = {'type': 'Split', **_A_SPACE, 'behavior': 'MergedWithPrevious'}
 # What stands next to the vocabulary of Gemmas.
 _NEXT_TO = {
   'normalizer': (
-    _TO_VISIBLE,
-    {'type': 'Sequence', 'normalizers': [_TO_VISIBLE]},
+    TO_VISIBLE,
+    {'type': 'Sequence', 'normalizers': [TO_VISIBLE]},
   ),
   # Spaces, of which there are none by then.
   'pre_tokenizer': (None, _SPLIT | {'invert': False}),
@@ -79,7 +77,7 @@ def read_folder(folder: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
 
 def _with_roles(tok, folder):
   """A tokenizer.model, whose roles are those of tokenizer_config.json."""
-  spm, own = tok.spm, _ids(tok)
+  spm, own = tok.spm, ids_of_roles(tok)
   names = _role_pieces(folder, spm.id_to_piece(spm.unk_id()))
   ids = [spm.piece_to_id(names[role]) for role in ROLES]
   ids = [
@@ -94,8 +92,8 @@ def _with_roles(tok, folder):
   return tokenizer.from_proto(proto.SerializeToString(), where)
 
 
-def _ids(tok):
-  """Of ROLES."""
+def ids_of_roles(tok: tokenizer.Tokenizer) -> list[int]:
+  """The ids of ROLES, in their order."""
   return [tok.pad_id, tok.eos_id, tok.bos_id, tok.spm.unk_id()]
 
 
@@ -104,7 +102,7 @@ def _agree(tok, path, rows):
   _, pieces, symbols, ranks = _parse(path, rows)
   proto = sp_pb2.ModelProto.FromString(tok.proto)
   same = len(pieces) == tok.vocab_size and all(
-    p.piece == (piece.replace(' ', _SPACE) if i in symbols else piece)
+    p.piece == (piece.replace(' ', SPACE) if i in symbols else piece)
     and (i not in symbols or p.type != tokenizer.NORMAL)
     for i, (p, piece) in enumerate(zip(proto.pieces, pieces, strict=True))
   )
@@ -139,7 +137,7 @@ def _added_beside(folder, tok, rows):
     if text != tokenizer.IMAGE
     and i < rows
     and (
-      i >= tok.vocab_size or tok.spm.id_to_piece(i) != text.replace(' ', _SPACE)
+      i >= tok.vocab_size or tok.spm.id_to_piece(i) != text.replace(' ', SPACE)
     )
   ]
 
@@ -225,7 +223,7 @@ def assemble(
   proto = sp_pb2.ModelProto()
   for i, (piece, score, kind) in enumerate(rows):
     whole = kind == tokenizer.USER_DEFINED
-    text = piece.replace(' ', _SPACE) if whole else piece
+    text = piece.replace(' ', SPACE) if whole else piece
     try:
       proto.pieces.add(piece=text, score=score, type=kind)
     except ValueError as e:  # A lone surrogate: UnicodeEncodeError.
@@ -311,7 +309,7 @@ def _role_pieces(folder, unknown):
 
 
 def chat_template(folder: pathlib.Path) -> str:
-  """What `write` or transformers left there: a file, or in the config; or ''.
+  """As a file or in the config, or '' where the folder has none.
 
   Raises:
     errors.UserError: unreadable.
@@ -327,122 +325,3 @@ def chat_template(folder: pathlib.Path) -> str:
   fields = hf_config.read_json(config) if config.exists() else {}
   template = fields.get('chat_template')
   return template if isinstance(template, str) else ''
-
-
-def write(
-  folder: pathlib.Path, tok: tokenizer.Tokenizer, chat_template: str = ''
-) -> None:
-  """Writes tokenizer.model and the files that transformers reads.
-
-  A chat template is written where programs of today look for it, and where
-  older ones do.
-
-  Raises:
-    OSError: the disk is full or not writable.
-  """
-  proto = sp_pb2.ModelProto.FromString(tok.proto)
-  pieces = [p.piece for p in proto.pieces]
-  ids = zip(ROLES, _ids(tok), strict=True)
-  special = {f'{role}_token': pieces[i] for role, i in ids}
-  (folder / 'tokenizer.model').write_bytes(tok.proto)
-  # Indented it takes twice as long, for 500,000 merges.
-  fast = json.dumps(_fast(proto, tok, special), ensure_ascii=False)
-  files.write(folder / 'tokenizer.json', fast + '\n')
-  files.write_json(folder / 'special_tokens_map.json', special)
-  chat = {'chat_template': chat_template} if chat_template else {}
-  if chat:
-    (folder / 'chat_template.jinja').write_text(chat_template, 'utf-8')
-  files.write_json(
-    folder / 'tokenizer_config.json',
-    special
-    | chat
-    | {
-      'tokenizer_class': 'GemmaTokenizer',
-      'add_bos_token': True,
-      'add_eos_token': False,
-      'clean_up_tokenization_spaces': False,
-      'spaces_between_special_tokens': False,
-      'model_max_length': 10**30,  # As the published ones: no limit.
-    },
-  )
-
-
-def _fast(proto, tok, special):
-  """The content of tokenizer.json."""
-  vocab = {p.piece: i for i, p in enumerate(proto.pieces)}
-  if '\t' not in vocab and '<0x09>' in vocab:
-    # Gemma 1 and 2 have runs of tabs, but no tab, which merges must name.
-    vocab = {'\t' if p == '<0x09>' else p: i for p, i in vocab.items()}
-  added = [
-    _added_token(i, p)
-    for i, p in enumerate(proto.pieces)
-    if p.type in (tokenizer.UNKNOWN, tokenizer.CONTROL, tokenizer.USER_DEFINED)
-  ]
-  to_space = {'pattern': {'String': _SPACE}, 'content': ' '}
-  bos = special['bos_token']
-  first, second = (
-    [
-      {'SpecialToken': {'id': bos, 'type_id': i}},
-      {'Sequence': {'id': name, 'type_id': i}},
-    ]
-    for i, name in enumerate('AB')
-  )
-  return {
-    'version': '1.0',
-    'added_tokens': added,
-    'normalizer': _TO_VISIBLE,
-    'post_processor': {
-      'type': 'TemplateProcessing',
-      'single': first,
-      'pair': first + second,
-      'special_tokens': {
-        bos: {'id': bos, 'ids': [tok.bos_id], 'tokens': [bos]}
-      },
-    },
-    'decoder': {
-      'type': 'Sequence',
-      'decoders': [
-        {'type': 'Replace', **to_space},
-        {'type': 'ByteFallback'},
-        {'type': 'Fuse'},
-      ],
-    },
-    'model': {
-      'type': 'BPE',
-      'unk_token': special['unk_token'],
-      'fuse_unk': True,
-      'byte_fallback': proto.trainer_spec.byte_fallback,
-      'vocab': vocab,
-      'merges': _merges(proto, vocab),
-    },
-  }
-
-
-def _added_token(i, piece):
-  symbol = piece.type == tokenizer.USER_DEFINED
-  return {
-    'id': i,
-    'content': piece.piece,
-    'single_word': False,
-    'lstrip': False,
-    'rstrip': False,
-    # Runs of spaces are looked for where spaces are U+2581 already.
-    'normalized': symbol,
-    'special': not symbol or piece.piece in tokenizer.TURNS,
-  }
-
-
-def _merges(proto, vocab):
-  """All pairs of pieces that make a piece, by its score, as transformers."""
-  out = []
-  for p in proto.pieces:
-    if p.type not in (tokenizer.NORMAL, tokenizer.USER_DEFINED):
-      continue
-    piece = p.piece
-    score = 0.0 if p.type == tokenizer.USER_DEFINED else p.score
-    for at in range(1, len(piece)):
-      left, right = piece[:at], piece[at:]
-      if left in vocab and right in vocab:
-        out.append((-score, -len(left), -len(right), left, right))
-  out.sort(key=lambda x: x[:3])
-  return [list(x[3:]) for x in out]

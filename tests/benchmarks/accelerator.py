@@ -43,7 +43,7 @@ from mt.gemma import sizes
 from mt.train import machine
 from mt.train import targets
 from mt.weights import hf
-from mt.weights import hf_config
+from mt.weights import hf_config_out
 from mt.weights import pretrained
 from tests.benchmarks import speed
 from tests.benchmarks import table
@@ -119,7 +119,7 @@ def _write_models(folder, source, jobs):
     path.mkdir()
     if job['random']:
       cfg = sizes.SIZES[job['size']]
-      hf_config.write(path / 'config.json', cfg, 'bfloat16', ids)
+      hf_config_out.write(path / 'config.json', cfg, 'bfloat16', ids)
     else:
       hf.write(path, source.config, source.read(), tok, 'bfloat16')
 

@@ -240,7 +240,7 @@ def test_what_fails_in_the_middle_leaves_nothing(
     path.write_text('half')
     raise error(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-  monkeypatch.setattr(export.hf.hf_config, 'write', fail)
+  monkeypatch.setattr(export.hf.hf_config_out, 'write', fail)
   out = tmp_path / 'new' / 'out'
   if error is OSError:
     refusal(

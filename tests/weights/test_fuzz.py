@@ -31,6 +31,7 @@ from mt.weights import flax
 from mt.weights import gguf
 from mt.weights import gguf_file
 from mt.weights import hf_tokenizer
+from mt.weights import hf_tokenizer_out
 from mt.weights import load
 from tests.fixtures import flax_fixture
 from tests.fixtures import gguf_fixture
@@ -149,7 +150,7 @@ def _hf_cases(folder, number, rng):
 def _tokenizer_cases(folder, number, rng):
   """Damage to tokenizer.json; reading gives no parameters to compare."""
   original = tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
-  hf_tokenizer.write(folder, original)
+  hf_tokenizer_out.write(folder, original)
   path = folder / 'tokenizer.json'
   data = path.read_bytes()
   for i in range(number):

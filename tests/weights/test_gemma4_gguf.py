@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from mt.data import tokenizer
-from mt.weights import hf_tokenizer
+from mt.weights import hf_tokenizer_out
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
 from tests.fixtures import tiny_gemma4
@@ -55,7 +55,7 @@ def _write_gguf(path, name, **fields):
   del vocabulary['tokenizer.ggml.pre']
   folder = path.parent / f'{path.name}-folder'
   folder.mkdir()
-  hf_tokenizer.write(folder, tokenizer.from_proto(proto, 'x'))
+  hf_tokenizer_out.write(folder, tokenizer.from_proto(proto, 'x'))
   fast = json.loads((folder / 'tokenizer.json').read_text())
   vocabulary |= {
     'tokenizer.ggml.model': 'gemma4',

@@ -7,6 +7,7 @@ import pytest
 
 from mt.gemma import sizes
 from mt.weights import hf_config
+from mt.weights import hf_config_out
 from tests.fixtures import hf_fixture
 from tests.fixtures.refusal import refusal
 
@@ -196,7 +197,7 @@ def test_published_configs_are_understood(tmp_path, name):
 def test_every_size_survives_its_config(tmp_path, name):
   path = tmp_path / 'config.json'
   ids = {'pad_token_id': 0, 'bos_token_id': 2, 'eos_token_id': 1}
-  hf_config.write(path, sizes.SIZES[name], 'float32', ids)
+  hf_config_out.write(path, sizes.SIZES[name], 'float32', ids)
   assert hf_config.read(path) == sizes.SIZES[name]
   fields = json.loads(path.read_text())
   assert fields['torch_dtype'] == 'float32'

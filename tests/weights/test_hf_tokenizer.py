@@ -12,6 +12,7 @@ from mt.data import tokenizer
 from mt.weights import gguf
 from mt.weights import gguf_file
 from mt.weights import hf_tokenizer
+from mt.weights import hf_tokenizer_out
 from mt.weights import pretrained
 from tests.fixtures import gguf_fixture
 from tests.fixtures import nasty
@@ -28,7 +29,7 @@ def original():
 def written(original, tmp_path_factory):
   """The folder of the files that transformers reads."""
   folder = tmp_path_factory.mktemp('tokenizer')
-  hf_tokenizer.write(folder, original)
+  hf_tokenizer_out.write(folder, original)
   return folder
 
 
@@ -96,7 +97,7 @@ def test_a_gguf_vocabulary_goes_the_same_way(tmp_path, original):
     gguf_fixture.train_proto(),
   )
   tok = gguf.read_tokenizer(gguf_file.open_gguf(path))
-  hf_tokenizer.write(tmp_path, tok)
+  hf_tokenizer_out.write(tmp_path, tok)
   assert _content(tmp_path)['model']['merges']
   again = hf_tokenizer.read(tmp_path / 'tokenizer.json', 400)
   _same_everywhere(again, original)
@@ -105,7 +106,7 @@ def test_a_gguf_vocabulary_goes_the_same_way(tmp_path, original):
 def test_our_own_small_tokenizers_go_the_same_way(tmp_path):
   # Their special pieces are <s> and </s>, as SentencePiece calls them.
   tok = tokenizer.train(nasty.TEXTS * 3, 400)
-  hf_tokenizer.write(tmp_path, tok)
+  hf_tokenizer_out.write(tmp_path, tok)
   again = hf_tokenizer.read(tmp_path / 'tokenizer.json', 400)
   assert (again.bos_id, again.eos_id) == (tok.bos_id, tok.eos_id)
   _same_everywhere(again, tok)
@@ -197,7 +198,7 @@ def test_a_tab_in_place_of_its_byte(tmp_path, written):
     if p.piece == '\t':
       p.piece, p.type = '\t\t', 1
   tok = tokenizer.from_proto(m.SerializeToString(), 'x')
-  hf_tokenizer.write(tmp_path, tok)
+  hf_tokenizer_out.write(tmp_path, tok)
   content = _content(tmp_path)
   assert '<0x09>' not in content['model']['vocab']
   assert ['\t', '\t'] in content['model']['merges']
@@ -247,7 +248,7 @@ def test_a_role_leaves_a_piece_as_it_is(tmp_path, written, roles, beside):
   _same_everywhere(tok, original)
   _assert_same_ids(tok, original, '<start_of_turn>user\nHi<end_of_turn>')
   # And out again.
-  hf_tokenizer.write(tmp_path, tok)
+  hf_tokenizer_out.write(tmp_path, tok)
   again = hf_tokenizer.read_folder(tmp_path, 400)
   assert (again.eos_id, again.pad_id) == (tok.eos_id, tok.pad_id)
 
@@ -514,7 +515,7 @@ def test_tokens_that_change_nothing_are_none(tmp_path, original):
 def test_tokenizer_json_gives_the_real_tokenizers(tmp_path, generation):
   original = real_tokenizers.original(generation)
   texts = real_tokenizers.texts(1 if generation == 'gemma1' else 5)
-  hf_tokenizer.write(tmp_path, original)
+  hf_tokenizer_out.write(tmp_path, original)
   rebuilt = hf_tokenizer.read(tmp_path / 'tokenizer.json', original.vocab_size)
   assert rebuilt.proto != original.proto  # It is not simply the file beside.
   real_tokenizers.assert_same(rebuilt, original, texts)
