@@ -164,7 +164,7 @@ def evaluate_last(run: Run, state: state_lib.TrainState) -> None:
     return
   evaluate(run, state, translate)
   if translate:
-    journal.say(f'note: step {at} is saved without its chrF: it is no best one')
+    journal.say(f'note: step {at} was saved before its chrF: it cannot be best')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,8 +149,9 @@ def begin(
     ),
     data=data,
     identity=checkpoint.identity(source, fingerprint),
-    compared=config.eval.translate_every > 0
-    or processes.agree(run_folder.has_chrf(workdir)),
+    compared=processes.agree(  # All are asked, whatever their knobs.
+      config.eval.translate_every > 0 or run_folder.has_chrf(workdir)
+    ),
     checkpoints=checkpoint.open_manager(workdir, config.checkpoint.keep),
     recorder=None,
     curves=report.Curves(workdir / 'metrics.jsonl'),

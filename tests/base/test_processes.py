@@ -108,13 +108,22 @@ def test_a_cluster_says_who_they_are(variables):
   assert refused == [False, True]
 
 
-def test_every_knob_is_compared(tmp_path, monkeypatch):
-  """Those too that a resume may change: all must end at the same step."""
-  seen = {}
+@pytest.mark.parametrize('every', (0, 1))
+def test_every_knob_is_compared(tmp_path, monkeypatch, every):
+  """Those too that a resume may change: all must end at the same step.
+
+  Until then processes ask each other the same, whatever their knobs are.
+  """
+  seen, asked_others = {}, []
   monkeypatch.setattr(processes, 'check_same', seen.update)
+  monkeypatch.setattr(
+    processes, 'agree', lambda x: bool(asked_others.append(x)) or x
+  )
   config = machine.here(_config(1))
+  config.eval.translate_every = every
   run, _ = run_lib.begin(config, tmp_path, None, 0.0)
   run.data.train.close()
+  assert asked_others == [every > 0]
   compared, asked = seen['config'], run_folder.flat(config.to_dict())
   paths = {f'weights.{name}' for name in run_folder._PATHS}
   assert compared.keys() == asked.keys() - paths

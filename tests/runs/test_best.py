@@ -229,7 +229,7 @@ def test_a_run_that_ends_where_it_was_stopped_looks_at_its_last_step(
   best = 2 if every else 3
   assert _scored(tmp_path) == {'valid': {'before': 0, 'after': best}}
   assert checkpoint.find_step(tmp_path)[0] == best
-  assert ('step 3 is saved without its chrF' in capsys.readouterr().out) == (
+  assert ('step 3 was saved before its chrF' in capsys.readouterr().out) == (
     every > 0
   )
 
