@@ -1,5 +1,6 @@
 """Tests keep to themselves: nothing is read from or left in the home folder."""
 
+import functools
 import gc
 from importlib import metadata
 import os
@@ -50,9 +51,26 @@ def pytest_collection_finish(session):
 
 
 @pytest.fixture
-def debug_config():
-  """A run of seconds, see tests/runs/small.py."""
+def debug_config(monkeypatch):
+  """A run of seconds, see tests/runs/small.py.
+
+  Its report's charts, a quarter of its processor time, are drawn once for each
+  title and numbers of points; tests/evaluate has those of charts.
+  """
+  from mt.evaluate import chart
   from mt.train import machine
   from tests.runs import small
 
+  real = chart.lines
+
+  def lines(title, series):
+    sizes = tuple((name, len(points)) for name, points in series)
+    return _drawn(real, title, sizes)
+
+  monkeypatch.setattr(chart, 'lines', lines)
   return machine.here(small.get_config())
+
+
+@functools.cache
+def _drawn(draw, title, sizes):
+  return draw(title, [(name, [(x, x) for x in range(n)]) for name, n in sizes])
