@@ -82,7 +82,6 @@ _ONLY = {
   'rms_norm_eps': (None, float(np.float32(1e-6)), 1e-6),
   'attention_bias': (None, False),
   'use_bidirectional_attention': (None, False, 'vision'),  # Text is causal.
-  'enable_moe_block': (None, False),
 }
 # Gemmas that are none of ours: what to take instead.
 OTHERS = {
@@ -285,9 +284,11 @@ def _text_fields(path):
     fields, kind = {}, 'gemma3_text'  # All of it left to the defaults.
   if str(kind).startswith('gemma3n'):
     raise errors.UserError(f'{path}: {OTHERS["gemma3n"]}')
-  if str(kind) not in _DEFAULTS:
+  outer, own = whole.get('model_type'), (kind, str(kind).removesuffix('_text'))
+  # In PaliGemma a Gemma lies that does not see its prompt causally.
+  if str(kind) not in _DEFAULTS or outer not in own:
     raise errors.UserError(
-      f'{path}: model_type {str(kind)[:40]!r} found, one of '
+      f'{path}: model_type {str(outer)[:40]!r} found, one of '
       f'{", ".join(_DEFAULTS)} expected; this project trains Gemma only.'
     )
   return kind, _DEFAULTS[kind] | fields

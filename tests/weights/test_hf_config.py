@@ -392,6 +392,16 @@ def test_json_that_is_none_is_refused(tmp_path, data, words):
   refusal(lambda: hf_fixture.load(tmp_path), path, *words)
 
 
+def test_a_gemma_within_another_model_is_refused(tmp_path):
+  # PaliGemma's sees all of its prompt, which its text_config does not say.
+  hf_fixture.write_folder(tmp_path, 'gemma', prefix='language_model.model.')
+  path = tmp_path / 'config.json'
+  fields = {'model_type': 'paligemma', 'vision_config': {}}
+  fields['text_config'] = json.loads(path.read_text())
+  path.write_text(json.dumps(fields))
+  refusal(lambda: hf_fixture.load(tmp_path), path, "'paligemma' found")
+
+
 def test_a_head_of_the_whole_model_is_refused(tmp_path):
   hf_fixture.write_folder(tmp_path)
   path = tmp_path / 'config.json'
