@@ -46,6 +46,7 @@ NAMES = {
   'final_logit_softcapping': 'final_logit_softcapping',
 }
 _NAMES_4 = NAMES | {
+  'enable_moe_block': 'expert_count',
   'head_dim': 'attention.key_length_swa',
   'global_head_dim': 'attention.key_length',
   'layer_types': 'attention.sliding_window_pattern',
@@ -73,15 +74,8 @@ def read_config(file: gguf_file.GGUFFile) -> sizes.ModelConfig:
   """
   # str(): a damaged header may hold an array, which cannot be looked up.
   arch = str(file.fields.get('general.architecture'))
-  experts = file.fields.get(f'{arch}.expert_count', 0)
-  if not isinstance(experts, int):
-    raise errors.UserError(
-      f'{file.path}: {arch}.expert_count is {str(experts)[:60]}, a whole '
-      'number expected; the file is damaged: convert the model again.'
-    )
-  other = 'moe' if experts else arch
-  if other in hf_config.OTHERS:
-    raise errors.UserError(f'{file.path}: {hf_config.OTHERS[other]}')
+  if arch in hf_config.OTHERS:
+    raise errors.UserError(f'{file.path}: {hf_config.OTHERS[arch]}')
   if arch not in _KINDS:
     raise errors.UserError(
       f'{file.path}: architecture {arch!r} found, one of '
@@ -304,10 +298,9 @@ def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:
   # Ollama calls that of Gemma 4 llama, with ids in place of scores.
   of_4 = 'gemma4' in (str(kind), str(file.fields.get('tokenizer.ggml.pre')))
   if whole and of_4 and isinstance(merges, list):
-    return _of_merges(file, pieces, types, merges)
-  if not (
-    whole and str(kind) == 'llama' and getattr(scores, 'shape', None) == shape
-  ):
+    return _of_merges(file, _texts(pieces), types, _texts(merges))
+  scored = str(kind) == 'llama' and getattr(scores, 'shape', None) == shape
+  if not whole or not scored:
     raise errors.UserError(
       f'{file.path}: tokenizer kind {kind!r} found, "llama" (pieces with a '
       'score and a type each) or "gemma4" (with a type each, and merges) '
@@ -318,19 +311,18 @@ def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:
     if not _NO_PIECE.fullmatch(pieces[n - 1]):
       break
     n -= 1  # A row without a piece.
-  ids = _roles(file, n)
-  try:
-    texts = [piece.decode() for piece in pieces[:n]]
-  except UnicodeDecodeError as e:
-    raise hf_tokenizer.bad(file.path, f'a piece is no UTF-8 ({e})') from e
-  kinds = (
-    _piece_type(text, type_, i, ids)
-    for i, (text, type_) in enumerate(
-      zip(texts, types[:n].tolist(), strict=True)
-    )
+  texts, ids = _texts(pieces[:n]), _roles(file, n)
+  found = zip(texts, scores[:n].tolist(), types[:n].tolist(), strict=True)
+  rows = (
+    (text, score, _piece_type(text, type_, i, ids))
+    for i, (text, score, type_) in enumerate(found)
   )
-  rows = zip(texts, scores[:n].tolist(), kinds, strict=True)
   return hf_tokenizer.assemble(file.path, rows, ids)
+
+
+def _texts(pieces):
+  # What is no UTF-8 stays none, and is refused where SentencePiece wants it.
+  return [piece.decode(errors='surrogateescape') for piece in pieces]
 
 
 def _piece_type(text, type_, i, ids):
@@ -364,10 +356,9 @@ def _roles(file, n):
 
 def _of_merges(file, pieces, types, merges):
   """Gemma 4 has merges in place of scores, as a tokenizer.json has."""
-  pieces = [p.decode(errors='replace') for p in pieces]
   ranks = {}
   for rank, merge in enumerate(merges):
-    ranks.setdefault(merge.decode(errors='replace').replace(' ', '', 1), rank)
+    ranks.setdefault(merge.replace(' ', '', 1), rank)
   kinds = (tokenizer.CONTROL, tokenizer.USER_DEFINED)
   symbols = set(np.flatnonzero(np.isin(types, kinds)))
   ids = zip(hf_tokenizer.ROLES, _roles(file, len(pieces)), strict=True)

@@ -167,7 +167,7 @@ def test_rows_that_the_converter_filled_up_are_no_pieces(tmp_path, pair):
     ({'token_type': [1] * 401}, ('type',)),
     ({'bos_token_id': 400}, ('400', 'ids')),
     ({'add_space_prefix': True}, ('add_space_prefix is true',)),
-    ({'tokens': [b'\xff'] * 400}, ('a piece', 'UTF-8')),
+    ({'tokens': [b'\xff'] * 400}, ('piece 0', 'UTF-8')),
     # Two pieces that are the same: SentencePiece's own refusal.
     ({'tokens': [b'a'] * 400}, ('not a SentencePiece',)),
   ],
