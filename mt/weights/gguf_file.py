@@ -121,22 +121,18 @@ def open_gguf(path: str | pathlib.Path) -> GGUFFile:
   """Reads the header of a GGUF file and checks it against the file's size.
 
   Raises:
-    errors.UserError: missing, unreadable, not GGUF, truncated or inconsistent.
+    errors.UserError: not GGUF, truncated or inconsistent.
   """
   path = pathlib.Path(path)
-  try:
-    with open(path, 'rb') as f:
-      data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-  except (OSError, ValueError) as e:
-    raise errors.UserError(
-      f'{path}: cannot read the GGUF file ({e}); check weights.source.'
-    ) from e
-  if data[:4] != b'GGUF':
-    foreign.refuse(path)
-    raise errors.UserError(
-      f'{path}: starts with {data[:4]!r}, a GGUF file with b"GGUF"; '
-      'check weights.source.'
-    )
+  with open(path, 'rb') as f:
+    magic = f.read(4)
+    if magic != b'GGUF':
+      foreign.refuse(path)
+      raise errors.UserError(
+        f'{path}: starts with {magic!r}, a GGUF file with b"GGUF"; check '
+        'weights.source.'
+      )
+    data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
   h = _Header(path, data)
   version = h.scalar(_UINT32)
   if version not in (2, 3):

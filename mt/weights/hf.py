@@ -151,16 +151,18 @@ def reading(path: pathlib.Path) -> Iterator[None]:
   """What the library raises out of a safetensors file refuses that file.
 
   Raises:
-    errors.UserError: missing, damaged, or of another kind.
+    errors.UserError: missing, unreadable, damaged, or of another kind.
   """
   try:
     yield
   except (OSError, safetensors.SafetensorError) as e:
-    if path.is_file():
+    why = ' '.join(str(e).split())[:160]
+    try:
       foreign.refuse(path, foreign.SAFETENSORS)
+    except OSError as own:  # To the library each of these is a missing file.
+      why = own.strerror
     raise errors.UserError(
-      f'{path}: not a whole safetensors file '
-      f'({" ".join(str(e).split())[:160]}); fetch it again.'
+      f'{path}: cannot be read as safetensors ({why}); fetch it again.'
     ) from e
 
 

@@ -34,8 +34,8 @@ def download(handle: str, *, force: bool = False) -> pathlib.Path:
   """
   if not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*){3}(/\d{1,9})?', handle):
     raise errors.UserError(
-      f'weights.source names the Kaggle model {handle!r}; four parts (and a '
-      'version, if you like) expected, such as google/gemma/flax/2b-it.'
+      f'kaggle:{handle}: OWNER/MODEL/FRAMEWORK/VARIATION expected, or '
+      'with /VERSION after it, such as kaggle:google/gemma/flax/2b-it.'
     )
   # Here: they take half a second, and it sets up loggers.
   import kagglehub
@@ -55,9 +55,7 @@ def download(handle: str, *, force: bool = False) -> pathlib.Path:
       journal.say(f'weights: Kaggle does not answer, taken from {cached}')
       return cached
     what, remedy = _refused(handle, away, e)
-    raise errors.UserError(
-      f'weights.source=kaggle:{handle}: {what}; {remedy}.'
-    ) from e
+    raise errors.UserError(f'kaggle:{handle}: {what}; {remedy}.') from e
 
 
 def _refused(handle, away, e):

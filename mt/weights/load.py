@@ -131,14 +131,9 @@ def put(flat: Mapping[str, Any], place: Place) -> np.ndarray:
 
 
 def _check_head(weights, embedding, head):
-  # Both by their rows, or in parts.
+  both = embedding, dataclasses.replace(embedding, name=head)
   same = weights.found[head] == embedding.shape and all(
-    np.array_equal(ours, theirs)
-    for ours, theirs in zip(
-      weights.get(embedding),
-      weights.get(dataclasses.replace(embedding, name=head)),
-      strict=True,
-    )
+    map(np.array_equal, *map(weights.get, both))  # By rows, or in parts.
   )
   if not same:
     raise errors.UserError(

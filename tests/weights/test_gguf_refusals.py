@@ -29,7 +29,7 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
   ('data', 'words'),
   [
-    (b'', ('empty', 'weights.source')),
+    (b'', (repr(b''), 'weights.source')),
     (b'XX\x03\x04' + bytes(99), (repr(b'XX\x03\x04'), 'GGUF')),
     (b'GGU', (repr(b'GGU'), 'GGUF')),
     (b'GGUF' + struct.pack('<I', 1) + bytes(99), ('version 1 ', '2 or 3')),

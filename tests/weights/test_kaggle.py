@@ -249,9 +249,7 @@ def test_a_busy_server(server):
   + ['google/gemma/../2b-it', '/gemma/flax/2b-it', 'google/ge mma/flax/2b-it'],
 )
 def test_a_handle_of_another_shape(server, handle):
-  refusal(
-    lambda: kaggle.download(handle), repr(handle), 'google/gemma/flax/2b-it'
-  )
+  refusal(lambda: kaggle.download(handle), f'kaggle:{handle}: OWNER/MODEL/')
   assert server.requests == []
 
 

