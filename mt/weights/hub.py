@@ -10,6 +10,9 @@ import contextlib
 import pathlib
 import re
 
+import huggingface_hub  # Its attributes are loaded when they are used.
+from huggingface_hub import constants
+
 from mt.base import errors
 
 _NAME = re.compile(r'(\w[\w.-]*/\w[\w.-]*)(/[\w./-]+\.gguf)?(@[\w./-]+)?')
@@ -35,8 +38,6 @@ def download(name: str, *, force: bool = False) -> pathlib.Path:
       'OWNER/MODEL/FILE.gguf, such as hf:google/gemma-3-270m.'
     )
   model, file, revision = match.groups('')
-  import huggingface_hub  # Here, as it takes half a second.
-
   with _refusing(f'hf:{name}', model, revision[1:]):
     folder = huggingface_hub.snapshot_download(
       model,
@@ -62,12 +63,10 @@ def check_upload(name: str) -> str:
   Raises:
     errors.UserError: another name, or no token.
   """
-  from huggingface_hub import get_token
-
   match = re.fullmatch(r'hf:(\w[\w.-]*/\w[\w.-]*)', name)
   if not match:
     raise errors.UserError(f'--push={name}: hf:USER/NAME expected.')
-  if get_token() is None:
+  if huggingface_hub.get_token() is None:
     raise errors.UserError(f'--push={name}: no token of the hub; {_token()}.')
   return match[1]
 
@@ -83,8 +82,6 @@ def upload(folder: pathlib.Path, model: str, *, public: bool = False) -> str:
   Raises:
     errors.UserError: it is there already, the token may not, no network.
   """
-  import huggingface_hub
-
   api = huggingface_hub.HfApi()
   whole = (
     f' The folder {folder} is whole: `hf upload {model} {folder} --private` '
@@ -99,7 +96,7 @@ def upload(folder: pathlib.Path, model: str, *, public: bool = False) -> str:
 @contextlib.contextmanager
 def _refusing(what, model, revision='', after=''):
   """What the client raises becomes a refusal of `what`."""
-  import httpx2
+  import httpx2  # Here, as it takes a tenth of a second.
   from huggingface_hub import errors as hub_errors
 
   try:
@@ -115,14 +112,10 @@ def _refusing(what, model, revision='', after=''):
 
 
 def _page(model):
-  from huggingface_hub import constants
-
   return f'{constants.ENDPOINT}/{model}'
 
 
 def _token():
-  from huggingface_hub import constants
-
   return (
     f'make a token at {constants.ENDPOINT}/settings/tokens (one that may write '
     'for --push) and give it to `hf auth login`, or set HF_TOKEN'
@@ -132,14 +125,13 @@ def _token():
 def _refused(model, revision, e):
   """What was found and what to do, of what the client raises."""
   from huggingface_hub import errors as hub_errors
-  from huggingface_hub import get_token
 
   local = isinstance(e, hub_errors.LocalEntryNotFoundError)
   if not isinstance(e, hub_errors.HfHubHTTPError):
     # What kept it from the hub, where it looked into its cache after that.
     e = e.__cause__ or e
   status = getattr(getattr(e, 'response', None), 'status_code', 0)
-  unknown = get_token() is None
+  unknown = huggingface_hub.get_token() is None
   if isinstance(e, hub_errors.GatedRepoError):
     who = f', and {_token()}' if unknown else ' with the account of your token'
     what = f'its licence is not accepted, for all the hub knows ({status})'
