@@ -77,14 +77,13 @@ def read_folder(folder: pathlib.Path, rows: int) -> tokenizer.Tokenizer:
 
 def _with_roles(tok, folder):
   """A tokenizer.model, whose roles are those of tokenizer_config.json."""
-  spm, own = tok.spm, ids_of_roles(tok)
+  spm, ids = tok.spm, ids_of_roles(tok)
   names = _role_pieces(folder, spm.id_to_piece(spm.unk_id()))
-  ids = [spm.piece_to_id(names[role]) for role in ROLES]
-  ids = [
-    i if spm.id_to_piece(i) == names[role] else mine
-    for role, i, mine in zip(ROLES, ids, own, strict=True)
-  ]
-  if ids == own:
+  for n, role in enumerate(ROLES):
+    i = spm.piece_to_id(names[role])
+    if spm.id_to_piece(i) == names[role]:  # Not the unknown piece's.
+      ids[n] = i
+  if ids == ids_of_roles(tok):
     return tok
   proto = sp_pb2.ModelProto.FromString(tok.proto)
   tokenizer.set_roles(proto, ids)
@@ -122,15 +121,12 @@ def _added_beside(folder, tok, rows):
     added = hf_config.read_json(own)
     if not all(type(i) is int for i in added.values()):
       raise bad(own, 'not each token has a number')
-  if config.exists():
-    listed = hf_config.read_json(config).get('added_tokens_decoder') or {}
-    try:
-      added |= {token['content'] + '': int(i) for i, token in listed.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-      raise bad(
-        config,
-        f'added_tokens_decoder has no numbers with tokens ({str(e)[:60]})',
-      ) from e
+  listed = _config(folder).get('added_tokens_decoder') or {}
+  try:
+    added |= {token['content'] + '': int(i) for i, token in listed.items()}
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    what = f'added_tokens_decoder has no numbers with tokens ({str(e)[:60]})'
+    raise bad(config, what) from e
   return [
     text
     for text, i in added.items()
@@ -295,9 +291,7 @@ def _check_function(path, whole):
 
 def _role_pieces(folder, unknown):
   """pad, eos, bos and unk -> its piece."""
-  out = {}
-  config = folder / 'tokenizer_config.json'
-  fields = hf_config.read_json(config) if config.exists() else {}
+  out, fields = {}, _config(folder)
   for role in ROLES:
     value = fields.get(f'{role}_token')
     if isinstance(value, dict):
@@ -308,20 +302,15 @@ def _role_pieces(folder, unknown):
   return out
 
 
-def chat_template(folder: pathlib.Path) -> str:
-  """As a file or in the config, or '' where the folder has none.
+def _config(folder):
+  path = folder / 'tokenizer_config.json'
+  return hf_config.read_json(path) if path.exists() else {}
 
-  Raises:
-    errors.UserError: unreadable.
-  """
-  own, config = folder / 'chat_template.jinja', folder / 'tokenizer_config.json'
+
+def chat_template(folder: pathlib.Path) -> str:
+  """As a file or in the config, or '' where the folder has none."""
+  own = folder / 'chat_template.jinja'
   if own.exists():
-    try:
-      return own.read_text('utf-8')
-    except (OSError, UnicodeDecodeError) as e:
-      raise errors.UserError(
-        f'{own}: cannot read it ({e}); fetch it again, or remove it.'
-      ) from e
-  fields = hf_config.read_json(config) if config.exists() else {}
-  template = fields.get('chat_template')
+    return own.read_text('utf-8')
+  template = _config(folder).get('chat_template')
   return template if isinstance(template, str) else ''

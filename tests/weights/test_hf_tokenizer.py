@@ -349,14 +349,14 @@ def test_bytes_that_are_not_all_there_are_refused(tmp_path, written):
   refusal(lambda: _read(path, content), path, 'SentencePiece')
 
 
-def test_a_chat_template_that_is_no_text(tmp_path):
+def test_a_chat_template_is_a_file_or_a_field(tmp_path):
   assert hf_tokenizer.chat_template(tmp_path) == ''
   config = tmp_path / 'tokenizer_config.json'
-  config.write_text(json.dumps({'chat_template': None}))
-  assert hf_tokenizer.chat_template(tmp_path) == ''
-  path = tmp_path / 'chat_template.jinja'
-  path.write_bytes(b'\xff')
-  refusal(lambda: hf_tokenizer.chat_template(tmp_path), path, 'fetch it again')
+  for field, text in (None, ''), ('{{ a }}', '{{ a }}'):
+    config.write_text(json.dumps({'chat_template': field}))
+    assert hf_tokenizer.chat_template(tmp_path) == text
+  (tmp_path / 'chat_template.jinja').write_text('é', 'utf-8')
+  assert hf_tokenizer.chat_template(tmp_path) == 'é'
 
 
 # Beside a tokenizer.model.
