@@ -310,22 +310,19 @@ def _rope(f):
   old, new = f.values.get('rope_scaling'), f.values.get('rope_parameters')
   if old and new and old != new:
     raise f.bad('rope_parameters', 'the same as rope_scaling, or one of them')
+  base = base_local = None  # In Gemma 4 all is in rope_parameters.
   if f.is_4:
     new = new or GEMMA4_ROPE
+  else:
+    base = f.number('rope_theta', 10_000.0, float)
+    base_local = f.number('rope_local_base_freq', 10_000.0, float)
   key = 'rope_parameters' if new else 'rope_scaling'
-  base = f.number('rope_theta', 10_000.0, float)
   if f.kind in ('gemma', 'gemma2'):  # One kind of RoPE in all layers.
     local = global_ = _rope_of_kind(f, key, new or old, base)
   else:
-    base_local = f.number('rope_local_base_freq', 10_000.0, float)
     new = new or {'full_attention': old}
     if not isinstance(new, dict) or new.keys() - KINDS:
       raise f.bad(key, f'an object of {", ".join(KINDS)}')
-    if f.is_4 and not all(
-      isinstance(new.get(kind), dict) and 'rope_theta' in new[kind]
-      for kind in KINDS
-    ):
-      raise f.bad(key, f'rope_theta of each of {", ".join(KINDS)}')
     local = _rope_of_kind(f, key, new.get('sliding_attention'), base_local)
     global_ = _rope_of_kind(f, key, new.get('full_attention'), base)
   if local[1:] != (1.0, 1.0):

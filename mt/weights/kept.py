@@ -85,11 +85,10 @@ def one(
   if bits:
     make = functools.partial(quantize.quantize, bits=bits)
     kept = jax.eval_shape(make, kept)
-  where = None
-  if keep.mesh is not None:
-    where = sharding.of_tree(cfg, keep.mesh, {path: kept})[path]
   leaves, structure = jax.tree.flatten(kept)
-  places = [None] * len(leaves) if where is None else jax.tree.leaves(where)
+  places = [None] * len(leaves)
+  if keep.mesh is not None:
+    places = jax.tree.leaves(sharding.of_tree(cfg, keep.mesh, {path: kept}))
   shards = [_empty(x, s) for x, s in zip(leaves, places, strict=True)]
   with futures.ThreadPoolExecutor(1) as pool:
     for layer, tensor in tensors:

@@ -68,14 +68,11 @@ def read(
       _write(path, key, places, params, crc)
   else:
     (crc,) = np.frombuffer(data, np.uint32, 1, len(key)).tolist()
-    params = parameters.unflatten(
-      {
-        name: np.frombuffer(data, np.float32, math.prod(shape), at).reshape(
-          shape
-        )
-        for name, (at, shape) in places.items()
-      }
-    )
+    flat = {
+      name: np.ndarray(shape, np.float32, data, at)
+      for name, (at, shape) in places.items()
+    }
+    params = parameters.unflatten(flat)
     if plain and keep.donated:
       params = jax.tree.map(jnp.array, params)  # It copies.
   if plain:

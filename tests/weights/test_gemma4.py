@@ -248,7 +248,7 @@ def test_the_text_model_of_a_multimodal_one(tmp_path, kind):
     ),
     # transformers fills nothing in.
     *(
-      ({'rope_parameters': rope}, ('rope_theta of each',))
+      ({'rope_parameters': rope}, ('rope_theta is None',))
       for rope in (
         {'sliding_attention': {'rope_theta': 1e4}},
         {'full_attention': {'rope_theta': 1e6}},
