@@ -224,18 +224,6 @@ def test_a_tokenizer_that_is_not_there(saved, tmp_path):
   )
 
 
-def test_a_tokenizer_of_another_model(saved, tmp_path):
-  path = tmp_path / 'big.model'
-  path.write_bytes(gguf_fixture.train_proto(401))
-  refusal(
-    lambda: _open(saved, path),
-    path,
-    '401',
-    '400',
-    'weights.tokenizer',
-  )
-
-
 def test_folders_without_a_checkpoint(saved, tmp_path):
   refusal(
     lambda: _open(tmp_path),

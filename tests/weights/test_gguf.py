@@ -14,8 +14,8 @@ from mt.weights import gguf_file
 from mt.weights import load as load_lib
 from tests.fixtures import gguf_fixture
 from tests.fixtures.hf_fixture import assert_same
+from tests.fixtures.hf_fixture import load
 from tests.fixtures.refusal import refusal
-from tests.fixtures.tiny_gguf import load
 from tests.fixtures.tiny_gguf import small
 from tests.fixtures.tiny_gguf import write
 

@@ -1,7 +1,6 @@
 """Hugging Face folders: the same model in and out, or one clear refusal."""
 
 import json
-import os
 import struct
 import tracemalloc
 
@@ -14,7 +13,6 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 
 from mt.weights import hf_config
-from mt.weights import load
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
 from tests.fixtures.refusal import refusal
@@ -133,16 +131,6 @@ def test_links_into_a_cache_are_followed(tmp_path):
   hf_fixture.assert_same(hf_fixture.load(tmp_path / 'snapshot')[1], params)
 
 
-def test_opening_reads_no_tensor(tmp_path, monkeypatch):
-  hf_fixture.write_folder(tmp_path)
-
-  def must_not(*_):
-    raise AssertionError('a tensor was read before it was asked for')
-
-  monkeypatch.setattr(load, 'read', must_not)
-  assert hf_fixture.open_folder(tmp_path).tokenizer.vocab_size == 400
-
-
 # What is missing, or does not fit.
 
 
@@ -177,31 +165,6 @@ def test_a_missing_file_is_refused(tmp_path, file, words):
   hf_fixture.write_folder(tmp_path)
   (tmp_path / file).unlink()
   refusal(lambda: hf_fixture.load(tmp_path), tmp_path, *words)
-
-
-def test_a_tokenizer_of_the_config_fills_the_gap(tmp_path):
-  hf_fixture.write_folder(tmp_path / 'a')
-  os.rename(tmp_path / 'a' / 'tokenizer.model', tmp_path / 'b.model')
-  source = hf_fixture.open_folder(tmp_path / 'a', tmp_path / 'b.model')
-  assert source.tokenizer.proto == gguf_fixture.train_proto()
-
-
-@pytest.mark.parametrize('rows', (399, 400 + 129))
-def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, rows, monkeypatch):
-  def must_not(*_):
-    raise AssertionError('a tensor was read before the refusal')
-
-  monkeypatch.setattr(load, 'read', must_not)
-  hf_fixture.write_folder(
-    tmp_path, cfg=gguf_fixture.tiny_config('gemma3', rows)
-  )
-  refusal(
-    lambda: hf_fixture.open_folder(tmp_path),
-    tmp_path,
-    '400',
-    rows,
-    'weights.tokenizer',
-  )
 
 
 def _change(tmp_path, change, arch='gemma3'):
@@ -258,16 +221,6 @@ def test_quantised_weights_are_refused(tmp_path, dtype):
     'model.layers.0.self_attn.q_proj.weight.absmax',
     'model.layers.0.self_attn.q_proj.lora_A.weight',
     'model.layers.2.input_layernorm.weight',
-  ],
-)
-def test_a_tensor_that_would_be_ignored_is_refused(tmp_path, name):
-  _change(tmp_path, lambda t: t | {name: np.ones(3, np.float32)})
-  refusal(lambda: hf_fixture.load(tmp_path), tmp_path, name, 'no part')
-
-
-@pytest.mark.parametrize(
-  'name',
-  [
     'lm_head.bias',
     'score.weight',
     'model.score.weight',
@@ -400,16 +353,11 @@ def test_an_absurd_header_is_refused(tmp_path, what):
 
 
 @pytest.mark.parametrize('size', (0, 7, 1000, -1))
-def test_a_cut_file_is_refused(tmp_path, size):
+@pytest.mark.parametrize('claimed', (None, 2**64 - 1, 2**40))
+def test_a_cut_file_is_refused(tmp_path, size, claimed):
   hf_fixture.write_folder(tmp_path)
   path = tmp_path / 'model.safetensors'
-  path.write_bytes(path.read_bytes()[:size])
-  refusal(lambda: hf_fixture.load(tmp_path), path, 'fetch it again')
-
-
-@pytest.mark.parametrize('claimed', (2**64 - 1, 2**40))
-def test_a_header_as_long_as_it_claims_is_refused(tmp_path, claimed):
-  hf_fixture.write_folder(tmp_path)
-  path = tmp_path / 'model.safetensors'
-  path.write_bytes(struct.pack('<Q', claimed) + bytes(1000))
+  data = path.read_bytes()
+  header = data[:8] if claimed is None else struct.pack('<Q', claimed)
+  path.write_bytes((header + data[8:])[:size])
   refusal(lambda: hf_fixture.load(tmp_path), path, 'fetch it again')

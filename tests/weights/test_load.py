@@ -50,7 +50,7 @@ def _write(kind, tmp_path):
   """The file of an unchanged Gemma; (how to open it, its parameters)."""
   if kind == 'gguf':
     _, params = tiny_gguf.write(tmp_path / 'a.gguf')
-    return lambda: tiny_gguf.load(tmp_path / 'a.gguf')[1], params
+    return lambda: hf_fixture.load(tmp_path / 'a.gguf')[1], params
   if kind == 'hf':
     _, params = hf_fixture.write_folder(tmp_path)
     return lambda: hf_fixture.load(tmp_path)[1], params

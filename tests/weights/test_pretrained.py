@@ -38,14 +38,6 @@ def _same(a, b):
   return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
-def test_a_path_is_a_gguf_file(tmp_path):
-  cfg, params = _write(tmp_path / 'a.gguf')
-  source = _open(tmp_path / 'a.gguf')
-  assert source.config == cfg
-  assert source.tokenizer.vocab_size == 400
-  assert _same(source.read(), params)
-
-
 def test_a_tokenizer_file_goes_before_the_one_inside(tmp_path):
   _write(tmp_path / 'a.gguf')
   other = tokenizer.train(['a b c d e f g h', 'h g f e d c b a'], 300)
@@ -262,16 +254,6 @@ def test_a_tokenizer_bigger_than_the_embedding_is_refused(
     texts = [f'{i * i * i}{chr(97 + i % 26)}' for i in range(3000)]
     model.write_bytes(tokenizer.train(texts, 600).proto)
     refusal(lambda: _open('random', model), model, '600', '512')
-
-
-def test_a_tokenizer_smaller_than_the_embedding_is_fine(tmp_path):
-  # Gemma's embedding has rows to spare.
-  cfg, params = _write(
-    tmp_path / 'a.gguf', gguf_fixture.tiny_config('gemma3', 448)
-  )
-  source = _open(tmp_path / 'a.gguf')
-  assert (source.config, source.tokenizer.vocab_size) == (cfg, 400)
-  assert _same(source.read(), params)
 
 
 def test_a_missing_tokenizer_file_is_refused(tmp_path):
