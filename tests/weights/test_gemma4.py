@@ -49,10 +49,7 @@ _GOLDEN = {
 
 
 def _write(folder, name):
-  cfg, params = (
-    SHAPES[name],
-    tiny_gemma4.params(SHAPES[name]),
-  )
+  cfg, params = SHAPES[name], tiny_gemma4.params(SHAPES[name])
   folder.mkdir()
   tok = tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
   hf.write(folder, cfg, params, tok)
@@ -100,11 +97,7 @@ def test_values_gradients_and_greedy_tokens_are_transformers(tmp_path):
     np.savez(tmp_path / f'{name}.npz', **given)
   oracle = _ROOT / 'tests' / 'fixtures' / 'gemma4_oracle.py'
   subprocess.run(
-    [
-      _PYTHON,
-      oracle,
-      *(tmp_path / name for name in SHAPES),
-    ],
+    [_PYTHON, oracle, *(tmp_path / name for name in SHAPES)],
     check=True,
     env=os.environ | {'HF_HUB_OFFLINE': '1'},
   )
@@ -308,10 +301,7 @@ def _layer_arrays(cfg, layer):
 
 @tiny_gemma4.each_shape
 def test_an_orbax_checkpoint_is_read(tmp_path, monkeypatch, name):
-  cfg, params = (
-    SHAPES[name],
-    tiny_gemma4.params(SHAPES[name]),
-  )
+  cfg, params = SHAPES[name], tiny_gemma4.params(SHAPES[name])
   monkeypatch.setattr(sizes, 'SIZES', sizes.SIZES | {'tiny': cfg})
   flat = {
     'embedder/input_embedding': params['embedding'],

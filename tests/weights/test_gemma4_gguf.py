@@ -18,10 +18,7 @@ SHAPES = tiny_gemma4.WITH_TOKENIZER
 
 def _write_gguf(path, name, **fields):
   """As conversion/gemma.py of llama.cpp writes it, in the library's names."""
-  cfg, params = (
-    SHAPES[name],
-    tiny_gemma4.params(SHAPES[name]),
-  )
+  cfg, params = SHAPES[name], tiny_gemma4.params(SHAPES[name])
   k, arch = gguf.Keys, 'gemma4'
   own, kinds = cfg.num_layers - cfg.sharing_layers, 'LLG' * 3
   kinds = kinds[: cfg.num_layers]
@@ -84,7 +81,7 @@ def _write_gguf(path, name, **fields):
       tensors[gguf.TENSOR_NAMES[theirs]] = x.T if 'proj' in ours else x
   for stack in cfg.stacks():
     for ours, stacked in params[stack.name].items():
-      theirs = gguf.TENSOR_NAMES[_GGUF_TENSORS[ours]]
+      theirs = gguf.TENSOR_NAMES[gguf_fixture.LAYER_TENSORS[ours]]
       for n, x in zip(stack.layers, stacked, strict=True):
         tensors[theirs.format(bid=n)] = x.T
   if cfg.sharing_layers:  # Written, but of no use.
@@ -97,30 +94,6 @@ def _write_gguf(path, name, **fields):
   writer.write_tensors_to_file()
   writer.close()
   return cfg, params
-
-
-_T = gguf.MODEL_TENSOR
-
-
-_GGUF_TENSORS = {
-  'attn_norm': _T.ATTN_NORM,
-  'q': _T.ATTN_Q,
-  'k': _T.ATTN_K,
-  'v': _T.ATTN_V,
-  'o': _T.ATTN_OUT,
-  'q_norm': _T.ATTN_Q_NORM,
-  'k_norm': _T.ATTN_K_NORM,
-  'ffw_norm': _T.FFN_PRE_NORM,
-  'gate': _T.FFN_GATE,
-  'up': _T.FFN_UP,
-  'down': _T.FFN_DOWN,
-  'post_attn_norm': _T.ATTN_POST_NORM,
-  'post_ffw_norm': _T.FFN_POST_NORM,
-  'input_gate': _T.PER_LAYER_INP_GATE,
-  'input_proj': _T.PER_LAYER_PROJ,
-  'post_input_norm': _T.PER_LAYER_POST_NORM,
-  'scale': _T.LAYER_OUT_SCALE,
-}
 
 
 @tiny_gemma4.each_shape
