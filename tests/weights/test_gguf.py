@@ -75,16 +75,14 @@ def test_quantised_weights_are_those_of_the_library(
   # The embedding's 400 rows in five parts, the last one shorter.
   monkeypatch.setattr(weights_gguf, '_AT_ONCE', 90 * 256)
   # Every row is a whole number of the longest blocks, 256.
-  proto = gguf_fixture.train_proto()
   cfg = dataclasses.replace(
     gguf_fixture.tiny_config('gemma3', 400),
     embed_dim=256,
     hidden_dim=512,
     head_dim=64,
   )
-  params = gguf_fixture.tiny_params(cfg)
   path = tmp_path / 'a.gguf'
-  gguf_fixture.write_gguf(path, cfg, params, proto, quant=quant)
+  _, params = write(path, quant=quant, cfg=cfg)
 
   def through_the_library(path, x):
     if 'norm' in path[-1].key:  # Float32 in every file.
@@ -92,14 +90,8 @@ def test_quantised_weights_are_those_of_the_library(
     # Blocks run along the last axis of [out, in]; ours is [in, out].
     turn = (lambda m: m) if path[-1].key == 'embedding' else np.transpose
     stack = x if x.ndim == 3 else x[None]
-    out = [
-      turn(
-        gguf.dequantize(
-          gguf.quantize(np.ascontiguousarray(turn(m)), quant), quant
-        )
-      )
-      for m in stack
-    ]
+    rows = (gguf.quantize(np.ascontiguousarray(turn(m)), quant) for m in stack)
+    out = [turn(gguf.dequantize(x, quant)) for x in rows]
     return np.ascontiguousarray(out if x.ndim == 3 else out[0])
 
   expected = jax.tree_util.tree_map_with_path(through_the_library, params)
@@ -167,14 +159,9 @@ def test_a_type_that_cannot_be_dequantised_is_refused(tmp_path, kind):
 )
 def test_the_config_is_read_and_not_assumed(tmp_path, arch, change):
   cfg = dataclasses.replace(gguf_fixture.tiny_config(arch, 400), **change)
-  path = gguf_fixture.write_gguf(
-    tmp_path / 'a.gguf',
-    cfg,
-    gguf_fixture.tiny_params(cfg),
-    gguf_fixture.train_proto(),
-    arch,
-  )
-  assert weights_gguf.read_config(gguf_file.open_gguf(path)) == cfg
+  write(tmp_path / 'a.gguf', arch, cfg=cfg)
+  file = gguf_file.open_gguf(tmp_path / 'a.gguf')
+  assert weights_gguf.read_config(file) == cfg
 
 
 @pytest.mark.parametrize(

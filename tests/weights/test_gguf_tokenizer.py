@@ -96,7 +96,6 @@ def test_a_role_leaves_a_piece_as_it_is(tmp_path, rebuilt, roles, kind):
 def test_rows_that_the_converter_filled_up_are_no_pieces(tmp_path, rebuilt):
   # [PAD400] and so on, as many as the embedding has rows.
   path = tmp_path / 'a.gguf'
-  cfg = gguf_fixture.tiny_config('gemma3', 403)
   words = gguf_fixture.vocabulary(gguf_fixture.train_proto())
   key = 'tokenizer.ggml.{}'.format
   fields = {
@@ -104,9 +103,7 @@ def test_rows_that_the_converter_filled_up_are_no_pieces(tmp_path, rebuilt):
     key('scores'): words[key('scores')] + [-1000.0] * 3,
     key('token_type'): words[key('token_type')] + [5] * 3,
   }
-  params = gguf_fixture.tiny_params(cfg)
-  proto = gguf_fixture.train_proto()
-  gguf_fixture.write_gguf(path, cfg, params, proto, fields=fields)
+  write(path, fields=fields, cfg=gguf_fixture.tiny_config('gemma3', 403))
   tok = weights_gguf.read_tokenizer(gguf_file.open_gguf(path))
   assert tok.vocab_size == 400
   assert tok.proto == rebuilt.proto

