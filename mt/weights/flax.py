@@ -45,8 +45,12 @@ _OTHER_PARTS = (
   *('vision_encoder.', 'audio_encoder.'),
 )
 EMBEDDING = 'embedder.input_embedding'
-# Our name of a weight in a layer -> the array that it is, or is a part of.
+# Our name of a weight -> the array that it is, or is a part of.
 _ARRAYS = {
+  'embedding': EMBEDDING,
+  'layer_input_embedding': 'embedder.per_layer_embeddings',
+  'layer_input_proj': 'embedder.per_layer_model_projection',
+  'layer_input_norm': 'embedder.per_layer_projection_norm',
   'attn_norm': 'pre_attention_norm',
   'ffw_norm': 'pre_ffw_norm',
   'post_attn_norm': 'post_attention_norm',
@@ -65,13 +69,6 @@ _ARRAYS = {
   'input_proj': 'per_layer_projection',
   'post_input_norm': 'post_per_layer_input_norm',
 }
-# Ours that is in no layer -> the array, and its dimensions.
-_WHOLE = {
-  'embedding': (EMBEDDING, 'VD'),
-  'layer_input_embedding': ('embedder.per_layer_embeddings', 'VNE'),
-  'layer_input_proj': ('embedder.per_layer_model_projection', 'DNE'),
-  'layer_input_norm': ('embedder.per_layer_projection_norm', 'E'),
-}
 # Array -> which of ours are stacked in it.
 PARTS = {
   'attn.qkv_einsum': ('q', 'k', 'v'),
@@ -80,6 +77,8 @@ PARTS = {
 }
 # Shapes of arrays that are not as ours.
 _LETTERS = {
+  'embedder.per_layer_embeddings': 'VNE',
+  'embedder.per_layer_model_projection': 'DNE',
   'attn.q_einsum': 'HDA',
   'attn.qkv_einsum': '3HDA',
   'attn.kv_einsum': '2KDA',
@@ -222,23 +221,22 @@ def places(transposed: bool, cfg: sizes.ModelConfig) -> list[load.Place]:
   shapes, out = parameters.shapes(cfg), []
   stacks = {stack.name: stack for stack in cfg.stacks()}
   for row in parameters.table(cfg):
-    if not row.stacked:
-      name, letters = _WHOLE.get(row.path, (row.path, row.shape))
-      out.append(load.Place(row, None, name, cfg.dims()[letters]))
-      continue
-    stack = stacks[row.stack]
-    name = _array(row.name, stack.cfg)
-    shape = shapes[row.path][1:]
+    own = stacks[row.stack].cfg if row.stacked else cfg
+    name, shape = _array(row.name, own), shapes[row.path]
+    shape = shape[1:] if row.stacked else shape
     if letters := _LETTERS.get(name):
       turned = transposed and name == 'mlp.gating_einsum'
-      shape = stack.cfg.dims()['2FD' if turned else letters]
-    for i, n in enumerate(stack.layers):
+      shape = own.dims()['2FD' if turned else letters]
+    if not row.stacked:
+      out.append(load.Place(row, None, name, shape))
+      continue
+    for i, n in enumerate(stacks[row.stack].layers):
       out.append(load.Place(row, i, f'layer_{n}.{name}', shape))
   return out
 
 
 def _array(ours, cfg):
-  """The array of one of our weights in the layers of a stack."""
+  """The array of one of our weights, in the layers of a stack or in none."""
   if ours == 'k' and cfg.keys_are_values:
     return 'attn.k_einsum'
   one = cfg.num_heads == cfg.num_kv_heads and not cfg.layer_scale
@@ -281,6 +279,6 @@ def _get(store, cfg, transposed, place):
     return x.transpose(1, 0, 2).reshape(cfg.embed_dim, -1)
   if ours == 'o':
     return x.reshape(-1, cfg.embed_dim)
-  if place.row.path in _WHOLE:
-    return x.reshape(len(x), -1) if x.ndim > 1 else x
+  if x.ndim > 2:  # Those of all layers' own inputs, [V, N, E] and [D, N, E].
+    return x.reshape(len(x), -1)
   return x.T if transposed and ours in ('gate', 'up') else x
