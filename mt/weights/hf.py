@@ -78,7 +78,8 @@ def open_folder(path: pathlib.Path) -> load.Weights:
     errors.UserError: a file is missing or damaged, the model is no Gemma, or
       its tensors are not those that config.json promises.
   """
-  config = hf_config.read(path / 'config.json')
+  said = hf_config.read(path / 'config.json')
+  config = hf_config.shape(said)
   opened = _open_files(path)
   prefixes = [
     n.removesuffix(_EMBEDDING)
@@ -91,9 +92,9 @@ def open_folder(path: pathlib.Path) -> load.Weights:
       'the folder is not a complete Gemma.'
     )
   heads = [name for name in _HEADS if name in opened]
-  if not heads and not hf_config.is_tied(path / 'config.json'):
+  if not heads and not said.tied:
     raise errors.UserError(
-      f'{path / "config.json"}: tie_word_embeddings is false, and no '
+      f'{said.path}: tie_word_embeddings is false, and no '
       f'{_HEADS[0]} is in the weights; fetch the whole folder.'
     )
 
@@ -111,7 +112,7 @@ def open_folder(path: pathlib.Path) -> load.Weights:
     get,
     lambda: hf_tokenizer.read_folder(path, config.vocab_size),
     heads,
-    multimodal=hf_config.is_multimodal(path / 'config.json'),
+    multimodal=said.multimodal,
     chat_template=hf_tokenizer.chat_template(path),
   )
 

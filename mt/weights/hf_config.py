@@ -126,12 +126,16 @@ class Fields:
     kind: the `model_type` of the text model.
     values: by name.
     names: the file's own names, where they are others.
+    tied: whether the head is the embedding, for all that it says.
+    multimodal: whether it is of the text model and others beside it.
   """
 
   path: pathlib.Path
   kind: str
   values: Mapping[str, Any]
-  names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  names: Mapping[str, str]
+  tied: bool = True
+  multimodal: bool = False
 
   @property
   def is_4(self) -> bool:
@@ -162,13 +166,29 @@ class Fields:
     return kind(value)
 
 
-def read(path: pathlib.Path) -> sizes.ModelConfig:
-  """The text model's shape out of a config.json.
+def read(path: pathlib.Path) -> Fields:
+  """What a config.json says of its text model, and what transformers fills in.
 
   Raises:
-    errors.UserError: another model, or see `shape`.
+    errors.UserError: no such file, damaged, or of another model.
   """
-  return shape(Fields(path, *_text_fields(path)))
+  whole = read_json(path)
+  fields = whole.get('text_config', whole)
+  kind = fields.get('model_type') if isinstance(fields, dict) else None
+  if kind == 'gemma3' and fields is whole:
+    fields, kind = {}, 'gemma3_text'  # All of it left to the defaults.
+  if str(kind).startswith('gemma3n'):
+    raise errors.UserError(f'{path}: {OTHERS["gemma3n"]}')
+  outer, own = whole.get('model_type'), (kind, str(kind).removesuffix('_text'))
+  # In PaliGemma a Gemma lies that does not see its prompt causally.
+  if str(kind) not in _DEFAULTS or outer not in own:
+    raise errors.UserError(
+      f'{path}: model_type {str(outer)[:40]!r} found, one of '
+      f'{", ".join(_DEFAULTS)} expected; this project trains Gemma only.'
+    )
+  ties = (d.get('tie_word_embeddings') in (None, True) for d in (whole, fields))
+  values = _DEFAULTS[kind] | fields
+  return Fields(path, kind, values, {}, all(ties), multimodal=outer != kind)
 
 
 def shape(f: Fields) -> sizes.ModelConfig:
@@ -273,36 +293,6 @@ def _global_shape(f, cfg):
   head_dim, kv_heads = names
   heads = None if f.values.get(kv_heads) is None else f.number(kv_heads)
   return f.number(head_dim, default), heads
-
-
-def _text_fields(path):
-  """(model_type, fields) of the text model, with what transformers fills in."""
-  whole = read_json(path)
-  fields = whole.get('text_config', whole)
-  kind = fields.get('model_type') if isinstance(fields, dict) else None
-  if kind == 'gemma3' and fields is whole:
-    fields, kind = {}, 'gemma3_text'  # All of it left to the defaults.
-  if str(kind).startswith('gemma3n'):
-    raise errors.UserError(f'{path}: {OTHERS["gemma3n"]}')
-  outer, own = whole.get('model_type'), (kind, str(kind).removesuffix('_text'))
-  # In PaliGemma a Gemma lies that does not see its prompt causally.
-  if str(kind) not in _DEFAULTS or outer not in own:
-    raise errors.UserError(
-      f'{path}: model_type {str(outer)[:40]!r} found, one of '
-      f'{", ".join(_DEFAULTS)} expected; this project trains Gemma only.'
-    )
-  return kind, _DEFAULTS[kind] | fields
-
-
-def is_tied(path: pathlib.Path) -> bool:
-  """Whether a config.json says that the head is the embedding."""
-  both = read_json(path), _text_fields(path)[1]
-  return all(d.get('tie_word_embeddings') in (None, True) for d in both)
-
-
-def is_multimodal(path: pathlib.Path) -> bool:
-  """Whether a config.json is of the text model and others beside it."""
-  return read_json(path).get('model_type') != _text_fields(path)[0]
 
 
 def _rope(f):

@@ -7,7 +7,6 @@ KAGGLE_USERNAME and KAGGLE_KEY, KAGGLE_API_TOKEN, or files in ~/.kaggle.
 The cache is ~/.cache/kagglehub, or where KAGGLEHUB_CACHE says.
 """
 
-import os
 import pathlib
 import re
 
@@ -106,10 +105,10 @@ def _newest_in_cache(handle: str) -> pathlib.Path | None:
   """The client asks for the newest version first; this needs no network."""
   from kagglehub import config
 
-  folder = os.path.join(config.get_cache_folder(), 'models', *handle.split('/'))
+  folder = pathlib.Path(config.get_cache_folder(), 'models', handle)
   whole = [
     p.with_suffix('')
-    for p in pathlib.Path(folder).glob('*.complete')
+    for p in folder.glob('*.complete')
     if p.stem.isdigit() and p.with_suffix('').is_dir()
   ]
   return max(whole, key=lambda p: int(p.name), default=None)

@@ -94,7 +94,7 @@ def test_vision_is_not_read(tmp_path, prefix, tower):
 def test_whether_there_are_towers(tmp_path, whole, multimodal):
   path = tmp_path / 'config.json'
   path.write_text(json.dumps(whole))
-  assert hf_config.is_multimodal(path) is multimodal
+  assert hf_config.read(path).multimodal is multimodal
 
 
 def test_vision_in_the_same_file_is_left_alone(tmp_path):
