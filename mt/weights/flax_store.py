@@ -8,8 +8,8 @@ versions will do, and nothing in a checkpoint can name a path or a program.
 """
 
 import dataclasses
-import json
 import pathlib
+import re
 
 import numpy as np
 import tensorstore as ts
@@ -19,6 +19,7 @@ from mt.base import errors
 _OCDBT = 'manifest.ocdbt'
 _METADATA = '_METADATA'
 _MARKS = (_OCDBT, _METADATA, 'checkpoint')  # Any of them makes a checkpoint.
+_ZEROS = re.compile(rb'"store_array_data_equal_to_fill_value":\s*true')
 _DRIVERS = {'.zarray': 'zarr', 'zarr.json': 'zarr3'}
 _DTYPES = [
   ts.dtype(name).numpy_dtype for name in ('float32', 'float16', 'bfloat16')
@@ -86,11 +87,8 @@ def open_store(folder: pathlib.Path) -> Store:
 
 
 def _zeros_are_stored(path) -> bool:
-  try:
-    metadata = json.loads((path / _METADATA).read_bytes())
-    return bool(metadata['store_array_data_equal_to_fill_value'])
-  except (OSError, ValueError, KeyError, TypeError, RecursionError):
-    return False
+  file = path / _METADATA
+  return file.is_file() and bool(_ZEROS.search(file.read_bytes()))
 
 
 def open_array(store: Store, name: str) -> ts.TensorStore:

@@ -1,7 +1,6 @@
 """A model out of an installed PyPI package, whose pieces are joined."""
 
 import hashlib
-import os
 import sys
 import types
 
@@ -148,28 +147,6 @@ def test_a_missing_piece_is_refused(package, tmp_path):
     'not whole',
   )
   assert _files(tmp_path / 'cache') == []
-
-
-def test_an_interrupt_leaves_nothing(package, tmp_path, monkeypatch):
-  def interrupt(*_):
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(os, 'replace', interrupt)
-  with pytest.raises(KeyboardInterrupt):
-    pretrained.assemble_package(_PACKAGE, tmp_path / 'cache')
-  assert _files(tmp_path / 'cache') == []
-
-
-def test_a_folder_that_cannot_be_made_is_refused(package, tmp_path):
-  # A file in its place stops the superuser too, unlike permissions.
-  (tmp_path / 'file').write_bytes(b'')
-  folder = tmp_path / 'file' / 'mt'
-  refusal(
-    lambda: pretrained.assemble_package(_PACKAGE, folder),
-    folder,
-    'Not a directory',
-    'XDG_CACHE_HOME',
-  )
 
 
 def test_the_cache_is_where_xdg_says(tmp_path, monkeypatch):
