@@ -466,31 +466,6 @@ def test_a_token_that_only_the_config_lists_is_missed(tmp_path, written):
   refusal(lambda: hf_tokenizer.read_folder(tmp_path, 464), tmp_path, '<2fr>')
 
 
-@pytest.mark.parametrize(
-  ('kind', 'content'),
-  [
-    ('added_tokens.json', {'<x>': '400'}),
-    ('added_tokens.json', {'<x>': None}),
-    *(
-      ('tokenizer_config.json', {'added_tokens_decoder': decoder})
-      for decoder in (
-        [{'content': 'a'}],
-        3,
-        {'0': '<pad>'},
-        {'0': {'content': 3}},
-        {'x': {'content': 'a'}},
-      )
-    ),
-  ],
-  ids=str,
-)
-def test_lists_of_added_tokens_that_are_none(tmp_path, original, kind, content):
-  (tmp_path / 'tokenizer.model').write_bytes(original.proto)
-  path = tmp_path / kind
-  path.write_text(json.dumps(content))
-  refusal(lambda: hf_tokenizer.read_folder(tmp_path, 464), path, 'number')
-
-
 def test_no_list_of_added_tokens_is_an_empty_one(tmp_path, original):
   (tmp_path / 'tokenizer.model').write_bytes(original.proto)
   path = tmp_path / 'tokenizer_config.json'
