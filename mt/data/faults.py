@@ -48,7 +48,7 @@ NAMES = (
   *('duplicates', 'leaks', 'copies', 'script', 'entities', 'lengths'),
   'not_nfc',
 )
-_letter = regex.compile(r'\p{L}')
+_letters = regex.compile(r'\p{L}+')
 _entity = regex.compile(r'&(?:\w+|#\d+|#x[\da-fA-F]+);')
 
 Counts = dict[str, tuple[int, lines.Pair]]  # Fault -> how many, the first.
@@ -107,14 +107,17 @@ def fold(text: str) -> str:
 def _mostly_other(code, text) -> bool:
   if text.isascii() and code not in _SCRIPTS:
     return False
-  letters = len(_letter.findall(text))
-  return letters >= _LETTERS and 2 * len(_own(code).findall(text)) < letters
+  # Runs of letters: three times as fast as letter by letter.
+  letters, own = (
+    sum(map(len, pattern.findall(text))) for pattern in (_letters, _own(code))
+  )
+  return letters >= _LETTERS and 2 * own < letters
 
 
 @functools.cache
 def _own(code) -> regex.Pattern:
   scripts = (rf'\p{{{x}}}' for x in _SCRIPTS.get(code, ['Latin']))
-  return regex.compile(f'[{"".join(scripts)}]')
+  return regex.compile(f'[{"".join(scripts)}]+')
 
 
 def _has_entity(text) -> bool:

@@ -74,11 +74,23 @@ def test_each_fault_is_found_where_it_is(config):
     ('ko-zh', '한국어 문장', '한국어 문장', True),
     ('sr-en', 'Добро jutro', 'good', False),
     ('en-el', 'good', 'kalimera', True),
+    ('en-kn', 'good', 'shubhodaya', True),
   ],
 )
 def test_scripts(languages, source, target, wrong):
   rules = faults.Rules(languages, 0.0)
   assert ('script' in rules.find(lines.Pair('1', source, target))) == wrong
+
+
+def test_a_language_in_its_own_letters_is_no_fault():
+  names = """am አማርኛ, as অসমীয়া, ba башҡорт, bo བོད་སྐད, ce нохчийн, cv чӑваш,
+    dv ދިވެހި, dz རྫོང་ཁ, ii ꆈꌠꉙ, iu ᐃᓄᒃᑎᑐᑦ, km ភាសាខ្មែរ, kn ಕನ್ನಡ, ks کٲشُر,
+    ku کوردی, ky кыргызча, lo ພາສາລາວ, ml മലയാളം, my မြန်မာဘာသာ, or ଓଡ଼ିଆ,
+    os ирон, pa ਪੰਜਾਬੀ, ps پښتو, sa संस्कृतम्, sd سنڌي, si සිංහල, tg тоҷикӣ,
+    ti ትግርኛ, tt татар, ug ئۇيغۇرچە, yi ייִדיש, ab аԥсуа, ru русский"""
+  for code, name in (x.split() for x in names.split(',')):
+    pair = lines.Pair('1', 'good', name * 2)
+    assert not faults.Rules(f'en-{code}', 0.0).find(pair, ['script']), code
 
 
 @pytest.mark.parametrize('name', faults.NAMES)
