@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 import sys
 import threading
@@ -147,8 +148,9 @@ class Store:
     return []
 
   def keep(self, what: Hashable, numbers: Sequence[int]) -> None:
-    """Keeps numbers beside the blocks."""
-    files.write_json(self._kept(what), list(numbers))
+    """Keeps numbers beside the blocks: each process has blocks of its own."""
+    with files.new_file(self._kept(what)) as f:
+      f.write(json.dumps(numbers).encode())
 
   def _kept(self, what):
     digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]

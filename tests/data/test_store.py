@@ -13,6 +13,7 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt.base import errors
+from mt.base import processes
 from mt.data import batches
 from mt.data import bitext
 from mt.data import faults
@@ -187,7 +188,12 @@ def test_a_block_may_be_empty(tmp_path):
   )
 
 
-def test_the_next_block_is_made_ahead_and_rows_are_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize('first', [True, False])
+def test_the_next_block_is_made_ahead_and_rows_are_kept(
+  tmp_path, monkeypatch, first
+):
+  """In each process: a shard's rows are asked for by one of them alone."""
+  monkeypatch.setattr(processes, 'is_first', lambda: first)
   opened = _open(_text(tmp_path))
   rows = batches.Rows(opened, 200, 0)
   rows[0]
