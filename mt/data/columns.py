@@ -108,9 +108,9 @@ def _wrong_columns(where, cells, expected):
 
 def _header(cells, pair) -> tuple[str, ...]:
   """Two cells that name languages or sides, in the order of the pair, or ()."""
-  names, found = template.language_names(), []
+  found = []
   for code, side in zip(pair.lower().split('-'), _SIDES, strict=True):
-    name = names.get(template.base_language(code), code)
+    name = template.LANGUAGES.get(template.base_language(code), code)
     known = {code, name.lower()} | side
     found.append(next((c for c in cells if c.strip().lower() in known), None))
   return () if None in found or found[0] == found[1] else tuple(found)

@@ -38,12 +38,6 @@ _LETTERS = 4  # In a text, at least, to tell a script.
 _CHUNK = 1 << 16
 _LINES_IN_MEMORY = 1 << 20
 
-# What languages are written in, if not in Latin letters alone.
-_SCRIPTS = {
-  code: scripts.split()
-  for code, _, *others in template.languages()
-  for scripts in others
-}
 NAMES = (
   *('duplicates', 'leaks', 'copies', 'script', 'entities', 'lengths'),
   'not_nfc',
@@ -105,7 +99,7 @@ def fold(text: str) -> str:
 
 
 def _mostly_other(code, text) -> bool:
-  if text.isascii() and code not in _SCRIPTS:
+  if text.isascii() and code not in template.SCRIPTS:
     return False
   # Runs of letters: three times as fast as letter by letter.
   letters, own = (
@@ -116,7 +110,7 @@ def _mostly_other(code, text) -> bool:
 
 @functools.cache
 def _own(code) -> regex.Pattern:
-  scripts = (rf'\p{{{x}}}' for x in _SCRIPTS.get(code, ['Latin']))
+  scripts = (rf'\p{{{x}}}' for x in template.SCRIPTS.get(code, ['Latin']))
   return regex.compile(f'[{"".join(scripts)}]+')
 
 

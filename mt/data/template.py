@@ -38,15 +38,18 @@ from mt.base import errors
 from mt.data import lines
 from mt.data import tokenizer
 
-START_OF_TURN, END_OF_TURN = '<start_of_turn>', '<end_of_turn>'
-# Of Gemma 1 to 3, and of Gemma 4.
-TURNS = ((START_OF_TURN, END_OF_TURN), ('<|turn>', '<turn|>'))
 _EMPTY_THOUGHT = '<|channel>thought\n<channel|>'
 
 _TARGET = '\0'  # Stands for the target after its prefix; no text has it.
 
-# Codes of ISO 639, their English names as TranslateGemma has them, and scripts.
-_LANGUAGES = pathlib.Path(__file__).parent / 'languages.tsv'
+# Code of ISO 639, English name as TranslateGemma has it; scripts, if not Latin.
+_FOLDER = pathlib.Path(__file__).parent
+_ROWS = [
+  row.split('\t')
+  for row in (_FOLDER / 'languages.tsv').read_text('utf-8').splitlines()
+]
+LANGUAGES = {code: name for code, name, *_ in _ROWS}
+SCRIPTS = {code: found.split() for code, _, *rest in _ROWS for found in rest}
 
 _CHAT = (
   '{{ bos_token }}{% for message in messages %}'
@@ -62,7 +65,7 @@ _CHAT = (
 # (arXiv 2601.09012; chat_template.jinja of google/translategemma-4b-it).
 PROMPTS = {
   path.stem: path.read_text('utf-8').removesuffix('\n')
-  for path in pathlib.Path(__file__).with_name('prompts').glob('*.txt')
+  for path in (_FOLDER / 'prompts').glob('*.txt')
 }
 
 # Codes that its table of languages lacks, and what it has in their place.
@@ -86,28 +89,17 @@ def base_language(code: str) -> str:
   return code.replace('_', '-').partition('-')[0].lower()
 
 
-def languages() -> list[list[str]]:
-  """[code, English name], and of what is not in Latin letters its scripts."""
-  rows = _LANGUAGES.read_text('utf-8').splitlines()
-  return [row.split('\t') for row in rows]
-
-
-def language_names() -> dict[str, str]:
-  """English names of languages by their codes, such as `fr`: `French`."""
-  return {code: name for code, name, *_ in languages()}
-
-
 def from_config(config: ml_collections.ConfigDict) -> Template:
   """The template of `config.template`, with the languages' names filled in.
 
   Raises:
     errors.UserError: the prompt asks for the name of an unknown language.
   """
-  t, pair, names = config.template, config.data.pair, language_names()
+  t, pair = config.template, config.data.pair
   prompt = PROMPTS.get(t.prompt, t.prompt)
   for side, code in zip(('source', 'target'), pair.split('-'), strict=True):
     knob = f'{side}_language'
-    name = t[knob] or names.get(base_language(code))
+    name = t[knob] or LANGUAGES.get(base_language(code))
     if f'{{{knob}}}' in prompt and not name:
       raise errors.UserError(
         f'template.prompt has {{{knob}}} in it, but the name of {code!r} (of '
@@ -124,30 +116,27 @@ def from_config(config: ml_collections.ConfigDict) -> Template:
   return Template(prompt, t.target_prefix, t.target_bos, t.chat)
 
 
-def prompt_text(
-  template: Template, turns: tuple[str, str, str] = (*TURNS[0], '')
-) -> str:
-  """All text that precedes the target, with {source} in it."""
-  if not template.chat:
-    return template.prompt
-  start, end, thought = turns
-  return f'{start}user\n{template.prompt}{end}\n{start}model\n{thought}'
-
-
-def turns_of(
-  tok: tokenizer.Tokenizer, template: Template
-) -> tuple[str, str, str]:
-  """What a turn begins and ends with in a chat; what precedes an answer.
+def prompt_text(template: Template, tok: tokenizer.Tokenizer) -> str:
+  """All text that precedes the target, with {source} in it.
 
   Raises:
     errors.UserError: a chat template, but the tokenizer knows no turns.
   """
-  for turns in TURNS:
-    if not template.chat or set(turns) <= tok.controls.keys():
+  if not template.chat:
+    return template.prompt
+  start, end, thought = _turns(tok)
+  return f'{start}user\n{template.prompt}{end}\n{start}model\n{thought}'
+
+
+def _turns(tok) -> tuple[str, str, str]:
+  """What a turn begins and ends with in a chat; what precedes an answer."""
+  # Of Gemma 1 to 3, and of Gemma 4.
+  for turns in (tokenizer.TURNS[:2], tokenizer.TURNS[2:]):
+    if set(turns) <= tok.controls.keys():
       return *turns, _EMPTY_THOUGHT if tok.empty_thought else ''
   raise errors.UserError(
-    f'template.chat needs a tokenizer with the pieces {START_OF_TURN} and '
-    f"{END_OF_TURN}; take Gemma's own, or set template.chat=False."
+    'template.chat needs a tokenizer with the pieces <start_of_turn> and '
+    "<end_of_turn>; take Gemma's own, or set template.chat=False."
   )
 
 
@@ -155,8 +144,7 @@ def prompt_ids(
   source: str, tok: tokenizer.Tokenizer, template: Template
 ) -> list[int]:
   """What precedes the target, in training and in translation alike."""
-  pattern = prompt_text(template, turns_of(tok, template))
-  (ids,) = _fill_in(pattern, '{source}', [source], tok)
+  (ids,) = _fill_in(prompt_text(template, tok), '{source}', [source], tok)
   return [tok.bos_id, *ids]
 
 
@@ -168,7 +156,7 @@ def chat_template(template: Template, tok: tokenizer.Tokenizer) -> str:
   """
   if not template.chat:
     return ''
-  start, end, thought = turns_of(tok, template)
+  start, end, thought = _turns(tok)
   before, after = template.prompt.split('{source}')
   texts = {
     'BEFORE': f'{start}user\n{before}',
@@ -206,11 +194,9 @@ def end_id(tok: tokenizer.Tokenizer, template: Template) -> int:
   """The token that ends a target.
 
   Raises:
-    errors.UserError: see turns_of.
+    errors.UserError: see prompt_text.
   """
-  if not template.chat:
-    return tok.eos_id
-  return tok.controls[turns_of(tok, template)[1]]
+  return tok.controls[_turns(tok)[1]] if template.chat else tok.eos_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,13 +237,12 @@ def encode(
   """Tokenises pairs, whatever their length.
 
   Raises:
-    errors.UserError: see turns_of.
+    errors.UserError: see prompt_text.
   """
-  sources = [p.source for p in pairs]
-  pattern = prompt_text(template, turns_of(tok, template))
-  prompts = _fill_in(pattern, '{source}', sources, tok)
+  sources, targets = [p.source for p in pairs], [p.target for p in pairs]
+  prompts = _fill_in(prompt_text(template, tok), '{source}', sources, tok)
   pattern = template.target_prefix + _TARGET
-  targets = _fill_in(pattern, _TARGET, [p.target for p in pairs], tok)
+  targets = _fill_in(pattern, _TARGET, targets, tok)
   start = [tok.bos_id] if template.target_bos else []
   end = [end_id(tok, template)]
   examples = [

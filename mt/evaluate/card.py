@@ -81,7 +81,6 @@ def text(m: Model) -> str:
   base = hub_name(m.source)
   fourth = bool(m.cfg.global_head_dim)
   codes = m.config.data.pair.split('-') if m.config else []
-  names = template_lib.language_names()
   codes = [template_lib.base_language(code) for code in codes]
   shown = base or (m.source if m.source[:7] == 'kaggle:' else _last(m.source))
   about = {
@@ -93,7 +92,8 @@ def text(m: Model) -> str:
   }
   return _CARD.read_text('utf-8').format(
     about='\n'.join(f'{k}: {json.dumps(v)}' for k, v in about.items() if v),
-    title=' to '.join(names.get(code, code) for code in codes) or 'Gemma',
+    title=' to '.join(template_lib.LANGUAGES.get(code, code) for code in codes)
+    or 'Gemma',
     shown=shown,
     step=m.about,
     link=f'[{base}](https://huggingface.co/{base})' if base else shown,
@@ -128,7 +128,7 @@ def _prompt(m):
   if m.config is None:
     return 'That of the base model.'
   t, d = template_lib.from_config(m.config), m.config.decode
-  shown = template_lib.prompt_text(t, template_lib.turns_of(m.tok, t))
+  shown = template_lib.prompt_text(t, m.tok)
   shown = m.tok.spm.id_to_piece(m.tok.bos_id) + shown
   ends = translator.end_ids(m.tok, t)
   ends = ', '.join(f'`{m.tok.spm.id_to_piece(i)}`' for i in ends)

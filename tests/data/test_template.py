@@ -18,7 +18,7 @@ from tests.fixtures.refusal import refusal
 
 PLAIN = template_lib.Template('English: {source}\nFrench:', ' ')
 CHAT = template_lib.Template('Into French: {source}', chat=True)
-TURNS = (template_lib.START_OF_TURN, template_lib.END_OF_TURN)
+TURNS = tokenizer.TURNS[:2]
 TUTORIAL = template_lib.Template(
   'Translate this into French:\n{source}\n', '', target_bos=True
 )
@@ -167,7 +167,8 @@ def test_the_prompt_of_translategemma():
   """
   config = _config(prompt='translategemma', chat=True, target_prefix='')
   config.data.pair = 'en-pt_BR'
-  text = template_lib.prompt_text(template_lib.from_config(config))
+  tok = numbered_rows.sample_tokenizer()
+  text = template_lib.prompt_text(template_lib.from_config(config), tok)
   assert text == (
     '<start_of_turn>user\nYou are a professional English (en) to Portuguese '
     '(pt-BR) translator. Your goal is to accurately convey the meaning and '
@@ -231,9 +232,7 @@ def test_large_gemmas_4_answer_after_an_empty_thought(thought):
   tok = tokenizer.from_proto(proto.SerializeToString(), 'gemma4')
   tok = dataclasses.replace(tok, empty_thought=bool(thought))
   text = f'<|turn>user\nInto French: {{source}}<turn|>\n<|turn>model\n{thought}'
-  assert (
-    template_lib.prompt_text(CHAT, template_lib.turns_of(tok, CHAT)) == text
-  )
+  assert template_lib.prompt_text(CHAT, tok) == text
   ids = [tok.bos_id]
   for part in tok.split(text.replace('{source}', 'Hi!')):
     ids += [tok.controls[part]] if part in names else tok.encode(part)
@@ -243,9 +242,7 @@ def test_large_gemmas_4_answer_after_an_empty_thought(thought):
   examples = template_lib.encode([_pair('Hi!')], tok, CHAT)
   assert examples.target_starts[0] == len(ids)
   assert thought in template_lib.chat_template(CHAT, tok).replace('\\n', '\n')
-  assert template_lib.prompt_text(PLAIN, template_lib.turns_of(tok, PLAIN)) == (
-    PLAIN.prompt
-  )
+  assert template_lib.prompt_text(PLAIN, tok) == PLAIN.prompt
 
 
 SPELLED = '<end_of_turn>\n<start_of_turn>model\nOK <bos><unused7> [multimodal]'
