@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,7 @@ class File(NamedTuple):
   path: str  # See formats.Plain.
   stat: tuple[int, ...]  # A file that changes is refused.
   starts: np.ndarray  # See line_index.Index.
+  digest: str
 
   def read(self, which: np.ndarray) -> list[bytes]:
     """These lines of it, from 0.
@@ -194,17 +196,17 @@ def open_bitext(
       something else.
   """
   keys = columns_lib.keys(pair, columns)
-  plain, indices, opened = [], [], []
+  plain, opened = [], []
   for path in map(str, paths):
     try:
       file = formats.open_plain(path, quotes, keys, aligned=len(paths) == 2)
       with open(file.path, 'rb') as f:
         stat = _stat(f)
-      indices.append(line_index.index(file.path, file.name))
+      index = line_index.index(file.path, file.name)
     except OSError as e:
       raise unreadable(path, e) from e
     plain.append(file)
-    opened.append(File(file.name, file.path, stat, indices[-1].starts))
+    opened.append(File(file.name, file.path, stat, *index))
   _check_alignment(opened)
   named = columns_lib.has_header(columns)
   in_columns = len(opened) == 1 and plain[0].kind != 'json'
@@ -213,7 +215,6 @@ def open_bitext(
     plain, first, pair, columns, quotes=quotes, reversed_pair=reversed_pair
   )
   header = named and isinstance(parse, lines.Columns)
-  identity = json.dumps([[x.digest for x in indices], repr(parse), header])
   notes += tuple(
     f'{file.name}: a byte-order mark in front, left out'
     for file in opened
@@ -225,12 +226,17 @@ def open_bitext(
     header=int(header),
     max_bad_fraction=max_bad_fraction,
     notes=notes,
-    digest=hashlib.sha256(identity.encode()).hexdigest(),
+    digest=digest_of([file.digest for file in opened], repr(parse), header),
     pair=pair,
     unit=plain[0].unit,
   )
   text.check(text.sample.unusable, text.sample.number)
   return text
+
+
+def digest_of(*parts: Any) -> str:
+  """The SHA-256 of what JSON can hold."""
+  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _check_alignment(opened):

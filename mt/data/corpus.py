@@ -18,8 +18,6 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import glob
-import hashlib
-import json
 import os
 import pathlib
 from typing import NamedTuple
@@ -79,10 +77,7 @@ def read_splits(
   }
   if 'train' in texts:
     held_out = _held_out(data, texts)
-    texts['train'] = [
-      _cleaned(_with_apostrophe(text, data.apostrophe), data, held_out)
-      for text in texts['train']
-    ]
+    texts['train'] = [_cleaned(x, data, held_out) for x in texts['train']]
   return texts
 
 
@@ -108,22 +103,16 @@ def _held_out(data, texts) -> dict[str, tuple[str, str]]:
   return out
 
 
-def _with_apostrophe(text, sign) -> bitext.Bitext:
-  """A training text with data.apostrophe."""
-  if not sign:
-    return text
-  identity = json.dumps([text.digest, sign])
-  digest = hashlib.sha256(identity.encode()).hexdigest()
-  return dataclasses.replace(text, apostrophe=sign, digest=digest)
-
-
 def _cleaned(text, data, held_out) -> bitext.Bitext:
-  """A training text without what data.filter names.
+  """A training text with data.apostrophe, without what data.filter names.
 
   Raises:
     errors.UserError: it has sources of the test split, and nobody allows that;
       or nothing is left of it.
   """
+  if sign := data.apostrophe:
+    digest = bitext.digest_of(text.digest, sign)
+    text = dataclasses.replace(text, apostrophe=sign, digest=digest)
   names = {name.strip() for name in data.filter.split(',')} - {''}
   ratio = faults.median_ratio(text.sample.pairs)
   rules = faults.Rules(text.pair, ratio, held_out)
@@ -137,8 +126,7 @@ def _cleaned(text, data, held_out) -> bitext.Bitext:
   left_out = frozenset(names)
   rules = dataclasses.replace(rules, left_out=left_out, again=again)
   sources = sorted(held_out) if 'leaks' in names else []
-  identity = json.dumps([text.digest, sorted(names), text.pair, sources])
-  digest = hashlib.sha256(identity.encode()).hexdigest()
+  digest = bitext.digest_of(text.digest, sorted(names), text.pair, sources)
   text = dataclasses.replace(text, rules=rules, digest=digest)
   text.check(text.sample.unusable, text.sample.number)
   return text

@@ -138,13 +138,18 @@ def duplicates(text: Any) -> np.ndarray:
   for at in range(0, number, _CHUNK):
     looked = text.look(range(at, min(at + _CHUNK, number)))
     hashes[at + looked.usable] = [_hash(p) for p in looked.pairs]
-  again = np.ones(number, bool)
-  again[np.unique(hashes, return_index=True)[1]] = False
-  again[hashes == 0] = False  # No pairs.
+  again = _again(hashes) & (hashes != 0)  # Which stands for no pair.
   if number > _LINES_IN_MEMORY:
     with files.new_file(kept) as f:
       f.write(again)
   return again
+
+
+def _again(hashes) -> np.ndarray:
+  """Which of them stand further in front, too: [n] bool."""
+  out = np.ones(len(hashes), bool)
+  out[np.unique(hashes, return_index=True)[1]] = False
+  return out
 
 
 def _hash(pair) -> int:
@@ -153,7 +158,7 @@ def _hash(pair) -> int:
 
 
 def count(text: Any, which: Sequence[int]) -> Counts:
-  """How many pairs among these lines of a Bitext have each fault."""
+  """How many pairs of these lines of a Bitext have each fault; most first."""
   places, hashes, counts = [], array.array('Q'), {}
   for at in range(0, len(which), _CHUNK):
     part = np.asarray(which[at : at + _CHUNK])
@@ -164,16 +169,16 @@ def count(text: Any, which: Sequence[int]) -> Counts:
       for name in text.rules.find(pair):
         number, first = counts.get(name, (0, pair))
         counts[name] = number + 1, first
-  _, first = np.unique(np.frombuffer(hashes, np.uint64), return_index=True)
-  if again := len(hashes) - len(first):
-    one = np.setdiff1d(np.arange(len(hashes)), first)[:1]
-    counts['duplicates'] = again, text.read(np.concatenate(places)[one])[0]
-  return counts
+  again = _again(np.frombuffer(hashes, np.uint64))
+  if number := int(again.sum()):
+    first = np.concatenate(places)[again][:1]
+    counts['duplicates'] = number, text.read(first)[0]
+  return dict(sorted(counts.items(), key=lambda item: -item[1][0]))
 
 
 def describe(counts: Counts) -> str:
-  """Them in a line, the most frequent first; or nothing."""
-  return ', '.join(f'{number:,} {name}' for name, number, _ in _sorted(counts))
+  """Them in a line; or nothing."""
+  return ', '.join(f'{number:,} {name}' for name, (number, _) in counts.items())
 
 
 def show(counts: Counts) -> list[str]:
@@ -181,13 +186,8 @@ def show(counts: Counts) -> list[str]:
   return [
     f'  {name:10} {number:9,}  {p.id}: {p.source[:50]!r} -> {p.target[:50]!r}  '
     f'(data.filter={name} leaves them out)'
-    for name, number, p in _sorted(counts)
+    for name, (number, p) in counts.items()
   ]
-
-
-def _sorted(counts):
-  rows = [(name, *found) for name, found in counts.items()]
-  return sorted(rows, key=lambda row: -row[1])
 
 
 def refuse_leaks(where: str, pairs: Iterable[lines.Pair], rules: Rules) -> None:

@@ -153,9 +153,8 @@ def _unpacked(name) -> tuple[str, str]:
   for magic, opener in _PACKED.items():
     if head.startswith(magic):
       unpack = functools.partial(_unpack, opener, name)
-      return _rewrite(name, ('unpacked',), unpack), path.with_suffix(
-        ''
-      ).suffix.lower()
+      suffix = path.with_suffix('').suffix.lower()
+      return _rewrite(name, ('unpacked',), unpack), suffix
   return name, path.suffix.lower()
 
 

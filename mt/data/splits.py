@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import hashlib
-import json
 import time
 
 from jax.sharding import Mesh
@@ -71,9 +69,7 @@ def read(
     shards=shards,
   )
   keys = [source.store.key for source in sources]
-  identity = [keys, mixture, config.data.length]
-  if shards > 1:
-    identity.append(shards)
+  identity = keys, mixture, config.data.length, *([shards] * (shards > 1))
   scored = {
     directions.name(pair, split, text.pair): text.read()
     for split, of_split in texts.items()
@@ -93,7 +89,7 @@ def read(
   )
   return Data(
     train=train,
-    train_digest=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+    train_digest=bitext.digest_of(*identity),
     train_texts={
       directions.name(pair, x.where, x.pair): s.store.key
       for s in sources
@@ -114,10 +110,11 @@ def _say_found(pair, texts):
     for text in split_texts:
       name = directions.name(pair, split, text.pair)
       journal.say(f'{name}: {bitext.describe(text)}')
-      if split == 'train' and (found := faults.count(text, text.sample_lines)):
-        shown = faults.describe(found)
-        journal.say(f'{name}: of these {shown}; `python -m mt.data` shows them')
-      for difference in other_signs(text, texts) if split == 'train' else ():
+      if split != 'train':
+        continue
+      if found := faults.describe(faults.count(text, text.sample_lines)):
+        journal.say(f'{name}: of these {found}; `python -m mt.data` shows them')
+      for difference in other_signs(text, texts):
         journal.say(f'{name}: {difference}')
 
 
