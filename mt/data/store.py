@@ -8,7 +8,7 @@ millions of pairs starts with the first of them. `python -m mt.data` asks for
 all.
 
 With `noise` the sources of a block are made noisy anew in each epoch. Those
-examples are kept in memory, the last two blocks of them.
+examples are kept in memory, the last two blocks of each shard.
 
 A block's file is int32 numbers in the machine's order, and nothing else:
   n, which n of its lines are pairs, n sizes, n target starts, the tokens
@@ -107,7 +107,10 @@ class Store:
     chosen = self.members(number)[self._read(number)[0]]
     with self._making:
       if (number, epoch) not in self._noisy:
-        for old in [*self._noisy][:-1]:
+        of_shard = [
+          x for x in self._noisy if (x[0] - number) % self.shards == 0
+        ]
+        for old in of_shard[:-1]:
           del self._noisy[old]
         parts = [
           self._noised(chosen[at : at + _CHUNK], epoch)

@@ -232,6 +232,23 @@ def test_a_text_has_a_block_for_each_shard(tmp_path):
   refusal(lambda: make(24), 'a.tsv', '23 lines', 'data.shards=24')
 
 
+@pytest.mark.parametrize('shards', [1, 4])
+def test_a_block_is_made_noisy_once_an_epoch(tmp_path, monkeypatch, shards):
+  """However many shards take turns in one process."""
+  tok, made, real = numbered_rows.sample_tokenizer(), [], store.Store._noised
+
+  def noised(self, which, epoch):
+    made.extend((line, epoch) for line in which.tolist())
+    return real(self, which, epoch)
+
+  monkeypatch.setattr(store.Store, '_noised', noised)
+  text = _text(tmp_path, 16 * BLOCK)
+  opened = store.open_store(text, tok, PLAIN, noise=0.3, shards=shards)
+  rows = batches.Rows(opened, 200, 0, shard=(0, shards))
+  assert len(list(batches.TrainBatches([rows], [1], 4, 16, shards=shards))) > 0
+  assert len(made) == len({*made}) > 8 * BLOCK
+
+
 def test_a_block_is_given_up_when_the_process_ends(tmp_path, monkeypatch):
   opened = _open(_text(tmp_path))
   over = types.SimpleNamespace(is_alive=lambda: False)
