@@ -127,8 +127,9 @@ KNOBS = (
     (1, 2), or names out of its first line, such as ('english', 'french'). Or
     their keys in a .jsonl or .parquet, such as ('translation.en',
     'translation.fr'). () for the usual: id, source, target, or source, target,
-    which is checked; in a .jsonl or .parquet the languages as keys. With
-    several directions they change places in a file that is read turned round.
+    which is checked; in a .jsonl or .parquet the languages as keys. It is for
+    all files but `sample` and `mtnt`. With several directions they change
+    places in a file that is read turned round.
     """),
   knob('data.quotes', '', one_of('', 'csv', 'text'), """
     What a quote is in columns: `csv`, around a cell, doubled inside it, and the

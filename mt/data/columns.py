@@ -57,20 +57,7 @@ def choose(
   if not is_json and quotes != 'text':
     _refuse_quotes(where, first)
   if columns:
-    known = cells if has_header(columns) else range(1, number + 1)
-    for column in columns:
-      if column not in known:
-        raise _wrong_columns(where, cells, f'{column!r}, of {columns},')
-      if has_header(columns) and cells.count(column) > 1:
-        raise errors.UserError(
-          f'{where}: {column!r} stands in its first line more than once '
-          f'({" | ".join(cells)[:200]}); name the columns apart there, or take '
-          'that line out and set data.columns to numbers.'
-        )
-    found = map(known.index, columns)
-    header = () if has_header(columns) else _header(cells, pair)
-    note = f'its first line, {" | ".join(header)!r}, is taken for a pair'
-    return lines.Columns(number, *found, json=is_json), (note,) * bool(header)
+    return _told(where, first, pair, columns, is_json)
   if number not in (2, 3):
     expected = 'id, source, target or source, target'
     raise _wrong_columns(where, cells, expected)
@@ -86,6 +73,34 @@ def choose(
     found.reverse()
   name = 0 if number == 3 else None
   return lines.Columns(number, *found, id=name, json=is_json), ()
+
+
+def _told(where, first, pair, columns, is_json):
+  """`choose` where data.columns tells the columns of a file."""
+  cells, named = first[0], has_header(columns)
+  number, shown = len(cells), ' | '.join(cells)
+  known = cells if named else range(1, number + 1)
+  for column in columns:
+    if column not in known:
+      raise _wrong_columns(where, cells, f'{column!r}, of {columns},')
+    if named and cells.count(column) > 1:
+      raise errors.UserError(
+        f'{where}: {column!r} stands in its first line more than once '
+        f'({shown[:200]}); name the columns apart there, or take that line out '
+        'and set data.columns to numbers.'
+      )
+  rows = [row for row in first if len(row) == number]
+  if 1 in columns and number == 3 and len(rows) >= _MANY and _ids_first(rows):
+    raise errors.UserError(
+      f'{where}: three columns, of which the first holds ids (such as '
+      f'{rows[0][0][:80]!r}), but data.columns={columns}, which is for all '
+      'files of the run, takes a text from it; write its texts into the '
+      'columns of the other files, or into a .jsonl.'
+    )
+  parse = lines.Columns(number, *map(known.index, columns), json=is_json)
+  if named or not _header(cells, pair):
+    return parse, ()
+  return parse, (f'its first line, {shown[:200]!r}, is taken for a pair',)
 
 
 def has_header(columns: Sequence[int | str]) -> bool:
@@ -116,14 +131,18 @@ def _header(cells, pair) -> tuple[str, ...]:
   return () if None in found or found[0] == found[1] else tuple(found)
 
 
+def _most(test, rows, column) -> bool:
+  return sum(bool(test(r[column])) for r in rows) >= _MOST * len(rows)
+
+
+def _ids_first(rows) -> bool:
+  return _most(_is_id, rows, 0)
+
+
 def _refuse_meaning(where, rows):
   """Refuses columns that are not id, source, target or source, target."""
-
-  def most(test, column):
-    return sum(bool(test(r[column])) for r in rows) >= _MOST * len(rows)
-
   number = len(rows[0])
-  if number == 3 and not most(_is_id, 0):
+  if number == 3 and not _ids_first(rows):
     cell = next(r[0] for r in rows if not _is_id(r[0]))
     raise errors.UserError(
       f'{where}: three columns, but the first one holds no ids (it has '
@@ -133,9 +152,9 @@ def _refuse_meaning(where, rows):
   for column in (number - 2, number - 1):
     cells = {r[column] for r in rows}
     what = ''
-    if len(rows) > 1 and most(_is_number, column):
+    if len(rows) > 1 and _most(_is_number, rows, column):
       what = 'numbers'
-    elif len(rows) > 1 and most(_is_code, column):
+    elif len(rows) > 1 and _most(_is_code, rows, column):
       what = 'codes of languages'
     elif len(cells) == 1 and len({r[number - 2] for r in rows}) >= _MANY:
       what = 'the same in every line'

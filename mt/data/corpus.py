@@ -164,22 +164,24 @@ class _Files(NamedTuple):
   paths: Sequence[str | pathlib.Path]
   reversed_pair: bool = False  # They hold the pair the other way.
   shared: bool = False  # With all other directions.
+  known: bool = False  # MTNT's columns, whatever the others have.
 
 
 def _open(files, pair, data) -> bitext.Bitext:
-  paths, other_way, shared = files
+  paths, other_way, shared, known = files
   first, *more = directions.each(data.pair)
+  columns, quotes = ((), '') if known else (data.columns, data.quotes)
   turn = more and other_way  # What data.columns says is of the file.
   text = bitext.open_bitext(
     paths,
     pair,
-    data.columns[::-1] if turn else data.columns,
-    quotes='tfds' if data.tfds_quoting else data.quotes,
+    columns[::-1] if turn else columns,
+    quotes='tfds' if data.tfds_quoting else quotes,
     reversed_pair=other_way,
     # TFDS passes over short rows, however many there are.
     max_bad_fraction=1 if data.tfds_quoting else data.max_bad_fraction,
   )
-  by_language = isinstance(text.parse, lines.Keys) and not data.columns
+  by_language = isinstance(text.parse, lines.Keys) and not columns
   both_ways = first, directions.turned(first)
   if shared and not by_language and pair not in both_ways:
     raise errors.UserError(
@@ -191,6 +193,7 @@ def _open(files, pair, data) -> bitext.Bitext:
 
 
 def _find(source, split, pair, data) -> _Files:
+  known = source in ('sample', 'mtnt')
   if not _is_text(source):
     source = f'{_open_folder(source)}/{{split}}/{{split}}.{{pair}}.tsv'
   path = source.replace('{split}', split)
@@ -210,7 +213,7 @@ def _find(source, split, pair, data) -> _Files:
         f'{own}: there is no such file; data.pair is {pair!r}, expected that '
         f'of one that is there: {", ".join(sorted(there))}.'
       )
-    return _Files([other if turn else own], turn)
+    return _Files([other if turn else own], turn, known=known)
   first = directions.each(data.pair)[0]
   turn = pair != first and pair == directions.turned(first)
   return _Files([path], turn, shared=True)

@@ -74,7 +74,8 @@ MANYTHINGS = (
 def test_columns_that_hold_something_else(first, words):
   refusal(lambda: _choose(first), 'my/x.tsv: ', *words)
   quoted = 'data.quotes' in words[-1] or 'quoted' in words[0]
-  knob = {'quotes': 'text'} if quoted else {'columns': (1, 1)}
+  column = 1 + ('\t' in first)
+  knob = {'quotes': 'text'} if quoted else {'columns': (column, column)}
   _choose(first, **knob)  # As the knob says.
 
 
@@ -91,6 +92,16 @@ def test_columns_that_hold_something_else(first, words):
 )
 def test_columns_that_are_not_there(first, columns, words):
   refusal(lambda: _choose(first, columns), 'my/x.tsv: ', *words)
+
+
+@pytest.mark.parametrize('columns', [(1, 2), (2, 1), (1, 3)])
+def test_ids_are_no_texts(columns):
+  """Of a text that has other columns than the other ones of the run."""
+  usual = '\n'.join(f'{n}\ta {n}\tb {n}' for n in range(10))
+  words = 'my/x.tsv', "ids (such as '0')", f'data.columns={columns}'
+  refusal(lambda: _choose(usual, columns), *words)
+  _choose(usual, (3, 2))
+  _choose(usual.replace('\tb', ' b'), (1, 2))  # Numbers, spelled out.
 
 
 def test_a_header_that_is_asked_for_as_a_pair_is_noted():

@@ -77,6 +77,15 @@ def test_the_other_direction_is_read_reversed(tmp_path):
   }
 
 
+def test_the_sample_has_its_own_columns(tmp_path):
+  """Whatever those of the text that is trained on."""
+  source = _write(tmp_path / 'x.tsv', 'a\tb\tother\nc\td\tother\n')
+  want = _read('sample', 'valid')
+  for columns in ((1, 2), (2, 1)):
+    knobs = {'valid': 'sample', 'quotes': 'csv', 'columns': columns}
+    assert _read(source, 'valid', **knobs) == want
+
+
 def test_a_pair_that_is_not_there(tmp_path):
   _mtnt(tmp_path, 'ja-en')
   path = tmp_path / 'train' / 'train.en-fr.tsv'
