@@ -95,7 +95,7 @@ def _told(where, first, pair, columns, is_json):
       f'{where}: three columns, of which the first holds ids (such as '
       f'{rows[0][0][:80]!r}), but data.columns={columns}, which is for all '
       'files of the run, takes a text from it; write its texts into the '
-      'columns of the other files, or into a .jsonl.'
+      'columns of the others or into a .jsonl (or give mt.evaluate --columns).'
     )
   parse = lines.Columns(number, *map(known.index, columns), json=is_json)
   if named or not _header(cells, pair):

@@ -51,6 +51,7 @@ def read(
   """
   start, size = time.monotonic(), config.train.batch_size
   pair, shards = config.data.pair, config.data.shards
+  steps = config.train.max_steps
   _say_found(pair, texts)
   sources, mixture = training_rows(config, tok, texts['train'])
   own = None if mesh is None else sharding.own_rows(mesh, size)
@@ -60,14 +61,7 @@ def read(
     source[0]  # Refuses a text without a row.
     name = directions.name(pair, 'train', source.store.bitext.pair)
     journal.say(f'{name}: {describe(source)}')
-  train = batches.TrainBatches(
-    sources,
-    mixture,
-    size,
-    config.train.max_steps,
-    own=own,
-    shards=shards,
-  )
+  train = batches.TrainBatches(sources, mixture, size, steps, own, shards)
   keys = [source.store.key for source in sources]
   identity = keys, mixture, config.data.length, *([shards] * (shards > 1))
   scored = {
@@ -91,9 +85,8 @@ def read(
     train=train,
     train_digest=bitext.digest_of(*identity),
     train_texts={
-      directions.name(pair, x.where, x.pair): s.store.key
-      for s in sources
-      for x in [s.store.bitext]
+      directions.name(pair, text.where, text.pair): key
+      for text, key in zip(texts['train'], keys, strict=True)
     },
     valid=valid,
     minitrain=_minitrain(config, tok, texts['train'], mixture, number),

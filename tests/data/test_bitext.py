@@ -117,38 +117,6 @@ def test_what_is_written_is_read_back(
 
 
 @pytest.mark.parametrize('start', [b'', BOM], ids=['', 'BOM'])
-@pytest.mark.parametrize('ending', [b'\n', b'\r\n'], ids=['LF', 'CRLF'])
-def test_bad_lines_are_counted(tmp_path, ending, start):
-  rows = [
-    b'1\ta\tb',
-    b'',
-    b'2\ta',
-    b'2\ta\tb\t',
-    b'3\tc\td',
-    b'2\t \tb',
-    b' \t\t ',
-    b'2\ta\t',
-    b'2\ta\tb\0',
-    b'2\ta\xe2\x80\t\xa8b',
-    b'4\te\tf',
-    b'no columns',
-  ]
-  for last in (ending, b''):
-    text = open_text(tmp_path, start + ending.join(rows) + last)
-    assert [p.id for p in text.read()] == ['1', '3', '4']
-    assert (len(text), len(text.sample.pairs)) == (12, 3)
-    assert text.sample.unusable == {
-      'an empty line': (2, 2),
-      'fewer than 3 columns': (2, 3),
-      'more than 3 columns': (1, 4),
-      'an empty source': (1, 6),
-      'an empty target': (1, 8),
-      'a NUL character': (1, 9),
-      'not UTF-8': (1, 10),
-    }
-
-
-@pytest.mark.parametrize('start', [b'', BOM], ids=['', 'BOM'])
 def test_line_numbers_count_the_header(tmp_path, start):
   rows = [b'en\tfr', b'a\tb', b'', b'c\t', b'\xff\td', b'e\tf', b'', b'\tf']
   content = start + b''.join(row + b'\n' for row in rows)

@@ -212,33 +212,10 @@ def test_what_became_of_the_pairs_is_said(config, capsys, tmp_path):
   rows.close()
 
 
-@pytest.mark.parametrize('split', ['train', 'valid'])
-def test_a_split_of_which_nothing_fits(config, tmp_path, split):
-  lengths = [40, 30, 50]
-  path = tmp_path / f'{split}.tsv'
-  _write(path, lengths)
-  pair = corpus.read_splits(config.data, [split])[split][0].read()[1]
-  config.data.length = 10_000
-  (rows, *_), _ = splits.training_rows(
-    config,
-    numbered_rows.sample_tokenizer(),
-    corpus.read_splits(config.data, [split])[split],
-  )
-  shortest = int(rows.store.block(0).sizes.min())
-  assert len(pair.source.split()) == 31
-  config.data.length = shortest - 1
-  if split == 'train':
-    _write(tmp_path / 'valid.tsv', [1])
-  refusal(
-    lambda: _read(config),
-    path,
-    'none of its pairs fits',
-    f'data.length={shortest - 1} ',
-    f'the shortest needs {shortest})',
-    'raise data.length',
-  )
-  config.data.length = shortest  # The advice works.
-  assert _read(config).valid
+def test_a_validation_of_which_nothing_fits(config):
+  _write(pathlib.Path(config.data.valid), [40, 30, 50])
+  words = config.data.valid, 'none of its pairs fits', 'data.length=64 '
+  refusal(lambda: _read(config), *words, 'raise data.length')
 
 
 def test_one_source_of_several_of_which_nothing_fits(config, tmp_path):
