@@ -152,6 +152,8 @@ class Bitext:
     most = self.max_bad_fraction
     if not whole:
       most += _CHANCE * math.sqrt(most / number)
+    if lost == number and (whole or bad == number):
+      raise no_pair(self.where, unusable, self.unit)
     # Divided, for 0.29 * 100 is less than 29.
     if bad and bad / number > most:
       of = 'its' if whole else 'some'
@@ -160,8 +162,6 @@ class Bitext:
         f'({reasons(unusable, self.unit)}), more than data.max_bad_fraction='
         f'{self.max_bad_fraction:g}; mend them, or raise it.'
       )
-    if lost == number and (whole or bad == number):
-      raise no_pair(self.where, unusable, self.unit)
 
 
 def _stat(f) -> tuple[int, ...]:
@@ -288,10 +288,13 @@ def no_pair(
 ) -> errors.UserError:
   """The error for a text without a usable line."""
   why = f' ({reasons(unusable, unit)})' if unusable else ''
-  filtered = unusable.keys() & faults.NAMES
+  advice = 'name another file'
+  if unusable.keys() & faults.NAMES:
+    advice += ', or change data.filter'
+  if any(reason.startswith(lines.NO_TEXT) for reason in unusable):
+    advice = 'set data.columns to the keys of its texts, a.b for b in a'
   return errors.UserError(
-    f'{where}: no pair in it{why}; one a line is expected: name another file'
-    f'{", or change data.filter" if filtered else ""}.'
+    f'{where}: no pair in it{why}; one a line is expected: {advice}.'
   )
 
 

@@ -114,10 +114,18 @@ def keys(pair: str, columns: Sequence[int | str]) -> Sequence[str]:
 
 
 def _wrong_columns(where, cells, expected):
+  advice = (
+    'set data.columns to the two that hold source and target: numbers, or '
+    'names in a header'
+  )
+  if len(cells) == 1:
+    advice = (
+      'separate them by tabs, or give two aligned files, with {lang} in the '
+      'place of the language in their names'
+    )
   return errors.UserError(
     f'{where}: {len(cells)} columns in its first line '
-    f'({" | ".join(cells)[:200]!r}), {expected} expected; set data.columns to '
-    'the two that hold source and target: numbers, or names in a header.'
+    f'({" | ".join(cells)[:200]!r}), {expected} expected; {advice}.'
   )
 
 

@@ -22,6 +22,7 @@ class Pair(NamedTuple):
   target: str
 
 
+NO_TEXT = 'no text under'
 _surrogate = re.compile('[\ud800-\udfff]').search
 _TWICE = object()
 
@@ -85,7 +86,7 @@ def json_texts(line: str, keys: Sequence[str]) -> list[str] | str:
     if text is _TWICE:
       return f'more than one value for {key!r}'
     if not isinstance(text, str):
-      return f'no text under {key!r}'
+      return f'{NO_TEXT} {key!r}'
   return any_fault(texts) or texts
 
 

@@ -178,6 +178,16 @@ def test_a_byte_order_mark_is_left_out_and_noted(tmp_path):
   assert [p.id for p in text.read()] == ['\ufeff1', '\ufeff2']
 
 
+@pytest.mark.parametrize('bad', [0, 1])
+def test_other_keys_than_the_languages(tmp_path, bad):
+  """As Hugging Face's data sets have them: more bad lines would not help."""
+  line = json.dumps({'translation': {'en': 'a', 'fr': 'b'}}) + '\n'
+  call = functools.partial(open_text, tmp_path, line * 3, suffix='.jsonl')
+  words = tmp_path / 'x0.jsonl', "3 no text under 'en'", 'set data.columns'
+  refusal(lambda: call(bad=bad), *words)
+  assert len(call(columns=('translation.en', 'translation.fr'))) == 3
+
+
 def test_too_many_bad_lines_stop(tmp_path):
   content = b'1\ta\tb\n' * 6 + b'1\ta\n\n\xff\n1\ta\n'
   refusal(

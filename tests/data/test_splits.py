@@ -334,3 +334,4 @@ def test_noise_is_drawn_anew_each_epoch_and_again_by_a_resume(
   resumed = _read(config).train
   resumed.set_state({'batches_taken': 17})
   numbered_rows.all_equal(list(resumed), made[17:])
+  numbered_rows.wait_for_blocks()
