@@ -215,11 +215,6 @@ def open_bitext(
     plain, first, pair, columns, quotes=quotes, reversed_pair=reversed_pair
   )
   header = named and isinstance(parse, lines.Columns)
-  notes += tuple(
-    f'{file.name}: a byte-order mark in front, left out'
-    for file in opened
-    if file.starts[0]
-  )
   text = Bitext(
     files=tuple(opened),
     parse=parse,

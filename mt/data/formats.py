@@ -248,7 +248,7 @@ def _cells(name, reader, most, out):
 
 
 def _parquet(name, path, keys):
-  """Lines of JSON, see _json; an error while one is written passes by."""
+  """A line of JSON for each row; an error while one is written passes by."""
   import pyarrow  # Here: it takes time to load.
   from pyarrow import parquet
 
@@ -267,22 +267,11 @@ def _parquet(name, path, keys):
         f'{name}: more than one column {min(twice)!r}; name them apart.'
       )
     for batch in file.iter_batches(columns=sorted(wanted)):
-      yield from _json(batch)
+      for row in batch.to_pylist():
+        # null for what JSON has no type of.
+        yield json.dumps(row, default=lambda _: None).encode() + b'\n'
   except (OSError, ValueError, pyarrow.ArrowException) as e:
     raise errors.UserError(
       f'{name}: damaged parquet ({" ".join(str(e).split())[:200]}); fetch it '
       'again.'
     ) from e
-
-
-def _json(batch):
-  """Each row of parquet as a line of JSON: null for what JSON has no type of.
-
-  Of a row that is not UTF-8 the line is not UTF-8 either.
-  """
-  try:
-    rows = batch.to_pylist()
-  except UnicodeDecodeError:
-    ones = [batch.slice(at, 1) for at in range(len(batch))]
-    return itertools.chain(*map(_json, ones)) if len(ones) > 1 else [b'\xff\n']
-  return [json.dumps(x, default=lambda _: None).encode() + b'\n' for x in rows]

@@ -153,8 +153,6 @@ def test_bad_aligned_lines_are_counted(tmp_path, marks):
     'not UTF-8': (1, 5),
     'a NUL character': (1, 6),
   }
-  noted = [n.split(':')[0][-6:] for n in text.notes]
-  assert noted == [f'x{n}.txt' for n in (0, 1) if marks[n]]
 
 
 def test_the_most_frequent_reason_comes_first(tmp_path):
@@ -168,11 +166,9 @@ def test_the_most_frequent_reason_comes_first(tmp_path):
   )
 
 
-def test_a_byte_order_mark_is_left_out_and_noted(tmp_path):
+def test_a_byte_order_mark_is_left_out(tmp_path):
   text = open_text(tmp_path, BOM + b'1\ta\tb\n', bad=0)
   assert tuples(text) == [('1', 'a', 'b')]
-  (note,) = text.notes
-  assert 'byte-order mark' in note and note in bitext.describe(text)
   # Anywhere else it is a character.
   text = open_text(tmp_path, BOM * 2 + b'1\ta\tb\n' + BOM + b'2\tc\td\n', bad=0)
   assert [p.id for p in text.read()] == ['\ufeff1', '\ufeff2']

@@ -136,7 +136,7 @@ def test_parquet_cells_that_are_no_text_are_counted(tmp_path):
   from pyarrow import parquet
 
   table = {
-    'text': pyarrow.array([b'a', b'caf\xe9', b'c']).view('string'),
+    'text': ['a', 'b', 'c'],
     'bytes': [b'a', b'b', b'c'],
     'day': [datetime.date(2020, 1, 1)] * 3,
     'number': [decimal.Decimal(1)] * 3,
@@ -150,11 +150,8 @@ def test_parquet_cells_that_are_no_text_are_counted(tmp_path):
   text = bitext.open_bitext(
     [path], 'en-fr', ('text', 'some'), max_bad_fraction=0.7
   )
-  assert tuples(text) == [('1', 'a', 'd')]
-  assert text.sample.unusable == {
-    'not UTF-8': (1, 2),
-    "no text under 'some'": (1, 3),
-  }
+  assert tuples(text) == [('1', 'a', 'd'), ('2', 'b', 'e')]
+  assert text.sample.unusable == {"no text under 'some'": (1, 3)}
 
 
 def test_csv_lines_that_cannot_be_used_are_counted(tmp_path):
