@@ -4,8 +4,6 @@ python -m mt.data --config=configs/….py [--plot=lengths.png]
 """
 
 from collections.abc import Sequence
-import os
-import sys
 
 from mt.base import cli  # First: chex wants a temporary folder.
 
@@ -75,23 +73,16 @@ def table(sizes: dict[str, np.ndarray], length: int) -> str:
 
 
 def example(
-  examples: template.Examples,
-  number: int,
-  tok: tokenizer.Tokenizer,
-  color: bool,
+  examples: template.Examples, number: int, tok: tokenizer.Tokenizer
 ) -> str:
-  """One example's pieces; what is learned stands out.
+  """One example's pieces; what is learned stands in ⟦ ⟧.
 
-  In colour it is bold green and the rest is dim; else it stands in ⟦ ⟧. A space
-  is shown as ▁, a newline as ⏎.
+  A space is shown as ▁, a newline as ⏎.
   """
   pieces = tok.spm.id_to_piece(examples.ids(number).tolist())
   pieces = [piece.replace('\n', '⏎') for piece in pieces]
   start = int(examples.target_starts[number])
-  masked, learned = ''.join(pieces[:start]), ''.join(pieces[start:])
-  if color:
-    return f'\033[2m{masked}\033[0m\033[1;32m{learned}\033[0m'
-  return f'{masked}⟦{learned}⟧'
+  return f'{"".join(pieces[:start])}⟦{"".join(pieces[start:])}⟧'
 
 
 def plot(
@@ -119,7 +110,7 @@ def plot(
     ) from e
 
 
-def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
+def show(config: ml_collections.ConfigDict, png: str = '') -> str:
   """The card of a config's data; `png`: where to put the histograms, if at all.
 
   Raises:
@@ -165,7 +156,7 @@ def show(config: ml_collections.ConfigDict, color: bool, png: str = '') -> str:
         out.append(_epoch(source, share / sum(mixture), config.train))
       first = source.store.block(0)
       for i in range(min(_EXAMPLES, len(first))):
-        out.append(f'  {example(first, i, tok, color)}')
+        out.append(f'  {example(first, i, tok)}')
       out.append('')
   if png:
     plot(png, measured, config.data.length)
@@ -190,8 +181,7 @@ def _epoch(source, share, train) -> str:
 
 def main(_: Sequence[str]) -> None:
   config, _ = cli.read_config()
-  color = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
-  print(show(config, color, flags.FLAGS.plot))
+  print(show(config, flags.FLAGS.plot))
   screen.check()
 
 

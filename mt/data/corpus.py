@@ -145,17 +145,8 @@ def split_source(data: ml_collections.ConfigDict, split: str) -> str | None:
 
 
 def some_texts(text: bitext.Bitext, most: int = 4000) -> list[str]:
-  """Both sides of pairs in as many lines, to train a tokenizer on.
-
-  They are the first lines, or the next ones where these have no pair.
-
-  Raises:
-    errors.UserError: no lines have.
-  """
-  for at in range(0, len(text), most):
-    if pairs := text.read(range(at, min(at + most, len(text)))):
-      return [side for p in pairs for side in (p.source, p.target)]
-  raise bitext.no_pair(text.where, text.sample.unusable, text.unit)
+  """Both sides of as many pairs at most, to train a tokenizer on."""
+  return [side for p in text.sample.pairs[:most] for side in p[1:]]
 
 
 class _Files(NamedTuple):
@@ -221,9 +212,10 @@ def _find(source, split, pair, data) -> _Files:
 
 def _is_text(source) -> bool:
   """Whether it names files of pairs, not a folder or an archive of them."""
-  if any(field in source for field in ('{split}', '{lang}', '{pair}')):
-    return True
-  if source.startswith(sacrebleu_sets.PREFIX):
+  fields = '{split}', '{lang}', '{pair}'
+  if source.startswith(sacrebleu_sets.PREFIX) or any(
+    x in source for x in fields
+  ):
     return True
   return os.path.isfile(source) and not source.endswith(('.tar.gz', '.tgz'))
 

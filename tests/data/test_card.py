@@ -105,7 +105,7 @@ def test_a_large_text_that_is_filtered_away(tmp_path, monkeypatch):
 
 def test_counts_are_those_of_numpy(config, tmp_path, monkeypatch):
   monkeypatch.setattr(store, '_BLOCK', 20)  # Of all blocks.
-  shown = card.show(config, color=False).splitlines()
+  shown = card.show(config).splitlines()
   for split, number in (('train', 53), ('valid', 7)):
     path = tmp_path / f'{split}.tsv'
     at = shown.index(
@@ -131,7 +131,7 @@ def test_counts_are_those_of_numpy(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize('packing', [True, False])
 def test_an_epoch_by_hand(config, tmp_path, packing):
   config.data.packing = packing
-  text = card.show(config, color=False)
+  text = card.show(config)
   prompt, target = _sizes(config, tmp_path / 'train.tsv')
   sizes = (prompt + target)[prompt + target <= 96]
   (line,) = (x for x in text.splitlines() if 'an epoch' in x)
@@ -154,9 +154,7 @@ def test_an_epoch_by_hand(config, tmp_path, packing):
 def test_a_share_of_a_mixture(config, tmp_path):
   config.data.source += ',' + _write(tmp_path / 'b.tsv', [2] * 18)
   config.data.weights = (3, 1)
-  shown = [
-    x for x in card.show(config, color=False).splitlines() if 'an epoch' in x
-  ]
+  shown = [x for x in card.show(config).splitlines() if 'an epoch' in x]
   assert [re.search(r'a share of (\d+)%', x)[1] for x in shown] == ['75', '25']
   for line, share in zip(shown, (0.75, 0.25), strict=True):
     rows = int(re.search(r'(\d+) rows', line)[1])
@@ -166,16 +164,16 @@ def test_a_share_of_a_mixture(config, tmp_path):
 
 def test_the_test_split_is_shown_where_it_is_scored(config, tmp_path):
   config.data.test = _write(tmp_path / 'test.tsv', [1, 2, 3, 4])
-  assert '\ntest: ' not in card.show(config, color=False)
+  assert '\ntest: ' not in card.show(config)
   config.eval.test = True
-  assert f'\ntest: {config.data.test}: 6 lines, 4' in card.show(config, False)
+  assert f'\ntest: {config.data.test}: 6 lines, 4' in card.show(config)
 
 
 def test_noise_and_shards_are_those_of_training(config):
   """No run validates on noisy text, or needs so many lines for it."""
-  plain = card.show(config, color=False)
+  plain = card.show(config)
   config.data.noise, config.data.shards, config.train.batch_size = 0.9, 40, 40
-  noisy = card.show(config, color=False)
+  noisy = card.show(config)
   assert noisy.split('\nvalid: ')[1] == plain.split('\nvalid: ')[1]
   learned = [x for x in noisy.splitlines() if '⟦' in x]
   assert learned[0] not in plain
@@ -183,16 +181,16 @@ def test_noise_and_shards_are_those_of_training(config):
 
 def test_it_refuses_what_a_run_refuses(config):
   config.train.max_steps = 0
-  refusal(lambda: card.show(config, color=False), 'train.max_steps is 0')
+  refusal(lambda: card.show(config), 'train.max_steps is 0')
   config.train.max_steps = 1
   config.data.source = '/nowhere'
-  refusal(lambda: card.show(config, color=False), '/nowhere')
+  refusal(lambda: card.show(config), '/nowhere')
 
 
 def test_a_text_without_one_for_validation_is_shown(config):
   """Someone looks at a text before there is another."""
   config.data.valid = ''
-  shown = card.show(config, color=False)
+  shown = card.show(config)
   assert '53 pairs' in shown and 'an epoch' in shown
   assert '\nvalid: no text is named; data.valid names one.' in shown
 
@@ -208,20 +206,13 @@ def test_examples_show_what_is_learned():
   pairs = [lines.Pair('1', 'Hi you', 'Salut  !')]
   examples = template_lib.encode(pairs * 2, tok, PLAIN)
   masked, learned = '<s>English:▁Hi▁you⏎French:', '▁Salut▁▁!</s>'
-  assert card.example(examples, 1, tok, color=False) == f'{masked}⟦{learned}⟧'
-  assert card.example(examples, 1, tok, color=True) == (
-    f'\033[2m{masked}\033[0m\033[1;32m{learned}\033[0m'
-  )
+  assert card.example(examples, 1, tok) == f'{masked}⟦{learned}⟧'
 
 
-@pytest.mark.parametrize('color', [True, False])
-def test_five_examples_of_each_split(config, color):
-  text = card.show(config, color)
-  mark = '\033[1;32m' if color else '⟦'
-  for part in text.split('\nvalid: '):
-    shown = [x for x in part.splitlines() if mark in x]
+def test_five_examples_of_each_split(config):
+  for part in card.show(config).split('\nvalid: '):
+    shown = [x for x in part.splitlines() if '⟦' in x]
     assert len(shown) == len(set(shown)) == 5
-  assert ('\033' in text) == color
 
 
 # The command.
@@ -255,7 +246,7 @@ def test_the_plot(tmp_path):
 def test_a_plot_that_cannot_be_written(config, tmp_path):
   for path in (tmp_path / 'no' / 'a.png', tmp_path):
     refusal(
-      lambda path=path: card.show(config, False, str(path)),
+      lambda path=path: card.show(config, str(path)),
       path,
       'cannot write the plot',
       '--plot',
@@ -278,7 +269,7 @@ def test_the_command(tmp_path):
   done = _command(f'--config={ROOT}/configs/debug.py', f'--plot={path}')
   assert done.returncode == 0, done.stderr
   assert '694 pairs' in done.stdout and '90 pairs' in done.stdout
-  assert done.stdout.count('⟦') == 10 and '\033' not in done.stdout
+  assert done.stdout.count('⟦') == 10
   assert 'rows, ' in done.stdout and 'dropped: ' in done.stdout
   image = matplotlib.image.imread(path)
   assert image.shape[:2] == (720, 960)

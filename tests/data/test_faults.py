@@ -140,7 +140,7 @@ def test_a_run_says_them_in_a_line_and_the_card_shows_each(config, capsys):
   splits.read(config, numbered_rows.sample_tokenizer(), texts)
   (said,) = (x for x in capsys.readouterr().out.splitlines() if 'of these' in x)
   assert sorted(faults.NAMES) == sorted(re.findall(r' 1 (\w+)', said))
-  shown = card.show(config, color=False)
+  shown = card.show(config)
   for name in faults.NAMES:
     assert f'(data.filter={name} leaves them out)' in shown
   assert "entities           1  entities4: 'Q&A; AT&amp;T' -> " in shown

@@ -84,12 +84,12 @@ def test_training_targets_get_it_and_nothing_else_does(config):
 def test_a_start_and_the_card_say_it(config, capsys):
   config.data.length = 128
   said = "apostrophes of the targets are ' 100%; in valid ’ 100%"
-  assert f'  {said}' in card.show(config, color=False)
+  assert f'  {said}' in card.show(config)
   texts = corpus.read_splits(config.data, ['train', 'valid'])
   splits._say_found('en-fr', texts)
   assert f'train: {said}' in capsys.readouterr().out
   config.data.apostrophe = '’'
-  assert 'apostrophes' not in card.show(config, color=False)
+  assert 'apostrophes' not in card.show(config)
   train = texts['train'][0]
   other = [dataclasses.replace(texts['valid'][0], pair='en-ja')]
   assert not splits.other_signs(train, texts | {'valid': other})
