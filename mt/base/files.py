@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from typing import IO
 from typing import Any
@@ -29,7 +30,8 @@ def new_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
         yield f
       return
     path = pathlib.Path(os.path.realpath(path))
-    part = _part(path)
+    # Not named by its process: those of several containers have one number.
+    part = path.with_name(f'{path.name}.{secrets.token_hex(4)}.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
       with open(part, 'wb') as f:

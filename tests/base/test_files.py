@@ -47,6 +47,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
   refusal(into_a_file, path, 'cannot write', '--workdir')
 
 
+def test_who_writes_the_same_file_is_in_no_ones_way(tmp_path):
+  """Processes of several containers, which share a cache, have one number."""
+  path = tmp_path / 'a'
+  with files.new_file(path) as f:
+    f.write(b'one')
+    with files.new_file(path) as other:
+      other.write(b'another')
+    assert path.read_bytes() == b'another'
+  assert path.read_bytes() == b'one' and [*tmp_path.iterdir()] == [path]
+
+
 @pytest.mark.parametrize('target', ['there', 'not yet'])
 def test_a_link_stays(tmp_path, target):
   (tmp_path / 'there').write_text('old')
