@@ -85,20 +85,21 @@ def _held_out(data, texts) -> dict[str, tuple[str, str]]:
   """Sources of validation and test, for faults.Rules.
 
   Of those too that are not read now, if they are there: a run that does not
-  score the test split must not train on it either. With several directions the
-  targets too: a pair turned round is the same pair.
+  score the test split must not train on it either. Of a direction that is also
+  learned the other way the targets too: a pair turned round is the same pair.
   """
-  out, several = {}, len(directions.each(data.pair)) > 1
+  out, pairs = {}, directions.each(data.pair)
   for split in ('valid', 'test'):
     opened, source = [*texts.get(split, [])], split_source(data, split)
     if not opened and source is not None:
-      for pair in directions.each(data.pair):
+      for pair in pairs:
         with contextlib.suppress(errors.UserError):
           files = _find(source, split, pair, data)
           opened.append(_open(files, pair, data))
     for text in opened:
+      both_ways = directions.turned(text.pair) in pairs
       for p in text.read():
-        for side in p[1:] if several else [p.source]:
+        for side in p[1:] if both_ways else [p.source]:
           out[faults.fold(side)] = split, side
   return out
 

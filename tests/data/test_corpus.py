@@ -348,3 +348,7 @@ def test_a_tested_pair_is_not_trained_on_turned_round(tmp_path):
   _write(tmp_path / 'test' / 'test.fr-en.tsv', '1\tx\ty\n')
   pair = 'en-fr,fr-en'
   refusal(lambda: _read(tmp_path, pair=pair), 'train.fr-en.tsv', 'test fr')
+  # Where French is no source, what its tests have says nothing.
+  _mtnt(tmp_path, 'en-ja')
+  _write(tmp_path / 'train' / 'train.en-fr.tsv', '1\ttest fr\ttrain fr\n')
+  assert _read(tmp_path, pair='en-fr,en-ja')['train'][0][0][0] == 'test fr'
