@@ -1,6 +1,5 @@
 """The data card: counts against counting by hand, and the command."""
 
-import os
 import pathlib
 import re
 import subprocess
@@ -253,20 +252,12 @@ def test_a_plot_that_cannot_be_written(config, tmp_path):
     )
 
 
-def _command(*args, **env):
-  return subprocess.run(
-    [sys.executable, '-m', 'mt.data', *args],
-    cwd=ROOT,
-    env=os.environ | env,
-    capture_output=True,
-    text=True,
-    timeout=120,
-  )
-
-
 def test_the_command(tmp_path):
   path = tmp_path / 'lengths.png'
-  done = _command(f'--config={ROOT}/configs/debug.py', f'--plot={path}')
+  command = [sys.executable, '-m', 'mt.data', '--config=configs/debug.py']
+  done = subprocess.run(
+    [*command, f'--plot={path}'], cwd=ROOT, capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stderr
   assert '694 pairs' in done.stdout and '90 pairs' in done.stdout
   assert done.stdout.count('⟦') == 10
