@@ -55,12 +55,13 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder to write into, which becomes `path` when the block ends well.
 
   Nothing is left of it otherwise. Raises errors.UserError where it cannot be
-  written, or is there already and not an empty folder.
+  written, or is there already, see check_new.
   """
   path = path.absolute()
   part = _part(path)
   try:
     check_new(path)
+    shutil.rmtree(part, ignore_errors=True)  # Killed; containers repeat pids.
     part.mkdir(parents=True)
     try:
       yield part
@@ -93,11 +94,12 @@ def locked(path: pathlib.Path, busy: str = '') -> Iterator[None]:
 
 
 def check_new(path: pathlib.Path) -> None:
-  """Refuses a file, a link or a folder with something in it."""
+  """Refuses a file, a link, a mount, or a folder with something in it."""
   in_it = path.is_dir() and any(path.iterdir())
-  if path.is_symlink() or path.is_file() or in_it:
+  if path.is_symlink() or path.is_file() or path.is_mount() or in_it:
     raise errors.UserError(
-      f'{path}: there already, and nothing is overwritten; name a new folder.'
+      f'{path}: there already (a file, a mount, or with something in it), and '
+      'nothing is overwritten; name a new folder.'
     )
 
 

@@ -85,6 +85,22 @@ def test_the_folder_appears_when_it_is_whole(tmp_path):
   assert [p.name for p in out.iterdir()] == ['a']
 
 
+def test_what_a_killed_program_left_is_in_no_ones_way(tmp_path):
+  """In a container the next one has the same number, and the same name."""
+  left = tmp_path / f'out.{os.getpid()}.part'
+  left.mkdir()
+  (left / 'half').write_text('')
+  with files.new_folder(tmp_path / 'out') as part:
+    (part / 'a').write_text('')
+  assert [p.name for p in tmp_path.rglob('*')] == ['out', 'a']
+
+
+def test_a_mount_is_refused_before_it_is_too_late(tmp_path, monkeypatch):
+  """Nothing can take its place."""
+  monkeypatch.setattr(type(tmp_path), 'is_mount', lambda _: True)
+  refusal(lambda: files.check_new(tmp_path), tmp_path, 'name a new folder')
+
+
 def test_a_race_for_the_folder_is_lost_politely(tmp_path):
   out = tmp_path / 'out'
 
