@@ -39,6 +39,8 @@ from mt.base import journal
 from mt.base import processes
 
 _PATHS = 'source', 'tokenizer', 'adapter', 'warm_start'  # Of `weights`.
+# What a start without a checkpoint before it does not go on with.
+_ANEW = 'config.json', 'tokenizer.model', 'wandb_id.txt'
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
@@ -72,19 +74,26 @@ def claim(
 ) -> ml_collections.ConfigDict | None:
   """Claims a folder for a run; errors.UserError if it has one of other knobs.
 
-  Returns the config of the last start, None where there was none. A folder
-  without a checkpoint is anybody's: that start came to nothing.
+  Returns the config of the last start, None where there was none. A run's
+  folder without a checkpoint is anybody's: that start came to nothing. One of a
+  model has files of the same names, and is refused.
   """
   path, config = workdir / 'config.json', absolute(config)
   saved = (workdir / 'checkpoints').glob('*step_*')  # Damaged ones too.
   if all('tmp' in path.name for path in saved):
-    for name in ('config.json', 'tokenizer.model'):
+    there = [name for name in _ANEW if (workdir / name).exists()]
+    if there and not (workdir / 'environment.json').exists():
+      raise errors.UserError(
+        f'{workdir}: its {there[0]} is not of a run, and would be lost; name '
+        'another --workdir.'
+      )
+    for name in there:
       files.remove(workdir / name)
   before = absolute(read_config(workdir)) if path.exists() else None
   if before is not None:
     _check_same(workdir, before, config)
-  files.write_json(path, config.to_dict())
   files.write_json(workdir / 'environment.json', environment())
+  files.write_json(path, config.to_dict())
   return before
 
 

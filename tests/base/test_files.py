@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from configs import default
 from mt.base import files
 from mt.base import run_folder
 from tests.fixtures.refusal import refusal
@@ -122,6 +123,15 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
       raise AssertionError
 
   refusal(into_a_file, tmp_path / 'file', 'cannot write', '--out')
+
+
+@pytest.mark.parametrize('name', ['config.json', 'tokenizer.model'])
+def test_the_folder_of_a_model_is_no_workdir(tmp_path, name):
+  (tmp_path / name).write_text('{}')
+  config = default.get_config()
+  refusal(lambda: run_folder.claim(tmp_path, config), tmp_path, name, 'lost')
+  assert [p.name for p in tmp_path.iterdir()] == [name]
+  assert (tmp_path / name).read_text() == '{}'
 
 
 def test_differences_are_named():

@@ -9,6 +9,7 @@ import pytest
 from configs import default
 from mt.base import files
 from mt.base import recorder
+from mt.base import run_folder
 from mt.train import settings
 from tests.fixtures.refusal import refusal
 
@@ -49,6 +50,19 @@ def test_a_resume_goes_on_with_the_same_run(tmp_path, config, monkeypatch):
   assert [step for step, _ in logged] == [0, 1, 2, 2, 3]
   assert logged[-1][1] == {'loss': 0.75}
   assert not (tmp_path / 'tensorboard').exists()
+
+
+def test_a_start_that_came_to_nothing_is_not_gone_on_with(tmp_path, config):
+  """What it sent would stand in the curves of a run with other knobs."""
+  run_folder.claim(tmp_path, config)
+  (tmp_path / 'wandb_id.txt').write_text('a')
+  config.optim.learning_rate *= 2
+  run_folder.claim(tmp_path, config)
+  assert not (tmp_path / 'wandb_id.txt').exists()
+  (tmp_path / 'wandb_id.txt').write_text('b')
+  (tmp_path / 'checkpoints' / 'step_1').mkdir(parents=True)
+  run_folder.claim(tmp_path, config)
+  assert (tmp_path / 'wandb_id.txt').read_text() == 'b'
 
 
 def test_it_is_not_touched_unless_asked_for(tmp_path, config, monkeypatch):
