@@ -35,8 +35,10 @@ from mt.data import tokenizer
 from mt.evaluate import card
 from mt.gemma import lora
 from mt.gemma import parameters
+from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.train import checkpoint
+from mt.train import state as state_lib
 from mt.translate import translator
 from mt.weights import flax_out
 from mt.weights import gguf_out
@@ -49,30 +51,27 @@ FORMATS = 'gemma', 'gguf', 'hf', 'peft'
 
 
 def generation(
-  config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict | None,
   cfg: sizes.ModelConfig,
   tok: tokenizer.Tokenizer,
 ) -> dict[str, Any]:
-  """What transformers decodes a run's model with, as far as it means the same.
+  """What transformers decodes a model with, as far as it means the same.
 
-  Its no_repeat_ngram_size and repetition_penalty count the prompt, too.
+  Its no_repeat_ngram_size and repetition_penalty count the prompt, too. Without
+  the config of a run only what our search never chooses, either.
   """
+  never = translator.never_ids(tok)
+  spare = range(tok.vocab_size, cfg.vocab_size)
+  out = {'suppress_tokens': [*never, *spare]} if never else {}
+  if config is None:
+    return out
   d, template = config.decode, template_lib.from_config(config)
   longest = int(d.max_ratio * config.data.length) + d.max_extra
   ends = list(translator.end_ids(tok, template))
-  out = {'eos_token_id': ends, 'max_new_tokens': longest}
+  out |= {'eos_token_id': ends, 'max_new_tokens': longest}
   if d.beam > 1:
     out |= {'num_beams': d.beam, 'length_penalty': d.length_penalty}
-  return out | suppressed(cfg, tok)
-
-
-def suppressed(
-  cfg: sizes.ModelConfig, tok: tokenizer.Tokenizer
-) -> dict[str, list[int]]:
-  """The field of what our search never chooses, either."""
-  never = translator.never_ids(tok)
-  spare = range(tok.vocab_size, cfg.vocab_size)
-  return {'suppress_tokens': [*never, *spare]} if never else {}
+  return out
 
 
 def check(to: str, source: pretrained.Source) -> None:
@@ -98,17 +97,16 @@ def write(
   Without a run the chat template is the given one.
   """
   cfg, tok, config = about.cfg, about.tok, about.config
-  serving = suppressed(cfg, tok), chat_template
-  if config is not None:  # Of a run, which knows how it decodes.
+  if config is not None:  # Of a run; '' without turns.
     template = template_lib.from_config(config)
-    chat = template_lib.chat_template(template, tok)  # '' without turns.
-    serving = generation(config, cfg, tok), chat
+    chat_template = template_lib.chat_template(template, tok)
+  serving = generation(config, cfg, tok), chat_template
   with files.new_folder(out) as part:
     if about.to == 'hf':
       hf.write(part, cfg, params, tok, about.dtype, *serving)
     elif about.to == 'gguf':
       path = part / gguf_out.file_name(about.dtype)
-      gguf_out.write(path, cfg, params, tok, about.dtype, serving[1])
+      gguf_out.write(path, cfg, params, tok, about.dtype, chat_template)
     elif about.to == 'gemma':
       flax_out.write(part, cfg, params, tok, about.dtype)
     else:
@@ -152,7 +150,7 @@ def from_run(
     out: a new folder.
     dtype: 'float32' or 'bfloat16', of the weights in the files; of GGUF 'q8_0',
       too.
-    base: the weights that the run started from, instead of what it made.
+    base: its pretrained weights, instead of what it made.
     which: of the run's checkpoints, see checkpoint.find_step.
     push: USER/NAME that it is for, as the model card says.
 
@@ -170,14 +168,16 @@ def from_run(
   if not base:
     at, about = checkpoint.find_step(workdir, which)
     journal.say(f'checkpoint: {about}')
-  config, source = checkpoint.open_source(workdir)
+  opened = config, source = checkpoint.open_source(workdir)
   check(to, source)
   if base:
-    params = source.read()
-  elif to == 'peft':
-    params = checkpoint.load_trained(workdir, at)[2]
+    params = sharding.on_host(source.read)
   else:
-    params = lora.fold(checkpoint.load_finetuned(workdir, at, exact=True)[2])
+    whole = to != 'peft'
+    _, _, params, frozen = checkpoint.load_trained(workdir, at, whole, opened)
+    if whole:
+      params = state_lib.model_params(config.train, params, frozen)
+      params = lora.fold(params)
   first, *others = directions.each(config.data.pair)
   if others:
     journal.say(
@@ -221,20 +221,19 @@ def merge(
       '--to=peft is of a run (--workdir); with --source hf, gguf or gemma '
       'expected.'
     )
-  if name == 'random':
-    raise errors.UserError(
-      '--source=random: a model that is somewhere expected; random weights are '
-      'exported out of a run, with --workdir.'
-    )
   source = pretrained.open_source(name, '', '', seed=0, texts=())
   check(to, source)
-  params, about = source.read(), 'as it is'
+  about, read = 'as it is', source.read
   if adapter:
-    read = peft.read(pretrained.find_adapter(adapter), source.config)
-    journal.say(f'adapter: {adapter}, made for {read.base}')
-    flat, scale = parameters.flatten(params), read.alpha / read.rank
-    params = lora.fold(lora.merge(read.factors, flat, lora_scale=scale))
+    found = peft.read(pretrained.find_adapter(adapter), source.config)
+    journal.say(f'adapter: {adapter}, made for {found.base}')
     about = f'with the adapter {pathlib.PurePath(adapter).name}'
+
+    def read():
+      flat, scale = parameters.flatten(source.read()), found.alpha / found.rank
+      return lora.fold(lora.merge(found.factors, flat, lora_scale=scale))
+
+  params = sharding.on_host(read)
   model = card.Model(
     to=to,
     name=push or out.absolute().name,
@@ -251,30 +250,20 @@ def main(_):
   f = flags.FLAGS
   out = pathlib.Path(f.out)
   files.check_new(out)  # Before minutes go into it.
-  for one, other in (
-    ('base', 'source'),
-    ('checkpoint', 'source'),
-    ('checkpoint', 'base'),
-  ):
-    if getattr(f, one) and getattr(f, other):
-      raise errors.UserError(f'--{one} and --{other}: one of them expected.')
   if f.public and not f.push:
     raise errors.UserError('--public is of --push, which is not given.')
   push = hub.check_upload(f.push) if f.push else ''
-  if bool(f.workdir) == bool(f.source) or (f.adapter and not f.source):
-    raise errors.UserError(
-      '--workdir of a run expected, or --source of a model, with --adapter if '
-      'you like.'
-    )
+  if f.adapter and not f.source:
+    raise errors.UserError('--adapter is of --source, which is not given.')
   if f.dtype == 'q8_0' and f.to != 'gguf':
     raise errors.UserError(
       f'--dtype={f.dtype} is of --to=gguf alone; float32 or bfloat16 expected.'
     )
-  if f.source:
+  if f.workdir is None:
     merge(f.source, f.adapter, f.to, out, f.dtype, push)
   else:
     workdir = pathlib.Path(f.workdir)
-    from_run(f.to, workdir, out, f.dtype, f.base, f.checkpoint, push)
+    from_run(f.to, workdir, out, f.dtype, f.base, f.checkpoint or '', push)
   journal.say(f'written: {out}')
   if push:
     journal.say(f'sent: {hub.upload(out, push, public=f.public)}')
@@ -282,22 +271,24 @@ def main(_):
 
 if __name__ == '__main__':
   flags.DEFINE_string('workdir', None, 'Folder of a run of train.py.')
-  flags.DEFINE_string('checkpoint', '', checkpoint.WHICH)
+  flags.DEFINE_string('checkpoint', None, checkpoint.WHICH)
   flags.DEFINE_enum('to', 'hf', FORMATS, 'Format.')
   flags.DEFINE_string('out', None, 'New folder to be written.')
   flags.DEFINE_enum(
     'dtype', 'float32', sorted(gguf_out.KINDS), 'Of the weights in the files.'
   )
   flags.DEFINE_bool(
-    'base', False, 'Export the weights that the run started from.'
+    'base', None, 'Export the pretrained weights of the run instead.'
   )
   flags.DEFINE_string(
-    'source', '', 'A model instead of a run, see weights.source.'
+    'source', None, 'A model instead of a run, see weights.source.'
   )
   flags.DEFINE_string('adapter', '', 'Merged into it, see weights.adapter.')
   flags.DEFINE_string(
     'push', '', 'hf:USER/NAME: a model of the hub that the folder is sent to.'
   )
   flags.DEFINE_bool('public', False, 'Make that model one that all may see.')
-  flags.mark_flags_as_required(['out'])
+  flags.mark_flag_as_required('out')
+  flags.mark_flags_as_mutual_exclusive(['workdir', 'source'], required=True)
+  flags.mark_flags_as_mutual_exclusive(['source', 'base', 'checkpoint'])
   cli.run(main)

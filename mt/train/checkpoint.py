@@ -302,12 +302,16 @@ def open_source(
 
 
 def load_trained(
-  workdir: pathlib.Path, at: int | None = None, exact: bool = False
+  workdir: pathlib.Path,
+  at: int | None = None,
+  exact: bool = False,
+  opened: tuple[ml_collections.ConfigDict, pretrained.Source] | None = None,
 ) -> tuple[ml_collections.ConfigDict, pretrained.Source, lora.Flat, lora.Flat]:
   """The checkpoint of step `at` of a run; see find_step where none is given.
 
   With `exact` the frozen parameters are float32, as they were pretrained, and
   not as train.frozen_dtype rounds them; nothing is moved to an accelerator.
+  `opened` is what open_source gave, where it was called already.
 
   Returns:
     The run's config, where its weights came from, and the trained (EMA if there
@@ -320,7 +324,7 @@ def load_trained(
   at, _ = find_step(workdir, '' if at is None else str(at))
   manager = open_manager(workdir)
   manifest.check(pathlib.Path(manager.directory), at)
-  config, source = open_source(workdir)
+  config, source = opened or open_source(workdir)
   train = config.train.copy_and_resolve_references()
   train.frozen_dtype = 'float32' if exact else train.frozen_dtype
 
@@ -351,10 +355,10 @@ def load_trained(
 
 
 def load_finetuned(
-  workdir: pathlib.Path, at: int | None = None, exact: bool = False
+  workdir: pathlib.Path, at: int | None = None
 ) -> tuple[ml_collections.ConfigDict, pretrained.Source, parameters.Params]:
   """`load_trained` as one tree of parameters, see lora.merge."""
-  config, source, trained, frozen = load_trained(workdir, at, exact)
+  config, source, trained, frozen = load_trained(workdir, at)
   params = state_lib.model_params(config.train, trained, frozen)
   return config, source, params
 

@@ -71,7 +71,7 @@ def test_the_base_may_be_multimodal(tmp_path, run, capsys):
 def test_the_adapter_is_of_that_checkpoint(tmp_path, run, monkeypatch):
   asked = []
 
-  def load(workdir, at):
+  def load(workdir, at, *_):
     asked.append(at)
     raise errors.UserError('Enough seen.')
 

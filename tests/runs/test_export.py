@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import json
 import os
-import types
 
 import chex
 from gemma import params as gemma_params
@@ -178,6 +177,25 @@ def test_low_rank_products_are_added_to_the_weights_as_they_were(
   assert layers['q'].q.dtype == np.uint8  # What it translates with.
 
 
+@pytest.mark.parametrize('of', ('run', 'base', 'model', 'adapter'))
+def test_nothing_is_moved_to_an_accelerator(tmp_path, run, monkeypatch, of):
+  """It has room for 4 bits a weight, perhaps; another CPU stands for it."""
+  source, adapter, seen = run_folder.read_config(run).weights.source, '', []
+  if of == 'adapter':
+    adapter = str(tmp_path / 'a')
+    export.from_run('peft', run, tmp_path / 'a', 'float32')
+  monkeypatch.setattr(
+    export, 'write', lambda _, params, *__: seen.append(params)
+  )
+  with jax.default_device(jax.devices()[1]):
+    if of in ('run', 'base'):
+      export.from_run('hf', run, tmp_path, 'float32', base=of == 'base')
+    else:
+      export.merge(source, adapter, 'hf', tmp_path, 'float32')
+  places = {d for x in jax.tree.leaves(seen) for d in x.devices()}
+  assert places == {jax.devices()[0]}
+
+
 def test_bfloat16_is_half_as_large(tmp_path, run, finetuned):
   export.from_run('hf', run, tmp_path / 'a', 'bfloat16')
   arrays = load_file(tmp_path / 'a' / 'model.safetensors')
@@ -289,42 +307,19 @@ def test_no_run_there_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('flag', 'words'),
-  [('--dtype=q8_0', '--to=gguf alone'), ('--push=me/mine', 'hf:USER/NAME')],
+  ('flags', 'code', 'words'),
+  [
+    (['--to=onnx', '--workdir=w'], 1, 'onnx'),
+    ([], 1, 'Exactly one of (workdir, source)'),
+    (['--source=s', '--base'], 1, 'At most one of (source, base, checkpoint)'),
+    (['--workdir=w', '--public'], 2, '--public is of --push'),
+    (['--workdir=w', '--adapter=a'], 2, '--adapter is of --source'),
+    (['--workdir=w', '--dtype=q8_0'], 2, '--to=gguf alone'),
+    (['--workdir=w', '--push=me/mine'], 2, 'hf:USER/NAME'),
+  ],
 )
-def test_a_flag_that_cannot_be(tmp_path, run, flag, words):
-  done = lora_run.command(f'--workdir={run}', f'--out={tmp_path}/o', flag)
-  assert done.returncode == 2
+def test_flags_that_cannot_be_are_one_line(tmp_path, flags, code, words):
+  done = lora_run.command(f'--out={tmp_path}/o', *flags)
+  assert (done.returncode, done.stderr.count('\n')) == (code, 1), done.stderr
   assert words in done.stderr
   assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-  ('given', 'words'),
-  [
-    ({'workdir': 'w', 'public': True}, '--public is of --push'),
-    ({'source': 's', 'base': True}, '--base and --source'),
-    ({'source': 's', 'checkpoint': 'best'}, '--checkpoint and --source'),
-    (
-      {'workdir': 'w', 'checkpoint': 'best', 'base': True},
-      '--checkpoint and --base',
-    ),
-    ({'workdir': 'w', 'source': 's'}, '--workdir of a run expected'),
-    ({'source': 'random'}, 'random weights are exported out of a run'),
-  ],
-  ids=str,
-)
-def test_a_flag_that_would_have_no_effect(tmp_path, monkeypatch, given, words):
-  names = ('workdir', 'source', 'adapter', 'push', 'public', 'base')
-  given = dict.fromkeys((*names, 'checkpoint'), '') | given
-  given |= {'to': 'hf', 'dtype': 'float32', 'out': str(tmp_path / 'o')}
-  given = types.SimpleNamespace(**given)
-  monkeypatch.setattr(export.flags, 'FLAGS', given)
-  refusal(lambda: export.main([]), words)
-
-
-def test_a_wrong_flag_is_one_line():
-  done = lora_run.command('--workdir=x', '--out=y', '--to=onnx')
-  assert done.returncode == 1
-  assert 'onnx' in done.stderr
-  assert len(done.stderr.strip().split('\n')) == 1, done.stderr
