@@ -8,7 +8,6 @@ import os
 import pathlib
 import signal
 import sys
-import tempfile
 import textwrap
 import traceback
 
@@ -90,15 +89,6 @@ def sentence(e: OSError) -> str:
   """What to say of an error that is never a bug; '' of any other."""
   remedy = _REMEDIES.get(e.errno)
   return f'{e}; {remedy}.' if remedy else ''
-
-
-def _check_temporary_folder():
-  """chex wants one as soon as it is imported."""
-  try:
-    tempfile.gettempdir()
-  except OSError as e:
-    what = 'make room there, or set TMPDIR to a folder that you may write to'
-    _leave(e, f'{e.strerror}; {what}')
 
 
 def _terminated(number, _frame):
@@ -202,6 +192,3 @@ def _entry(name, value, text):
   shown = '' if value is None else f'={value}'
   text = textwrap.fill(' '.join(text.split()), 74)
   return f'  --{name}{shown}\n{textwrap.indent(text, " " * 6)}'
-
-
-_check_temporary_folder()  # Before a command imports the rest.

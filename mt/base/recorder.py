@@ -15,7 +15,6 @@ import os
 import pathlib
 import secrets
 import time
-from typing import IO
 from typing import Any
 
 import ml_collections
@@ -54,7 +53,7 @@ class Recorder:
       return
     kept = (x for x in journal.read_metrics(path) if x['step'] <= last)
     files.write(path, ''.join(f'{json.dumps(x)}\n' for x in kept))
-    self._metrics = _open(path)
+    self._metrics = open(path, 'ab', buffering=0)  # noqa: SIM115
     if 'tensorboard' in to:
       self._events = _new_events(workdir / 'tensorboard')
       for line in journal.read_metrics(path):
@@ -81,13 +80,6 @@ class Recorder:
         each.close()
     if self._wandb:
       self._wandb.finish()  # Sends what is left.
-
-
-def _open(path: pathlib.Path) -> IO[bytes]:
-  try:
-    return open(path, 'ab', buffering=0)
-  except OSError as e:
-    raise files.unwritable(path, e) from e
 
 
 def _new_events(folder: pathlib.Path) -> _Writer:

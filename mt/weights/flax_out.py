@@ -102,13 +102,8 @@ def published(
       'read as that published size: use --to=hf.'
     )
   size = sizes.SIZES[name]
-  new = [
-    piece
-    for piece in map(
-      tok.spm.id_to_piece, range(size.vocab_size, tok.vocab_size)
-    )
-    if piece != tokenizer.IMAGE
-  ]
+  rest = range(size.vocab_size, tok.vocab_size)
+  new = [p for p in map(tok.spm.id_to_piece, rest) if p != tokenizer.IMAGE]
   if new:
     raise errors.UserError(
       f'--to=gemma: the tokenizer has {len(new)} pieces more than the '

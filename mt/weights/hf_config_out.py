@@ -47,9 +47,7 @@ def fields_of(cfg: sizes.ModelConfig) -> dict[str, Any]:
   fields = {
     'architectures': [f'{kind.removesuffix("_text").capitalize()}ForCausalLM'],
     'model_type': kind,
-    **{
-      theirs: getattr(cfg, ours) for ours, theirs in hf_config.NUMBERS.items()
-    },
+    **named(hf_config.NUMBERS),
     'head_dim': cfg.head_dim,
     'hidden_act': 'gelu_pytorch_tanh',
     'hidden_activation': 'gelu_pytorch_tanh',
@@ -59,9 +57,7 @@ def fields_of(cfg: sizes.ModelConfig) -> dict[str, Any]:
   }
   if kind != 'gemma':
     kinds = {short: long for long, short in hf_config.KINDS.items()}
-    fields |= {
-      theirs: getattr(cfg, ours) for ours, theirs in hf_config.CAPS.items()
-    }
+    fields |= named(hf_config.CAPS)
     fields['sliding_window'] = cfg.window
     fields['layer_types'] = [kinds[cfg.kind(n)] for n in range(cfg.num_layers)]
   if kind == 'gemma4_text':

@@ -84,17 +84,14 @@ def read(folder: pathlib.Path, cfg: sizes.ModelConfig) -> Adapter:
         'only plain LoRA on the matrices of the layers can be read: merge the '
         'adapter with PEFT and give the whole model.'
       )
-  fields = {'lora_dropout': 0.0} | fields
-  for key in 'r', 'lora_alpha', 'lora_dropout':
-    if not isinstance(fields.get(key), int if key == 'r' else int | float):
-      raise errors.UserError(
-        f'{path}: {key} is {fields.get(key)!r}, a number expected; the adapter '
-        'is damaged: fetch it again.'
-      )
-  rank, alpha = fields['r'], float(fields['lora_alpha'])
-  base = str(fields.get('base_model_name_or_path'))
-  factors = _stacked(folder / _TENSORS, cfg, rank)
-  return Adapter(rank, alpha, base, fields['lora_dropout'], factors)
+  factors = _stacked(folder / _TENSORS, cfg, fields['r'])
+  return Adapter(
+    rank=fields['r'],
+    alpha=float(fields['lora_alpha']),
+    base=str(fields.get('base_model_name_or_path')),
+    dropout=float(fields.get('lora_dropout', 0.0)),
+    factors=factors,
+  )
 
 
 def _stacked(path, cfg, rank):

@@ -141,13 +141,9 @@ def test_a_bug_in_a_config_file_shows_its_line(tmp_path):
 
 
 _FIRST_TOUCH = """
-import os, pwd, sys, tempfile
+import os, pwd, sys
 what = {error!r}
 pwd.getpwuid = dict().__getitem__  # The user has no name.
-def no_folder():
-  raise FileNotFoundError(2, 'No usable temporary directory found in /tmp')
-if what == 'tmp':
-  tempfile._get_default_tempdir = no_folder
 from mt.base import cache, cli
 def main(_):
   if what == 'jax':
@@ -169,7 +165,6 @@ cli.run(main)
   [
     ('jax', {'JAX_PLATFORMS': 'cuda'}, "JAX_PLATFORMS='cuda' (no such device)"),
     ('jax', {'JAX_PLATFORMS': 'abc'}, "backend 'abc'"),
-    ('tmp', {}, 'TMPDIR'),
     (errno.ENOSPC, {}, "No space left on device: '/x/y'; make room"),
     (errno.EACCES, {}, "Permission denied: '/x/y'; check the path"),
     (errno.ENAMETOOLONG, {}, "File name too long: '/x/y'; check the path"),

@@ -227,12 +227,6 @@ def test_factors_that_do_not_fit_are_refused(folder, change, words):
   refusal(lambda: peft.read(folder, _CFG), path, *words)
 
 
-@pytest.mark.parametrize('key', ('r', 'lora_alpha', 'lora_dropout'))
-def test_numbers_that_are_none_are_refused(folder, key):
-  _change(folder, **{key: 'x'})
-  refusal(lambda: peft.read(folder, _CFG), folder, key, 'damaged')
-
-
 def test_what_is_no_adapter_is_refused(folder):
   (folder / 'adapter_model.safetensors').unlink()
   refusal(lambda: peft.read(folder, _CFG), folder, 'adapter_model.safetensors')
