@@ -88,15 +88,6 @@ def test_configs_and_gemma_need_little():
         assert getattr(node, 'attr', '') != 'default_backend', name
 
 
-def test_every_file_is_on_the_map():
-  """The docstring of mt/__init__.py, which a reader begins with."""
-  words = ast.get_docstring(TREES['mt']).split()
-  for name in TREES.keys() - {'train', 'mt'}:
-    package, *rest, file = name.split('.')
-    if package == 'mt' and rest and file != '__main__':
-      assert {file, f'{rest[0]}/{file}'} & {*words}, name
-
-
 def test_the_core_is_read_in_its_order():
   """None of the files of the reading order imports one that comes later."""
   parts = ast.get_docstring(TREES['mt']).split('\n\n')

@@ -15,7 +15,6 @@ from mt.train import machine
 from mt.train import optimizer as optimizer_lib
 from mt.train import state as state_lib
 from mt.weights import kept
-from mt.weights import pretrained
 
 
 def write(folder, source, tok_proto, rank=4, alpha=12.0, frozen_dtype='auto'):
@@ -65,10 +64,6 @@ SERVED = (
   'tokenizer.model',
   'tokenizer_config.json',
 )
-
-
-def opened(path):
-  return pretrained.open_source(str(path), '', '', seed=0, texts=())
 
 
 def command(*flags):

@@ -132,7 +132,9 @@ def test_an_adapter_is_merged_without_a_run(tmp_path, run, finetuned):
   )
   assert done.returncode == 0, done.stderr
   assert f'made for {source}' in done.stdout
-  hf_fixture.assert_same(lora_run.opened(tmp_path / 'o').read(), finetuned[1])
+  hf_fixture.assert_same(
+    hf_fixture.open_folder(tmp_path / 'o').read(), finetuned[1]
+  )
   refusal(
     lambda: export.merge(source, '', 'peft', tmp_path / 'x', 'float32'),
     '--to=peft',

@@ -37,7 +37,7 @@ def test_the_command_writes_the_model_of_the_run(tmp_path, run, finetuned):
   assert done.returncode == 0, done.stderr
   assert str(out) in done.stdout
   source, params = finetuned
-  found = lora_run.opened(out)
+  found = hf_fixture.open_folder(out)
   assert found.config == source.config
   assert found.tokenizer.proto == source.tokenizer.proto
   hf_fixture.assert_same(found.read(), jax.tree.map(np.asarray, params))
@@ -109,7 +109,7 @@ def test_a_gguf_file_is_the_model_of_the_run(tmp_path, run, finetuned, dtype):
   kind = {'float32': 'F32', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}[dtype]
   names = {p.name for p in (tmp_path / 'o').iterdir()}
   assert names == {f'model-{kind}.gguf', 'README.md'}
-  found, (source, params) = lora_run.opened(tmp_path / 'o'), finetuned
+  found, (source, params) = hf_fixture.open_folder(tmp_path / 'o'), finetuned
   assert found.config == source.config
   error = {'float32': 1e-7, 'bfloat16': 2**-8, 'q8_0': 2**-7}[dtype]
   expected = parameters.flatten(params)
@@ -151,7 +151,7 @@ def test_training_shows_in_the_export(tmp_path, run):
   export.from_run('hf', run, tmp_path / 'tuned', 'float32')
   export.from_run('hf', run, tmp_path / 'base', 'float32', base=True)
   tuned, base = (
-    lora_run.opened(tmp_path / x).read() for x in ('tuned', 'base')
+    hf_fixture.open_folder(tmp_path / x).read() for x in ('tuned', 'base')
   )
   config, source = checkpoint.open_source(run)
   assert config.weights.source.endswith('a.gguf')
@@ -172,7 +172,7 @@ def test_low_rank_products_are_added_to_the_weights_as_they_were(
   )
   export.from_run('hf', other, tmp_path / 'hf', 'float32')
   want = jax.tree.map(np.asarray, finetuned[1])
-  hf_fixture.assert_same(lora_run.opened(tmp_path / 'hf').read(), want)
+  hf_fixture.assert_same(hf_fixture.open_folder(tmp_path / 'hf').read(), want)
   layers = checkpoint.load_finetuned(other)[2]['layers']
   assert layers['q'].q.dtype == np.uint8  # What it translates with.
 
@@ -206,7 +206,9 @@ def test_bfloat16_is_half_as_large(tmp_path, run, finetuned):
     lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32),
     finetuned[1],
   )
-  hf_fixture.assert_same(lora_run.opened(tmp_path / 'a').read(), expected)
+  hf_fixture.assert_same(
+    hf_fixture.open_folder(tmp_path / 'a').read(), expected
+  )
 
 
 def test_a_relative_path_is_seen_from_any_folder(tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ from tests.fixtures import gguf_fixture
 from tests.fixtures import hf_fixture
 from tests.fixtures import nasty
 from tests.fixtures import real_tokenizers
-from tests.fixtures import tiny_gemma4
 from tests.fixtures.refusal import refusal
 
 _ARCHS = ('gemma', 'gemma2', 'gemma3')
@@ -162,13 +161,3 @@ def test_a_shape_that_llama_cpp_would_take_for_another(
   params = gguf_fixture.tiny_params(cfg)
   path = tmp_path / 'a'
   refusal(lambda: gguf_out.write(path, cfg, params, tok), *words)
-
-
-def test_gemma_4_is_refused(tmp_path, tok):
-  cfg = tiny_gemma4.SHAPES['12b']
-  refusal(
-    lambda: gguf_out.write(tmp_path, cfg, tiny_gemma4.params(cfg), tok),
-    '--to=gguf',
-    'Gemma 4',
-    'convert_hf_to_gguf.py',
-  )
