@@ -143,13 +143,18 @@ def first_then_others(make: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def exit_if_peer_lost():
-  """Raises errors.ExitNow if another process is lost."""
+  """Raises errors.ExitNow if another process is lost, or a device is full."""
   try:
     yield
   except jax.errors.JaxRuntimeError as e:
     if jax.process_count() == 1:
       raise
+    what = 'lost another one'
+    remedy = 'the run goes on from its last checkpoint'
+    if 'RESOURCE_EXHAUSTED' in str(e):
+      what = 'has a device that is full'
+      remedy = 'with more train.micro_batches or train.remat=full'
     raise errors.ExitNow(
-      f'process {jax.process_index()} lost another one ({_short(e)}); start '
-      'all of them again, the run goes on from its last checkpoint.'
+      f'process {jax.process_index()} {what} ({_short(e)}); start all of them '
+      f'again, {remedy}.'
     ) from e

@@ -62,19 +62,16 @@ def _tell(stream, text):
 
 
 def _status(command):
-  """The exit code of a shell command; 1 if it takes too long."""
-  try:
-    done = subprocess.run(
-      command,
-      shell=True,
-      stdin=subprocess.DEVNULL,
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
-      timeout=_PATIENCE,
-    )
-  except subprocess.TimeoutExpired:
-    return 1
-  return done.returncode
+  """The exit code of a shell command; 1 if it takes too long, and is ended."""
+  none = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.DEVNULL)
+  with subprocess.Popen(
+    command, shell=True, start_new_session=True, **none
+  ) as shell:
+    try:
+      return shell.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+      os.killpg(shell.pid, signal.SIGKILL)  # With all that it started.
+      return 1
 
 
 def check_command(command: str) -> None:

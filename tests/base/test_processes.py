@@ -6,6 +6,8 @@ import re
 import signal
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -227,6 +229,19 @@ def test_a_signal_to_one_stops_both_at_the_same_step(endless, asked):
 )
 def test_incomplete_addresses_are_refused(flags, words):
   refusal(lambda: processes.start(*flags), *words)
+
+
+@pytest.mark.parametrize('full', [True, False])
+def test_a_full_device_is_no_lost_process(monkeypatch, full):
+  def fail():
+    with processes.exit_if_peer_lost():
+      if full:
+        jnp.zeros(2**45).block_until_ready()
+      raise jax.errors.JaxRuntimeError('UNAVAILABLE: connection closed')
+
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  words = ('is full', 'train.remat') if full else ('lost another', 'checkpoint')
+  refusal(fail, 'process 0', *words)
 
 
 def test_a_single_process_needs_nothing():

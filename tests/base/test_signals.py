@@ -154,6 +154,15 @@ def test_a_notice_that_a_command_finds(tmp_path, monkeypatch):
     assert listener.asked() == signal.SIGTERM
 
 
+def test_a_command_that_hangs_leaves_nothing_behind(tmp_path, monkeypatch):
+  """It is asked every few seconds, for days."""
+  monkeypatch.setattr(signals, '_PATIENCE', 0.5)
+  late = tmp_path / 'late'
+  assert signals._status(f'(sleep 1; touch {late}) | cat') == 1
+  time.sleep(1)
+  assert not late.exists()
+
+
 def test_a_command_that_there_is_not():
   command = 'no-such-program --x'
   refusal(
