@@ -149,11 +149,6 @@ def _parse_flags(argv):
       f.name == 'get_config' for f in traceback.extract_tb(e.__traceback__)
     ):
       raise  # A bug in the config file, whose line is to be seen.
-    if isinstance(e, AttributeError) and e.name == 'get_config':
-      file = getattr(e.obj, '__file__', e.obj)
-      _leave(
-        e, f'--config={file}: no get_config() in it; see configs/debug.py.'
-      )
     _leave(e, f'--config: {" ".join(str(e).split())}')
 
 

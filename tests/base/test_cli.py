@@ -113,7 +113,7 @@ cli.run(lambda _: cli.read_config())
     ('word', 2, "'word'"),
     ('--config=none.py', 2, '--config=none.py: cannot read it (No such'),
     ('--config=configs', 2, '--config=configs: cannot read it (Is a'),
-    ('--config=configs/large.py', 2, 'configs/large.py: no get_config() in'),
+    ('--config=configs/large.py', 2, "no attribute 'get_config'"),
     (f'--config={"x" * 300}', 2, 'cannot read it (File name too long)'),
     ('--config.seed=x', 1, '--config.seed=x: invalid'),
     # With the nearest knob.
