@@ -112,6 +112,8 @@ def test_an_adapter_holds_the_factors(tmp_path, run, finetuned, capsys):
     load_file(tmp_path / x / 'model.safetensors') for x in ('tuned', 'base')
   )
   factors = load_file(tmp_path / 'a' / 'adapter_model.safetensors')
+  started = hf_fixture.open_folder(tmp_path / 'base').read()
+  hf_fixture.assert_same(started, finetuned[0].read())
   changed = [k for k in tuned if not np.array_equal(tuned[k], base[k])]
   assert len(changed) == 2 * 7
   for name in changed:

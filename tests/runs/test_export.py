@@ -11,7 +11,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from mt.base import files
 from mt.base import run_folder
@@ -147,20 +146,6 @@ def test_the_official_layout(tmp_path, run, finetuned, monkeypatch):
   chex.assert_trees_all_equal(read, want)
 
 
-def test_training_shows_in_the_export(tmp_path, run):
-  export.from_run('hf', run, tmp_path / 'tuned', 'float32')
-  export.from_run('hf', run, tmp_path / 'base', 'float32', base=True)
-  tuned, base = (
-    hf_fixture.open_folder(tmp_path / x).read() for x in ('tuned', 'base')
-  )
-  config, source = checkpoint.open_source(run)
-  assert config.weights.source.endswith('a.gguf')
-  hf_fixture.assert_same(base, jax.tree.map(np.asarray, source.read()))
-  for name, x in tuned['layers'].items():
-    same = np.array_equal(x, base['layers'][name])
-    assert same == ('norm' in name), name
-
-
 def test_low_rank_products_are_added_to_the_weights_as_they_were(
   tmp_path, run, finetuned
 ):
@@ -194,21 +179,6 @@ def test_nothing_is_moved_to_an_accelerator(tmp_path, run, monkeypatch, of):
       export.merge(source, adapter, 'hf', tmp_path, 'float32')
   places = {d for x in jax.tree.leaves(seen) for d in x.devices()}
   assert places == {jax.devices()[0]}
-
-
-def test_bfloat16_is_half_as_large(tmp_path, run, finetuned):
-  export.from_run('hf', run, tmp_path / 'a', 'bfloat16')
-  arrays = load_file(tmp_path / 'a' / 'model.safetensors')
-  assert {x.dtype for x in arrays.values()} == {np.dtype(ml_dtypes.bfloat16)}
-  config = json.loads((tmp_path / 'a' / 'config.json').read_text())
-  assert config['torch_dtype'] == 'bfloat16'
-  expected = jax.tree.map(
-    lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32),
-    finetuned[1],
-  )
-  hf_fixture.assert_same(
-    hf_fixture.open_folder(tmp_path / 'a').read(), expected
-  )
 
 
 def test_a_relative_path_is_seen_from_any_folder(tmp_path, monkeypatch):

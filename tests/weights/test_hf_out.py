@@ -38,6 +38,8 @@ def test_what_is_written_has_the_published_names(tmp_path, tok, arch, dtype):
   for name, x in expected.items():
     assert found[name].dtype == x.dtype
     np.testing.assert_array_equal(found[name], x, err_msg=name)
+  fields = json.loads((tmp_path / 'config.json').read_text())
+  assert fields['torch_dtype'] == dtype
   config, again = hf_fixture.load(tmp_path)
   assert config == cfg
   rounded = jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), params)
