@@ -44,8 +44,17 @@ _ANEW = 'config.json', 'tokenizer.model', 'wandb_id.txt'
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-  """The config that a run was started with, in the knobs of today."""
+  """The config that a run was started with, in the knobs of today.
+
+  Raises:
+    errors.UserError: no run there; a model's folder has a config.json, too.
+  """
   saved = flat(files.read_json(workdir / 'config.json'))
+  if 'weights.source' not in saved:
+    raise errors.UserError(
+      f'{workdir / "config.json"}: not of a run of train.py; check --workdir, '
+      'or give a model itself as weights.source (of mt.export: --source).'
+    )
   config = default.get_config()
   config.update_from_flattened_dict(
     {k.path: saved[k.path] for k in default.KNOBS if k.path in saved}

@@ -134,6 +134,13 @@ def test_the_folder_of_a_model_is_no_workdir(tmp_path, name):
   assert (tmp_path / name).read_text() == '{}'
 
 
+def test_the_folder_of_a_model_is_no_run(tmp_path):
+  """Else its weights would be those of the default config."""
+  (tmp_path / 'config.json').write_text('{"model_type": "gemma3_text"}')
+  path = tmp_path / 'config.json'
+  refusal(lambda: run_folder.read_config(tmp_path), path, '--workdir')
+
+
 def test_differences_are_named():
   old = {'a': {'x': 1, 'y': (1, 2)}, 'b': 0}
   new = {'a': {'x': 2, 'y': (1, 2)}, 'c': 0}
