@@ -294,7 +294,7 @@ def main(argv):
   with contextlib.redirect_stdout(sys.stderr):  # What a model says, loading.
     found = [
       evaluate(workdir, of_pair, given.checkpoint, against, given.comet)
-      for of_pair in _of_each_pair(workdir, text)
+      for of_pair in _of_each_pair(workdir, text, against)
     ]
   if len(found) > 1:
     mean = scores.mean([result['scores'] for result in found])
@@ -334,13 +334,20 @@ def _text(given) -> Text:
   return Text(given.split, given.pair, given.pairs, data, given.noise)
 
 
-def _of_each_pair(workdir, text) -> list[Text]:
+def _of_each_pair(workdir, text, against) -> list[Text]:
   """A text of each direction of the run; of --pair or --data only one."""
   config = run_folder.read_config(workdir)
   if text.pair or text.data:
     pairs = [directions.only(config, text.pair).data.pair]
   else:
     pairs = directions.each(config.data.pair)
+  if against:  # Before minutes go into the pairs that it has.
+    known = run_folder.read_config(against).data.pair
+    if others := [x for x in pairs if x not in directions.each(known)]:
+      raise errors.UserError(
+        f'--against={against}: that run has learned {known}, and not '
+        f'{", ".join(others)}; a --pair that both have expected.'
+      )
   return [dataclasses.replace(text, pair=pair) for pair in pairs]
 
 

@@ -30,9 +30,10 @@ def page(workdirs: Sequence[pathlib.Path]) -> str:
   Raises:
     errors.UserError: too few runs, too many, or one that has no config.
   """
+  workdirs = [*dict.fromkeys(workdirs)]  # `runs/a runs/*` has one twice.
   if not 2 <= len(workdirs) <= 4:
     raise errors.UserError(
-      f'--report: {len(workdirs)} runs; the folders of two to four expected.'
+      f'--report: {len(workdirs)} folders; those of two to four runs expected.'
     )
   names = [w.absolute().name for w in workdirs]
   if len(set(names)) < len(names):

@@ -172,7 +172,8 @@ def run(values: dict[str, Any]) -> None:
     compiling.keep_compiled_programs()
     _say(accelerator.describe())
     _say(f'checkpoint: {about}')
-    config, source, params = checkpoint.load_finetuned(workdir, at)
+    with contextlib.redirect_stdout(sys.stderr):  # It is no translation.
+      config, source, params = checkpoint.load_finetuned(workdir, at)
     params = decode.unstack(params, config.train.dtype)  # Once for all lines.
     config = directions.only(config, values['pair'])
     translator = translator_lib.from_config(

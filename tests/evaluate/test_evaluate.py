@@ -206,6 +206,23 @@ def test_runs_of_other_sentences_are_not_compared(run, translations, tmp_path):
   )
 
 
+def test_a_run_of_fewer_directions_is_compared_in_those_of_both(run, tmp_path):
+  other = shutil.copytree(run, tmp_path / 'other')
+
+  def change(config):
+    config['data']['pair'] = 'en-fr,fr-en'
+
+  _change(other / 'config.json', change)
+  of_both = evaluate.Text('valid', 'en-fr')
+  assert evaluate._of_each_pair(run, VALID, other) == [of_both]
+  assert evaluate._of_each_pair(other, of_both, run) == [of_both]
+  assert len(evaluate._of_each_pair(other, VALID, None)) == 2
+  refusal(
+    lambda: evaluate._of_each_pair(other, VALID, run),
+    f'--against={run}: that run has learned en-fr, and not fr-en; a --pair',
+  )
+
+
 def test_what_is_no_run(run, tmp_path):
   empty = tmp_path / 'empty'
   empty.mkdir()

@@ -447,6 +447,9 @@ def test_runs_on_one_page(folder, tmp_path_factory, curves):
   assert curves['chrF of validation'] == dict.fromkeys(both, 0)
   assert 'optim.learning_rate 0.5 0.25' in page.text('code')
   assert 'train.max_steps' not in page.text('code')
+  assert comparison.page([folder, other, folder]) == comparison.page(
+    [folder, other]
+  )
 
 
 def test_runs_of_other_directions_are_compared_in_those_of_both(

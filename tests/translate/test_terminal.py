@@ -22,6 +22,7 @@ import types
 import pytest
 
 from configs import default
+from mt.base import journal
 from mt.base import screen
 from mt.translate import __main__ as terminal
 from mt.translate import search as search_lib
@@ -140,6 +141,20 @@ def test_what_is_cut_off_is_counted_at_the_end(command, monkeypatch, capsys):
   told = capsys.readouterr().err.splitlines()
   assert [line for line in told if 'limit' in line] == told[-1:]
   assert told[-1].startswith('2 of 3 translations reached their limit')
+
+
+def test_what_is_said_while_a_model_loads_is_no_translation(
+  command, monkeypatch, capsys
+):
+  real = terminal.checkpoint.load_finetuned
+
+  def load(*args):
+    journal.say('weights: Kaggle does not answer, taken from …')
+    return real(*args)
+
+  monkeypatch.setattr(terminal.checkpoint, 'load_finetuned', load)
+  assert command(b'a\n')[0] == 'A\n'
+  assert 'Kaggle' in capsys.readouterr().err
 
 
 def test_files(command, tmp_path):
