@@ -143,17 +143,9 @@ def _prompt(m):
     out += 'chat template puts this around it.'
   elif t.target_prefix:
     out += f' `{t.target_prefix!r}` before a translation is to be taken off.'
-  found = d.to_dict()
-  lacks = [
-    f'{name}={found[name]}'
-    for name, off in (
-      ('no_repeat_ngram', 0),
-      ('repetition_penalty', 1),
-      ('mbr', 0),
-      ('retry_ngram', 0),
-    )
-    if found[name] != off
-  ]
+  off = {'no_repeat_ngram': 0, 'repetition_penalty': 1}
+  off |= {'mbr': 0, 'retry_ngram': 0}
+  lacks = [f'{name}={d[name]}' for name in off if d[name] != off[name]]
   if lacks:
     out += '\n\nThe scores were made with what other programs have not, or not '
     out += f'in the same sense: {", ".join(lacks)}.'

@@ -59,12 +59,11 @@ def _read(path: pathlib.Path) -> tuple[regex.Pattern, ...]:
   meant as it is written.
   """
   lines = path.read_text(encoding='utf-8').splitlines()
-  lines = [line for line in lines if line and not line.startswith('#')]
-  words = [line for line in lines if line[0] not in '=/']
-  exact = [line[1:] for line in lines if line[0] == '=']
+  words = [line for line in lines if line and line[0] not in '#=/']
+  exact = [line[1:] for line in lines if line.startswith('=')]
   exact += [word for word in words if word != word.lower()]
-  words = [word for word in words if word not in exact]
-  patterns = [f'(?:{line[1:]})' for line in lines if line[0] == '/']
+  words = [word for word in words if word == word.lower()]
+  patterns = [f'(?:{line[1:]})' for line in lines if line.startswith('/')]
   pattern = regex.compile('|'.join(patterns) or r'(?!)')
   return _any_of(words, regex.I), _any_of(exact, 0), pattern
 

@@ -65,7 +65,11 @@ def page(workdir: pathlib.Path, curves: 'Curves | None' = None) -> str:
   for both in scores.values():
     both['after'].setdefault('step', last)  # Runs of old have none.
   if scores:
-    tables = [(split, _before_after(both)) for split, both in scores.items()]
+    tables = []
+    for split, both in scores.items():
+      title = f'after, step {both["after"]["step"]:,}'
+      found = {'before': both['before'], title: both['after']}
+      tables.append((split, _scores(found)))
     out += ['<h2>Scores</h2>', grid(tables)]
     out += {signatures(both['after']): None for both in scores.values()}
   out += ['<h2>Curves</h2>', _curves(points, scores)]
@@ -164,13 +168,6 @@ def _scores(found: dict[str, Any]) -> str:
   head = [f'{last["sentences"]:,} sentences', *found]
   head += ['change'] * (len(found) == 2)
   return table(head, rows, range(1, 4))
-
-
-def _before_after(both) -> str:
-  after = both['after']
-  return _scores(
-    {'before': both['before'], f'after, step {after["step"]:,}': after}
-  )
 
 
 def _numbers(values: Sequence[float]) -> list[str]:

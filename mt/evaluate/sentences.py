@@ -100,7 +100,7 @@ def _table(texts, chosen, languages) -> str:
 def _row(texts, i, source_language, target_language) -> str:
   """Sentence i; numbers are of the translations, tags of the source."""
   source, reference, *_ = (column[i] for _, column in texts)
-  tags = [f'{i + 1}', *noise.classes(source, source_language.lower())]
+  tags = [f'{i + 1}', *noise.classes(source, source_language)]
   tags = ''.join(f'<span class="tag">{tag}</span>' for tag in tags)
   cells = [
     _cell('source', source_language, html.escape(source), tags),
@@ -162,9 +162,8 @@ def samples(
   references: Sequence[str],
   before: Sequence[str],
   after: Sequence[str],
-  number: int = 8,
 ) -> str:
-  """`number` sentences, evenly spread over the split, to be read."""
+  """Eight sentences, evenly spread over the split, to be read."""
   chex.assert_equal(
     [len(sources)] * 3, [len(references), len(before), len(after)]
   )
@@ -173,7 +172,7 @@ def samples(
     f'reference  {references[i]}\n'
     f'before     {before[i]}\n'
     f'after      {after[i]}\n'
-    for i in _spread(range(len(sources)), number)
+    for i in _spread(range(len(sources)), 8)
   )
 
 

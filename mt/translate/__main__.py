@@ -74,35 +74,28 @@ def read_search(
   Raises:
     errors.UserError: two flags contradict each other.
   """
-  search, sampling = translator_lib.searches(defaults)
   names = [f.name for f in dataclasses.fields(search_lib.Search)]
-  given = {k: values[k] for k in names if values.get(k) is not None}
+  given = {k: values[k] for k in names if values[k] is not None}
   draws = {k: given.pop(k) for k in _DRAWS if given.get(k)}
-  drawn = 'temperature' in draws
-  by_risk = values['mbr'] in ('chrf', 'comet')
-  if by_risk or (sampling and not (drawn or values['mbr'])):
-    n = values['n'] or (sampling.n_best if sampling else _SAMPLES)
-    beside = dataclasses.replace(search, **given)
-    sampling = translator_lib.samples(defaults, beside, n)
+  drawn, samples, sampling = 'temperature' in draws, 0, None
+  search = translator_lib.search_of(defaults)
+  search = dataclasses.replace(search, **given)
+  of_run = 'chrf' if defaults.mbr and not drawn else 'none'
+  if (values['mbr'] or of_run) != 'none':
+    samples = values['n'] or defaults.mbr or _SAMPLES
+    sampling = translator_lib.samples(defaults, search, samples)
     sampling = dataclasses.replace(sampling, **draws)
   else:
-    sampling = None
     _check_draws(given, draws)
-    given |= draws
-    if drawn:  # In place of the run's beam.
-      given['beam'] = 1
+    beam = 1 if drawn else search.beam  # In place of the run's.
+    search = dataclasses.replace(search, beam=beam, **draws)
     if values['n']:
       _say('--n has no effect without --mbr=chrf or --mbr=comet')
-  search = dataclasses.replace(search, **given)
-  samples = sampling.width if sampling else 0
   if search.n_best > search.width + samples:
-    have, other = 'has', '--temperature above 0'
-    if samples:
-      have = f'and {samples} samples have'
-      other = f'--n={search.n_best - search.width}'
     raise errors.UserError(
-      f'--n_best is {search.n_best}, but a beam of {search.beam} {have} no '
-      f'more than that; --beam={search.n_best - samples} or {other} expected.'
+      f'--n_best is {search.n_best}, but a beam of {search.beam} and {samples} '
+      f'samples have no more than that; --beam={search.n_best - samples}, or '
+      'more samples (--temperature, or --n of --mbr) expected.'
     )
   if search.n_best > 1 and not values['json']:
     raise errors.UserError(

@@ -143,27 +143,22 @@ class Translator:
     """The n best translations of (text, prompt) each, of all candidates."""
     if not work:
       return []
-    search = settings.search
+    search, n_best = settings.search, settings.search.n_best
     searches, found = [search], [[] for _ in work]
     if self.sampling:  # All of the beam are candidates.
-      searches = [
-        dataclasses.replace(search, n_best=search.width),
-        self.sampling,
-      ]
+      search = dataclasses.replace(search, n_best=search.width)
+      searches = [search, self.sampling]
     for i, chosen in enumerate(searches):
 
       def progress(done, i=i):
         on_progress((i * len(work) + done) // len(searches))
 
-      of_search = dataclasses.replace(settings, search=chosen)
-      made = self._decode(of_search, params, work, progress)
+      made = self._decode(settings, chosen, params, work, progress)
       for best, more in zip(found, made, strict=True):
         best += more
     ranked = self._by_risk(work, found) if self.sampling else found
-    self._retry(settings, params, work, found, ranked)
-    if self.sampling:
-      ranked = [best[: search.n_best] for best in ranked]
-    return ranked
+    self._retry(settings, search, params, work, found, ranked)
+    return [best[:n_best] for best in ranked]
 
   def _by_risk(self, work, found):
     """Different translations of each text, ranked by minimum Bayes risk."""
@@ -177,8 +172,9 @@ class Translator:
       for best, texts, scores in zip(found, candidates, expected, strict=True)
     ]
 
-  def _decode(self, settings, params, work, on_progress=lambda done: None):
+  def _decode(self, settings, search, params, work, on_progress):
     """The search's n best translations of (text, prompt) each."""
+    settings = dataclasses.replace(settings, search=search)
     prompts = [prompt for _, prompt in work]
     found = batching.decode_all(settings, params, prompts, on_progress)
     return [
@@ -186,33 +182,30 @@ class Translator:
       for (text, _), best in zip(work, found, strict=True)
     ]
 
-  def _retry(self, settings, params, work, found, ranked):
+  def _retry(self, settings, search, params, work, found, ranked):
     """Makes those again whose best translation goes round, and says it."""
-    again = [
-      i
-      for i, ((text, _), best) in enumerate(zip(work, ranked, strict=True))
-      if self.retry_ngram and loops.goes_round(text, best[0].text)
-    ]
+
+    def goes_round(i, translation):
+      return loops.goes_round(work[i][0], translation.text)
+
+    if not self.retry_ngram:
+      return
+    again = [i for i, best in enumerate(ranked) if goes_round(i, best[0])]
     if not again:
       return
-    search = settings.search
     ngram = min(search.no_repeat_ngram or self.retry_ngram, self.retry_ngram)
-    n_best = search.width if self.sampling else search.n_best
-    search = dataclasses.replace(search, no_repeat_ngram=ngram, n_best=n_best)
-    settings = dataclasses.replace(settings, search=search)
-    work_again = [work[i] for i in again]
-    made = self._decode(settings, params, work_again)
+    search = dataclasses.replace(search, no_repeat_ngram=ngram)
+    chosen = [work[i] for i in again]
+    made = self._decode(settings, search, params, chosen, lambda done: None)
     if self.sampling:  # Ranked as the others are, with what goes straight on.
-      pairs = zip(again, work_again, made, strict=True)
       pools = [
-        [c for c in best + found[i] if not loops.goes_round(text, c.text)]
-        or best
-        for i, (text, _), best in pairs
+        [c for c in best + found[i] if not goes_round(i, c)] or best
+        for i, best in zip(again, made, strict=True)
       ]
-      made = self._by_risk(work_again, pools)
+      made = self._by_risk(chosen, pools)
     left = 0
     for i, best in zip(again, made, strict=True):
-      left += loops.goes_round(work[i][0], best[0].text)
+      left += goes_round(i, best[0])
       ranked[i] = best
     self.say(
       f'{len(again)} of {len(ranked)} translations went round and round; made '
@@ -242,17 +235,14 @@ def _num_lines(text):
   return text.strip().count('\n') + 1
 
 
-def searches(
-  d: ml_collections.ConfigDict,
-) -> tuple[search_lib.Search, search_lib.Search | None]:
-  """The search of `config.decode`, and what draws candidates if it does."""
-  search = search_lib.Search(
+def search_of(d: ml_collections.ConfigDict) -> search_lib.Search:
+  """The search of `config.decode`."""
+  return search_lib.Search(
     d.beam,
     d.length_penalty,
     no_repeat_ngram=d.no_repeat_ngram,
     repetition_penalty=d.repetition_penalty,
   )
-  return search, samples(d, search, d.mbr) if d.mbr else None
 
 
 def samples(
@@ -282,7 +272,8 @@ def from_config(
   """
   d, template = config.decode, template_lib.from_config(config)
   if search is None:
-    search, sampling = searches(d)
+    search = search_of(d)
+    sampling = samples(d, search, d.mbr) if d.mbr else None
   settings = batching.Settings(
     source.config,
     search,

@@ -332,13 +332,13 @@ def test_what_is_made_again_is_ranked_as_the_rest_is(monkeypatch):
   """All by expected chrF; and nobody's own no_repeat_ngram is loosened."""
   asked, said, loop = [], [], 'oui ' * 20
 
-  def made(self, settings, params, work, on_progress=None):
+  def made(self, settings, search, params, work, on_progress):
     texts = [loop]
-    if settings.search.temperature:
+    if search.temperature:
       texts = [loop, loop, 'oui, non']
     elif len(asked) % 3 == 2:
       texts = ['oui non']
-    asked.append(settings.search.no_repeat_ngram)
+    asked.append(search.no_repeat_ngram)
     return [[translator_lib.Translation(t, -9.0, -9.0) for t in texts]]
 
   monkeypatch.setattr(translator_lib.Translator, '_decode', made)
@@ -467,7 +467,7 @@ def test_translation_starts_from_what_training_has(monkeypatch, template):
     return [[batching.Hypothesis([], tok.eos_id, 0.0, 0.0)] for _ in prompts]
 
   monkeypatch.setattr(batching, 'decode_all', nothing)
-  settings = batching.Settings(None, None, (), batch_size=4)
+  settings = batching.Settings(None, search_lib.Search(), (), batch_size=4)
   translator = translator_lib.Translator(settings, tok, template, 1.0, 1)
   translator({'layers': ()}, [p.source for p in pairs])
   examples = template_lib.encode(pairs, tok, template)
