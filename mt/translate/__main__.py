@@ -169,11 +169,15 @@ def run(values: dict[str, Any]) -> None:
       config, source, params = checkpoint.load_finetuned(workdir, at)
     params = decode.unstack(params, config.train.dtype)  # Once for all lines.
     config = directions.only(config, values['pair'])
-    translator = translator_lib.from_config(
-      config, source, search=search, sampling=sampling, say=_say
+    translator = translator_lib.from_config(config, source)
+    settings = dataclasses.replace(translator.settings, search=search)
+    translator = dataclasses.replace(
+      translator,
+      settings=settings,
+      sampling=sampling,
+      expected=expected,
+      say=_say,
     )
-    if sampling:
-      translator = dataclasses.replace(translator, expected=expected)
     done = cut_off = 0
     for chunk in _ask() if asking else _read_texts(stream, asked, key):
       found = translator.n_best(params, chunk, first=done)
@@ -182,7 +186,9 @@ def run(values: dict[str, Any]) -> None:
         made = translations[0].text
         cut_off += translations[0].cut_off
         if values['json']:
-          made = _as_json(text, translations)
+          each = [dataclasses.asdict(t) for t in translations]
+          made = {'source': text, 'translations': each}
+          made = json.dumps(made, ensure_ascii=False)
         out.write(f'{made}\n'.encode())
       out.flush()
       if not values['output']:
@@ -193,11 +199,6 @@ def run(values: dict[str, Any]) -> None:
 
 def _say(text):
   print(text, file=sys.stderr)
-
-
-def _as_json(source, translations):
-  out = [dataclasses.asdict(t) for t in translations]
-  return json.dumps({'source': source, 'translations': out}, ensure_ascii=False)
 
 
 def _open_input(name, key) -> contextlib.AbstractContextManager[BinaryIO]:

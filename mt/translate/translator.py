@@ -261,19 +261,13 @@ def from_config(
   config: ml_collections.ConfigDict,
   source: pretrained.Source,
   mesh: Mesh | None = None,
-  search: search_lib.Search | None = None,
-  sampling: search_lib.Search | None = None,
-  say: Callable[[str], None] = journal.say,
 ) -> Translator:
   """The translator of a run, whose model started from `source`.
 
-  `mesh` is where the parameters are, if not on one device; the searches are
-  those of `config.decode` where no search is given.
+  `mesh` is where the parameters are, if not on one device.
   """
   d, template = config.decode, template_lib.from_config(config)
-  if search is None:
-    search = search_of(d)
-    sampling = samples(d, search, d.mbr) if d.mbr else None
+  search = search_of(d)
   settings = batching.Settings(
     source.config,
     search,
@@ -290,7 +284,6 @@ def from_config(
     template,
     d.max_ratio,
     d.max_extra,
-    sampling=sampling,
+    sampling=samples(d, search, d.mbr) if d.mbr else None,
     retry_ngram=d.retry_ngram,
-    say=say,
   )

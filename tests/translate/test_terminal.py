@@ -18,6 +18,7 @@ import sys
 import termios
 import threading
 import types
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from configs import default
 from mt.base import journal
 from mt.base import screen
 from mt.translate import __main__ as terminal
+from mt.translate import batching
 from mt.translate import search as search_lib
 from mt.translate import translator
 from tests.fixtures.refusal import refusal
@@ -62,11 +64,15 @@ LINES = [
 ]
 
 
+@dataclasses.dataclass
 class _Shouting:
   """A translator that shouts, and of `twice` has two translations."""
 
-  def __init__(self, calls):
-    self.calls = calls
+  calls: list
+  settings: batching.Settings
+  sampling: search_lib.Search | None = None
+  expected: Any = None
+  say: Any = None
 
   def n_best(self, params, texts, first):
     self.calls.append((len(texts), first))
@@ -81,12 +87,13 @@ class _Shouting:
 def shouting(monkeypatch):
   """The command has that translator; its calls."""
   config, calls = default.get_config(), []
+  made = _Shouting(calls, batching.Settings(None, None, (), batch_size=1))
   for module, name, stand_in in (
     (terminal.run_folder, 'read_config', lambda folder: config),
     (terminal.checkpoint, 'find_step', lambda folder, which: (7, 'step 7')),
     (terminal.checkpoint, 'load_finetuned', lambda *_: (config, None, {})),
     (terminal.decode, 'unstack', lambda params, dtype: params),
-    (translator, 'from_config', lambda *_, **__: _Shouting(calls)),
+    (translator, 'from_config', lambda *_: made),
     (terminal.compiling, 'keep_compiled_programs', lambda: None),
   ):
     monkeypatch.setattr(module, name, stand_in)

@@ -444,9 +444,6 @@ def test_the_translator_of_a_config():
   drawn = dataclasses.replace(search, beam=1, length_penalty=1.0)
   drawn = dataclasses.replace(drawn, temperature=0.5, n_best=9)
   assert found == dataclasses.replace(wanted, sampling=drawn)
-  search = search_lib.Search(temperature=1.0)
-  found = translator_lib.from_config(config, source, search=search)
-  assert found.settings.search == search
 
 
 @pytest.mark.parametrize(
@@ -508,7 +505,8 @@ def test_a_row_that_is_no_piece_has_probability_0(search):
   config = default.get_config()
   config.train.dtype, config.template.chat = 'float32', False
   source = pretrained.Source(cfg, tok, None)
-  settings = translator_lib.from_config(config, source, None, search).settings
+  settings = translator_lib.from_config(config, source).settings
+  settings = dataclasses.replace(settings, search=search)
   prompt = batching.Prompt(tok.encode('Hi!'), 4)
 
   def answers(settings):
