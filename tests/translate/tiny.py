@@ -7,44 +7,17 @@ import jax
 import numpy as np
 
 from mt.gemma import parameters
-from mt.gemma import sizes
 from mt.translate import decode
+from tests.fixtures import gemma_oracle
 from tests.fixtures import tiny_gemma4
 
 VOCAB = 96
-_GEMMA1 = sizes.ModelConfig(
-  vocab_size=VOCAB,
-  num_layers=2,
-  embed_dim=24,
-  hidden_dim=40,
-  num_heads=4,
-  num_kv_heads=1,
-  head_dim=8,
-  query_scale=8**-0.5,
-)
-_GEMMA2 = dataclasses.replace(
-  _GEMMA1,
-  num_kv_heads=2,
-  attention='LG',
-  window=4,
-  attn_softcap=2.0,
-  final_softcap=2.5,
-  post_norms=True,
-)
-_GEMMA3 = dataclasses.replace(
-  _GEMMA1,
-  num_kv_heads=2,
-  attention='LG',
-  window=3,
-  rope_base_global=1_000_000.0,
-  rope_scale_global=8.0,
-  qk_norm=True,
-  post_norms=True,
-)
+_TWO = {'vocab_size': VOCAB, 'num_layers': 2}
+_ORACLES = gemma_oracle.FAMILIES
 FAMILIES = {
-  'gemma1': _GEMMA1,
-  'gemma2': _GEMMA2,
-  'gemma3': _GEMMA3,
+  'gemma1': dataclasses.replace(_ORACLES['gemma1_multi_query'], **_TWO),
+  'gemma2': dataclasses.replace(_ORACLES['gemma2'], **_TWO, final_softcap=2.5),
+  'gemma3': dataclasses.replace(_ORACLES['gemma3'], **_TWO, attention='LG'),
   'gemma4_e2b': dataclasses.replace(tiny_gemma4.SHAPES['e2b'], num_layers=6),
   'gemma4_12b': tiny_gemma4.SHAPES['12b'],
 }
