@@ -57,6 +57,7 @@ from mt.evaluate import report
 from mt.evaluate import scores
 from mt.train import checkpoint
 from mt.train import manifest
+from mt.translate import decode
 from mt.translate import translator as translator_lib
 
 
@@ -152,6 +153,7 @@ def translate_split(
 
 def _translate(workdir, step, name, sources, pair):
   config, source, params = checkpoint.load_finetuned(workdir, step)
+  params = decode.unstack(params, config.train.dtype)  # In place of the stacks.
   progress = journal.Progress(f'translating {name}', len(sources))
   translator = translator_lib.from_config(directions.only(config, pair), source)
   texts = translator(params, sources, progress.update)
@@ -297,10 +299,9 @@ def main(argv):
       for of_pair in _of_each_pair(workdir, text, against)
     ]
   if len(found) > 1:
-    mean = scores.mean([result['scores'] for result in found])
-    name, step = given.split + text.suffix, found[0]['step']
-    mean = {'name': name, 'step': step, 'scores': mean}
-    mean['text'] = text.title(given.split)
+    name, title = given.split + text.suffix, text.title(given.split)
+    mean = {'name': name, 'text': title, 'step': found[0]['step']}
+    mean['scores'] = scores.mean([result['scores'] for result in found])
     files.write_json(workdir / 'evaluation' / f'{name}.json', mean)
     found.append(mean)
   report.write(workdir)

@@ -5,7 +5,9 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import weakref
 
+import jax
 import pytest
 
 from configs import debug
@@ -18,6 +20,7 @@ from mt.evaluate import comet
 from mt.evaluate import report
 from mt.evaluate import scores
 from mt.train import run as run_lib
+from mt.translate import translator
 from tests.fixtures.refusal import refusal
 from tests.runs import small
 
@@ -102,6 +105,24 @@ def test_a_split_that_the_run_left_out_is_translated_once(run, monkeypatch):
   assert reference == _lines(run, 'test.reference')
   monkeypatch.delattr(evaluate, '_translate')
   evaluate.evaluate(run, TEST)
+
+
+def test_the_weights_are_in_memory_once(run, monkeypatch):
+  """As they are decoded with; the stacked ones are gone by then."""
+  real, stacked = evaluate.checkpoint.load_finetuned, []
+
+  def load(*args):
+    *rest, params = real(*args)
+    stacked.extend(map(weakref.ref, jax.tree.leaves(params['layers'])))
+    return *rest, params
+
+  def translate(self, params, texts, on_progress):
+    assert len(stacked) > 5 and not any(x() is not None for x in stacked)
+    return list(texts)
+
+  monkeypatch.setattr(evaluate.checkpoint, 'load_finetuned', load)
+  monkeypatch.setattr(translator.Translator, '__call__', translate)
+  assert evaluate._translate(run, 2, 'valid', ['a'], 'en-fr') == ['a']
 
 
 def _another_step(run):
