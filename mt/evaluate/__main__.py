@@ -7,7 +7,8 @@ a step; see mt/train/checkpoint.py). What the run itself has translated with it
 is not translated again. W/evaluation/ has then
 
   SPLIT.json          scores, chrF by class of noise (see
-                      mt/evaluate/noise.py), and the comparison, if any
+                      mt/evaluate/noise.py), which translations go round (from
+                      0), and the comparison, if any
   SPLIT.*.txt         source, reference and hypothesis, one a line
 
   python -m mt.evaluate --report runs/a runs/b [runs/c [runs/d]]

@@ -64,6 +64,14 @@ _SCRIPT_SIZE = sizes.ModelConfig(
 )
 
 
+def _zeros(cfg):
+  return jax.tree.map(
+    lambda shape: np.zeros(shape, np.float32),
+    parameters.unflatten(parameters.shapes(cfg)),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
 def _script(*ids):
   """Parameters by which each of these tokens is followed by the next.
 
@@ -73,11 +81,7 @@ def _script(*ids):
   with all others. The last token is followed by itself, for ever.
   """
   assert len(set(ids)) == len(ids) < _SCRIPT_SIZE.embed_dim
-  params = jax.tree.map(
-    lambda shape: np.zeros(shape, np.float32),
-    parameters.unflatten(parameters.shapes(_SCRIPT_SIZE)),
-    is_leaf=lambda x: isinstance(x, tuple),
-  )
+  params = _zeros(_SCRIPT_SIZE)
   for n, i in enumerate(ids):
     params['embedding'][i, max(0, n - 1) : n + 1] = 3.0**n
   return params
@@ -494,11 +498,7 @@ def test_a_row_that_is_no_piece_has_probability_0(search):
   tok = dataclasses.replace(tok, controls=tok.controls | {'<image|>': image})
   pieces, cfg = tok.vocab_size, _SCRIPT_SIZE
   cfg = dataclasses.replace(cfg, vocab_size=pieces + 7)
-  params = jax.tree.map(
-    lambda shape: np.zeros(shape, np.float32),
-    parameters.unflatten(parameters.shapes(cfg)),
-    is_leaf=lambda x: isinstance(x, tuple),
-  )
+  params = _zeros(cfg)
   # After any token the last rows are by far the most probable.
   params['embedding'][:, 0] = 1.0
   params['embedding'][pieces:, 0] = params['embedding'][image, 0] = 9.0
