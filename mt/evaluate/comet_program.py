@@ -33,7 +33,7 @@ def scores(model, samples):
 
 def embeddings(model, texts):
   """Text -> [hidden] of all different ones, those of a length together."""
-  different, found = sorted(set(texts), key=len), {}
+  different, found = sorted(dict.fromkeys(texts), key=len), {}
   for at in range(0, len(different), _BATCH):
     some = different[at : at + _BATCH]
     inputs = model.encoder.prepare_sample(some)

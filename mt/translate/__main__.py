@@ -142,17 +142,11 @@ def run(values: dict[str, Any]) -> None:
     errors.UserError: bad flags, text or files, no such run or checkpoint.
   """
   workdir, asked = pathlib.Path(values['workdir']), values['input']
-  key = values['key']
-  if key and not values['json']:
+  key, asking = values['key'], not asked and sys.stdin.isatty()
+  if key and (asking or not values['json']):
     raise errors.UserError(
-      f'--key is {key!r}, but a text under it may have several lines; --json '
-      'expected.'
-    )
-  asking = not asked and sys.stdin.isatty()
-  if key and asking:
-    raise errors.UserError(
-      f'--key is {key!r}, but what is typed at a prompt is plain text; a pipe '
-      'or --input expected.'
+      f'--key is {key!r}, but texts under a key may have several lines; --json '
+      'expected, and a pipe or --input in the place of a prompt.'
     )
   config = directions.only(run_folder.read_config(workdir), values['pair'])
   search, sampling = read_search(values, config.decode)
