@@ -69,7 +69,10 @@ def _running(model: str) -> Iterator[tuple[Ask, dict[str, str]]]:
         )
       return json.loads(answer)
 
-    yield ask, ask()
+    try:
+      yield ask, ask()
+    finally:
+      process.kill()  # Else a command that is to end waits for its answer.
 
 
 def segments(

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from mt.base import errors
 from mt.evaluate import __main__ as evaluate
 from mt.evaluate import comet
 from tests.fixtures.refusal import refusal
@@ -78,6 +79,20 @@ def test_other_models_have_no_expected_scores(tmp_path):
   refusal(comet.expected(model).__enter__, model, 'is a unified_metric')
 
 
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+  """Puts in the place of COMET what says what it is, and then does this."""
+
+  def put(then):
+    path = tmp_path / 'program.py'
+    about = '{"version": "1", "kind": "regression_metric"}'
+    path.write_text(f"import sys\nprint('{about}', flush=True)\n{then}\n")
+    monkeypatch.setattr(comet, 'PYTHON', pathlib.Path(sys.executable))
+    monkeypatch.setattr(comet, '_PROGRAM', path)
+
+  return put
+
+
 @pytest.mark.parametrize(
   'then, words',
   [
@@ -87,12 +102,8 @@ def test_other_models_have_no_expected_scores(tmp_path):
     ('sys.stdin.readline(); print(\'{"scores": [[0.5]]}\')', ''),
   ],
 )
-def test_a_process_that_ends(tmp_path, monkeypatch, then, words):
-  program = tmp_path / 'program.py'
-  about = '{"version": "1", "kind": "regression_metric"}'
-  program.write_text(f"import sys\nprint('{about}', flush=True)\n{then}\n")
-  monkeypatch.setattr(comet, 'PYTHON', pathlib.Path(sys.executable))
-  monkeypatch.setattr(comet, '_PROGRAM', program)
+def test_a_process_that_ends(program, then, words):
+  program(then)
 
   def ask():
     with comet.expected('m.ckpt') as expected:
@@ -104,6 +115,14 @@ def test_a_process_that_ends(tmp_path, monkeypatch, then, words):
     refusal(ask, '--comet=m.ckpt', words)
   else:
     np.testing.assert_array_equal(ask(), [[50.0]])
+
+
+def test_a_command_that_is_to_end_waits_for_no_answer(program):
+  program('import time; time.sleep(30)')
+  start = time.monotonic()
+  with pytest.raises(errors.Interrupted), comet.expected('m.ckpt'):
+    raise errors.Interrupted('terminated', 143)
+  assert time.monotonic() - start < 20
 
 
 def test_without_its_environment(tmp_path, monkeypatch):
