@@ -254,9 +254,12 @@ def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
   the last.
 
   Raises:
-    errors.UserError: there is no run, or no such checkpoint.
+    errors.UserError: there is no run, or no such checkpoint, or the chrF of one
+      is damaged.
   """
   run_folder.read_config(workdir)  # Orbax would make the folder.
+  for at in reversed(manifest.steps(workdir / 'checkpoints')):
+    manifest.check(workdir / 'checkpoints', at, 'metrics')
   manager = open_manager(workdir)
   steps, best = sorted(manager.all_steps()), best_step(manager)
   if not steps:

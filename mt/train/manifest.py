@@ -82,16 +82,20 @@ def crc(checkpoints: pathlib.Path, at: int) -> int:
   return zlib.crc32(path.read_bytes())
 
 
-def damage(folder: pathlib.Path, largest: float = math.inf) -> str:
+def damage(
+  folder: pathlib.Path, largest: float = math.inf, item: str = ''
+) -> str:
   """What is wrong with a checkpoint; '' if it is as it was written.
 
   Args:
     folder: of one checkpoint.
     largest: files of more bytes are only measured, and not read.
+    item: of Orbax's, such as metrics, that is looked at; '' for all.
   """
   try:
     for name in (_ORBAX, NAME):
       wanted = json.loads((folder / name).read_text(encoding='utf-8'))
+    wanted = {k: v for k, v in wanted.items() if k.startswith(item)}
     for name, (size, crc) in wanted.items():
       has = (folder / name).stat().st_size
       if has != size:
@@ -116,17 +120,20 @@ def folder_of(checkpoints: pathlib.Path, at: int) -> pathlib.Path:
   return checkpoints / f'step_{at}'
 
 
-def check(checkpoints: pathlib.Path, at: int) -> None:
+def check(checkpoints: pathlib.Path, at: int, item: str = '') -> None:
   """Refuses a checkpoint whose model cannot be read: damaged, or of a version.
+
+  `item` is one of Orbax's, if it is looked at alone.
 
   Raises:
     errors.UserError: with the damage.
   """
   check_version(checkpoints, at, since=_MODELS_SINCE)
-  if what := damage(folder_of(checkpoints, at)):
+  if what := damage(folder_of(checkpoints, at), item=item):
     raise errors.UserError(
       f'{checkpoints}: step {at} is damaged ({what}); start train.py with this '
-      '--workdir to go on from the one before, or take another step.'
+      '--workdir to go on from the one before'
+      f'{"." if item else ", or take another step."}'
     )
 
 

@@ -79,6 +79,18 @@ def test_a_run_goes_on_from_the_checkpoint_before(plain, plain_copy, capsys):
   folders.assert_same_run(plain[1], workdir)
 
 
+@pytest.mark.parametrize('how', ['zeroed', 'deleted'])
+def test_without_its_chrf_no_other_is_called_the_best(finished_copy, how):
+  config, workdir = finished_copy
+  assert 'the best' in checkpoint.find_step(workdir)[1]
+  _damage(workdir / 'checkpoints' / 'step_6' / 'metrics' / 'metrics', how)
+  words = 'step 6 is damaged (metrics/metrics', '--workdir to go on'
+  for which in ('', 'last', '4'):
+    refusal(lambda which=which: checkpoint.find_step(workdir, which), *words)
+  run_lib.run(config, workdir)
+  assert 'the best' in checkpoint.find_step(workdir)[1]
+
+
 def test_with_none_left_nothing_starts_over(plain_copy):
   config, workdir = plain_copy
   folder = workdir / 'checkpoints'
