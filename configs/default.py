@@ -384,7 +384,7 @@ KNOBS = (
     step is translated too. A checkpoint is saved each time, and the best of
     them is kept whatever checkpoint.keep says: it makes the scores at the end,
     and translates and is exported afterwards. 0 translates only before and
-    after training, with the last state.
+    after training, with the last state, or the best of an earlier start.
     """, 'free'),
   knob('eval.chrf_pairs', 0, at_least(0), """
     Pairs of validation that are translated for it, the first ones; 0 for all of

@@ -411,9 +411,9 @@ def save(
 def patience_over(run: Run, at: int) -> bool:
   """Whether chrF has not risen for eval.patience translations; says so."""
   patience, last = run.config.eval.patience, run.config.train.max_steps
-  if not patience or at >= last:
+  if not (patience and run.config.eval.translate_every) or at >= last:
     return False
-  since = journal.since_best(run.metrics_path)
+  since = journal.since_best(run.workdir / 'metrics.jsonl')
   if over := processes.agree(since >= patience):
     journal.say(
       f'stopped at step {at} of {last}: no better chrF in {since} '

@@ -193,10 +193,11 @@ def test_a_stopped_run_only_finishes_until_it_may_go_on(
   assert 'stopped at step 8 of 12' in out and 'valid chrf' in out
   assert (folders.metrics(tmp_path), _scored(tmp_path)) == (lines, scores)
 
-  config.eval.patience = 4
-  with monkeypatch.context() as m, pytest.raises(AssertionError):
-    m.setattr(loop, 'train', never)
-    run_lib.run(config, tmp_path)
+  # Patience is of translations: without them, none is needed.
+  for config.eval.translate_every, config.eval.patience in ((0, 2), (2, 4)):
+    with monkeypatch.context() as m, pytest.raises(AssertionError):
+      m.setattr(loop, 'train', never)
+      run_lib.run(config, tmp_path)
   assert not (tmp_path / 'scores.json').exists()
   assert not (tmp_path / 'translations' / 'valid.after.json').exists()
   run_lib.run(config, tmp_path)
