@@ -104,18 +104,11 @@ def save(
     chrf: of validation, if it was translated.
 
   Raises:
-    errors.UserError: the disk is full or not writable, or a number of the
-      state is not finite: it would take the place of a good one.
+    errors.UserError: the disk is full or not writable.
   """
   from mt.train import plan  # Here: who only reads has no need of it.
 
   wait(manager)
-  if not jax.device_get(state_lib.all_finite(state)):
-    raise errors.UserError(
-      f'step {state.at}: not all weights are finite any more, so they are not '
-      f'saved; the newest checkpoint in {manager.directory} is of step '
-      f'{manager.latest_step()}; lower optim.learning_rate.'
-    )
   arrays = _arrays(state)
   need = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _SLACK
   manifest.check_space(pathlib.Path(manager.directory), need)
@@ -231,12 +224,9 @@ def restore_model(
 ) -> state_lib.TrainState:
   """`state` with the step and the model of a checkpoint, its EMA if it has one.
 
-  Such a state translates; what else training needs is not read.
-
-  Raises:
-    errors.UserError: the checkpoint is damaged.
+  Such a state translates; what else training needs is not read. Whether the
+  checkpoint is whole, manifest.check says.
   """
-  manifest.check(pathlib.Path(manager.directory), at)
   name = 'ema' if state.ema else 'trained'
   found = {name: _read(manager, at, {name: state.eval_params})[name]}
   return dataclasses.replace(state, step=state.step * 0 + at, **found)
@@ -338,18 +328,14 @@ def load_trained(
     split = functools.partial(
       state_lib.split_params, source.config, train=train, key=jax.random.key(0)
     )
-    flat, place = parameters.flatten(params), params['final_norm'].sharding
-    # LoRA's first factors are not drawn: of those that are read the shape will
-    # do.
-    return [
-      {
-        k: flat[k]
-        if k in flat
-        else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-        for k, x in part.items()
-      }
-      for part in jax.eval_shape(split, params)
-    ]
+    trained, frozen = jax.eval_shape(split, params)
+    # Of what the checkpoint has the shapes will do: nothing is drawn for LoRA,
+    # and no pretrained array stays beside its trained one.
+    place = params['final_norm'].sharding
+    for name, x in trained.items():
+      trained[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    flat = parameters.flatten(params)
+    return trained, {name: flat[name] for name in frozen}
 
   trained, frozen = sharding.on_host(read) if exact else read()
   name = 'ema' if config.optim.ema_decay else 'trained'
@@ -378,7 +364,7 @@ def check_identity(
     errors.UserError: with the first thing that differs.
   """
   saved = _read(manager, at, {}, identity=ocp.args.JsonRestore()).identity
-  saved, who = _flat(saved), _flat(who)
+  saved, who = run_folder.flat(saved), run_folder.flat(who)
   # A checkpoint of before a field of models was there has its default.
   fields = dataclasses.fields(sizes.ModelConfig)
   saved = {f.name: f.default for f in fields} | saved
@@ -393,15 +379,6 @@ def check_identity(
         f'{manager.directory}: step {at} belongs to another run: {found}; use '
         'another --workdir, or the weights and data that this run started from.'
       )
-
-
-def _flat(who):
-  """config.GROUP.KNOB and texts.FILE -> value, beside what is neither."""
-  out = {}
-  for key, value in who.items():
-    parts = value.items() if isinstance(value, dict) else ()
-    out |= {f'{key}.{k}': v for k, v in parts} if parts else {key: value}
-  return out
 
 
 def _read(manager, at, trees, **items):

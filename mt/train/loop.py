@@ -14,6 +14,7 @@ import math
 import pathlib
 import time
 from typing import Any
+from typing import NamedTuple
 import zlib
 
 import jax
@@ -75,10 +76,6 @@ class Run:
   mesh: Mesh | None
   started: float
 
-  @property
-  def metrics_path(self) -> pathlib.Path:
-    return self.workdir / 'metrics.jsonl'
-
   def translator_of(self, direction: str) -> translator_lib.Translator:
     """The translator of one of the directions of data.pair."""
     config = directions.only(self.config, direction)
@@ -125,7 +122,8 @@ def train(
   with contextlib.closing(Log(run, first)) as log:
     for at in range(first, last + 1):
       checkpoint.check_written(run.checkpoints)  # In the background.
-      due, metrics = schedule(run.config, at, first, listener.asked()), {}
+      asked, metrics = listener.asked(), {}
+      due = schedule(run.config, at, first, asked)
       if due.evaluate or due.save:
         log.flush()
         if due.evaluate:
@@ -133,9 +131,9 @@ def train(
         if due.save:
           save(run, state, metrics)
         log.restart_clock()  # Speed is that of training alone.
-      if due.leave:
+      if asked:
         checkpoint.wait(run.checkpoints)
-        signals.leave(due.leave, at)
+        signals.leave(asked, at)
       if at == last or (due.translate and patience_over(run, at)):
         break
       batch, waited = next_batch(run)
@@ -159,7 +157,7 @@ def evaluate_last(run: Run, state: state_lib.TrainState) -> None:
   """
   at, translate = state.at, run.config.eval.translate_every > 0
   wanted = 'valid_chrf' if translate else 'valid_loss'
-  logged = journal.read_metrics(run.metrics_path)
+  logged = journal.read_metrics(run.workdir / 'metrics.jsonl')
   if processes.agree(any(wanted in m for m in logged if m['step'] == at)):
     return
   evaluate(run, state, translate)
@@ -167,14 +165,12 @@ def evaluate_last(run: Run, state: state_lib.TrainState) -> None:
     journal.say(f'note: step {at} was saved before its chrF: it cannot be best')
 
 
-@dataclasses.dataclass(frozen=True)
-class Due:
+class Due(NamedTuple):
   """What is to be done between two steps."""
 
   evaluate: bool  # The losses of validation.
   translate: bool  # And its chrF.
   save: bool
-  leave: int  # The signal that asked the run to end, or 0.
 
 
 def schedule(
@@ -188,7 +184,7 @@ def schedule(
   """
   last = config.train.max_steps
   if at == first > 0:
-    return Due(evaluate=False, translate=False, save=False, leave=asked)
+    return Due(evaluate=False, translate=False, save=False)
 
   def is_time(every):
     return at == last or at % every == 0
@@ -196,12 +192,8 @@ def schedule(
   every = config.eval.translate_every
   translate = every > 0 and is_time(every)
   save_now = translate or is_time(config.checkpoint.every) or asked > 0
-  return Due(
-    evaluate=translate or is_time(config.eval.every),
-    translate=translate,
-    save=save_now and at > 0,
-    leave=asked,
-  )
+  evaluate_now = translate or is_time(config.eval.every)
+  return Due(evaluate_now, translate, save=save_now and at > 0)
 
 
 def next_batch(run: Run) -> tuple[batches.Batch, float]:
@@ -309,7 +301,7 @@ def evaluate(
   valid = _sums(run, state, run.data.valid)
   line = {'step': at, 'valid_loss': _mean(valid)}
   if run.config.log.table:
-    text = journal.table_line(run.metrics_path, at, valid)
+    text = journal.table_line(run.workdir / 'metrics.jsonl', at, valid)
   else:
     text = f'step {at}: validation loss {line["valid_loss"]:.4f}'
   if run.data.minitrain:
@@ -339,11 +331,9 @@ def _mean(sums):
 
 def _on_mesh(run, batch):
   """A batch [B, L], all of which each process has, where the steps want it."""
-  size = run.config.train.batch_size
-  if run.mesh is not None:
-    own = sharding.own_rows(run.mesh, size)
-    batch = {k: v[own] for k, v in batch.items()}
-  return sharding.put_rows(run.mesh, batch, size)
+  if run.mesh is None:
+    return jax.device_put(batch)
+  return sharding.put(batch, dict.fromkeys(batch, sharding.of_rows(run.mesh)))
 
 
 def valid_chrf(run: Run, state: state_lib.TrainState) -> float:
@@ -353,10 +343,8 @@ def valid_chrf(run: Run, state: state_lib.TrainState) -> float:
   It decides which checkpoint is the best, and is the same in all processes. At
   step 0 the translations from before training are scored, which must be there.
   """
-  found = []
-  for name, direction in directions.named(
-    run.config.data.pair, 'valid'
-  ).items():
+  found, named = [], directions.named(run.config.data.pair, 'valid')
+  for name, direction in named.items():
     pairs = run.of_chrf(name)
     if state.at:
       translator = run.translator_of(direction)
@@ -389,14 +377,17 @@ def save(
       batch of validation tells whether the state is good for anything.
 
   Raises:
-    errors.UserError: the loss is not finite; see also checkpoint.save.
+    errors.UserError: the loss or a number of the state is not finite: it would
+      take the place of a good one; see also checkpoint.save.
   """
   loss = metrics.get('valid_loss')
   if loss is None:
     loss = _mean(_sums(run, state, run.data.valid[:1]))
-  if not math.isfinite(loss):
+  finite = jax.device_get(state_lib.all_finite(state))
+  if not (finite and math.isfinite(loss)):
     raise errors.UserError(
-      f'step {state.at}: the validation loss is {loss}, so the state is not '
+      f'step {state.at}: the validation loss is {loss}, and '
+      f'{"" if finite else "not "}all weights are finite, so the state is not '
       f'saved; {_newest(run)}: lower optim.learning_rate.'
     )
   checkpoint.save(

@@ -57,16 +57,11 @@ def _crc(path: pathlib.Path) -> int:
 
 def write(folder: pathlib.Path) -> None:
   """Writes the manifest of a folder into it."""
-  paths = {
-    p.relative_to(folder).as_posix(): p
-    for p in sorted(folder.rglob('*'))
-    if p.is_file()
-  }
-  found = {
-    name: [path.stat().st_size, _crc(path)]
-    for name, path in paths.items()
-    if name not in _NOT_IN_IT
-  }
+  found = {}
+  for path in sorted(folder.rglob('*')):
+    name = path.relative_to(folder).as_posix()
+    if path.is_file() and name not in _NOT_IN_IT:
+      found[name] = [path.stat().st_size, _crc(path)]
   (folder / NAME).write_text(json.dumps(found, indent=0), encoding='utf-8')
 
 

@@ -4,7 +4,6 @@ The order is fixed: inputs, state, checkpoint; translations before training; the
 loop (mt/train/loop.py); the best state's translations, scores and report.
 """
 
-from collections.abc import Callable
 import contextlib
 import dataclasses
 import math
@@ -18,6 +17,7 @@ import ml_collections
 
 from mt.base import accelerator
 from mt.base import compiling
+from mt.base import errors
 from mt.base import files
 from mt.base import journal
 from mt.base import processes
@@ -28,7 +28,6 @@ from mt.data import bitext
 from mt.data import corpus
 from mt.data import directions
 from mt.data import splits
-from mt.data import template as template_lib
 from mt.evaluate import cached
 from mt.evaluate import report
 from mt.evaluate import scores as scores_lib
@@ -96,11 +95,19 @@ def claim(
   """Makes the folder this run's; its newest checkpoint is whole after that.
 
   Returns the config of the last start, None where there was none.
+
+  Raises:
+    errors.UserError: a run is there that cannot go on like this.
   """
   checkpoints = workdir / 'checkpoints'
   steps = manifest.steps(checkpoints)
   manifest.check_version(checkpoints, *reversed(steps))
-  settings.check_reached(config, workdir, max(steps, default=0))
+  if steps and config.train.max_steps < steps[-1]:
+    raise errors.UserError(
+      f'{workdir} is at step {steps[-1]}, beyond train.max_steps='
+      f'{config.train.max_steps}; {steps[-1]} or more expected, or another '
+      '--workdir.'
+    )
   before = run_folder.claim(workdir, config)
   manifest.quarantine_damaged(checkpoints)
   return before
@@ -169,17 +176,14 @@ def begin(
   state = state_lib.init_state(
     cfg, params, config, optimizer, jax.random.key(config.seed), mesh
   )
+  number = sum(x.size for x in jax.tree.leaves(state.trained))
   journal.say(
-    f'training: {config.train.parts}, {_millions(state.trained)} parameters, '
+    f'training: {config.train.parts}, {number / 1e6:.1f}M parameters, '
     f'{config.train.max_steps} steps'
   )
   if config.weights.warm_start or config.weights.adapter:
     run, state = warm_start.begin(run, state)
   return run, state
-
-
-def _millions(tree) -> str:
-  return f'{sum(x.size for x in jax.tree.leaves(tree)) / 1e6:.1f}M'
 
 
 def open_weights(
@@ -224,12 +228,11 @@ def resume(
 
 def train(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
   """The loop, where there is something left to train."""
-  at = int(state.step)
   try:
-    if at >= run.config.train.max_steps:
+    if state.at >= run.config.train.max_steps:
       loop.evaluate_last(run, state)
       return state
-    if loop.patience_over(run, at):
+    if loop.patience_over(run, state.at):
       return state
     drop_stale(run, 'after')  # It is of fewer steps.
     with signals.listening(run.config.train.preempt_command) as listener:
@@ -245,11 +248,12 @@ def best(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
     return state
   chrf = run.checkpoints.metrics(at)['valid_chrf']
   journal.say(
-    f'best: step {at} of {int(state.step)}, chrF {chrf:.2f} of '
-    'validation; it is scored'
+    f'best: step {at} of {state.at}, chrF {chrf:.2f} of validation; it is '
+    'scored'
   )
-  if at == int(state.step):
+  if at == state.at:
     return state
+  manifest.check(run.workdir / 'checkpoints', at)
   return checkpoint.restore_model(run.checkpoints, state, at)
 
 
@@ -257,7 +261,7 @@ def finish(run: loop.Run, state: state_lib.TrainState) -> None:
   """Translations, scores and report of the state that counts."""
   translate_splits(run, 'after', state)
   if processes.is_first():
-    write_scores(run, int(state.step))
+    write_scores(run, state.at)
   if run.config.eval.texts:
     params = loop.eval_model(run, state)
     for name, d in directions.named(run.config.data.pair, 'texts').items():
@@ -277,30 +281,16 @@ def translate_splits(
   Those that are there, of this step and made like this, are not made again.
   `when` is 'before' or 'after' training.
   """
-  config, at = run.config, int(state.step)
-  of = directions.named(config.data.pair, 'valid', 'test')
   for split, pairs in run.data.scored.items():
     sources = [p.source for p in pairs]
-    made = cached.provenance(at, config.decode, sources)
+    made = cached.provenance(state.at, run.config.decode, sources)
     path = run.translations(split, when)
     if processes.agree(cached.read_if_current(path, made) is not None):
       continue
-    progress = journal.Progress(f'translating {split} ({when})', len(sources))
-
-    translator = run.translator_of(of[split])
-
-    def work(sources=sources, progress=progress, translator=translator):
-      params = loop.eval_model(run, state)
-      return translator(params, sources, progress.update)
-
     began = time.monotonic()
-    if when == 'before':
-      texts = _cached(run, translator.template, sources, work)
-    else:
-      texts = work()
-    progress.close()
+    texts = _translate(run, when, state, split, sources)
     journal.say(
-      f'translated {split} ({when}, step {at}): {len(texts)} sentences, '
+      f'translated {split} ({when}, step {state.at}): {len(texts)} sentences, '
       f'{time.monotonic() - began:.0f} s'
     )
     files.write_lines(run.translations(split, 'source'), sources)
@@ -309,17 +299,24 @@ def translate_splits(
     cached.write(path, made, texts)
 
 
-def _cached(
-  run: loop.Run,
-  template: template_lib.Template,
-  sources: list[str],
-  work: Callable[[], list[str]],
-) -> list[str]:
-  """The pretrained model's translations, of which other runs have need too."""
-  decode, train = run.config.decode.to_dict(), run.config.train
-  keep = state_lib.keeping(run.translator.settings.cfg, train)
-  formats = train.dtype, train.matmul_precision, dict(keep.dtypes)
-  # With the languages' names, which come from data.pair.
+def _translate(run, when, state, split, sources) -> list[str]:
+  config = run.config
+  direction = directions.named(config.data.pair, 'valid', 'test')[split]
+  translator = run.translator_of(direction)
+
+  def work():
+    progress = journal.Progress(f'translating {split} ({when})', len(sources))
+    with contextlib.closing(progress):
+      params = loop.eval_model(run, state)
+      return translator(params, sources, progress.update)
+
+  if when == 'after':
+    return work()
+  # The pretrained model's, of which other runs have need too. The template has
+  # the languages' names, which come from data.pair.
+  keep = state_lib.keeping(translator.settings.cfg, config.train)
+  formats = config.train.dtype, config.train.matmul_precision, dict(keep.dtypes)
+  template, decode = translator.template, config.decode.to_dict()
   key = [run.identity, dataclasses.asdict(template), decode, formats, sources]
   return cached.cached(key, work)
 

@@ -1,7 +1,5 @@
 """Checks a config before anything is downloaded or compiled."""
 
-import pathlib
-
 import ml_collections
 import numpy as np
 
@@ -75,22 +73,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
   for note in notes(config):
     journal.say(f'note: {note}')
-
-
-def check_reached(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, reached: int
-) -> None:
-  """Refuses a run of fewer steps than its newest checkpoint has.
-
-  Raises:
-    errors.UserError: with both.
-  """
-  if config.train.max_steps < reached:
-    raise errors.UserError(
-      f'{workdir} is at step {reached}, beyond train.max_steps='
-      f'{config.train.max_steps}; {reached} or more expected, or another '
-      '--workdir.'
-    )
 
 
 def say_changes(

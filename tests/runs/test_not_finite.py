@@ -13,6 +13,7 @@ from mt.data import splits
 from mt.data import tokenizer
 from mt.gemma import loss
 from mt.train import checkpoint
+from mt.train import loop
 from mt.train import run as run_lib
 from mt.train import step
 from tests.fixtures.refusal import refusal
@@ -83,23 +84,20 @@ def test_a_state_of_no_finite_loss_is_not_saved(
 
 def test_weights_that_are_not_finite_are_not_saved(debug_config, tmp_path):
   debug_config.train.max_steps = 2
-  real, states = checkpoint.save, []
+  real = loop.save
 
-  def save_two(manager, state, *rest):
-    real(manager, state, *rest)
-    states.append(
-      dataclasses.replace(
-        state,
-        step=state.step + 1,
-        trained=state.trained | {'final_norm': jnp.full(64, jnp.nan)},
-      )
+  def save_two(run, state, metrics):
+    real(run, state, metrics)
+    bad = {'final_norm': jnp.full(64, jnp.nan)}
+    bad = dataclasses.replace(
+      state, step=state.step + 1, trained=state.trained | bad
     )
     refusal(
-      lambda: real(manager, states[0], *rest), 'step 3', 'step 2', 'finite'
+      lambda: real(run, bad, metrics), 'step 3', 'not all weights', 'step 2'
     )
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoint, 'save', save_two)
+    patch.setattr(loop, 'save', save_two)
     run_lib.run(debug_config, tmp_path)
   assert folders.steps(tmp_path) == [2]
 

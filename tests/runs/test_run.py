@@ -183,23 +183,20 @@ def test_what_is_due():
 
   def due(at, first=0, asked=0):
     found = loop.schedule(config, at, first, asked)
-    names = [k for k in ('evaluate', 'translate', 'save') if getattr(found, k)]
-    return ' '.join(names), found.leave
+    return ' '.join(name for name, now in found._asdict().items() if now)
 
-  assert due(0) == ('evaluate translate', 0)
-  assert due(0, asked=15) == ('evaluate translate', 15)
-  assert due(1) == due(3) == ('', 0)
-  assert due(1, asked=15) == ('save', 15)
-  assert due(4) == ('evaluate', 0)
-  assert due(5) == ('save', 0)
-  assert due(6) == ('evaluate translate save', 0)
-  assert due(6, first=6) == ('', 0)
-  assert due(6, first=6, asked=2) == ('', 2)
-  assert due(12, asked=15) == ('evaluate translate save', 15)
-  assert due(12, first=12) == ('', 0)
+  assert due(0) == due(0, asked=15) == 'evaluate translate'
+  assert due(1) == due(3) == ''
+  assert due(1, asked=15) == 'save'
+  assert due(4) == 'evaluate'
+  assert due(5) == 'save'
+  assert due(6) == 'evaluate translate save'
+  assert due(6, first=6) == due(6, first=6, asked=2) == ''
+  assert due(12, asked=15) == 'evaluate translate save'
+  assert due(12, first=12) == ''
   config.eval.translate_every = 0
-  assert due(6) == ('', 0)
-  assert due(12) == ('evaluate save', 0)
+  assert due(6) == ''
+  assert due(12) == 'evaluate save'
 
 
 def test_a_first_short_try_simply_runs(debug_config, tmp_path, capsys):
