@@ -296,11 +296,11 @@ def open_source(
 
 def load_trained(
   workdir: pathlib.Path,
-  at: int | None = None,
+  at: int,
   exact: bool = False,
   opened: tuple[ml_collections.ConfigDict, pretrained.Source] | None = None,
 ) -> tuple[ml_collections.ConfigDict, pretrained.Source, lora.Flat, lora.Flat]:
-  """The checkpoint of step `at` of a run; see find_step where none is given.
+  """The checkpoint of step `at` of a run, see find_step.
 
   With `exact` the frozen parameters are float32, as they were pretrained, and
   not as train.frozen_dtype rounds them; nothing is moved to an accelerator.
@@ -311,10 +311,8 @@ def load_trained(
     is one) and the frozen parameters, see mt/gemma/lora.py.
 
   Raises:
-    errors.UserError: no run there, no such checkpoint, another model, or
-      damaged.
+    errors.UserError: no run there, another model, or damaged.
   """
-  at, _ = find_step(workdir, '' if at is None else str(at))
   manager = open_manager(workdir)
   manifest.check(pathlib.Path(manager.directory), at)
   config, source = opened or open_source(workdir)
@@ -344,7 +342,7 @@ def load_trained(
 
 
 def load_finetuned(
-  workdir: pathlib.Path, at: int | None = None
+  workdir: pathlib.Path, at: int
 ) -> tuple[ml_collections.ConfigDict, pretrained.Source, parameters.Params]:
   """`load_trained` as one tree of parameters, see lora.merge."""
   config, source, trained, frozen = load_trained(workdir, at)

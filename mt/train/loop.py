@@ -31,7 +31,6 @@ from mt.base import profiling
 from mt.base import recorder as recorder_lib
 from mt.base import run_folder
 from mt.base import signals
-from mt.data import batches
 from mt.data import directions
 from mt.data import lines
 from mt.data import splits
@@ -136,7 +135,11 @@ def train(
         signals.leave(asked, at)
       if at == last or (due.translate and patience_over(run, at)):
         break
-      batch, waited = next_batch(run)
+      began = time.monotonic()
+      rows = next(run.data.train)
+      waited = time.monotonic() - began
+      # On its way while the step before is under way: that is not waited for.
+      batch = sharding.put_rows(run.mesh, rows, run.config.train.batch_size)
       if at == first:
         compiling.ahead(run.train_step, state, batch)
       log.profile.before(at + 1)
@@ -194,17 +197,6 @@ def schedule(
   save_now = translate or is_time(config.checkpoint.every) or asked > 0
   evaluate_now = translate or is_time(config.eval.every)
   return Due(evaluate_now, translate, save=save_now and at > 0)
-
-
-def next_batch(run: Run) -> tuple[batches.Batch, float]:
-  """The rows of the next step, on their way to the devices; seconds of waiting.
-
-  The step before is under way: it need not be waited for.
-  """
-  start = time.monotonic()
-  rows = next(run.data.train)
-  waited = time.monotonic() - start
-  return sharding.put_rows(run.mesh, rows, run.config.train.batch_size), waited
 
 
 class Log:
@@ -300,10 +292,9 @@ def evaluate(
   began, at = time.monotonic(), state.at
   valid = _sums(run, state, run.data.valid)
   line = {'step': at, 'valid_loss': _mean(valid)}
+  text = f'step {at}: validation loss {line["valid_loss"]:.4f}'
   if run.config.log.table:
     text = journal.table_line(run.workdir / 'metrics.jsonl', at, valid)
-  else:
-    text = f'step {at}: validation loss {line["valid_loss"]:.4f}'
   if run.data.minitrain:
     line['minitrain_loss'] = _mean(_sums(run, state, run.data.minitrain))
     text += f', minitrain {line["minitrain_loss"]:.4f}'

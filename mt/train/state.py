@@ -120,14 +120,10 @@ def keeping(
       'leaves no matrix of a layer frozen; bfloat16 or train.parts=lora '
       'expected.'
     )
-
-  def dtype(path):
-    if path in trained:
-      return 'float32'
-    few_bits = frozen in quantize.BITS and path not in matrices
-    return 'bfloat16' if few_bits else frozen
-
-  return kept.Keep({path: dtype(path) for path in parameters.shapes(cfg)}, mesh)
+  rest = 'bfloat16' if frozen in quantize.BITS else frozen
+  dtypes = dict.fromkeys(parameters.shapes(cfg), rest)
+  dtypes |= dict.fromkeys(matrices, frozen) | dict.fromkeys(trained, 'float32')
+  return kept.Keep(dtypes, mesh)
 
 
 def split_params(

@@ -68,5 +68,5 @@ def run(tmp_path_factory):
 @pytest.fixture(scope='session')
 def finetuned(run):
   """(source, parameters with the factors folded in) of `run`."""
-  _, source, params = checkpoint.load_finetuned(run)
+  _, source, params = checkpoint.load_finetuned(run, 0)
   return source, lora.fold(params)

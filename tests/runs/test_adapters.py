@@ -35,7 +35,7 @@ from tests.runs import lora_run
 def test_an_adapter_has_the_base_that_it_was_trained_on(
   tmp_path, run, source, base
 ):
-  config, opened, trained, _ = checkpoint.load_trained(run)
+  config, opened, trained, _ = checkpoint.load_trained(run, 0)
   cfg, tok = opened.config, opened.tokenizer
   about = card.Model('peft', '', source, '', cfg, tok, 'float32', config, run)
   export.write(tmp_path / 'a', trained, about)
@@ -45,7 +45,7 @@ def test_an_adapter_has_the_base_that_it_was_trained_on(
 
 def test_the_base_may_be_multimodal(tmp_path, run, capsys):
   """PEFT finds nothing of it in the text model that --base writes."""
-  config, opened, trained, _ = checkpoint.load_trained(run)
+  config, opened, trained, _ = checkpoint.load_trained(run, 0)
   for multimodal in True, False:
     about = card.Model(
       'peft',
@@ -149,7 +149,7 @@ def test_an_adapter_is_what_a_run_begins_with(tmp_path, run, capsys):
   path = tmp_path / 'a' / 'adapter_config.json'
   fields = json.loads(path.read_text()) | {'lora_dropout': 0.125}
   path.write_text(json.dumps(fields))
-  config, source, trained, _ = checkpoint.load_trained(run)
+  config, source, trained, _ = checkpoint.load_trained(run, 0)
   config.weights.adapter = str(tmp_path / 'a')
   optimizer = optimizer_lib.make_optimizer(config.optim, 1)
 

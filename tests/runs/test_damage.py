@@ -68,7 +68,7 @@ def test_a_run_goes_on_from_the_checkpoint_before(plain, plain_copy, capsys):
   config, workdir = plain_copy
   _damage(workdir / 'checkpoints' / 'step_6' / 'rest/_METADATA', 'truncated')
   refusal(
-    lambda: checkpoint.load_finetuned(workdir), 'step 6', 'rest/_METADATA'
+    lambda: checkpoint.load_finetuned(workdir, 6), 'step 6', 'rest/_METADATA'
   )
   checkpoint.load_finetuned(workdir, 4)
   run_lib.run(config, workdir)
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_another_version_is_named(
   for call in (
     lambda: run_lib.run(config, workdir),
     lambda: run_lib.run(debug_config, tmp_path / 'warm'),
-    lambda: checkpoint.load_finetuned(workdir),
+    lambda: checkpoint.load_finetuned(workdir, 6),
     lambda: evaluate.translate_split(workdir, evaluate.Text('valid')),
     lambda: export.from_run('hf', workdir, tmp_path / 'x', 'float32', False),
   ):

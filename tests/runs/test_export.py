@@ -158,7 +158,7 @@ def test_low_rank_products_are_added_to_the_weights_as_they_were(
   export.from_run('hf', other, tmp_path / 'hf', 'float32')
   want = jax.tree.map(np.asarray, finetuned[1])
   hf_fixture.assert_same(hf_fixture.open_folder(tmp_path / 'hf').read(), want)
-  layers = checkpoint.load_finetuned(other)[2]['layers']
+  layers = checkpoint.load_finetuned(other, 0)[2]['layers']
   assert layers['q'].q.dtype == np.uint8  # What it translates with.
 
 
@@ -192,7 +192,7 @@ def test_a_relative_path_is_seen_from_any_folder(tmp_path, monkeypatch):
   assert saved.weights.source == str(tmp_path / 'one' / 'a.gguf')
   assert saved.weights.tokenizer == ''
   monkeypatch.chdir(tmp_path / 'two')
-  checkpoint.load_finetuned(run)
+  checkpoint.load_finetuned(run, 0)
   # A resume may call it as it is seen from there; another one is another.
   config = saved.copy_and_resolve_references()
   config.weights.source = '../one/a.gguf'

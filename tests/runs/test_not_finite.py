@@ -113,7 +113,7 @@ def test_ema_is_saved_resumed_and_translates(debug_config, tmp_path):
   assert (
     folders.losses(tmp_path / 'whole')[4] == folders.losses(tmp_path / 'cut')[4]
   )
-  _, _, params = checkpoint.load_finetuned(tmp_path / 'cut')
+  _, _, params = checkpoint.load_finetuned(tmp_path / 'cut', 4)
   ema = folders.arrays(tmp_path / 'whole', 4, 'ema')
   np.testing.assert_array_equal(params['embedding'], ema['embedding'])
   trained = folders.arrays(tmp_path / 'whole', 4)

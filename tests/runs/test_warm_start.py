@@ -53,8 +53,8 @@ def test_the_weights_and_nothing_else(debug_config, tmp_path, capsys, parts):
   warm.optim.ema_decay = 0.0
   run_lib.run(warm, tmp_path / 'last')
   assert _first_loss(tmp_path / 'last') == losses[4]
-  old = checkpoint.load_trained(first)[2]
-  new = checkpoint.load_trained(tmp_path / 'last')[2]
+  old = checkpoint.load_trained(first, 4)[2]
+  new = checkpoint.load_trained(tmp_path / 'last', 4)[2]
   assert any((np.asarray(old[k]) != np.asarray(new[k])).any() for k in old)
   # The other run trains on: these are no longer the weights it began with.
   debug_config.train.max_steps = 6
