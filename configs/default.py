@@ -25,7 +25,7 @@ from configs.knobs import knob
 from configs.knobs import one_of
 
 # As in mt/gemma/sizes.py, mt/gemma/model.py, mt/data/faults.py and
-# mt/train/optimizer.py; a test compares them. This file imports none of them:
+# mt/train/optimizer.py; tests compare them. This file imports none of them:
 # --help is to come at once.
 FAULTS = (
   'duplicates', 'leaks', 'copies', 'script', 'entities', 'lengths', 'not_nfc',

@@ -10,9 +10,6 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-NAMES = ('adamw', 'adafactor', 'sgd')
-SCHEDULES = ('constant', 'linear', 'cosine')
-
 
 def make_schedule(
   optim: ml_collections.ConfigDict, max_steps: int
@@ -22,10 +19,10 @@ def make_schedule(
   warmup_steps = min(optim.warmup_steps, max_steps - 1)  # One is at the peak.
   peak, rest = optim.learning_rate, max_steps - warmup_steps
   after = {
-    'constant': lambda: optax.constant_schedule(peak),
-    'linear': lambda: optax.linear_schedule(peak, 0.0, rest),
-    'cosine': lambda: optax.cosine_decay_schedule(peak, rest),
-  }[optim.schedule]()
+    'constant': optax.constant_schedule(peak),
+    'linear': optax.linear_schedule(peak, 0.0, rest),
+    'cosine': optax.cosine_decay_schedule(peak, rest),
+  }[optim.schedule]
   if not warmup_steps:
     return after
 

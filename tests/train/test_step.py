@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from configs import debug
+from configs import default
 from mt.gemma import loss
 from mt.gemma import model
 from mt.gemma import parameters
@@ -185,7 +186,7 @@ def test_schedules():
     made = optimizer_lib.make_schedule(optim, 14)
     return [float(made(i)) for i in range(14)]
 
-  for name in ('constant', 'linear', 'cosine'):
+  for name in default.SCHEDULES:
     np.testing.assert_allclose(rates(name)[:5], [0.2, 0.4, 0.6, 0.8, 1.0])
   assert rates('constant')[5:] == [1.0] * 9
   np.testing.assert_allclose(
