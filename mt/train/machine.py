@@ -7,6 +7,7 @@ the whole vocabulary in one product. A CPU's cache wants everything small.
 
 import importlib.util
 import os
+import re
 
 import jax
 import ml_collections
@@ -32,8 +33,9 @@ _ACCELERATOR = {
 _REMAT = {'gpu': 'narrow', 'tpu': 'full'}
 # Twice as many save 2 % of a step of the 270M on a TPU, 0.5 % on a GPU.
 _LOSS_CHUNK = {'gpu': 2048, 'tpu': 4096}
-# NVIDIA's cards before Ampere have no bfloat16 products; CUDA 13 knows these.
-_TURING = ('T4', 'RTX 20', 'GTX 16', 'TITAN RTX', 'Quadro RTX')
+# NVIDIA's cards before Ampere have no bfloat16 products; CUDA 13 knows these:
+# T4, T1000, RTX 2080, … An RTX 2050 is of Ampere, an RTX 2000 of Ada.
+_TURING = re.compile(r'\bT\d+|RTX 20[678]0|GTX 16|TITAN RTX|Quadro RTX')
 
 
 def resolve(
@@ -51,7 +53,7 @@ def resolve(
   if platform != 'cpu':
     chunk = _loss_chunk(_LOSS_CHUNK[platform], memory)
     best = _ACCELERATOR | {'loss_chunk': chunk, 'remat': _REMAT[platform]}
-  if platform == 'gpu' and any(name in kind for name in _TURING):
+  if platform == 'gpu' and _TURING.search(kind):
     best = best | {'dtype': 'float32'}
   config = config.copy_and_resolve_references()
   for knob, value in best.items():

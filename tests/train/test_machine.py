@@ -45,6 +45,14 @@ def _chosen(*target, **given):
       ('float32', 'bfloat16', 'narrow', 'xla', 2048, -1),
     ),
     (
+      ('gpu', 'NVIDIA T1000 8GB', 7 * 10**9),
+      ('float32', 'bfloat16', 'narrow', 'xla', 1024, -1),
+    ),
+    (
+      ('gpu', 'NVIDIA RTX 2000 Ada Generation', 15 * 10**9),
+      ('bfloat16', 'bfloat16', 'narrow', 'tokamax', 2048, -1),
+    ),
+    (
       ('tpu', 'TPU v6 lite', 32 * 10**9),
       ('bfloat16', 'bfloat16', 'full', 'splash', 4096, -1),
     ),
