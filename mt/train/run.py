@@ -283,6 +283,8 @@ def translate_splits(
   """
   for split, pairs in run.data.scored.items():
     sources = [p.source for p in pairs]
+    references = [p.target for p in pairs]  # They may have been corrected.
+    files.write_lines(run.translations(split, 'reference'), references)
     made = cached.provenance(state.at, run.config.decode, sources)
     path = run.translations(split, when)
     if processes.agree(cached.read_if_current(path, made) is not None):
@@ -294,8 +296,6 @@ def translate_splits(
       f'{time.monotonic() - began:.0f} s'
     )
     files.write_lines(run.translations(split, 'source'), sources)
-    references = [p.target for p in pairs]
-    files.write_lines(run.translations(split, 'reference'), references)
     cached.write(path, made, texts)
 
 

@@ -62,8 +62,12 @@ def test_a_run_leaves_everything(finished):
 def test_the_same_command_again_shows_the_scores(finished_copy, capsys):
   config, folder = finished_copy
   before = (folder / 'metrics.jsonl').read_bytes()
+  references = folder / 'translations' / 'valid.reference.txt'
+  found = references.read_bytes()
+  references.write_text('As it was before it was corrected.\n')
   run_lib.run(config, folder)
   assert (folder / 'metrics.jsonl').read_bytes() == before
+  assert references.read_bytes() == found
   out = capsys.readouterr().out
   assert 'valid chrf' in out and 'step 6/6' not in out
 
