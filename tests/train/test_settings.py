@@ -82,7 +82,6 @@ def test_shipped_configs_are_valid_and_locked(name):
     ('train.lora_targets', ''),
     ('train.lora_rank', 0),
     ('train.lora_alpha', 0.0),
-    ('train.dtype', 'float16'),
     ('train.attention', 'flash'),
     ('train.loss_tile', -2),
     ('optim.name', 'adam'),
