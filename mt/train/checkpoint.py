@@ -219,17 +219,16 @@ def restore(
   return restored, read.data['state']
 
 
-def restore_model(
-  manager: ocp.CheckpointManager, state: state_lib.TrainState, at: int
-) -> state_lib.TrainState:
-  """`state` with the step and the model of a checkpoint, its EMA if it has one.
+def read_model(
+  manager: ocp.CheckpointManager, at: int, like: lora.Flat, ema: bool
+) -> lora.Flat:
+  """The trained parameters of a checkpoint, with `ema` their average.
 
-  Such a state translates; what else training needs is not read. Whether the
-  checkpoint is whole, manifest.check says.
+  They lie where those of `like` do, which may be shapes. Whether the checkpoint
+  is whole, manifest.check says.
   """
-  name = 'ema' if state.ema else 'trained'
-  found = {name: _read(manager, at, {name: state.eval_params})[name]}
-  return dataclasses.replace(state, step=state.step * 0 + at, **found)
+  name = 'ema' if ema else 'trained'
+  return _read(manager, at, {name: like})[name]
 
 
 # What --checkpoint of the commands is.
@@ -336,8 +335,7 @@ def load_trained(
     return trained, {name: flat[name] for name in frozen}
 
   trained, frozen = sharding.on_host(read) if exact else read()
-  name = 'ema' if config.optim.ema_decay else 'trained'
-  trained = _read(manager, at, {name: trained})[name]
+  trained = read_model(manager, at, trained, config.optim.ema_decay > 0)
   return config, source, trained, frozen
 
 

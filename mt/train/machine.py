@@ -31,6 +31,7 @@ _ACCELERATOR = {
 # A GPU reads back what it saved of a layer's last product sooner than it makes
 # it again (5 % of a step of the 1B); a TPU does not.
 _REMAT = {'gpu': 'narrow', 'tpu': 'full'}
+_KERNEL = {'gpu': 'tokamax', 'tpu': 'splash'}  # Of attention.
 # Twice as many save 2 % of a step of the 270M on a TPU, 0.5 % on a GPU.
 _LOSS_CHUNK = {'gpu': 2048, 'tpu': 4096}
 # NVIDIA's cards before Ampere have no bfloat16 products; CUDA 13 knows these:
@@ -60,18 +61,25 @@ def resolve(
     if config.train[knob] in ('auto', 0):
       config.train[knob] = value
   if config.train.attention == 'auto':
-    config.train.attention = _attention(config, platform)
+    name = _KERNEL.get(platform, 'xla')
+    fits = not _against(name, config, platform)
+    fused = fits and config.train.dtype == 'bfloat16'
+    config.train.attention = name if fused else 'xla'
   return config
 
 
-def _attention(config, platform):
-  """The fused kernel of the machine, where it takes these rows."""
-  if config.train.dtype == 'bfloat16':
-    if platform == 'tpu' and config.data.length % 128 == 0:
-      return 'splash'
-    if platform == 'gpu' and importlib.util.find_spec('tokamax'):
-      return 'tokamax'
-  return 'xla'
+def _against(name, config, platform):
+  """Why attention cannot be this one here; '' if it can."""
+  if name not in ('xla', _KERNEL.get(platform)):
+    other = 'GPU' if name == 'tokamax' else 'TPU'
+    return f'is for a {other}, and this is a {platform.upper()}'
+  if name == 'tokamax' and not importlib.util.find_spec('tokamax'):
+    return 'is not installed (`make train ACCELERATOR=cuda` does it)'
+  if name == 'tokamax' and config.train.dtype != 'bfloat16':
+    return 'takes train.dtype=bfloat16'
+  if name == 'splash' and config.data.length % 128:
+    return f'takes rows of a multiple of 128, data.length={config.data.length}'
+  return ''
 
 
 def check_attention(config: ml_collections.ConfigDict, platform: str) -> None:
@@ -84,19 +92,8 @@ def check_attention(config: ml_collections.ConfigDict, platform: str) -> None:
   Raises:
     errors.UserError: naming the knob and what would do.
   """
-  name, reason = config.train.attention, ''
-  wanted = {'tokamax': 'gpu', 'splash': 'tpu'}.get(name, platform)
-  if wanted != platform:
-    reason = f'is for a {wanted.upper()}, and this is a {platform.upper()}'
-  elif name == 'tokamax' and not importlib.util.find_spec('tokamax'):
-    reason = 'is not installed (`make train ACCELERATOR=cuda` does it)'
-  elif name == 'tokamax' and config.train.dtype != 'bfloat16':
-    reason = 'takes train.dtype=bfloat16'
-  elif name == 'splash' and config.data.length % 128:
-    reason = (
-      f'takes rows of a multiple of 128, data.length={config.data.length}'
-    )
-  if reason:
+  name = config.train.attention
+  if reason := _against(name, config, platform):
     raise errors.UserError(
       f'train.attention={name} {reason}; auto or xla expected.'
     )

@@ -242,7 +242,10 @@ def train(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
 
 
 def best(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
-  """The state of the best checkpoint; the last one, given, where none is."""
+  """The state of the best checkpoint; the last one, given, where none is.
+
+  It translates; what else training needs is not read.
+  """
   at = checkpoint.best_step(run.checkpoints)
   if at is None:
     return state
@@ -254,7 +257,10 @@ def best(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
   if at == state.at:
     return state
   manifest.check(run.workdir / 'checkpoints', at)
-  return checkpoint.restore_model(run.checkpoints, state, at)
+  ema, like = bool(state.ema), state.eval_params
+  model = checkpoint.read_model(run.checkpoints, at, like, ema)
+  model = {'ema': model} if ema else {'trained': model}
+  return dataclasses.replace(state, step=state.step * 0 + at, **model)
 
 
 def finish(run: loop.Run, state: state_lib.TrainState) -> None:

@@ -98,8 +98,7 @@ def _of_run(run, state) -> tuple[lora.Flat, dict[str, Any]]:
   manifest.check(workdir / 'checkpoints', at)
   with checkpoint.open_manager(workdir) as manager:
     checkpoint.check_identity(manager, at, run.identity)
-    like = state.trained if other.optim.ema_decay else {}
-    like = dataclasses.replace(state, ema=like)
-    trained = checkpoint.restore_model(manager, like, at).eval_params
+    ema = other.optim.ema_decay > 0
+    trained = checkpoint.read_model(manager, at, state.trained, ema)
   journal.say(f'warm start: {workdir}, {about}')
   return trained, {'warm_start': manifest.crc(workdir / 'checkpoints', at)}
