@@ -246,23 +246,23 @@ def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
     errors.UserError: there is no run, or no such checkpoint, or the chrF of one
       is damaged.
   """
-  run_folder.read_config(workdir)  # Orbax would make the folder.
-  for at in reversed(manifest.steps(workdir / 'checkpoints')):
-    manifest.check(workdir / 'checkpoints', at, 'metrics')
-  manager = open_manager(workdir)
-  steps, best = sorted(manager.all_steps()), best_step(manager)
+  run_folder.read_config(workdir)  # Says if there is no run.
+  checkpoints = workdir / 'checkpoints'
+  steps = manifest.steps(checkpoints)
   if not steps:
     raise errors.UserError(
-      f'{manager.directory}: no checkpoint; run train.py with this --workdir '
-      'first.'
+      f'{checkpoints}: no checkpoint; run train.py with this --workdir first.'
     )
-  last = steps[-1]
+  for at in reversed(steps):
+    manifest.check(checkpoints, at, 'metrics')
+  manager = open_manager(workdir)
+  last, best = steps[-1], best_step(manager)
   choices = {'': last, 'last': last} | {str(at): at for at in steps}
   if best is not None:
     choices |= {'': best, 'best': best}
   if which not in choices:
     raise errors.UserError(
-      f'{manager.directory}: no checkpoint {which!r} (--checkpoint); last or '
+      f'{checkpoints}: no checkpoint {which!r} (--checkpoint); last or '
       f'one of {", ".join(map(str, steps))} expected, or best, where '
       'eval.translate_every has translated validation.'
     )

@@ -185,12 +185,11 @@ def schedule(
   step: its checkpoint came last. After the last step everything is due; `asked`
   is the signal that was heard, or 0.
   """
-  last = config.train.max_steps
   if at == first > 0:
     return Due(evaluate=False, translate=False, save=False)
 
   def is_time(every):
-    return at == last or at % every == 0
+    return at == config.train.max_steps or at % every == 0
 
   every = config.eval.translate_every
   translate = every > 0 and is_time(every)
@@ -345,8 +344,7 @@ def valid_chrf(run: Run, state: state_lib.TrainState) -> float:
     if processes.is_first():
       references = [p.target for p in pairs]
       found.append(scores.chrf(texts[: len(pairs)], references))
-  score = sum(found) / len(found) if found else 0.0
-  return processes.broadcast_from_first(score)
+  return processes.broadcast_from_first(sum(found) / max(1, len(found)))
 
 
 def eval_model(run: Run, state: state_lib.TrainState) -> parameters.Params:
