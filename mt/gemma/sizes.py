@@ -13,6 +13,7 @@ google-deepmind/gemma, gemma/gm/nn/gemma4.
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 
 import chex
 
@@ -99,20 +100,26 @@ class ModelConfig:
     return tuple(groups)
 
   def _group(self, suffix, numbers):
+    """The local layers among these numbers, and the global ones."""
+    hidden_dim = self.sharing_hidden_dim if suffix else None
     local = {'keys_are_values': False}
     global_ = {
       'head_dim': self.global_head_dim,
       'num_kv_heads': self.global_kv_heads or self.num_kv_heads,
     }
     stacks = []
-    for kind, name, shape in ('L', 'local', local), ('G', 'global', global_):
+    for kind, name, own in ('L', 'local', local), ('G', 'global', global_):
       layers = tuple(n for n in numbers if self.kind(n) == kind)
-      shape |= {'num_layers': len(layers), 'attention': kind}
-      shape |= {'global_head_dim': None, 'global_kv_heads': None}
-      shape['sharing_layers'] = len(layers) if suffix else 0
-      if suffix and self.sharing_hidden_dim:
-        shape['hidden_dim'] = self.sharing_hidden_dim
-      cfg = dataclasses.replace(self, **shape)
+      cfg = dataclasses.replace(
+        self,
+        num_layers=len(layers),
+        hidden_dim=hidden_dim or self.hidden_dim,
+        attention=kind,
+        global_head_dim=None,
+        global_kv_heads=None,
+        sharing_layers=len(layers) if suffix else 0,
+        **own,
+      )
       turn = self.attention.count(kind)
       stacks.append(Stack(name + suffix, layers, turn, cfg))
     return tuple(stacks)
@@ -166,123 +173,61 @@ class Stack:
   cfg: ModelConfig
 
 
-def _gemma1(layers, width, hidden, heads, kv_heads):
-  return ModelConfig(
-    256_128, layers, width, hidden, heads, kv_heads, 256, 256**-0.5
-  )
+# What the models of a generation have in common. The table below adds, in the
+# order of ModelConfig: N, D, F, H, K, A, query_scale.
+_gemma1 = functools.partial(ModelConfig, 256_128)
+_gemma2 = functools.partial(
+  ModelConfig,
+  256_128,
+  attention='LG',
+  window=4096,
+  attn_softcap=50.0,
+  final_softcap=30.0,
+  post_norms=True,
+)
+_gemma3 = functools.partial(
+  ModelConfig,
+  262_144,
+  attention='LLLLLG',
+  rope_base_global=1_000_000.0,
+  qk_norm=True,
+  post_norms=True,
+)
+_gemma4 = functools.partial(
+  _gemma3,
+  final_softcap=30.0,
+  norm_offset=0.0,
+  value_norm=True,
+  layer_scale=True,
+  global_head_dim=512,
+  rope_part_global=0.25,
+)
+_LONG = {'window': 1024, 'rope_scale_global': 8.0}
 
-
-def _gemma2(layers, width, hidden, heads, kv_heads, head_dim, query_dim):
-  return ModelConfig(
-    256_128,
-    layers,
-    width,
-    hidden,
-    heads,
-    kv_heads,
-    head_dim,
-    query_dim**-0.5,
-    attention='LG',
-    window=4096,
-    attn_softcap=50.0,
-    final_softcap=30.0,
-    post_norms=True,
-  )
-
-
-def _gemma3(
-  layers, width, hidden, heads, kv_heads, head_dim, query_dim, window, scale
-):
-  return ModelConfig(
-    262_144,
-    layers,
-    width,
-    hidden,
-    heads,
-    kv_heads,
-    head_dim,
-    query_dim**-0.5,
-    attention='LLLLLG',
-    window=window,
-    rope_base_global=1_000_000.0,
-    rope_scale_global=scale,
-    qk_norm=True,
-    post_norms=True,
-  )
-
-
-def _gemma4(
-  layers, width, heads, kv_heads, window, attention='LLLLLG', **shape
-):
-  return ModelConfig(
-    262_144,
-    layers,
-    width,
-    4 * width,
-    heads,
-    kv_heads,
-    256,
-    1.0,
-    attention=attention,
-    window=window,
-    rope_base_global=1_000_000.0,
-    final_softcap=30.0,
-    qk_norm=True,
-    post_norms=True,
-    norm_offset=0.0,
-    value_norm=True,
-    layer_scale=True,
-    global_head_dim=512,
-    rope_part_global=0.25,
-    **shape,
-  )
-
-
+# fmt: off
 SIZES: dict[str, ModelConfig] = {
-  'gemma1_2b': _gemma1(18, 2048, 16_384, 8, 1),
-  'gemma1_7b': _gemma1(28, 3072, 24_576, 16, 16),
-  'gemma2_2b': _gemma2(26, 2304, 9216, 8, 4, 256, 256),
-  'gemma2_9b': _gemma2(42, 3584, 14_336, 16, 8, 256, 256),
-  'gemma2_27b': _gemma2(46, 4608, 36_864, 32, 16, 128, 144),
-  'gemma3_270m': _gemma3(18, 640, 2048, 4, 1, 256, 256, 512, 1.0),
-  'gemma3_1b': _gemma3(26, 1152, 6912, 4, 1, 256, 256, 512, 1.0),
-  'gemma3_4b': _gemma3(34, 2560, 10_240, 8, 4, 256, 256, 1024, 8.0),
-  'gemma3_12b': _gemma3(48, 3840, 15_360, 16, 8, 256, 256, 1024, 8.0),
-  'gemma3_27b': _gemma3(62, 5376, 21_504, 32, 16, 128, 168, 1024, 8.0),
-  'gemma4_e2b': _gemma4(
-    35,
-    1536,
-    8,
-    1,
-    512,
-    'LLLLG',
-    sharing_layers=20,
-    sharing_hidden_dim=12_288,
-    layer_input_dim=256,
-  ),
-  'gemma4_e4b': _gemma4(
-    42, 2560, 8, 2, 512, sharing_layers=18, layer_input_dim=256
-  ),
-  'gemma4_12b': _gemma4(
-    48, 3840, 16, 8, 1024, global_kv_heads=1, keys_are_values=True
-  ),
-  'gemma4_31b': _gemma4(
-    60, 5376, 32, 16, 1024, global_kv_heads=4, keys_are_values=True
-  ),
+  'gemma1_2b': _gemma1(18, 2048, 16_384, 8, 1, 256, 256**-0.5),
+  'gemma1_7b': _gemma1(28, 3072, 24_576, 16, 16, 256, 256**-0.5),
+  'gemma2_2b': _gemma2(26, 2304, 9216, 8, 4, 256, 256**-0.5),
+  'gemma2_9b': _gemma2(42, 3584, 14_336, 16, 8, 256, 256**-0.5),
+  'gemma2_27b': _gemma2(46, 4608, 36_864, 32, 16, 128, 144**-0.5),
+  'gemma3_270m': _gemma3(18, 640, 2048, 4, 1, 256, 256**-0.5, window=512),
+  'gemma3_1b': _gemma3(26, 1152, 6912, 4, 1, 256, 256**-0.5, window=512),
+  'gemma3_4b': _gemma3(34, 2560, 10_240, 8, 4, 256, 256**-0.5, **_LONG),
+  'gemma3_12b': _gemma3(48, 3840, 15_360, 16, 8, 256, 256**-0.5, **_LONG),
+  'gemma3_27b': _gemma3(62, 5376, 21_504, 32, 16, 128, 168**-0.5, **_LONG),
+  'gemma4_e2b': _gemma4(35, 1536, 6144, 8, 1, 256, 1.0,
+    attention='LLLLG', window=512, sharing_layers=20,
+    sharing_hidden_dim=12_288, layer_input_dim=256),
+  'gemma4_e4b': _gemma4(42, 2560, 10_240, 8, 2, 256, 1.0,
+    window=512, sharing_layers=18, layer_input_dim=256),
+  'gemma4_12b': _gemma4(48, 3840, 15_360, 16, 8, 256, 1.0,
+    window=1024, global_kv_heads=1, keys_are_values=True),
+  'gemma4_31b': _gemma4(60, 5376, 21_504, 32, 16, 256, 1.0,
+    window=1024, global_kv_heads=4, keys_are_values=True),
   # Random weights only: for tests and configs/debug.py.
-  'debug': ModelConfig(
-    512,
-    3,
-    64,
-    128,
-    4,
-    1,
-    16,
-    16**-0.5,
-    attention='LLG',
-    window=16,
-    rope_base_global=1_000_000.0,
-    qk_norm=True,
-    post_norms=True,
-  ),
+  'debug': ModelConfig(512, 3, 64, 128, 4, 1, 16, 16**-0.5,
+    attention='LLG', window=16, rope_base_global=1_000_000.0, qk_norm=True,
+    post_norms=True),
 }
+# fmt: on
