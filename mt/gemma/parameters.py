@@ -79,141 +79,85 @@ class Parameter:
 
 
 def table(cfg: sizes.ModelConfig) -> tuple[Parameter, ...]:
-  """All parameters of a model, in the order of the tree's leaves."""
-  p, init = Parameter, _norm_init(cfg)
+  """All parameters of a model."""
+  p, norm = Parameter, functools.partial(_norm, cfg)
   rows = [
     p('embedding', 'VD', ('vocab', 'width'), 'token_embd', 'embed_tokens'),
-    p('final_norm', 'D', ('norm',), 'output_norm', 'norm', init=init),
+    norm('final_norm', 'D', 'output_norm', 'norm'),
   ]
   if cfg.layer_input_dim:
+    # fmt: off
     rows += [
-      p(
-        'layer_input_embedding',
-        'V(NE)',
-        ('vocab', 'width'),
-        'per_layer_token_embd',
-        'embed_tokens_per_layer',
-      ),
-      p(
-        'layer_input_proj',
-        'D(NE)',
-        ('embed', 'width'),
-        'per_layer_model_proj',
-        'per_layer_model_projection',
-      ),
-      p(
-        'layer_input_norm',
-        'E',
-        ('norm',),
-        'per_layer_proj_norm',
-        'per_layer_projection_norm',
-        init=init,
-      ),
+      p('layer_input_embedding', 'V(NE)', ('vocab', 'width'),
+        'per_layer_token_embd', 'embed_tokens_per_layer'),
+      p('layer_input_proj', 'D(NE)', ('embed', 'width'),
+        'per_layer_model_proj', 'per_layer_model_projection'),
+      norm('layer_input_norm', 'E',
+           'per_layer_proj_norm', 'per_layer_projection_norm'),
     ]
+    # fmt: on
   for stack in cfg.stacks():
     for row in _layer_rows(stack.cfg):
       rows.append(dataclasses.replace(row, path=f'{stack.name}/{row.path}'))
   return tuple(rows)
 
 
-def _norm_init(cfg):
-  return 'zeros' if cfg.norm_offset else 'ones'
+def _norm(cfg, path, shape, gguf, hf):
+  axes = ('layers', 'norm') if shape[0] == 'N' else ('norm',)
+  init = 'zeros' if cfg.norm_offset else 'ones'
+  return Parameter(path, shape, axes, gguf, hf, init=init)
 
 
 def _layer_rows(cfg):
   """Of the layers of a stack."""
-  p = Parameter
-  norm = functools.partial(
-    Parameter, axes=('layers', 'norm'), init=_norm_init(cfg)
-  )
+  norm = functools.partial(_norm, cfg)
+  matrix = functools.partial(Parameter, lora=True)
   to_heads = ('layers', 'embed', 'heads')
   to_kv_heads = ('layers', 'embed', 'kv_heads')
-  to_ffw = ('layers', 'embed', 'ffw')
+  from_heads = ('layers', 'heads', 'embed')
+  to_ffw, from_ffw = ('layers', 'embed', 'ffw'), ('layers', 'ffw', 'embed')
   # Gemma 1 has no norm after attention; Hugging Face gives its name to another.
   ffw_norm = 'pre_feedforward_layernorm'
   if not cfg.post_norms:
     ffw_norm = 'post_attention_layernorm'
+  # fmt: off
   rows = [
-    norm('attn_norm', 'ND', gguf='attn_norm', hf='input_layernorm'),
-    p('q', 'ND(HA)', to_heads, 'attn_q', 'self_attn.q_proj', True),
-    p('k', 'ND(KA)', to_kv_heads, 'attn_k', 'self_attn.k_proj', True),
-    p('v', 'ND(KA)', to_kv_heads, 'attn_v', 'self_attn.v_proj', True),
-    p(
-      'o',
-      'N(HA)D',
-      ('layers', 'heads', 'embed'),
-      'attn_output',
-      'self_attn.o_proj',
-      True,
-    ),
-    norm('ffw_norm', 'ND', gguf='ffn_norm', hf=ffw_norm),
-    p('gate', 'NDF', to_ffw, 'ffn_gate', 'mlp.gate_proj', True),
-    p('up', 'NDF', to_ffw, 'ffn_up', 'mlp.up_proj', True),
-    p(
-      'down',
-      'NFD',
-      ('layers', 'ffw', 'embed'),
-      'ffn_down',
-      'mlp.down_proj',
-      True,
-    ),
+    norm('attn_norm', 'ND', 'attn_norm', 'input_layernorm'),
+    matrix('q', 'ND(HA)', to_heads, 'attn_q', 'self_attn.q_proj'),
+    matrix('k', 'ND(KA)', to_kv_heads, 'attn_k', 'self_attn.k_proj'),
+    matrix('v', 'ND(KA)', to_kv_heads, 'attn_v', 'self_attn.v_proj'),
+    matrix('o', 'N(HA)D', from_heads, 'attn_output', 'self_attn.o_proj'),
+    norm('ffw_norm', 'ND', 'ffn_norm', ffw_norm),
+    matrix('gate', 'NDF', to_ffw, 'ffn_gate', 'mlp.gate_proj'),
+    matrix('up', 'NDF', to_ffw, 'ffn_up', 'mlp.up_proj'),
+    matrix('down', 'NFD', from_ffw, 'ffn_down', 'mlp.down_proj'),
   ]
   if cfg.post_norms:
     rows += [
-      norm(
-        'post_attn_norm',
-        'ND',
-        gguf='post_attention_norm',
-        hf='post_attention_layernorm',
-      ),
-      norm(
-        'post_ffw_norm',
-        'ND',
-        gguf='post_ffw_norm',
-        hf='post_feedforward_layernorm',
-      ),
+      norm('post_attn_norm', 'ND',
+           'post_attention_norm', 'post_attention_layernorm'),
+      norm('post_ffw_norm', 'ND',
+           'post_ffw_norm', 'post_feedforward_layernorm'),
     ]
   if cfg.qk_norm:
     rows += [
-      norm('q_norm', 'NA', gguf='attn_q_norm', hf='self_attn.q_norm'),
-      norm('k_norm', 'NA', gguf='attn_k_norm', hf='self_attn.k_norm'),
+      norm('q_norm', 'NA', 'attn_q_norm', 'self_attn.q_norm'),
+      norm('k_norm', 'NA', 'attn_k_norm', 'self_attn.k_norm'),
     ]
   if cfg.layer_input_dim:
     rows += [
-      p(
-        'input_gate',
-        'NDE',
-        ('layers', 'embed', 'width'),
-        'inp_gate',
-        'per_layer_input_gate',
-        True,
-      ),
-      p(
-        'input_proj',
-        'NED',
-        ('layers', 'width', 'embed'),
-        'proj',
-        'per_layer_projection',
-        True,
-      ),
-      norm(
-        'post_input_norm',
-        'ND',
-        gguf='post_norm',
-        hf='post_per_layer_input_norm',
-      ),
+      matrix('input_gate', 'NDE', ('layers', 'embed', 'width'),
+             'inp_gate', 'per_layer_input_gate'),
+      matrix('input_proj', 'NED', ('layers', 'width', 'embed'),
+             'proj', 'per_layer_projection'),
+      norm('post_input_norm', 'ND', 'post_norm', 'post_per_layer_input_norm'),
     ]
   if cfg.layer_scale:
-    rows.append(
-      Parameter(
-        'scale',
-        'N1',
-        ('layers', 'norm'),
-        'layer_output_scale',
-        'layer_scalar',
-        init='ones',
-      )
-    )
+    rows += [
+      Parameter('scale', 'N1', ('layers', 'norm'),
+                'layer_output_scale', 'layer_scalar', init='ones'),
+    ]
+  # fmt: on
   absent = ('k', 'v', 'k_norm') if cfg.sharing_layers else ()
   if cfg.keys_are_values:
     absent += ('v',)
@@ -234,8 +178,10 @@ def flatten(tree: Params) -> dict[str, Any]:
   """The inverse of `unflatten`."""
   flat = {}
   for name, x in tree.items():
-    inner = x.items() if isinstance(x, dict) else ()
-    flat |= {f'{name}/{k}': v for k, v in inner} or {name: x}
+    if isinstance(x, dict):
+      flat |= {f'{name}/{k}': v for k, v in x.items()}
+    else:
+      flat[name] = x
   return flat
 
 
@@ -245,29 +191,24 @@ def shapes(cfg: sizes.ModelConfig) -> dict[str, tuple[int, ...]]:
   return {p.path: dims[p.stack][p.shape] for p in table(cfg)}
 
 
-def init(
-  cfg: sizes.ModelConfig, key: chex.PRNGKey, dtype: jnp.dtype = jnp.float32
-) -> Params:
-  """Random parameters, as the rows of the table say."""
+def init(cfg: sizes.ModelConfig, key: chex.PRNGKey) -> Params:
+  """Random float32 parameters, as the rows of the table say."""
   rows = sorted(table(cfg), key=lambda p: p.path)
   keys = jax.random.split(key, len(rows))
   return unflatten(
-    {p.path: initial(cfg, p, k, dtype) for p, k in zip(rows, keys, strict=True)}
+    {p.path: initial(cfg, p, k) for p, k in zip(rows, keys, strict=True)}
   )
 
 
 def initial(
-  cfg: sizes.ModelConfig,
-  row: Parameter,
-  key: chex.PRNGKey,
-  dtype: jnp.dtype = jnp.float32,
+  cfg: sizes.ModelConfig, row: Parameter, key: chex.PRNGKey
 ) -> chex.Array:
   """The initial values of one parameter."""
   shape = shapes(cfg)[row.path]
   if row.init != 'normal':
-    return jnp.full(shape, row.init == 'ones', dtype)
+    return jnp.full(shape, row.init == 'ones', jnp.float32)
   if row.path == 'layer_input_embedding':
     fan_in = cfg.layer_input_dim
   else:
     fan_in = shape[-2] if row.transposed else shape[-1]
-  return jax.random.normal(key, shape, dtype) * fan_in**-0.5
+  return jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5
