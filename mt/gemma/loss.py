@@ -40,6 +40,7 @@ from jax.sharding import PartitionSpec
 
 from mt.gemma import attention
 from mt.gemma import loss_chunk
+from mt.gemma import sharding
 
 # Widths of a chunk besides the largest, in 18ths of it, up to a multiple of 16.
 _NARROWER, _PARTS = (9, 10, 12), 18
@@ -186,7 +187,11 @@ _nll.defvjp(_nll_fwd, _nll_bwd, symbolic_zeros=True)
 def _evaluate(options, hidden, embedding, targets, weights) -> _Result:
   """The loss, and its gradients as the options ask for."""
   mesh = options.mesh
-  axes = loss_chunk.vocab_axes(mesh, options.rows, len(embedding))
+  axes = loss_chunk.VocabAxes(
+    size=len(embedding),
+    vocab=sharding.split_over(mesh, 'vocab', len(embedding)),
+    rows=sharding.split_over(mesh, 'rows', options.rows),
+  )
   if mesh is None:
     return _on_device(options, axes, hidden, embedding, targets, weights)
   by_rows = PartitionSpec(axes.rows or None)
@@ -246,8 +251,6 @@ def _on_device(options, axes, hidden, embedding, targets, weights) -> _Result:
         return axes.gather(jnp.take(x, at, axis=0, mode='fill', fill_value=0))
 
       chunk = loss_chunk.Chunk(at, take(hidden), take(targets), take(weights))
-      if whole:
-        return _add_at_once(options, axes, embedding, chunk, result)
       return _add_chunk(options, axes, embedding, chunk, in_place, result)
 
     return lax.fori_loop(0, chunks, one_chunk, result)
@@ -272,49 +275,20 @@ def _on_device(options, axes, hidden, embedding, targets, weights) -> _Result:
   return result._replace(total=axes.sum_rows(result.total))
 
 
-def _with_targets(axes, chunk, result, nll, d_h) -> _Result:
-  """The result with the values of a chunk and its hidden states' gradients."""
-  own = axes.own(nll, len(chunk.at))
-  result = result._replace(
-    total=result.total + jnp.sum(chunk.weights * nll),
-    nll=result.nll.at[chunk.at].set(own, mode='drop'),
-  )
-  if isinstance(d_h, tuple):
-    return result
-  d_hidden = result.d_hidden.at[chunk.at].set(d_h, mode='drop')
-  return result._replace(d_hidden=d_hidden)
-
-
-def _add_at_once(options, axes, embedding, chunk, result) -> _Result:
-  """`_add_chunk` with the vocabulary in one piece."""
-  nll, d_h, d_table = loss_chunk.at_once(options, axes, embedding, chunk)
-  result = _with_targets(axes, chunk, result, nll, d_h)
-  if not options.embedding_grad:
-    return result
-  return result._replace(d_embedding=result.d_embedding + d_table)
-
-
 def _add_chunk(options, axes, embedding, chunk, in_place, result) -> _Result:
-  """The result with one more chunk in it.
+  """The result with one more chunk in it; for `in_place` see loss_chunk."""
+  args = options, axes, embedding, chunk, result.d_embedding
+  if options.tile is None:
+    nll, d_h, d_embedding = loss_chunk.at_once(*args)
+  else:
+    nll, d_h, d_embedding = loss_chunk.in_tiles(*args, in_place)
 
-  Args:
-    in_place: whether the logits buffer is result.d_embedding, still empty.
-  """
-  logits_buffer = ()
-  if options.embedding_grad:
-    shape = len(embedding), len(chunk.y)
-    logits_buffer = (
-      result.d_embedding if in_place else jnp.zeros(shape, jnp.float32)
-    )
-  seen = loss_chunk.first_pass(options, axes, embedding, chunk, logits_buffer)
-  d_h = ()
-  if options.hidden_grad:
-    d_h = loss_chunk.hidden_grad_of(options, axes, embedding, chunk, seen)
-  result = _with_targets(axes, chunk, result, seen.nll, d_h)
-  if options.embedding_grad:
-    so_far = None if in_place else result.d_embedding
-    d_embedding = loss_chunk.embedding_grad_of(
-      options, axes, chunk, seen, so_far
-    )
-    result = result._replace(d_embedding=d_embedding)
-  return result
+  def put(x, new):
+    return x.at[chunk.at].set(new, mode='drop')
+
+  return _Result(
+    total=result.total + jnp.sum(chunk.weights * nll),
+    nll=put(result.nll, axes.own(nll, len(chunk.at))),
+    d_hidden=put(result.d_hidden, d_h) if options.hidden_grad else (),
+    d_embedding=d_embedding,
+  )

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mt.gemma import attention
-from mt.gemma import sharding
 
 _LARGEST = 75.0  # A float32 holds the sum of 2^18 numbers of e^75.
 
@@ -36,10 +35,12 @@ class VocabAxes(NamedTuple):
   """Mesh axes as the loss sees them; all () on a single device.
 
   Attributes:
+    size: rows of the whole vocabulary, V.
     vocab: over which the vocabulary is split.
     rows: over which rows are split.
   """
 
+  size: int
   vocab: tuple[str, ...]
   rows: tuple[str, ...]
 
@@ -81,20 +82,9 @@ class VocabAxes(NamedTuple):
   def sum_rows(self, x):
     return lax.psum(x, self.rows_only) if self.rows_only else x
 
-  def num_vocab_shards(self):
-    return lax.axis_size(self.vocab) if self.vocab else 1
-
   def first_row(self, v):
     """The number of the first of the v rows of the vocabulary that are here."""
     return lax.axis_index(self.vocab) * v if self.vocab else 0
-
-
-def vocab_axes(mesh: Mesh | None, rows: int, v: int) -> VocabAxes:
-  """For a batch of `rows` rows and a vocabulary of v."""
-  return VocabAxes(
-    vocab=sharding.split_over(mesh, 'vocab', v),
-    rows=sharding.split_over(mesh, 'rows', rows),
-  )
 
 
 class Chunk(NamedTuple):
@@ -121,9 +111,19 @@ class Seen(NamedTuple):
   logits_buffer: jax.Array | tuple  # [V, t or more], before the cap.
 
 
-def _tile(options, v):
-  """The size of the tiles of a vocabulary of v, all equal."""
-  return v // next(n for n in range(-(-v // options.tile), v + 1) if v % n == 0)
+def _over_tiles(options, v, run, carry):
+  """run(first row, number of rows, carry) for each tile of v rows.
+
+  All are equal, where that takes no more than twice as many; else but the last.
+  """
+  least = -(-v // options.tile)
+  number = next((n for n in range(least, 2 * least) if v % n == 0), least)
+  tile = -(-v // number)
+  carry = lax.fori_loop(
+    0, v // tile, lambda i, carry: run(i * tile, tile, carry), carry
+  )
+  rest = v % tile
+  return run(v - rest, rest, carry) if rest else carry
 
 
 def _slope(logits, cap):
@@ -137,7 +137,7 @@ def _product(equation, a, b):
   return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def at_once(options, axes, embedding, chunk):
+def at_once(options, axes, embedding, chunk, d_embedding):
   """A chunk against all rows of the vocabulary that are here, in one piece.
 
   Three large products, and as few passes over the logits between them as can
@@ -147,12 +147,12 @@ def at_once(options, axes, embedding, chunk):
   logits and their gradients are kept in the dtype of the activations.
 
   Returns:
-    nll [t] float32; the gradients of the own hidden states and of the embedding
-    (of sum(weights * nll), float32), each () where it is not wanted.
+    nll [t]; and, of sum(weights * nll), the gradient of the own hidden states
+    and `d_embedding`, the embedding's of the chunks before, with that of this
+    one; each () where it is not wanted. All float32.
   """
   v, h, e = len(embedding), chunk.h, options.smoothing
   table, y = embedding.astype(h.dtype), chunk.y - axes.first_row(v)
-  all_rows = v * axes.num_vocab_shards()
   own = jnp.take(table, y, axis=0, mode='clip').astype(jnp.float32)
   own = jnp.sum(h.astype(jnp.float32) * own, axis=1)
   own = axes.sum(jnp.where((y >= 0) & (y < v), own, 0.0))
@@ -165,47 +165,59 @@ def at_once(options, axes, embedding, chunk):
   nll = jnp.log(norm)
   lse = own + nll
   if e:
-    nll += e * (own - axes.sum(jnp.sum(logits, axis=1)) / all_rows)
+    nll += e * (own - axes.sum(jnp.sum(logits, axis=1)) / axes.size)
   if not options.hidden_grad:
-    return nll, (), ()
+    return nll, (), d_embedding
   p = jnp.exp(jnp.minimum(logits - lse[:, None], 0.0))
   g = p - (1 - e) * (jnp.arange(v) == y[:, None])
   if e:
-    g -= e / all_rows
+    g -= e / axes.size
   if options.cap is not None:
     g *= 1.0 - jnp.square(logits / options.cap)
   g = (g * chunk.weights[:, None]).astype(h.dtype)
   d_h = axes.scatter_sum(_product('tv,vd->td', g, table))
-  if not options.embedding_grad:
-    return nll, d_h, ()
-  return nll, d_h, _product('tv,td->vd', g, h)
+  if options.embedding_grad:
+    d_embedding += _product('tv,td->vd', g, h)
+  return nll, d_h, d_embedding
 
 
-def first_pass(options, axes, embedding, chunk, logits_buffer) -> Seen:
-  (v, d), (h, t), e = (
-    embedding.shape,
-    (chunk.h, len(chunk.y)),
-    options.smoothing,
-  )
-  tile = _tile(options, v)
-  y = chunk.y - axes.first_row(v)
+def in_tiles(options, axes, embedding, chunk, d_embedding, in_place):
+  """`at_once` with a tile of the vocabulary at a time.
 
-  def one_tile(i, carry):
+  Args:
+    in_place: whether the logits buffer is `d_embedding`, still empty.
+  """
+  buffer = d_embedding
+  if options.embedding_grad and not in_place:
+    buffer = jnp.zeros((len(embedding), len(chunk.y)), jnp.float32)
+  seen, d_h = _first_pass(options, axes, embedding, chunk, buffer), ()
+  if options.hidden_grad:
+    d_h = _hidden_grad(options, axes, embedding, chunk, seen)
+  if options.embedding_grad:
+    so_far = None if in_place else d_embedding
+    d_embedding = _embedding_grad(options, axes, chunk, seen, so_far)
+  return seen.nll, d_h, d_embedding
+
+
+def _first_pass(options, axes, embedding, chunk, logits_buffer) -> Seen:
+  """Over the vocabulary: the nll, and what the gradients need of it."""
+  (v, d), h, e = embedding.shape, chunk.h, options.smoothing
+  t, y = len(h), chunk.y - axes.first_row(v)
+
+  def one_tile(at, size, carry):
     top, norm, picked, total, exps, mean, logits_buffer = carry
-    part = lax.dynamic_slice_in_dim(embedding, i * tile, tile).astype(h.dtype)
+    part = lax.dynamic_slice_in_dim(embedding, at, size).astype(h.dtype)
     # [tile, t]: the vocabulary first is what a CPU multiplies fastest.
     raw = _product('vd,td->vt', part, h)
     if options.embedding_grad:
-      logits_buffer = lax.dynamic_update_slice(
-        logits_buffer, raw, (i * tile, 0)
-      )
+      logits_buffer = lax.dynamic_update_slice(logits_buffer, raw, (at, 0))
     logits = attention.softcap(raw, options.cap)
     new_top = jnp.maximum(top, jnp.max(logits, axis=0))
     shrink, p = jnp.exp(top - new_top), jnp.exp(logits - new_top)
     norm = norm * shrink + jnp.sum(p, axis=0)
-    at = y - i * tile
-    found = jnp.take_along_axis(logits, at[None], axis=0, mode='clip')[0]
-    picked += jnp.where((at >= 0) & (at < tile), found, 0.0)
+    row = y - at
+    found = jnp.take_along_axis(logits, row[None], axis=0, mode='clip')[0]
+    picked += jnp.where((row >= 0) & (row < size), found, 0.0)
     if e:
       total += jnp.sum(logits, axis=0)
     if options.hidden_grad:
@@ -223,19 +235,19 @@ def first_pass(options, axes, embedding, chunk, logits_buffer) -> Seen:
     jnp.zeros((some, d), jnp.float32) if options.hidden_grad and e else (),
     logits_buffer,
   )
-  here, norm, picked, total, exps, mean, logits_buffer = lax.fori_loop(
-    0, v // tile, one_tile, start
+  here, norm, picked, total, exps, mean, logits_buffer = _over_tiles(
+    options, v, one_tile, start
   )
   top = axes.max(here)
   lse = jnp.log(axes.sum(norm * jnp.exp(here - top))) + top
   picked = axes.sum(picked)
   nll = lse - (1 - e) * picked
   if e:
-    nll -= e * axes.sum(total) / (v * axes.num_vocab_shards())
+    nll -= e * axes.sum(total) / axes.size
   return Seen(nll, lse, picked, here, exps, mean, logits_buffer)
 
 
-def hidden_grad_of(options, axes, embedding, chunk, seen):
+def _hidden_grad(options, axes, embedding, chunk, seen):
   """[own targets, D]: the first pass's sums, normalised, less the target."""
   v, e = len(embedding), options.smoothing
   at = chunk.y - axes.first_row(v)
@@ -245,11 +257,11 @@ def hidden_grad_of(options, axes, embedding, chunk, seen):
   d_h = seen.exps * jnp.exp(seen.top - seen.lse)[:, None]
   d_h -= ((1 - e) * here * slope)[:, None] * vectors
   if e:
-    d_h -= e / (v * axes.num_vocab_shards()) * seen.mean
+    d_h -= e / axes.size * seen.mean
   return axes.scatter_sum(d_h * chunk.weights[:, None])
 
 
-def embedding_grad_of(options, axes, chunk, seen, so_far):
+def _embedding_grad(options, axes, chunk, seen, so_far):
   """The embedding's gradient [V, D] of a chunk.
 
   It is added to `so_far`, in its memory; where that is None, it takes the place
@@ -257,22 +269,21 @@ def embedding_grad_of(options, axes, chunk, seen, so_far):
   """
   buffer, e = seen.logits_buffer, options.smoothing
   v, t = len(buffer), len(chunk.y)
-  tile = _tile(options, v)
   y = chunk.y - axes.first_row(v)
 
-  def one_tile(i, out):
+  def one_tile(at, size, out):
     raw = out if so_far is None else buffer
-    raw = lax.dynamic_slice(raw, (i * tile, 0), (tile, t))
+    raw = lax.dynamic_slice(raw, (at, 0), (size, t))
     logits = attention.softcap(raw, options.cap)
-    onehot = jnp.arange(tile)[:, None] == y - i * tile
+    onehot = jnp.arange(size)[:, None] == y - at
     g = jnp.exp(logits - seen.lse) - (1 - e) * onehot
     if e:
-      g -= e / (v * axes.num_vocab_shards())
+      g -= e / axes.size
     g = (g * _slope(logits, options.cap) * chunk.weights).astype(chunk.h.dtype)
     part = _product('vt,td->vd', g, chunk.h)
     if so_far is not None:
-      part += lax.dynamic_slice_in_dim(out, i * tile, tile)
-    return lax.dynamic_update_slice_in_dim(out, part, i * tile, 0)
+      part += lax.dynamic_slice_in_dim(out, at, size)
+    return lax.dynamic_update_slice_in_dim(out, part, at, 0)
 
   start = buffer if so_far is None else so_far
-  return lax.fori_loop(0, v // tile, one_tile, start)
+  return _over_tiles(options, v, one_tile, start)

@@ -145,14 +145,27 @@ def test_value_nll_and_gradients_are_the_definitions(cap, smoothing, chunk):
 @pytest.mark.parametrize(
   ('cap', 'smoothing', 'chunk'), [(None, 0.0, 8), (2.0, 0.1, 20)]
 )
-def test_tiles_of_the_vocabulary(cap, smoothing, chunk):
-  """1,009 * 6 rows in tiles of 1,009: sums run relative to the top so far."""
+@pytest.mark.parametrize('tile', [1100, 1000])
+def test_tiles_of_the_vocabulary(cap, smoothing, chunk, tile):
+  """1,009 * 6 rows in equal tiles of 1,009, or in six of 865 and a rest.
+
+  Sums run relative to the top so far.
+  """
   hidden, embedding, tokens = _inputs(1, v=6 * V)
   embedding *= np.repeat([3, 1, 0.1, 4, 1, 2], V)[:, None]  # The top moves.
   for count in (0, 3, 14, 30):
     args = hidden, embedding, tokens, _weights(count)
-    got = _ours(cap, smoothing, chunk, tile=1100)(*args)
+    got = _ours(cap, smoothing, chunk, tile=tile)(*args)
     _assert_total_near(got, _exact(*args, cap, smoothing), 2e-6)
+
+
+def test_no_vocabulary_is_cut_into_crumbs():
+  """One that nothing divides took a tile for each row."""
+  args = (*_inputs(), _weights(14))
+  run = functools.partial(loss.target_nll, chunk=4, tile=100)
+  traced = _results_traced(run, *args)
+  rows = [shape[0] for name, shape, _ in traced if name == 'dot_general']
+  assert rows and min(rows) > 50
 
 
 @pytest.mark.parametrize(
