@@ -146,19 +146,13 @@ def causal_attend(
   chex.assert_shape(q, dims['BHLA'])
   chex.assert_shape([k, v], dims['BKLA'])
   chex.assert_shape(first, dims['BL'])
-  block, place = max(_BLOCK, -(-dims.L // _MOST_BLOCKS)), jnp.arange(dims.L)
+  place = jnp.arange(dims.L)
   mask = (place >= first[..., None]) & (place <= place[:, None])
-  return jnp.concatenate(
-    [
-      attend(
-        cfg,
-        q[:, :, at:end],
-        k[:, :, :end],
-        v[:, :, :end],
-        mask[:, at:end, :end],
-      )
-      for at in range(0, dims.L, block)
-      for end in [min(at + block, dims.L)]
-    ],
-    axis=2,
-  )
+  block, outs = max(_BLOCK, -(-dims.L // _MOST_BLOCKS)), []
+  for at in range(0, dims.L, block):
+    end = at + block  # Slices stop at L.
+    seen = mask[:, at:end, :end]
+    outs.append(
+      attend(cfg, q[:, :, at:end], k[:, :, :end], v[:, :, :end], seen)
+    )
+  return jnp.concatenate(outs, axis=2)

@@ -27,22 +27,24 @@ from mt.gemma import sharding
 from mt.gemma.parameters import Params
 from mt.gemma.sizes import ModelConfig
 
-# What of a layer's forward pass is kept for the backward pass: everything; the
-# results of products with weights; what goes into the layer and the result of
-# `down`; only the former.
 _checkpoint = functools.partial(
   jax.checkpoint,
   prevent_cse=False,  # Not needed inside a scan.
 )
 _policies = jax.checkpoint_policies
+# What is kept of a layer's forward pass for the backward pass, by train.remat.
 REMAT = {
+  # All.
   'none': lambda layer: layer,
+  # The results of products with weights.
   'dots': functools.partial(
     _checkpoint, policy=_policies.dots_with_no_batch_dims_saveable
   ),
+  # What goes into the layer, and the result of `down`.
   'narrow': functools.partial(
     _checkpoint, policy=_policies.save_only_these_names('narrow')
   ),
+  # What goes into the layer.
   'full': _checkpoint,
 }
 
@@ -255,13 +257,11 @@ def layer_inputs(
   dims['BL'] = tokens.shape
   chex.assert_shape(x, dims['BLD'])
   y = dense(params, 'layer_input_proj', x) * dims.D**-0.5
-  y = rms_norm(
-    y.reshape(dims['BLNE']), params['layer_input_norm'], cfg.norm_offset
-  )
+  y = y.reshape(dims['BLNE'])
+  y = rms_norm(y, params['layer_input_norm'], cfg.norm_offset)
   table = params['layer_input_embedding']
-  own = embedding.embed(table, tokens, x.dtype, mesh, dims.E).reshape(
-    dims['BLNE']
-  )
+  own = embedding.embed(table, tokens, x.dtype, mesh, dims.E)
+  own = own.reshape(dims['BLNE'])
   return jnp.moveaxis((y + own) * 2**-0.5, 2, 0)
 
 
@@ -306,20 +306,19 @@ def forward(
   chex.assert_shape(x, dims['BLD'])
   x = sharding.constrain(x, mesh, _ACTIVATIONS)
   inputs = layer_inputs(cfg, params, tokens, x, mesh)
+  product = dense_of_heads if implementation == 'splash' else dense
   shared = {}  # Kind of layer -> keys and values of the last that has any.
-
-  def make_layer(cfg):
-    attend = fused.make_attend(cfg, implementation, segment_ids, mesh)
-    rope = attention.rope_tables(cfg, positions)
-    product = dense_of_heads if implementation == 'splash' else dense
-    layer = functools.partial(_layer, cfg, attend, rope, shared, mesh, product)
-    return REMAT[remat](layer)
-
   for group in cfg.groups():
     kept = {}
     if cfg.sharing_layers and not shared:
       kept = {stack.cfg.attention: _no_kv(stack.cfg, x) for stack in group}
-    x, shared = _scan(group, params, (x, kept), inputs, make_layer)
+    layers = []
+    for stack in group:
+      attend = fused.make_attend(stack.cfg, implementation, segment_ids, mesh)
+      rope = attention.rope_tables(stack.cfg, positions)
+      layer = _make_layer(stack.cfg, attend, rope, shared, mesh, product)
+      layers.append(REMAT[remat](layer))
+    x, shared = _scan(group, layers, params, (x, kept), inputs)
   return rms_norm(x, params['final_norm'], cfg.norm_offset)
 
 
@@ -330,29 +329,32 @@ def _no_kv(cfg, x):
   return zeros, zeros
 
 
-def _layer(cfg, attend, rope, shared, mesh, dense, carry, per_layer):
+def _make_layer(cfg, attend, rope, shared, mesh, dense):
   """A step of a scan over the layers of a stack.
 
   It carries x and, by the kind of layer, the keys and values that later layers
   share: none in most models.
   """
-  (x, kept), (layer, kind, layer_input) = carry, per_layer
-  if len(cfg.attention) == 1:
-    kind = 'LG'.index(cfg.attention)  # Nothing is computed for the other.
-  sin, cos = (table[kind] for table in rope)
 
-  def attend_to(q, *kv):
-    kv = kv or shared[cfg.attention]
-    return attend(q, *kv, kind), kv
+  def layer(carry, per_layer):
+    (x, kept), (params, kind, layer_input) = carry, per_layer
+    if len(cfg.attention) == 1:
+      kind = 'LG'.index(cfg.attention)  # Nothing is computed for the other.
+    sin, cos = (table[kind] for table in rope)
 
-  x, kv = block(cfg, layer, x, sin, cos, attend_to, layer_input, dense)
-  kept = {k: kv if k == cfg.attention else old for k, old in kept.items()}
-  return (sharding.constrain(x, mesh, _ACTIVATIONS), kept), None
+    def attend_to(q, *kv):
+      kv = kv or shared[cfg.attention]
+      return attend(q, *kv, kind), kv
+
+    x, kv = block(cfg, params, x, sin, cos, attend_to, layer_input, dense)
+    kept = {k: kv if k == cfg.attention else old for k, old in kept.items()}
+    return (sharding.constrain(x, mesh, _ACTIVATIONS), kept), None
+
+  return layer
 
 
-def _scan(group, params, carry, inputs, make_layer):
+def _scan(group, layers, params, carry, inputs):
   """Through the layers of a group, whose stacks take turns."""
-  layers = [make_layer(stack.cfg) for stack in group]
 
   def of_layers(stack):
     own = None if inputs is None else inputs[np.array(stack.layers)]
