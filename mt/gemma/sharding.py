@@ -54,7 +54,7 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else devices
   shape = [mesh[axis] for axis in MESH_AXES]
-  given = int(np.prod([n for n in shape if n != -1]))
+  given = math.prod(n for n in shape if n != -1)
   found = f'mesh.data, .fsdp, .tensor are {tuple(shape)}'
   if shape.count(-1) > 1:
     raise errors.UserError(f'{found}; at most one of them may be -1.')
@@ -65,7 +65,7 @@ def make_mesh(
         'here; choose sizes whose product does.'
       )
     shape[shape.index(-1)] = len(devices) // given
-  total = int(np.prod(shape))
+  total = math.prod(shape)
   several = jax.process_count() > 1
   if total > len(devices) or (several and total != len(devices)):
     raise errors.UserError(
@@ -96,15 +96,18 @@ def compiler_options(mesh: Mesh | None) -> dict[str, Any]:
   return {'xla_jf_spmd_threshold_for_windowed_einsum_mib': 2**20}
 
 
+def row_shards(mesh: Mesh | None) -> int:
+  """Groups of devices that have rows of their own."""
+  return 1 if mesh is None else mesh.shape['data'] * mesh.shape['fsdp']
+
+
 def check_rows(mesh: Mesh | None, batch_size: int, micro_batches: int) -> None:
   """Refuses a batch that does not divide over the mesh.
 
   Raises:
     errors.UserError: naming the sizes that would do.
   """
-  if mesh is None:
-    return
-  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  shards = row_shards(mesh)
   unit = shards * micro_batches
   if batch_size % unit:
     raise errors.UserError(

@@ -97,9 +97,5 @@ def _knobs(config, training) -> Iterator[Change]:
   for change in _FOR_TRAINING if training else _FOR_DECODING:
     if 'train.parts' not in change and config.train.parts == 'all':
       change = {k: v for k, v in change.items() if k != 'train.frozen_dtype'}
-    if any(_value(config, k) != v for k, v in change.items()):
+    if changed(config, change) != changed(config, {}):
       yield change
-
-
-def _value(config, knob):
-  return functools.reduce(getattr, knob.split('.'), config)

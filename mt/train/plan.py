@@ -92,16 +92,15 @@ def run(
 
 def here(mesh: ml_collections.ConfigDict) -> targets.Target:
   """The devices of this machine; of CPUs as many as the mesh has."""
-  devices = jax.devices()
-  first, number = devices[0], math.prod(mesh[a] for a in sharding.MESH_AXES)
-  if first.platform == 'cpu' and number > len(devices):
+  first = jax.devices()[0]
+  number = math.prod(max(mesh[a], 1) for a in sharding.MESH_AXES)
+  if first.platform == 'cpu' and number > len(jax.devices()):
     backend.clear_backends()
     jax.config.update('jax_num_cpu_devices', number)
-    devices = jax.devices()
   # On an accelerator it is what JAX has set apart for the process.
   usable = available() if first.platform != 'cpu' else 0.9 * available()
   chip = targets.chip_of(first.device_kind)
-  return targets.Target(first.device_kind, devices, usable, chip)
+  return targets.Target(first.device_kind, jax.devices(), usable, chip)
 
 
 def make_plan(
@@ -219,7 +218,7 @@ def find_alternatives(
       tried = programs.compile_run(other, target, failed)
       return all(p.bytes['total'] <= target.usable for p in tried)
 
-    shards = programs.row_shards(mesh)
+    shards = sharding.row_shards(mesh)
     found = alternatives.find(config, shards, training, fits)
     for change in found:
       flags = ' '.join(f'--config.{k}={v}' for k, v in change.items())
@@ -268,7 +267,7 @@ def needed(
   total = programs.bytes_of(state) + programs.bytes_of(state.trained)
   if train.parts not in ('all', 'blocks', 'lora'):
     return total
-  rows = train.batch_size // train.micro_batches // programs.row_shards(mesh)
+  rows = train.batch_size // train.micro_batches // sharding.row_shards(mesh)
   width = 0  # Of all layers together.
   for stack in cfg.stacks():
     c, one = stack.cfg, cfg.embed_dim
@@ -288,7 +287,7 @@ def check_memory(
   need, free = needed(cfg, config, mesh), available()
   if need <= free:
     return
-  saved, rows = [], config.train.batch_size // programs.row_shards(mesh)
+  saved, rows = [], config.train.batch_size // sharding.row_shards(mesh)
   for knob, value in (
     ('train.micro_batches', rows),
     ('train.remat', 'full'),

@@ -75,9 +75,12 @@ def model_size(weights: ml_collections.ConfigDict) -> sizes.ModelConfig:
   source = weights.source.lower()
   if source == 'random' or weights.size != 'debug':
     return sizes.SIZES[weights.size]
-  # gemma3-270m, gemma-3-4b, gemma2-2b-it, gemma/flax/2b …
-  found = re.search(r'gemma-?(\d)?\D*?(e?\d+(?:m|b))(?![a-z0-9])', source)
-  name = f'gemma{found[1] or 1}_{found[2]}' if found else ''
+  # gemma3-270m, gemma-3-4b, gemma/flax/2b, gemma-1.1-2b-it, translategemma-4b …
+  pattern = r'gemma-?(\d)?\D*?(?:1\.1-)?(e?\d+[mb])(?![a-z0-9])'
+  found, unsaid = re.search(pattern, source), 1
+  if 'translategemma' in source:
+    unsaid = 3
+  name = f'gemma{found[1] or unsaid}_{found[2]}' if found else ''
   if name not in sizes.SIZES:
     raise errors.UserError(
       f'--plan: weights.source={weights.source!r} does not tell the size of '
@@ -134,11 +137,6 @@ def bytes_of(tree) -> int:
     return math.prod(shape) * x.dtype.itemsize
 
   return sum(map(of, jax.tree.leaves(tree)))
-
-
-def row_shards(mesh: Mesh | None) -> int:
-  """Groups of devices that have rows of their own."""
-  return 1 if mesh is None else mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def decode_shapes(
@@ -207,7 +205,7 @@ def compile_run(
   if mesh is None:
     run = dataclasses.replace(run, state=run.at_home(run.state))
     batch = run.at_home(batch)
-  rows = -(-train.batch_size // row_shards(mesh))
+  rows = -(-train.batch_size // sharding.row_shards(mesh))
   chunks = rows * config.data.length * _TARGET_SHARE / train.loss_chunk
   if 'train_step' in only:
     optimizer = optimizer_lib.make_optimizer(config.optim, train.max_steps)

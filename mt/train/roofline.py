@@ -99,6 +99,7 @@ def kernels(
 
 
 def seconds(found: list[Kernel]) -> float:
+  """That all of them take; 0 without a chip."""
   return sum(k.seconds * k.times for k in found)
 
 

@@ -242,6 +242,19 @@ def test_json_is_all_of_stdout_and_nothing_is_written(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_cpu_stands_in_for_the_devices_of_a_mesh():
+  """Where a size of the mesh is what is left of the devices, too."""
+  code = (
+    'import ml_collections; from mt.train import plan; '
+    "mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 16, 'tensor': 1}); "
+    'print(len(plan.here(mesh).devices))'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.stdout == '16\n', done.stderr
+
+
 def test_on_is_of_a_plan_alone():
   done = subprocess.run(
     [sys.executable, 'train.py', '--config=configs/debug.py', '--on=h100'],
@@ -264,6 +277,10 @@ def test_on_is_of_a_plan_alone():
     ('/some/where/gemma-4-E2B-it', 'gemma4_e2b'),
     ('gemma-4-31b-it.gguf', 'gemma4_31b'),
     ('gemma-7b.gguf', 'gemma1_7b'),
+    ('hf:google/gemma-1.1-2b-it', 'gemma1_2b'),
+    ('kaggle:google/gemma/flax/1.1-7b-it', 'gemma1_7b'),
+    ('hf:google/translategemma-4b-it', 'gemma3_4b'),
+    ('kaggle:google/translategemma/transformers/12b-it', 'gemma3_12b'),
   ],
 )
 def test_the_size_is_known_without_the_weights(source, size):
