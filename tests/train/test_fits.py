@@ -91,19 +91,3 @@ def test_a_device_holds_the_activations_of_its_own_rows(debug_config):
 
   debug_config.mesh.data, debug_config.mesh.fsdp = 2, 4
   assert of_rows(sharding.make_mesh(debug_config.mesh)) * 8 == of_rows(None)
-
-
-def test_each_way_saves(debug_config):
-  debug_config.train.batch_size = 8
-  debug_config.train.parts = 'all'
-  cfg = sizes.SIZES['debug']
-  need = plan.needed(cfg, debug_config, None)
-  for knob, value in (
-    ('train.micro_batches', 8),
-    ('train.remat', 'full'),
-    ('train.parts', 'lora'),
-    ('optim.name', 'adafactor'),
-  ):
-    other = debug_config.copy_and_resolve_references()
-    other.update_from_flattened_dict({knob: value})
-    assert plan.needed(cfg, other, None) < need, knob

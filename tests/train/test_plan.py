@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 import subprocess
 import sys
@@ -159,7 +158,6 @@ def test_the_widest_shapes_of_decoding():
   assert shapes(512) == ((16, 1024), (4, 512))
   # Four hypotheses share their prompt: 32 + 4 * 80 slots.
   assert shapes(32, beam=4) == ((16, 512), (4, 32))
-  assert math.prod(shapes(512, beam=4)[0]) <= 16 * 1024
 
 
 GB = 10**9
