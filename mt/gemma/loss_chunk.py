@@ -1,9 +1,6 @@
 """A chunk of targets against the vocabulary: the inner part of the loss.
 
-See mt/gemma/loss.py for what is computed and why in this way. On a mesh each
-device has its rows of the vocabulary, forever, and its rows of the batch.
-Devices that share both split and exchange hidden states, never the embedding:
-see VocabAxes.
+See mt/gemma/loss.py for what is computed and why in this way.
 """
 
 import dataclasses
