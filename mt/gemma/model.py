@@ -27,10 +27,8 @@ from mt.gemma import sharding
 from mt.gemma.parameters import Params
 from mt.gemma.sizes import ModelConfig
 
-_checkpoint = functools.partial(
-  jax.checkpoint,
-  prevent_cse=False,  # Not needed inside a scan.
-)
+# Inside a scan `prevent_cse` is not needed.
+_checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
 _policies = jax.checkpoint_policies
 # What is kept of a layer's forward pass for the backward pass, by train.remat.
 REMAT = {
