@@ -124,9 +124,8 @@ def top(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   for their maxima, ten times as fast on a CPU as argmax (BUILD_NOTES.md).
   """
   chex.assert_shape(logits, (None, None))
-  v, m = logits.shape
-  tile = _tile(v)
-  tiles = logits.reshape(v // tile, tile, m)
+  tiles = _tiles(logits, -jnp.inf)
+  _, tile, m = tiles.shape
   best = lax.top_k(jnp.max(tiles, 1).T, min(k, len(tiles)))[1]  # [M, tiles]
   best = jnp.sort(best)  # So that the first token comes first.
   found = jnp.take_along_axis(tiles, best.T[:, None], 0)  # [tiles, tile, M]
@@ -226,13 +225,11 @@ def pick(logits: jax.Array, drawn: jax.Array) -> jax.Array:
   are added up. No token of probability 0 is ever picked.
   """
   chex.assert_shape(logits, (None, *drawn.shape))
-  v, m = logits.shape
-  p = jnp.exp(logits - jnp.max(logits, 0))
-  tiles = p.reshape(-1, _tile(v), m)
+  tiles = _tiles(jnp.exp(logits - jnp.max(logits, 0)), 0.0)
   sums = tiles.sum(1)
   tile, left = _first_above(sums, drawn * sums.sum(0))
   found = jnp.take_along_axis(tiles, tile[None, None], 0)[0]
-  return tile * _tile(v) + _first_above(found, left)[0]
+  return tile * tiles.shape[1] + _first_above(found, left)[0]
 
 
 def _first_above(parts, goal):
@@ -245,8 +242,12 @@ def _first_above(parts, goal):
   return at, goal - before
 
 
-def _tile(v):
-  return next(n for n in range(512, 0, -1) if v % n == 0)
+def _tiles(x, filler):
+  """[V, M] as [tiles, tile, M]: few of them, whatever divides V."""
+  v, m = x.shape
+  tile = next((n for n in range(512, 63, -1) if v % n == 0), 512)
+  filled = jnp.pad(x, ((0, -v % tile), (0, 0)), constant_values=filler)
+  return filled.reshape(-1, tile, m)
 
 
 def _append(state, tokens, logp, longer, stop_ids):
