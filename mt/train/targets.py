@@ -85,7 +85,12 @@ class Target:
 
 
 def chip_of(kind: str) -> Chip | None:
-  """The chip of a jax.Device.device_kind, such as 'NVIDIA L4'."""
+  """The chip of a jax.Device.device_kind, such as 'NVIDIA L4'.
+
+  None for one that has its name and other rates, such as an H100 PCIe.
+  """
+  if re.search(r'H\d+ (PCIe|NVL)|Laptop', kind):
+    return None
   found = (c for c in CHIPS.values() if re.search(rf'\b{c.kind}\b', kind))
   return next(found, None)
 

@@ -44,6 +44,16 @@ def test_a_device_that_is_here_is_known_by_its_kind(kind, name):
   assert targets.chip_of(kind) is targets.CHIPS[name]
 
 
-def test_an_unknown_device_has_no_estimate():
-  assert targets.chip_of('cpu') is None
-  assert targets.chip_of('NVIDIA L40S') is None
+@pytest.mark.parametrize(
+  'kind',
+  [
+    'cpu',
+    'NVIDIA L40S',
+    'NVIDIA H100 PCIe',
+    'NVIDIA H100 NVL',
+    'NVIDIA H200 NVL',
+    'NVIDIA GeForce RTX 4090 Laptop GPU',
+  ],
+)
+def test_a_device_of_other_rates_has_no_estimate(kind):
+  assert targets.chip_of(kind) is None
