@@ -146,8 +146,17 @@ def split_source(data: ml_collections.ConfigDict, split: str) -> str | None:
 
 
 def some_texts(text: bitext.Bitext, most: int = 4000) -> list[str]:
-  """Both sides of as many pairs at most, to train a tokenizer on."""
-  return [side for p in text.sample.pairs[:most] for side in p[1:]]
+  """Both sides of pairs in as many lines, to train a tokenizer on.
+
+  They are the first lines, or the next ones where these have no pair.
+
+  Raises:
+    errors.UserError: no lines have.
+  """
+  for at in range(0, len(text), most):
+    if pairs := text.read(range(at, min(at + most, len(text)))):
+      return [side for p in pairs for side in p[1:]]
+  raise bitext.no_pair(text.where, text.sample.unusable, text.unit)
 
 
 class _Files(NamedTuple):

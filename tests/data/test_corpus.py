@@ -7,6 +7,7 @@ import re
 import pytest
 
 from configs import default
+from mt.data import bitext
 from mt.data import corpus
 from tests.fixtures.refusal import refusal
 
@@ -247,8 +248,21 @@ def test_a_text_that_is_filtered_away(tmp_path):
 def test_some_texts_are_those_of_pairs(tmp_path):
   path = _write(tmp_path / 'x.tsv', 'a\ta\n' * 20 + 'b\tc\n' * 20)
   (text,) = corpus.read_splits(_data(path, filter='copies'), ['train'])['train']
-  assert corpus.some_texts(text, 2) == ['b', 'c'] * 2
-  assert corpus.some_texts(text) == ['b', 'c'] * 20
+  assert corpus.some_texts(text, 22) == ['b', 'c'] * 2
+  assert corpus.some_texts(text, 15) == ['b', 'c'] * 10
+
+
+def test_some_texts_where_the_sample_has_none(tmp_path, monkeypatch):
+  monkeypatch.setattr(bitext, '_LOOK_AT_ALL', 8)
+  monkeypatch.setattr(bitext, '_SAMPLE', 2)
+  for pair in ('b\tc\n', 'a\ta\n'):
+    path = _write(tmp_path / 'x.tsv', 'a\ta\n' * 9 + pair + 'a\ta\n')
+    data = _data(path, filter='copies')
+    (text,) = corpus.read_splits(data, ['train'])['train']
+    assert not text.sample.pairs
+    if pair == 'b\tc\n':
+      assert corpus.some_texts(text) == ['b', 'c']
+  refusal(lambda: corpus.some_texts(text), path, 'no pair in it', '2 copies')
 
 
 # The bundled sample.
