@@ -127,7 +127,10 @@ def _cleaned(text, data, held_out) -> bitext.Bitext:
   left_out = frozenset(names)
   rules = dataclasses.replace(rules, left_out=left_out, again=again)
   sources = sorted(held_out) if 'leaks' in names else []
-  digest = bitext.digest_of(text.digest, sorted(names), text.pair, sources)
+  parts = [text.digest, sorted(names), text.pair, sources]
+  if 'script' in names:
+    parts += faults.known_later(text.pair)
+  digest = bitext.digest_of(*parts)
   text = dataclasses.replace(text, rules=rules, digest=digest)
   text.check(text.sample.unusable, text.sample.number)
   return text

@@ -42,6 +42,12 @@ NAMES = (
   *('duplicates', 'leaks', 'copies', 'script', 'entities', 'lengths'),
   'not_nfc',
 )
+# Languages whose scripts were not known at first: what `script` left out then
+# is still missing in caches. No other language's texts get another digest.
+_KNOWN_LATER = (
+  'ab am as ba bo ce cv dv dz ii iu km kn ks ku ky lo ml my or os pa ps sa sd '
+  'si tg ti tt ug yi'
+)
 _letters = regex.compile(r'\p{L}+')
 _entity = regex.compile(r'&(?:\w+|#\d+|#x[\da-fA-F]+);')
 
@@ -96,6 +102,12 @@ class Rules:
 def fold(text: str) -> str:
   """A text without what looks the same: case, and how wide a space is."""
   return ' '.join(text.casefold().split())
+
+
+def known_later(pair: str) -> list[str]:
+  """Languages of a pair whose scripts were not known at first."""
+  codes = map(template.base_language, pair.split('-'))
+  return [code for code in codes if code in _KNOWN_LATER.split()]
 
 
 def _mostly_other(code, text) -> bool:

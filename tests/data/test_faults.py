@@ -1,5 +1,6 @@
 """What spoils a result: counted, shown, left out; leaks of the test refused."""
 
+import pathlib
 import re
 
 import pytest
@@ -91,6 +92,25 @@ def test_a_language_in_its_own_letters_is_no_fault():
   for code, name in (x.split() for x in names.split(',')):
     pair = lines.Pair('1', 'good', name * 2)
     assert not faults.Rules(f'en-{code}', 0.0).find(pair, ['script']), code
+
+
+@pytest.mark.parametrize(
+  ('pair', 'names', 'other'),
+  [
+    ('en-kn', 'script', True),
+    ('ps_AF-en', 'script', True),
+    ('en-kn', 'copies', False),
+    ('en-ja', 'script', False),  # A run of before can be resumed.
+  ],
+)
+def test_tokens_of_a_language_without_its_scripts(config, pair, names, other):
+  """What a cache has of a time when they were not known is not taken."""
+  config.data.pair = pair
+  rows = 'good\tಕನ್ನಡಕನ್ನಡ\nپښتو\tgood\ngood day\tとても良い\n'
+  write(pathlib.Path(config.data.source.format(split='train')), rows)
+  before, config.data.filter = _train(config), names
+  old = bitext.digest_of(before.digest, [names], pair, [])
+  assert (_train(config).digest != old) == other
 
 
 @pytest.mark.parametrize('name', faults.NAMES)
