@@ -120,8 +120,8 @@ def _wrong_columns(where, cells, expected):
   )
   if len(cells) == 1:
     advice = (
-      'separate them by tabs, or give two aligned files, with {lang} in the '
-      'place of the language in their names'
+      'separate them by tabs, in a .csv by commas, or give two aligned files, '
+      'with {lang} in the place of the language in their names'
     )
   return errors.UserError(
     f'{where}: {len(cells)} columns in its first line '

@@ -54,7 +54,7 @@ MANYTHINGS = (
 @pytest.mark.parametrize(
   ('first', 'words'),
   [
-    ('just text', ['1 columns in its first', 'target expected', '{lang}']),
+    ('just text', ['1 columns in its first', 'in a .csv by commas', '{lang}']),
     ('a\tb\tc\td', ['4 columns in its first', 'data.columns']),
     (MANYTHINGS, ['holds no ids', "'Go.'", 'data.columns=(1, 2)']),
     ('1\teng\tHi.\n2\tfra\tVa.', ['column 2', "codes of languages ('eng')"]),
