@@ -132,10 +132,10 @@ def open_source(
   else:
     try:
       weights = _open_files(source, force_download)
-    except PermissionError as e:
+    except (FileNotFoundError, PermissionError) as e:  # Of a link, to nothing.
       raise errors.UserError(
-        f'{e.filename}: {e.strerror}; ask its owner to let you read it, or '
-        'give another model in weights.source.'
+        f'{e.filename}: {e.strerror}; fetch it again or ask its owner to let '
+        'you read it, or give another model in weights.source.'
       ) from e
     cfg, own_tokenizer = weights.config, weights.tokenizer
     more = weights.multimodal, weights.chat_template

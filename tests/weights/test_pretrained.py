@@ -161,6 +161,13 @@ def test_a_file_that_is_not_to_be_read(tmp_path, monkeypatch, name):
   refusal(lambda: _open(path), name, 'Permission denied')
 
 
+def test_a_link_to_nothing(tmp_path):
+  """As in a copy of a snapshot of the hub, without what its links name."""
+  (tmp_path / 'a.gguf').symlink_to('../../blobs/1234')
+  words = tmp_path / 'a.gguf', 'No such file', 'weights.source'
+  refusal(lambda: _open(tmp_path), *words)
+
+
 _FOLDERS = {
   'an adapter': ('adapter_config.json', 'weights.adapter'),
   'an adapter beside': ('config.json adapter_config.json', 'weights.adapter'),
