@@ -279,6 +279,6 @@ def _get(store, cfg, transposed, place):
     return x.transpose(1, 0, 2).reshape(cfg.embed_dim, -1)
   if ours == 'o':
     return x.reshape(-1, cfg.embed_dim)
-  if x.ndim > 2:  # Those of all layers' own inputs, [V, N, E] and [D, N, E].
+  if place.name in _LETTERS:  # All layers' inputs: [V, N, E] and [D, N, E].
     return x.reshape(len(x), -1)
   return x.T if transposed and ours in ('gate', 'up') else x

@@ -11,6 +11,7 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt.base import files
 from mt.data import tokenizer
+from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import flax_out
 from tests.fixtures import flax_fixture
@@ -66,6 +67,18 @@ def test_gemma_params_reads_what_is_written(tmp_path, name, dtype, tok):
   source = flax_fixture.open_weights(folder)
   assert source.config == cfg
   assert source.tokenizer.proto == tok.proto
+  flax_fixture.assert_same(source.read(), params)
+
+
+def test_what_a_fork_adds_keeps_its_axes(tmp_path, monkeypatch, tok):
+  axes = 'layers', 'heads', 'embed', None
+  mix = parameters.Parameter('mix', 'NHDA', axes, 'mix', 'mix')
+  own = parameters._layer_rows
+  monkeypatch.setattr(parameters, '_layer_rows', lambda cfg: [*own(cfg), mix])
+  cfg = flax_fixture.FAMILIES['gemma3']
+  params = parameters.init(cfg, jax.random.key(0))
+  _write(tmp_path / 'out', cfg, params, tok, 'float32')
+  source = flax_fixture.open_weights(tmp_path / 'out')
   flax_fixture.assert_same(source.read(), params)
 
 
