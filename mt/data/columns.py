@@ -93,9 +93,10 @@ def _told(where, first, pair, columns, is_json):
   if 1 in columns and number == 3 and len(rows) >= _MANY and _ids_first(rows):
     raise errors.UserError(
       f'{where}: three columns, of which the first holds ids (such as '
-      f'{rows[0][0][:80]!r}), but data.columns={columns}, which is for all '
-      'files of the run, takes a text from it; write its texts into the '
-      'columns of the others or into a .jsonl (or give mt.evaluate --columns).'
+      f'{rows[0][0][:80]!r}), but data.columns={columns} takes a text from it; '
+      'set it to (2, 3), or, where other files of the run need it as it is, '
+      "write this file's texts into the columns of the others or into a .jsonl "
+      '(or give mt.evaluate --columns).'
     )
   parse = lines.Columns(number, *map(known.index, columns), json=is_json)
   if named or not _header(cells, pair):

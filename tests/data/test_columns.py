@@ -99,7 +99,7 @@ def test_ids_are_no_texts(columns):
   """Of a text that has other columns than the other ones of the run."""
   usual = '\n'.join(f'{n}\ta {n}\tb {n}' for n in range(10))
   words = 'my/x.tsv', "ids (such as '0')", f'data.columns={columns}'
-  refusal(lambda: _choose(usual, columns), *words)
+  refusal(lambda: _choose(usual, columns), *words, 'set it to (2, 3)')
   _choose(usual, (3, 2))
   _choose(usual.replace('\tb', ' b'), (1, 2))  # Numbers, spelled out.
 
