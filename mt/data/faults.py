@@ -42,12 +42,6 @@ NAMES = (
   *('duplicates', 'leaks', 'copies', 'script', 'entities', 'lengths'),
   'not_nfc',
 )
-# Languages whose scripts were not known at first: what `script` left out then
-# is still missing in caches. No other language's texts get another digest.
-_KNOWN_LATER = (
-  'ab am as ba bo ce cv dv dz ii iu km kn ks ku ky lo ml my or os pa ps sa sd '
-  'si tg ti tt ug yi'
-)
 _letters = regex.compile(r'\p{L}+')
 _entity = regex.compile(r'&(?:\w+|#\d+|#x[\da-fA-F]+);')
 
@@ -104,10 +98,10 @@ def fold(text: str) -> str:
   return ' '.join(text.casefold().split())
 
 
-def known_later(pair: str) -> list[str]:
-  """Languages of a pair whose scripts were not known at first."""
+def scripts(pair: str) -> list[list[str]]:
+  """Those of a pair's languages that are not written in Latin letters."""
   codes = map(template.base_language, pair.split('-'))
-  return [code for code in codes if code in _KNOWN_LATER.split()]
+  return [template.SCRIPTS[code] for code in codes if code in template.SCRIPTS]
 
 
 def _mostly_other(code, text) -> bool:

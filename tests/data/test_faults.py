@@ -12,6 +12,7 @@ from mt.data import corpus
 from mt.data import faults
 from mt.data import lines
 from mt.data import splits
+from mt.data import template
 from tests.fixtures import numbered_rows
 from tests.fixtures.bitext_files import write
 from tests.fixtures.refusal import refusal
@@ -95,22 +96,19 @@ def test_a_language_in_its_own_letters_is_no_fault():
 
 
 @pytest.mark.parametrize(
-  ('pair', 'names', 'other'),
-  [
-    ('en-kn', 'script', True),
-    ('ps_AF-en', 'script', True),
-    ('en-kn', 'copies', False),
-    ('en-ja', 'script', False),  # A run of before can be resumed.
-  ],
+  ('names', 'other'), [('script', True), ('copies', False)]
 )
-def test_tokens_of_a_language_without_its_scripts(config, pair, names, other):
-  """What a cache has of a time when they were not known is not taken."""
-  config.data.pair = pair
-  rows = 'good\tಕನ್ನಡಕನ್ನಡ\nپښتو\tgood\ngood day\tとても良い\n'
+def test_another_table_of_scripts_leaves_out_other_lines(
+  config, monkeypatch, names, other
+):
+  """So what a cache has of a text is not taken, where the rule is asked for."""
+  config.data.pair, config.data.filter = 'en-ja', names
+  rows = 'good day\tとても良い\n'
   write(pathlib.Path(config.data.source.format(split='train')), rows)
-  before, config.data.filter = _train(config), names
-  old = bitext.digest_of(before.digest, [names], pair, [])
-  assert (_train(config).digest != old) == other
+  before = _train(config).digest
+  scripts = [*template.SCRIPTS['ja'], 'Latin']
+  monkeypatch.setitem(template.SCRIPTS, 'ja', scripts)
+  assert (_train(config).digest != before) == other
 
 
 @pytest.mark.parametrize('name', faults.NAMES)
