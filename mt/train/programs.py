@@ -76,7 +76,7 @@ def model_size(weights: ml_collections.ConfigDict) -> sizes.ModelConfig:
   if source == 'random' or weights.size != 'debug':
     return sizes.SIZES[weights.size]
   # gemma3-270m, gemma-3-4b, gemma/flax/2b, gemma-1.1-2b-it, translategemma-4b …
-  pattern = r'gemma-?(\d)?\D*?(?:1\.1-)?(e?\d+[mb])(?![a-z0-9])'
+  pattern = r'gemma-?(\d(?!\d))?\D*?(?:1\.1-)?(e?\d+[mb])(?![a-z0-9])'
   found, unsaid = re.search(pattern, source), 1
   if 'translategemma' in source:
     unsaid = 3

@@ -278,6 +278,8 @@ def test_on_is_of_a_plan_alone():
     ('hf:google/gemma-1.1-2b-it', 'gemma1_2b'),
     ('kaggle:google/gemma/flax/1.1-7b-it', 'gemma1_7b'),
     ('hf:google/translategemma-4b-it', 'gemma3_4b'),
+    ('hf:google/translategemma-12b-it', 'gemma3_12b'),
+    ('hf:google/translategemma-27b-it', 'gemma3_27b'),
     ('kaggle:google/translategemma/transformers/12b-it', 'gemma3_12b'),
   ],
 )
