@@ -243,8 +243,8 @@ def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
   the last.
 
   Raises:
-    errors.UserError: there is no run, or no such checkpoint, or the chrF of one
-      is damaged.
+    errors.UserError: there is no run, or no such checkpoint; or any has a
+      damaged chrF or manifest, so that the best cannot be told.
   """
   run_folder.read_config(workdir)  # Says if there is no run.
   checkpoints = workdir / 'checkpoints'

@@ -118,10 +118,11 @@ def check(checkpoints: pathlib.Path, at: int, item: str = '') -> None:
   """
   check_version(checkpoints, at, since=_MODELS_SINCE)
   if what := damage(folder_of(checkpoints, at), item=item):
+    remedy = 'take another step, or go on from the one before with train.py'
+    if item:  # Orbax reads it of all checkpoints, whichever is asked for.
+      remedy = 'move it away, as train.py does when it starts with this folder'
     raise errors.UserError(
-      f'{checkpoints}: step {at} is damaged ({what}); start train.py with this '
-      '--workdir to go on from the one before'
-      f'{"." if item else ", or take another step."}'
+      f'{checkpoints}: step {at} is damaged ({what}); {remedy}.'
     )
 
 

@@ -84,7 +84,7 @@ def test_without_its_chrf_no_other_is_called_the_best(finished_copy, how):
   config, workdir = finished_copy
   assert 'the best' in checkpoint.find_step(workdir)[1]
   _damage(workdir / 'checkpoints' / 'step_6' / 'metrics' / 'metrics', how)
-  words = 'step 6 is damaged (metrics/metrics', '--workdir to go on'
+  words = 'step 6 is damaged (metrics/metrics', 'move it away, as train.py'
   for which in ('', 'last', '4'):
     refusal(lambda which=which: checkpoint.find_step(workdir, which), *words)
   run_lib.run(config, workdir)
