@@ -70,8 +70,10 @@ def _status(command):
     try:
       return shell.wait(_PATIENCE)
     except subprocess.TimeoutExpired:
-      os.killpg(shell.pid, signal.SIGKILL)  # With all that it started.
       return 1
+    finally:  # A signal may have come, too.
+      if shell.returncode is None:
+        os.killpg(shell.pid, signal.SIGKILL)  # With all that it started.
 
 
 def check_command(command: str) -> None:

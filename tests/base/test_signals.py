@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -160,6 +161,21 @@ def test_a_command_that_hangs_leaves_nothing_behind(tmp_path, monkeypatch):
   late = tmp_path / 'late'
   assert signals._status(f'(sleep 1; touch {late}) | cat') == 1
   time.sleep(1)
+  assert not late.exists()
+
+
+def test_a_signal_ends_the_command_that_is_asked(tmp_path):
+  def leave(number, _frame):
+    raise errors.Interrupted('terminated', 128 + number)
+
+  late, before = tmp_path / 'late', signal.signal(signal.SIGUSR1, leave)
+  threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+  try:
+    with pytest.raises(errors.Interrupted):
+      signals.check_command(f'sleep 1; touch {late}')
+    time.sleep(1)
+  finally:
+    signal.signal(signal.SIGUSR1, before)
   assert not late.exists()
 
 
