@@ -250,6 +250,12 @@ def main(_):
   f = flags.FLAGS
   out = pathlib.Path(f.out)
   files.check_new(out)  # Before minutes go into it.
+  if bool(f.workdir) == bool(f.source):
+    raise errors.UserError('exactly one of --workdir and --source expected.')
+  if sum(map(bool, (f.source, f.base, f.checkpoint))) > 1:
+    raise errors.UserError(
+      'at most one of --source, --base and --checkpoint expected.'
+    )
   if f.public and not f.push:
     raise errors.UserError('--public is of --push, which is not given.')
   push = hub.check_upload(f.push) if f.push else ''
@@ -259,11 +265,11 @@ def main(_):
     raise errors.UserError(
       f'--dtype={f.dtype} is of --to=gguf alone; float32 or bfloat16 expected.'
     )
-  if f.workdir is None:
+  if f.source:
     merge(f.source, f.adapter, f.to, out, f.dtype, push)
   else:
     workdir = pathlib.Path(f.workdir)
-    from_run(f.to, workdir, out, f.dtype, f.base, f.checkpoint or '', push)
+    from_run(f.to, workdir, out, f.dtype, f.base, f.checkpoint, push)
   journal.say(f'written: {out}')
   if push:
     journal.say(f'sent: {hub.upload(out, push, public=f.public)}')
@@ -271,17 +277,17 @@ def main(_):
 
 if __name__ == '__main__':
   flags.DEFINE_string('workdir', None, 'Folder of a run of train.py.')
-  flags.DEFINE_string('checkpoint', None, checkpoint.WHICH)
+  flags.DEFINE_string('checkpoint', '', checkpoint.WHICH)
   flags.DEFINE_enum('to', 'hf', FORMATS, 'Format.')
   flags.DEFINE_string('out', None, 'New folder to be written.')
   flags.DEFINE_enum(
     'dtype', 'float32', sorted(gguf_out.KINDS), 'Of the weights in the files.'
   )
   flags.DEFINE_bool(
-    'base', None, 'Export the pretrained weights of the run instead.'
+    'base', False, 'Export the pretrained weights of the run instead.'
   )
   flags.DEFINE_string(
-    'source', None, 'A model instead of a run, see weights.source.'
+    'source', '', 'A model instead of a run, see weights.source.'
   )
   flags.DEFINE_string('adapter', '', 'Merged into it, see weights.adapter.')
   flags.DEFINE_string(
@@ -289,6 +295,4 @@ if __name__ == '__main__':
   )
   flags.DEFINE_bool('public', False, 'Make that model one that all may see.')
   flags.mark_flag_as_required('out')
-  flags.mark_flags_as_mutual_exclusive(['workdir', 'source'], required=True)
-  flags.mark_flags_as_mutual_exclusive(['source', 'base', 'checkpoint'])
   cli.run(main)

@@ -282,8 +282,13 @@ def test_no_run_there_is_refused(tmp_path):
   ('flags', 'code', 'words'),
   [
     (['--to=onnx', '--workdir=w'], 1, 'onnx'),
-    ([], 1, 'Exactly one of (workdir, source)'),
-    (['--source=s', '--base'], 1, 'At most one of (source, base, checkpoint)'),
+    ([], 2, 'exactly one of --workdir and --source'),
+    (['--source='], 2, 'exactly one of --workdir and --source'),
+    (['--source=s', '--base'], 2, 'at most one of --source, --base'),
+    # What is empty or false is not given.
+    (['--workdir=w', '--source=', '--base'], 2, 'w/config.json'),
+    (['--workdir=w', '--nobase', '--checkpoint=1'], 2, 'w/config.json'),
+    (['--workdir=', '--source=s', '--checkpoint='], 2, 's: '),
     (['--workdir=w', '--public'], 2, '--public is of --push'),
     (['--workdir=w', '--adapter=a'], 2, '--adapter is of --source'),
     (['--workdir=w', '--dtype=q8_0'], 2, '--to=gguf alone'),
