@@ -221,6 +221,11 @@ def merge(
       '--to=peft is of a run (--workdir); with --source hf, gguf or gemma '
       'expected.'
     )
+  if name == 'random':
+    raise errors.UserError(
+      '--source=random: a model that is somewhere expected; random weights are '
+      'exported out of a run, with --workdir.'
+    )
   source = pretrained.open_source(name, '', '', seed=0, texts=())
   check(to, source)
   about, read = 'as it is', source.read

@@ -285,6 +285,7 @@ def test_no_run_there_is_refused(tmp_path):
     ([], 2, 'exactly one of --workdir and --source'),
     (['--source='], 2, 'exactly one of --workdir and --source'),
     (['--source=s', '--base'], 2, 'at most one of --source, --base'),
+    (['--source=random'], 2, '--source=random: a model'),
     # What is empty or false is not given.
     (['--workdir=w', '--source=', '--base'], 2, 'w/config.json'),
     (['--workdir=w', '--nobase', '--checkpoint=1'], 2, 'w/config.json'),
