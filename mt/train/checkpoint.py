@@ -243,8 +243,8 @@ def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
   the last.
 
   Raises:
-    errors.UserError: there is no run, or no such checkpoint; or any has a
-      damaged chrF or manifest, so that the best cannot be told.
+    errors.UserError: there is no run, or no such checkpoint; or the chrF of any
+      is damaged, so that the best cannot be told.
   """
   run_folder.read_config(workdir)  # Says if there is no run.
   checkpoints = workdir / 'checkpoints'
@@ -254,7 +254,8 @@ def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
       f'{checkpoints}: no checkpoint; run train.py with this --workdir first.'
     )
   for at in reversed(steps):
-    manifest.check(checkpoints, at, 'metrics')
+    if (manifest.folder_of(checkpoints, at) / manifest.NAME).exists():
+      manifest.check(checkpoints, at, 'metrics')
   manager = open_manager(workdir)
   last, best = steps[-1], best_step(manager)
   choices = {'': last, 'last': last} | {str(at): at for at in steps}
@@ -267,6 +268,7 @@ def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
       'eval.translate_every has translated validation.'
     )
   at = choices[which]
+  manifest.check(checkpoints, at, 'metrics')  # It has a manifest.
   about = [f'step {at}'] + ['the last'] * (at == last)
   if at == best:
     about.append(f'the best (chrF {_chrf(manager.metrics(at)):.2f})')

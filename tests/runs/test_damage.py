@@ -91,6 +91,13 @@ def test_without_its_chrf_no_other_is_called_the_best(finished_copy, how):
   assert 'the best' in checkpoint.find_step(workdir)[1]
 
 
+def test_a_whole_checkpoint_beside_one_without_manifest_is_found(plain_copy):
+  _, workdir = plain_copy
+  _damage(workdir / 'checkpoints' / 'step_4' / 'manifest.json', 'deleted')
+  for which in ('', 'last', '6'):
+    assert checkpoint.find_step(workdir, which)[0] == 6
+
+
 def test_with_none_left_nothing_starts_over(plain_copy):
   config, workdir = plain_copy
   folder = workdir / 'checkpoints'
