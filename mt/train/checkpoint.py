@@ -268,7 +268,7 @@ def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
       'eval.translate_every has translated validation.'
     )
   at = choices[which]
-  manifest.check(checkpoints, at, 'metrics')  # It has a manifest.
+  manifest.check(checkpoints, at, 'metrics')  # Refused without a manifest.
   about = [f'step {at}'] + ['the last'] * (at == last)
   if at == best:
     about.append(f'the best (chrF {_chrf(manager.metrics(at)):.2f})')

@@ -300,9 +300,18 @@ def _config(folder):
 
 
 def chat_template(folder: pathlib.Path) -> str:
-  """As a file or in the config, or '' where the folder has none."""
+  """As a file or in the config, or '' where the folder has none.
+
+  Raises:
+    errors.UserError: a file that is not UTF-8.
+  """
   own = folder / 'chat_template.jinja'
   if own.exists():
-    return own.read_text('utf-8')
+    try:
+      return own.read_text('utf-8')
+    except UnicodeDecodeError as e:
+      raise errors.UserError(
+        f'{own}: not UTF-8 ({e}); fetch it again, or remove it.'
+      ) from e
   template = _config(folder).get('chat_template')
   return template if isinstance(template, str) else ''

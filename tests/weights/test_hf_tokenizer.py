@@ -364,8 +364,11 @@ def test_a_chat_template_is_a_file_or_a_field(tmp_path):
   for field, text in (None, ''), ('{{ a }}', '{{ a }}'):
     config.write_text(json.dumps({'chat_template': field}))
     assert hf_tokenizer.chat_template(tmp_path) == text
-  (tmp_path / 'chat_template.jinja').write_text('é', 'utf-8')
+  own = tmp_path / 'chat_template.jinja'
+  own.write_text('é', 'utf-8')
   assert hf_tokenizer.chat_template(tmp_path) == 'é'
+  own.write_bytes('é'.encode()[:1])  # Cut off.
+  refusal(lambda: hf_tokenizer.chat_template(tmp_path), own, 'fetch it again')
 
 
 # Beside a tokenizer.model.
