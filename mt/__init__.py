@@ -23,6 +23,9 @@ here says all that the file below it needs of it.
   gemma/lora          all weights, a part, or LoRA: what is trained
     train/state         what training changes, in one pytree
   train/step          gradients, accumulation, the two jitted steps
+    train/components    what a run is made of: steps, data, translator, …
+    train/validation    losses and chrF while training lasts
+    train/log           what is recorded of a step, and the progress bar
   train/loop          evaluate, save, next batch, step, log
   translate/decode    the model with a key/value cache
   translate/search    greedy, sampled and beam search

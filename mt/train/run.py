@@ -35,6 +35,7 @@ from mt.evaluate import sentences
 from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.train import checkpoint
+from mt.train import components
 from mt.train import loop
 from mt.train import machine
 from mt.train import manifest
@@ -43,6 +44,7 @@ from mt.train import plan
 from mt.train import settings
 from mt.train import state as state_lib
 from mt.train import step
+from mt.train import validation
 from mt.train import warm_start
 from mt.translate import translator
 from mt.weights import pretrained
@@ -118,7 +120,7 @@ def begin(
   workdir: pathlib.Path,
   mesh: Mesh | None,
   started: float,
-) -> tuple[loop.Run, state_lib.TrainState]:
+) -> tuple[components.Run, state_lib.TrainState]:
   """Reads all inputs; the run, and its state before the first step.
 
   Such a state translates as the pretrained model does, or as the one of
@@ -146,7 +148,7 @@ def begin(
   )
   first = directions.each(config.data.pair)[0]
   optimizer = optimizer_lib.make_optimizer(config.optim, config.train.max_steps)
-  run = loop.Run(
+  run = components.Run(
     config=config,
     workdir=workdir,
     train_step=step.make_train_step(cfg, config, optimizer, mesh),
@@ -208,8 +210,8 @@ def open_weights(
 
 
 def resume(
-  run: loop.Run, state: state_lib.TrainState
-) -> tuple[loop.Run, state_lib.TrainState]:
+  run: components.Run, state: state_lib.TrainState
+) -> tuple[components.Run, state_lib.TrainState]:
   """The newest checkpoint's state, or the one given where there is none.
 
   The loader and metrics.jsonl are put back to the same step.
@@ -226,11 +228,13 @@ def resume(
   return dataclasses.replace(run, recorder=made), state
 
 
-def train(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
+def train(
+  run: components.Run, state: state_lib.TrainState
+) -> state_lib.TrainState:
   """The loop, where there is something left to train."""
   try:
     if state.at >= run.config.train.max_steps:
-      loop.evaluate_last(run, state)
+      validation.evaluate_last(run, state)
       return state
     if loop.patience_over(run, state.at):
       return state
@@ -241,7 +245,9 @@ def train(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
     run.data.train.close()
 
 
-def best(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
+def best(
+  run: components.Run, state: state_lib.TrainState
+) -> state_lib.TrainState:
   """The state of the best checkpoint; the last one, given, where none is.
 
   It translates; what else training needs is not read.
@@ -263,13 +269,13 @@ def best(run: loop.Run, state: state_lib.TrainState) -> state_lib.TrainState:
   return dataclasses.replace(state, step=state.step * 0 + at, **model)
 
 
-def finish(run: loop.Run, state: state_lib.TrainState) -> None:
+def finish(run: components.Run, state: state_lib.TrainState) -> None:
   """Translations, scores and report of the state that counts."""
   translate_splits(run, 'after', state)
   if processes.is_first():
     write_scores(run, state.at)
   if run.config.eval.texts:
-    params = loop.eval_model(run, state)
+    params = run.eval_model(state)
     for name, d in directions.named(run.config.data.pair, 'texts').items():
       sentences.show_texts(
         run.translator_of(d), params, run.config.eval.texts, run.workdir, name
@@ -280,7 +286,7 @@ def finish(run: loop.Run, state: state_lib.TrainState) -> None:
 
 
 def translate_splits(
-  run: loop.Run, when: str, state: state_lib.TrainState
+  run: components.Run, when: str, state: state_lib.TrainState
 ) -> None:
   """Leaves translations of the scored splits in the workdir.
 
@@ -313,7 +319,7 @@ def _translate(run, when, state, split, sources) -> list[str]:
   def work():
     progress = journal.Progress(f'translating {split} ({when})', len(sources))
     with contextlib.closing(progress):
-      params = loop.eval_model(run, state)
+      params = run.eval_model(state)
       return translator(params, sources, progress.update)
 
   if when == 'after':
@@ -327,7 +333,7 @@ def _translate(run, when, state, split, sources) -> list[str]:
   return cached.cached(key, work)
 
 
-def drop_stale(run: loop.Run, when: str) -> None:
+def drop_stale(run: components.Run, when: str) -> None:
   """Has the scores and translations of `when`, * for all, made anew."""
   files.remove(run.workdir / 'scores.json')
   stale = [*(run.workdir / 'translations').glob(f'*.{when}.json')]
@@ -337,7 +343,7 @@ def drop_stale(run: loop.Run, when: str) -> None:
     files.remove(path)
 
 
-def write_scores(run: loop.Run, at: int) -> None:
+def write_scores(run: components.Run, at: int) -> None:
   """Scores and samples out of the translations, on screen and on disk.
 
   Those after training are of step `at`.

@@ -20,7 +20,7 @@ from mt.base import run_folder
 from mt.gemma import lora
 from mt.gemma import sharding
 from mt.train import checkpoint
-from mt.train import loop
+from mt.train import components
 from mt.train import manifest
 from mt.train import state as state_lib
 from mt.weights import peft
@@ -31,8 +31,8 @@ _KNOBS = ('parts', 'lora_rank', 'lora_alpha', 'lora_targets')
 
 
 def begin(
-  run: loop.Run, state: state_lib.TrainState
-) -> tuple[loop.Run, state_lib.TrainState]:
+  run: components.Run, state: state_lib.TrainState
+) -> tuple[components.Run, state_lib.TrainState]:
   """Puts what `weights.warm_start` or `weights.adapter` names into a new state.
 
   Args:

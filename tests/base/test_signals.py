@@ -13,9 +13,9 @@ import pytest
 from mt.base import errors
 from mt.base import journal
 from mt.base import signals
-from mt.train import loop
 from mt.train import manifest
 from mt.train import run as run_lib
+from mt.train import validation
 from tests.fixtures.refusal import refusal
 from tests.runs import folders
 
@@ -66,7 +66,7 @@ def test_one_at_the_last_validation_leaves_before_the_scores(
   config, tmp_path, monkeypatch
 ):
   config.train.max_steps = 2
-  real = loop.evaluate
+  real = validation.evaluate
 
   def evaluate(run, state, translate):
     if state.at == 2:
@@ -74,7 +74,7 @@ def test_one_at_the_last_validation_leaves_before_the_scores(
     return real(run, state, translate)
 
   with monkeypatch.context() as m:
-    m.setattr(loop, 'evaluate', evaluate)
+    m.setattr(validation, 'evaluate', evaluate)
     with pytest.raises(errors.Interrupted, match='step 2, which is saved'):
       run_lib.run(config, tmp_path)
   assert not (tmp_path / 'scores.json').exists()

@@ -13,7 +13,7 @@ from mt.base import run_folder
 from mt.evaluate import card
 from mt.export import __main__ as export
 from mt.train import checkpoint
-from mt.train import loop
+from mt.train import components
 from mt.train import optimizer as optimizer_lib
 from mt.train import state as state_lib
 from mt.train import warm_start
@@ -158,10 +158,10 @@ def test_an_adapter_is_what_a_run_begins_with(tmp_path, run, capsys):
     state = state_lib.init_state(
       source.config, source.read(), config, optimizer, jax.random.key(1)
     )
-    fields = dict.fromkeys(f.name for f in dataclasses.fields(loop.Run))
+    fields = dict.fromkeys(f.name for f in dataclasses.fields(components.Run))
     translator_ = translator.from_config(config, source)
     fields |= {'config': config, 'translator': translator_, 'identity': {}}
-    return warm_start.begin(loop.Run(**fields), state)
+    return warm_start.begin(components.Run(**fields), state)
 
   begun, state = begin()
   assert 'lora_dropout=0.125; here' in capsys.readouterr().out

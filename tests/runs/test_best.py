@@ -13,6 +13,7 @@ from mt.export import __main__ as export
 from mt.train import checkpoint
 from mt.train import loop
 from mt.train import run as run_lib
+from mt.train import validation
 from mt.translate import __main__ as terminal
 from mt.weights import hf
 from tests.fixtures.refusal import refusal
@@ -37,7 +38,7 @@ def curve(monkeypatch):
   """chrF as it is wanted here; what is scored at the end is real."""
   given = dict(CURVE)
   monkeypatch.setattr(
-    loop, 'valid_chrf', lambda run, state: given[int(state.step)]
+    validation, 'chrf', lambda run, state: given[int(state.step)]
   )
   return given
 
@@ -220,7 +221,7 @@ def test_a_run_that_ends_where_it_was_stopped_looks_at_its_last_step(
     run_lib.run(config, tmp_path)
   config.train.max_steps = 3
   with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-    _dying(m, loop, 'evaluate_last', lambda *_: True)
+    _dying(m, validation, 'evaluate_last', lambda *_: True)
     run_lib.run(config, tmp_path)
   lines = folders.metrics(tmp_path)
   assert lines[-1].keys() >= {'valid_loss', *['valid_chrf'] * bool(every)}

@@ -11,10 +11,12 @@ from mt.base import run_folder
 from mt.data import corpus
 from mt.evaluate import cached
 from mt.train import checkpoint
+from mt.train import components
 from mt.train import loop
 from mt.train import machine
 from mt.train import run as run_lib
 from mt.train import step
+from mt.train import validation
 from mt.translate import __main__ as terminal
 from tests.fixtures.refusal import refusal
 from tests.runs import folders
@@ -82,12 +84,12 @@ def test_the_curve_of_chrf_is_of_the_first_pairs(finished, plain, monkeypatch):
     seen.append((texts, references))
     return 5.0
 
-  monkeypatch.setattr(loop.scores, 'chrf', chrf)
+  monkeypatch.setattr(validation.scores, 'chrf', chrf)
   pairs = corpus.read_splits(finished[0].data, ['valid'])['valid'][0].read()
   run = _Stub(finished[0], folder, pairs[:3])
-  assert loop.valid_chrf(run, _Stub.State(0)) == 5.0
+  assert validation.chrf(run, _Stub.State(0)) == 5.0
   run.config.eval.chrf_pairs = 0
-  loop.valid_chrf(run, _Stub.State(0))
+  validation.chrf(run, _Stub.State(0))
   assert [len(texts) for texts, _ in seen] == [2, 3]
   assert seen[1][0] == before and seen[0][0] == before[:2]
   assert seen[1][1] == [p.target for p in pairs[:3]]
@@ -95,9 +97,9 @@ def test_the_curve_of_chrf_is_of_the_first_pairs(finished, plain, monkeypatch):
 
 
 class _Stub:
-  """Of a run, what valid_chrf reads at step 0."""
+  """Of a run, what validation.chrf reads at step 0."""
 
-  of_chrf = loop.Run.of_chrf
+  of_chrf = components.Run.of_chrf
 
   class State:
     def __init__(self, at):
@@ -147,7 +149,7 @@ def test_the_order_of_the_loop(debug_config, tmp_path, monkeypatch):
     monkeypatch.setattr(module, name, wrapped)
 
   spy(
-    loop,
+    validation,
     'evaluate',
     lambda run, state, translate: (
       f'evaluate {state.step}{" in words" * translate}'
