@@ -20,108 +20,84 @@ import chex
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The shape of one Gemma text model.
+  """The shape of one Gemma text model."""
 
-  Attributes:
-    vocab_size: V, rows of the embedding (tied with the output layer).
-    num_layers: N.
-    embed_dim: D.
-    hidden_dim: F.
-    num_heads: H.
-    num_kv_heads: K; 1 is multi-query, H is multi-head attention.
-    head_dim: A.
-    query_scale: factor on the queries before the attention product.
-    attention: pattern of 'L' (sliding window) and 'G' (global), repeated over
-      the layers.
-    window: tokens a local layer sees, the current one included.
-    rope_base_local: RoPE wavelength base of local layers.
-    rope_base_global: RoPE wavelength base of global layers.
-    rope_scale_global: positions are divided by it in global layers.
-    attn_softcap: attention logits become cap * tanh(logits / cap).
-    final_softcap: the same for the output logits.
-    qk_norm: RMSNorm on queries and keys (from Gemma 3 on).
-    post_norms: RMSNorm after attention and feed-forward (from Gemma 2 on).
-    norm_offset: the factor of a norm is its weight plus this.
-
-  Gemma 4 has besides:
-    value_norm: RMSNorm without a weight on values.
-    layer_scale: what leaves a layer is multiplied by a weight of the layer.
-    global_head_dim: A of global layers, whose shape is then another; None where
-      all layers have one shape.
-    global_kv_heads: K of global layers.
-    keys_are_values: values are the keys before their norm, in global layers.
-    rope_part_global: of a head in global layers, how much RoPE turns.
-    sharing_layers: so many of the last layers have no keys and values: they see
-      those of the last layer of their kind that has.
-    sharing_hidden_dim: F of these.
-    layer_input_dim: E; 0 where layers have no input of their own.
-  """
-
-  vocab_size: int
-  num_layers: int
-  embed_dim: int
-  hidden_dim: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  query_scale: float
+  vocab_size: int  # V, rows of the embedding, which is the output layer too.
+  num_layers: int  # N.
+  embed_dim: int  # D.
+  hidden_dim: int  # F.
+  num_heads: int  # H.
+  num_kv_heads: int  # K; 1 is multi-query, H is multi-head attention.
+  head_dim: int  # A.
+  query_scale: float  # Factor on the queries before the attention product.
+  # 'L' is a local layer (sliding window), 'G' a global one; this pattern is
+  # repeated over the layers.
   attention: str = 'G'
-  window: int | None = None
-  rope_base_local: float = 10_000.0
+  window: int | None = None  # Tokens a local layer sees, the current one too.
+  rope_base_local: float = 10_000.0  # Base of RoPE's wavelengths.
   rope_base_global: float = 10_000.0
-  rope_scale_global: float = 1.0
-  attn_softcap: float | None = None
-  final_softcap: float | None = None
-  qk_norm: bool = False
-  post_norms: bool = False
-  norm_offset: float = 1.0
-  value_norm: bool = False
-  layer_scale: bool = False
+  rope_scale_global: float = 1.0  # Global layers divide positions by it.
+  attn_softcap: float | None = None  # Logits become cap * tanh(logits / cap).
+  final_softcap: float | None = None  # The same for the output logits.
+  qk_norm: bool = False  # RMSNorm on queries and keys (from Gemma 3 on).
+  post_norms: bool = (
+    False  # RMSNorm after attention and feed-forward (Gemma 2).
+  )
+  norm_offset: float = 1.0  # The factor of a norm is its weight plus this.
+
+  # Gemma 4 alone.
+  value_norm: bool = False  # RMSNorm without a weight on values.
+  layer_scale: bool = False  # What leaves a layer is multiplied by a weight.
+  # A and K of global layers; None for A where all layers have one shape, for K
+  # where it is that of local layers.
   global_head_dim: int | None = None
   global_kv_heads: int | None = None
-  keys_are_values: bool = False
-  rope_part_global: float = 1.0
+  keys_are_values: bool = False  # In global layers, the keys before their norm.
+  rope_part_global: float = 1.0  # How much of a head RoPE turns there.
+  # So many of the last layers have no keys and values of their own: they see
+  # those of the last layer of their kind ('L' or 'G') that has.
   sharing_layers: int = 0
-  sharing_hidden_dim: int | None = None
-  layer_input_dim: int = 0
+  sharing_hidden_dim: int | None = None  # F of these, if it is another.
+  layer_input_dim: int = 0  # E; 0 where layers have no input of their own.
 
   def groups(self) -> tuple[tuple['Stack', ...], ...]:
     """The layers in order: of each group, its stacks take turns.
 
-    Gemma 1 to 3 are one stack. Gemma 4 is periods of local layers and a global
-    one; those that share keys and values are a group of their own.
+    Gemma 1 to 3 are one group of one stack. In Gemma 4 some local layers and a
+    global one take turns; layers that share keys and values are a second group.
     """
     if self.global_head_dim is None:
       return ((Stack('layers', tuple(range(self.num_layers)), 1, self),),)
     own = self.num_layers - self.sharing_layers
-    groups = [self._group('', range(own))]
+    groups = [self._group(range(own), sharing=False)]
     if self.sharing_layers:
-      groups.append(self._group('_sharing', range(own, self.num_layers)))
+      groups.append(self._group(range(own, self.num_layers), sharing=True))
     return tuple(groups)
 
-  def _group(self, suffix, numbers):
-    """The local layers among these numbers, and the global ones."""
-    hidden_dim = self.sharing_hidden_dim if suffix else None
-    local = {'keys_are_values': False}
-    global_ = {
-      'head_dim': self.global_head_dim,
-      'num_kv_heads': self.global_kv_heads or self.num_kv_heads,
+  def _group(self, numbers, sharing):
+    """A stack of the local layers among these, and one of the global ones."""
+    of_kind = {
+      'L': {'keys_are_values': False},
+      'G': {
+        'head_dim': self.global_head_dim,
+        'num_kv_heads': self.global_kv_heads or self.num_kv_heads,
+      },
     }
     stacks = []
-    for kind, name, own in ('L', 'local', local), ('G', 'global', global_):
+    for kind, name in ('L', 'local'), ('G', 'global'):
       layers = tuple(n for n in numbers if self.kind(n) == kind)
       cfg = dataclasses.replace(
         self,
         num_layers=len(layers),
-        hidden_dim=hidden_dim or self.hidden_dim,
+        hidden_dim=(sharing and self.sharing_hidden_dim) or self.hidden_dim,
         attention=kind,
         global_head_dim=None,
         global_kv_heads=None,
-        sharing_layers=len(layers) if suffix else 0,
-        **own,
+        sharing_layers=len(layers) if sharing else 0,
+        **of_kind[kind],
       )
-      turn = self.attention.count(kind)
-      stacks.append(Stack(name + suffix, layers, turn, cfg))
+      name += '_sharing' if sharing else ''
+      stacks.append(Stack(name, layers, self.attention.count(kind), cfg))
     return tuple(stacks)
 
   def stacks(self) -> Iterator['Stack']:
@@ -158,19 +134,12 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-  """Layers of one shape: their parameters have a common leading axis.
+  """Layers of one shape: their parameters have a common leading axis."""
 
-  Attributes:
-    name: where they lie in the tree of parameters.
-    layers: their numbers in the model.
-    turn: how many of them follow each other, before the next stack's turn.
-    cfg: the shape of a model of these layers alone.
-  """
-
-  name: str
-  layers: tuple[int, ...]
-  turn: int
-  cfg: ModelConfig
+  name: str  # Where they are in the tree of parameters.
+  layers: tuple[int, ...]  # Their numbers in the model.
+  turn: int  # So many of them follow each other, before the next stack's turn.
+  cfg: ModelConfig  # The shape of a model of these layers alone.
 
 
 # What the models of a generation have in common. The table below adds, in the
