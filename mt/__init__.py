@@ -17,6 +17,8 @@ here says all that the file below it needs of it.
     gemma/fused         the same by a GPU's or TPU's own kernel
     gemma/embedding     token vectors, and the gradient of their look-up
     gemma/quantize      frozen matrices in 8 or 4 bits
+    gemma/products      matrix products in the forms that machines are fast at
+    gemma/stacks        one scan over the layers; Gemma 4's have several shapes
   gemma/model         the forward pass
     gemma/loss_chunk    a chunk of targets against the vocabulary
   gemma/loss          cross-entropy: its definition, and the same in chunks

@@ -1,10 +1,10 @@
 """Gemma 1 to 4 text models as pure functions over a plain pytree.
 
 The parameters are those of the table in mt/gemma/parameters.py, the letters of
-all shapes those of mt/gemma/sizes.py. The layers are stacked and go through one
-`lax.scan`, so that the compile time does not grow with depth. The tests compare
-values and gradients with the modules of the `gemma` package, and those of
-Gemma 4 with transformers.
+all shapes those of mt/gemma/sizes.py. One `lax.scan` goes through the layers,
+so that the compile time does not grow with their number. Tests compare values
+and gradients with the modules of the `gemma` package, and those of Gemma 4 with
+transformers.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.sharding import Mesh
-import numpy as np
 
 from mt.gemma import attention
 from mt.gemma import embedding
 from mt.gemma import fused
+from mt.gemma import products
 from mt.gemma import quantize
 from mt.gemma import sharding
+from mt.gemma import stacks
 from mt.gemma.parameters import Params
 from mt.gemma.sizes import ModelConfig
 
@@ -49,8 +50,8 @@ REMAT = {
 _ACTIVATIONS = ('rows', 'length', 'width')
 
 
-# Under `none` too, norms and GeGLU are computed again from their arguments: no
-# slower, and 1.0 GB less for four rows of the 270M (docs/measurements.md).
+# Norms and GeGLU are computed again in the backward pass, also under `none`: it
+# takes no longer, and much less memory (docs/measurements.md).
 @functools.partial(_checkpoint, static_argnums=2)
 def rms_norm(x: jax.Array, scale: jax.Array | None, offset: float) -> jax.Array:
   """x / rms(x) * (offset + scale) over the last axis, computed in float32.
@@ -75,33 +76,6 @@ def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
   return jax.nn.gelu(gate) * up
 
 
-@jax.custom_vjp
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-  """x @ w: [B, L, in], [in, out] -> [B, L, out].
-
-  Autodiff would form the gradient of `w` as [out, in] and transpose it: with
-  `x` transposed instead, the layers of a step of all weights take a third less
-  time on a CPU (docs/measurements.md).
-  """
-  return x @ w
-
-
-def _matmul_fwd(x, w):
-  kept = x.value if w.perturbed else None, w.value if x.perturbed else None
-  return x.value @ w.value, kept
-
-
-def _matmul_bwd(kept, g):
-  x, w = kept
-  if isinstance(g, jax.custom_derivatives.SymbolicZero):
-    return None, None
-  d_w = None if x is None else jnp.einsum('bli,blo->io', x, g)
-  return None if w is None else g @ w.T, d_w
-
-
-matmul.defvjp(_matmul_fwd, _matmul_bwd, symbolic_zeros=True)
-
-
 def dense(
   layer: Params, name: str, x: jax.Array, heads: tuple[int, int] | None = None
 ) -> jax.Array:
@@ -121,11 +95,11 @@ def dense(
     y = quantize.matmul(x, w)
   else:
     chex.assert_rank([x, w], [3, 2])
-    y = matmul(x, w.astype(x.dtype))
+    y = products.matmul(x, w.astype(x.dtype))
   if name + '_lora_a' in layer:
     a, b = layer[name + '_lora_a'], layer[name + '_lora_b']
-    low = matmul(x, a.astype(x.dtype))
-    y = y + matmul(low, b.astype(x.dtype))
+    low = products.matmul(x, a.astype(x.dtype))
+    y = y + products.matmul(low, b.astype(x.dtype))
   return split_heads(y, heads)
 
 
@@ -146,29 +120,15 @@ def split_heads(x: jax.Array, heads: tuple[int, int] | None) -> jax.Array:
 def dense_of_heads(
   layer: Params, name: str, x: jax.Array, heads: tuple[int, int] | None = None
 ) -> jax.Array:
-  """`dense`, with heads as axes of the product: for arguments see there.
-
-  A TPU, whose arrays lie in tiles of two axes, would copy what is reshaped
-  after it: 7 of 127 ms of the 270M's step (docs/measurements.md).
-  """
+  """`dense` for a TPU: see `dense` for the arguments, products.of_heads why."""
   chex.assert_rank(x, {3, 4})
-  w = layer[name]
-  if isinstance(w, quantize.Quantized) or (x.ndim == 3 and not heads):
+  w, has_heads = layer[name], x.ndim == 4 or heads
+  if isinstance(w, quantize.Quantized) or not has_heads:
     return dense(layer, name, x, heads)
-  of_x, of_in, into = 'bli', 'i', x.shape[2:]
-  of_y, of_out, out = 'blo', 'o', (-1,)
-  if x.ndim == 4:
-    of_x, of_in, into = 'bhli', 'hi', (x.shape[1], x.shape[3])
-  if heads:
-    of_y, of_out, out = 'bnlo', 'no', heads
-  w = w.astype(x.dtype).reshape(*into, *out)
-  y = jnp.einsum(f'{of_x},{of_in}{of_out}->{of_y}', x, w)
+  y = products.of_heads(x, w, heads)
   if name + '_lora_a' in layer:
-    a = layer[name + '_lora_a'].astype(x.dtype)
-    b = layer[name + '_lora_b'].astype(x.dtype)
-    low = jnp.einsum(f'{of_x},{of_in}r->blr', x, a.reshape(*into, -1))
-    b = b.reshape(len(b), *out)
-    y = y + jnp.einsum(f'blr,r{of_out}->{of_y}', low, b)
+    low = products.of_heads(x, layer[name + '_lora_a'])
+    y = y + products.of_heads(low, layer[name + '_lora_b'], heads)
   return y
 
 
@@ -189,14 +149,14 @@ def block(
     layer: the parameters of this layer, without the leading axis N.
     x: [B, L, D].
     sin, cos: [B, L, A / 2] float32, of this layer's kind.
-    attend: (q [B, H, L, A], k, v [B, K, L, A]) -> ([B, H, L, A], extra); where
-      training masks, and decoding reads and writes its cache. Of a layer that
-      has no keys and values, (q).
-    layer_input: [B, L, E], its own, if cfg.layer_input_dim.
-    dense: another with its arguments and result, such as `dense_of_heads`.
+    attend: (q [B, H, L, A], k, v [B, K, L, A]) -> ([B, H, L, A], extra). In
+      training it masks, in decoding it reads and writes the cache. In layers
+      without keys and values of their own it gets q alone.
+    layer_input: [B, L, E], if cfg.layer_input_dim.
+    dense: `dense`, or what takes its place, such as `dense_of_heads`.
 
   Returns:
-    [B, L, D] and the `extra` of `attend`.
+    [B, L, D], and `extra`.
   """
   dims = cfg.dims()
   dims['BL'] = x.shape[:2]
@@ -206,19 +166,7 @@ def block(
     return rms_norm(x, layer[name], cfg.norm_offset)
 
   y = norm('attn_norm', x)
-  q = dense(layer, 'q', y, (dims.H, dims.A))
-  if cfg.qk_norm:
-    q = norm('q_norm', q)
-  qkv = [attention.apply_rope(q, sin, cos) * cfg.query_scale]
-  if not cfg.sharing_layers:
-    k = v = dense(layer, 'k', y, (dims.K, dims.A))
-    if not cfg.keys_are_values:
-      v = dense(layer, 'v', y, (dims.K, dims.A))
-    if cfg.qk_norm:
-      k = norm('k_norm', k)
-    if cfg.value_norm:
-      v = rms_norm(v, None, 0.0)
-    qkv += attention.apply_rope(k, sin, cos), v
+  qkv = _queries_keys_values(cfg, layer, y, sin, cos, dense)
   y, extra = attend(*qkv)
   y = dense(layer, 'o', y)
   if cfg.post_norms:
@@ -236,6 +184,25 @@ def block(
   if cfg.layer_scale:
     x = x * layer['scale'].astype(x.dtype)
   return x, extra
+
+
+def _queries_keys_values(cfg, layer, y, sin, cos, dense):
+  """Of [B, L, D]: q [B, H, L, A] and, where the layer has them, k, v."""
+  q = dense(layer, 'q', y, (cfg.num_heads, cfg.head_dim))
+  if cfg.qk_norm:
+    q = rms_norm(q, layer['q_norm'], cfg.norm_offset)
+  q = attention.apply_rope(q, sin, cos) * cfg.query_scale
+  if cfg.sharing_layers:
+    return (q,)
+  kv_heads = cfg.num_kv_heads, cfg.head_dim
+  k = v = dense(layer, 'k', y, kv_heads)
+  if not cfg.keys_are_values:
+    v = dense(layer, 'v', y, kv_heads)
+  if cfg.qk_norm:
+    k = rms_norm(k, layer['k_norm'], cfg.norm_offset)
+  if cfg.value_norm:
+    v = rms_norm(v, None, 0.0)
+  return q, attention.apply_rope(k, sin, cos), v
 
 
 def layer_inputs(
@@ -304,40 +271,25 @@ def forward(
   chex.assert_shape(x, dims['BLD'])
   x = sharding.constrain(x, mesh, _ACTIVATIONS)
   inputs = layer_inputs(cfg, params, tokens, x, mesh)
-  product = dense_of_heads if implementation == 'splash' else dense
-  shared = {}  # Kind of layer -> keys and values of the last that has any.
-  for group in cfg.groups():
-    kept = {}
-    if cfg.sharing_layers and not shared:
-      kept = {stack.cfg.attention: _no_kv(stack.cfg, x) for stack in group}
-    layers = []
-    for stack in group:
-      attend = fused.make_attend(stack.cfg, implementation, segment_ids, mesh)
-      rope = attention.rope_tables(stack.cfg, positions)
-      layer = _make_layer(stack.cfg, attend, rope, shared, mesh, product)
-      layers.append(REMAT[remat](layer))
-    x, shared = _scan(group, layers, params, (x, kept), inputs)
+
+  def make_layer(cfg, shared):
+    attend = fused.make_attend(cfg, implementation, segment_ids, mesh)
+    rope = attention.rope_tables(cfg, positions)
+    product = dense_of_heads if implementation == 'splash' else dense
+    layer = _make_layer(cfg, attend, rope, shared, mesh, product)
+    return REMAT[remat](layer)
+
+  x = stacks.scan(cfg, params, x, inputs, make_layer)
   return rms_norm(x, params['final_norm'], cfg.norm_offset)
 
 
-def _no_kv(cfg, x):
-  dims = cfg.dims()
-  dims['BL'] = x.shape[:2]
-  zeros = jnp.zeros(dims['BKLA'], x.dtype)
-  return zeros, zeros
-
-
 def _make_layer(cfg, attend, rope, shared, mesh, dense):
-  """A step of a scan over the layers of a stack.
-
-  It carries x and, by the kind of layer, the keys and values that later layers
-  share: none in most models.
-  """
+  """The step of a scan over the layers of a stack, see stacks.scan."""
 
   def layer(carry, per_layer):
     (x, kept), (params, kind, layer_input) = carry, per_layer
-    if len(cfg.attention) == 1:
-      kind = 'LG'.index(cfg.attention)  # Nothing is computed for the other.
+    if len(cfg.attention) == 1:  # A constant: the other kind's tables go.
+      kind = 'LG'.index(cfg.attention)
     sin, cos = (table[kind] for table in rope)
 
     def attend_to(q, *kv):
@@ -349,24 +301,3 @@ def _make_layer(cfg, attend, rope, shared, mesh, dense):
     return (sharding.constrain(x, mesh, _ACTIVATIONS), kept), None
 
   return layer
-
-
-def _scan(group, layers, params, carry, inputs):
-  """Through the layers of a group, whose stacks take turns."""
-
-  def of_layers(stack):
-    own = None if inputs is None else inputs[np.array(stack.layers)]
-    xs = params[stack.name], attention.layer_kinds(stack.cfg)[1], own
-    if stack.turn == 1:
-      return xs
-    return jax.tree.map(lambda x: x.reshape(-1, stack.turn, *x.shape[1:]), xs)
-
-  def period(carry, scanned):
-    for stack, layer, xs in zip(group, layers, scanned, strict=True):
-      if stack.turn > 1:
-        carry, _ = lax.scan(layer, carry, xs)
-      else:
-        carry, _ = layer(carry, xs)
-    return carry, None
-
-  return lax.scan(period, carry, [of_layers(stack) for stack in group])[0]

@@ -27,29 +27,21 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-  """A row of the table.
+  """A row of the table."""
 
-  Attributes:
-    path: where it lies in the tree, such as layers/q.
-    shape: its dimension letters, see mt/gemma/sizes.py; (HA) is one axis.
-    axes: the logical axis of each dimension, for mt/gemma/sharding.py.
-    gguf: its name in a GGUF file; of a layer's, what follows `blk.N.`. Norms
-      have ModelConfig.norm_offset added there.
-    hf: its name in a Hugging Face folder, without `model.` and `.weight`; of a
-      layer's, what follows `layers.N.`.
-    lora: whether it may have low-rank factors.
-    init: `normal`, with variance 1 / fan-in, `zeros` or `ones`.
-    published: whether checkpoints have it. What a fork has added begins with
-      its initial values where the checkpoint lacks it.
-  """
-
-  path: str
-  shape: str
-  axes: tuple[str, ...]
+  path: str  # In the tree, such as layers/q.
+  shape: str  # Its dimension letters, see mt/gemma/sizes.py; (HA) is one axis.
+  axes: tuple[str, ...]  # A name for each dimension, see gemma/sharding.py.
+  # Its name in a GGUF file; of a layer's, what follows `blk.N.`. Norms have
+  # ModelConfig.norm_offset added there.
   gguf: str
+  # Its name in a Hugging Face folder, without `model.` and `.weight`; of a
+  # layer's, what follows `layers.N.`.
   hf: str
-  lora: bool = False
-  init: str = 'normal'
+  lora: bool = False  # Whether it may have low-rank factors.
+  init: str = 'normal'  # With variance 1 / fan-in; or `zeros`, `ones`.
+  # Whether checkpoints have it. What a fork has added begins with its initial
+  # values where the checkpoint lacks it.
   published: bool = True
 
   @property

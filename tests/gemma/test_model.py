@@ -14,6 +14,7 @@ from mt.gemma import attention
 from mt.gemma import embedding
 from mt.gemma import model
 from mt.gemma import parameters
+from mt.gemma import products
 from tests.fixtures import gemma_oracle
 
 FAMILIES = gemma_oracle.FAMILIES
@@ -244,7 +245,7 @@ def test_gradients_of_a_product_are_autodiffs(argnums):
 
     return jax.value_and_grad(total, argnums)
 
-  got, want = run(model.matmul), run(jnp.matmul)
+  got, want = run(products.matmul), run(jnp.matmul)
   for a, b in zip(*map(jax.tree.leaves, (got(x, w), want(x, w))), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
   text = str(jax.make_jaxpr(got)(x, w))
