@@ -21,6 +21,7 @@ here says all that the file below it needs of it.
     gemma/stacks        one scan over the layers; Gemma 4's have several shapes
   gemma/model         the forward pass
     gemma/loss_chunk    a chunk of targets against the vocabulary
+    gemma/loss_loop     all chunks of targets, on each device of a mesh
   gemma/loss          cross-entropy: its definition, and the same in chunks
   gemma/lora          all weights, a part, or LoRA: what is trained
     train/state         what training changes, in one pytree

@@ -1,6 +1,18 @@
 """A chunk of targets against the vocabulary: the inner part of the loss.
 
-See mt/gemma/loss.py for what is computed and why in this way.
+What is computed stands in mt/gemma/loss.py. There are two ways:
+
+`in_tiles`, for a CPU, whose memory is slower still than its products. One pass
+over the vocabulary, a tile at a time so that its numbers stay in the cache,
+does an online softmax (arXiv 1805.02867) and forms the gradient of the hidden
+states with it, as attention does with its values (2112.05682, 2205.14135). A
+trained embedding needs each logit once more, for its own gradient: they are
+kept in the logits buffer [V, chunk] for a second pass. Of a single chunk that
+buffer may be the memory of the gradient itself ("in place"): each tile of
+logits is replaced by its gradient.
+
+`at_once`, for an accelerator: the vocabulary in one piece, and logits in the
+dtype of the activations.
 """
 
 import dataclasses
@@ -18,66 +30,62 @@ _LARGEST = 75.0  # A float32 holds the sum of 2^18 numbers of e^75.
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+  """See loss.target_nll."""
+
   cap: float | None
   smoothing: float
   chunk: int
   tile: int | None
   mesh: Mesh | None
-  rows: int  # B, what a mesh may split of the M places.
-  hidden_grad: bool = False
+  rows: int  # B: over so many a mesh may split the M places.
+  hidden_grad: bool = False  # Which gradients are wanted.
   embedding_grad: bool = False
 
 
 class VocabAxes(NamedTuple):
-  """Mesh axes as the loss sees them; all () on a single device.
+  """Exchange between the devices of a mesh, by its axes.
 
-  Attributes:
-    size: rows of the whole vocabulary, V.
-    vocab: over which the vocabulary is split.
-    rows: over which rows are split.
+  On a single device all axes are (), and what is given comes back.
   """
 
-  size: int
-  vocab: tuple[str, ...]
-  rows: tuple[str, ...]
+  size: int  # V, rows of the whole vocabulary.
+  vocab: tuple[str, ...]  # Over these the vocabulary is split.
+  rows: tuple[str, ...]  # Over these the rows of the batch are.
 
   @property
   def shared(self):
-    """Of both: a chunk holds the rows of all devices along them."""
+    """Over these both are: a chunk has the targets of all along them."""
     return tuple(a for a in self.vocab if a in self.rows)
 
-  @property
-  def copies(self):
-    """Of the vocabulary alone; the same rows on each."""
-    return tuple(a for a in self.vocab if a not in self.rows)
-
-  @property
-  def rows_only(self):
-    return tuple(a for a in self.rows if a not in self.vocab)
-
   def gather(self, x):
+    """The x of all devices along `shared`, one after the other."""
     return lax.all_gather(x, self.shared, tiled=True) if self.shared else x
 
-  def scatter_sum(self, x):
-    if self.shared:
-      x = lax.psum_scatter(x, self.shared, tiled=True)
-    return lax.psum(x, self.copies) if self.copies else x
-
   def own(self, x, size):
-    """This device's part of what `gather` made."""
+    """This device's part, of this size, of what `gather` made."""
     if not self.shared:
       return x
     at = lax.axis_index(self.shared) * size
     return lax.dynamic_slice_in_dim(x, at, size)
 
+  def scatter_sum(self, x):
+    """This device's part of the sum over all parts of the vocabulary."""
+    if self.shared:
+      x = lax.psum_scatter(x, self.shared, tiled=True)
+    others = tuple(a for a in self.vocab if a not in self.rows)
+    return lax.psum(x, others) if others else x
+
   def sum(self, x):
+    """Over all parts of the vocabulary."""
     return lax.psum(x, self.vocab) if self.vocab else x
 
   def max(self, x):
     return lax.pmax(x, self.vocab) if self.vocab else x
 
   def sum_rows(self, x):
-    return lax.psum(x, self.rows_only) if self.rows_only else x
+    """Over all rows, of what `gather` has not yet put together."""
+    others = tuple(a for a in self.rows if a not in self.vocab)
+    return lax.psum(x, others) if others else x
 
   def first_row(self, v):
     """The number of the first of the v rows of the vocabulary that are here."""
@@ -85,9 +93,9 @@ class VocabAxes(NamedTuple):
 
 
 class Chunk(NamedTuple):
-  """Targets that are taken at once; t of them, with those of `axes.shared`."""
+  """Targets that are taken at once: t of them, as `gather` brings them."""
 
-  at: jax.Array  # Their places among this device's M.
+  at: jax.Array  # Places of this device's own among its M.
   h: jax.Array  # [t, D]; 0 where the chunk is filled up.
   y: jax.Array  # [t]
   weights: jax.Array  # [t]; 0 where the chunk is filled up.
@@ -111,7 +119,7 @@ class Seen(NamedTuple):
 def _over_tiles(options, v, run, carry):
   """run(first row, number of rows, carry) for each tile of v rows.
 
-  All are equal, where that takes no more than twice as many; else but the last.
+  Equal ones, if less than twice as many do; else the last one is smaller.
   """
   least = -(-v // options.tile)
   number = next((n for n in range(least, 2 * least) if v % n == 0), least)
@@ -124,7 +132,7 @@ def _over_tiles(options, v, run, carry):
 
 
 def _slope(logits, cap):
-  """d logits / d what they were before the cap; [V, 1] ones without one."""
+  """The derivative of logits by what they were before the cap, or ones."""
   if cap is None:
     return jnp.ones_like(logits[:, :1])
   return 1.0 - jnp.square(logits / cap)
@@ -137,8 +145,8 @@ def _product(equation, a, b):
 def at_once(options, axes, embedding, chunk, d_embedding):
   """A chunk against all rows of the vocabulary that are here, in one piece.
 
-  Three large products, and as few passes over the logits between them as can
-  be: exponentials are of differences to the target's own logit, which is known
+  Three large products, and few passes over the logits between them:
+  exponentials are of differences to the target's own logit, which is known
   beforehand, so that no pass looks for the largest one. They end at e^_LARGEST:
   an nll of more nats is finite, but too small. Where gradients are wanted,
   logits and their gradients are kept in the dtype of the activations.

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from mt.gemma import loss
+from mt.gemma import loss_loop
 
 # 1009 is a prime: no product of the other dimensions makes it, so that a shape
 # with it in a traced program is one with the vocabulary in it.
@@ -183,7 +184,7 @@ def test_no_vocabulary_is_cut_into_crumbs():
   ],
 )
 def test_a_chunk_is_hardly_wider_than_its_targets(chunk, targets, taken):
-  widths = loss.chunk_widths(chunk, None)
+  widths = loss_loop.chunk_widths(chunk, None)
   chunks = -(-targets // chunk)
   each = min(w for w in widths if w >= targets / chunks)
   assert chunks * each == taken
@@ -197,7 +198,7 @@ def test_a_chunk_is_hardly_wider_than_its_targets(chunk, targets, taken):
   [(128, 128, [64, 80, 96, 128]), (100, 144, [80, 96, 144])],
 )
 def test_chunks_of_each_width_are_the_definition(d, chunk, widths):
-  assert loss.chunk_widths(chunk, None) == widths
+  assert loss_loop.chunk_widths(chunk, None) == widths
   args = _inputs(2, b=4, l=41, d=d)
   for count in (3, 64, 65, 96, 97, 129, 160):
     weights = _weights(count, count, b=4, l=41)
