@@ -31,6 +31,7 @@ here says all that the file below it needs of it.
     train/log           what is recorded of a step, and the progress bar
   train/loop          evaluate, save, next batch, step, log
   translate/decode    the model with a key/value cache
+    translate/next_token  the best of the logits, a random draw, no repetitions
   translate/search    greedy, sampled and beam search
 
 The rest, by room:

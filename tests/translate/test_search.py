@@ -16,6 +16,7 @@ import pytest
 
 from mt.translate import search as search_lib
 from mt.translate.search import Search
+from tests.translate.test_next_token import kept
 
 V = 5
 STOPS = np.array([1, 3], np.int32)
@@ -237,19 +238,6 @@ def _many(search, count=4000):
   return jax.device_get(state)
 
 
-def _kept(p, search):
-  """Probabilities of what is drawn, by sorting."""
-  p = p ** (1 / search.temperature)
-  p /= p.sum()
-  order = np.argsort(-p)
-  if search.top_k:
-    p[order[search.top_k :]] = 0
-    p /= p.sum()
-  before = np.cumsum(p[order]) - p[order]
-  p[order[before >= search.top_p]] = 0
-  return p / p.sum()
-
-
 @pytest.mark.parametrize(
   'search',
   [
@@ -262,35 +250,14 @@ def test_tokens_are_drawn_with_their_probabilities(search):
   state = _many(search)
   tokens = state.tokens[:, 0, 0]
   p = np.exp(_log_probs(1, []))
-  want = _kept(p.copy(), search)
+  flat = p ** (1 / search.temperature)
+  want = kept(flat / flat.sum(), search.top_k, search.top_p)
   got = np.bincount(tokens, minlength=V) / len(tokens)
   assert ((got > 0) == (want > 0)).all()
   # Four standard deviations.
   assert (np.abs(got - want) < 4 * np.sqrt(want / len(tokens)) + 1e-9).all()
   # The score is the model's own, whatever was drawn from.
   np.testing.assert_allclose(state.logp[:, 0], np.log(p)[tokens], rtol=1e-4)
-
-
-@pytest.mark.parametrize('v', (1, 7, 1009, 5120))
-def test_the_token_that_is_picked(v):
-  """As in float64, but for numbers next to where another token begins."""
-  rng = np.random.default_rng(v)
-  logits = rng.normal(size=(v, 500)).astype(np.float32) * 4
-  logits[rng.random((v, 500)) < 0.3] = -np.inf
-  logits[rng.integers(v), :] = 1
-  drawn = np.linspace(0, 1, 500, endpoint=False, dtype=np.float32)
-  drawn[-1] = np.nextafter(np.float32(1), np.float32(0))
-  got = jax.jit(search_lib.pick)(logits, drawn)
-  p = np.exp(logits.astype(np.float64))
-  upto = np.cumsum(p, 0) / p.sum(0)
-  columns = np.arange(500)
-  assert (p[got, columns] > 0).all()
-  near = 1e-5
-  assert (upto[got, columns] > drawn - near).all()
-  assert (
-    upto[got, columns] - (p / p.sum(0))[got, columns] < drawn + near
-  ).all()
-  assert (np.argmax(upto > drawn, 0) == got).mean() > 0.98
 
 
 def test_draws_depend_on_seed_number_and_place():
@@ -314,78 +281,6 @@ def test_each_step_draws_anew():
     state = step(search, state, logits, jnp.array([-1]))
   same = np.mean(state.tokens[:, 0, 0] == state.tokens[:, 0, 1])
   assert abs(same - 0.2) < 0.05
-
-
-@pytest.mark.parametrize('top_k, top_p', [(0, 0.9), (50, 1.0), (300, 0.31)])
-def test_keep_probable_against_sorting(top_k, top_p):
-  logits = np.random.default_rng(1).normal(scale=2.0, size=(3000, 4))
-  logits = logits.astype(np.float32)
-  search = Search(temperature=1.0, top_k=top_k, top_p=top_p)
-  got = np.isfinite(search_lib.keep_probable(search, logits))
-  for m in range(4):
-    p = np.exp(logits[:, m].astype(np.float64))
-    want = _kept(p, search) > 0
-    assert 1 < want.sum() < 3000
-    np.testing.assert_array_equal(got[:, m], want)
-
-
-def test_tokens_as_probable_as_the_last_stay():
-  logits = np.log(np.array([[0.4], [0.2], [0.2], [0.2]], np.float32))
-  for kwargs, kept in (
-    ({'top_k': 2}, [True] * 4),
-    ({'top_p': 0.5}, [True] * 4),
-    ({'top_p': 0.4}, [True, False, False, False]),
-    ({'top_k': 9}, [True] * 4),
-  ):
-    got = np.isfinite(search_lib.keep_probable(Search(**kwargs), logits))
-    assert got[:, 0].tolist() == kept, kwargs
-
-
-@pytest.mark.parametrize(
-  'v, k', [(1, 1), (7, 4), (1009, 4), (5120, 1), (5120, 4)]
-)
-def test_top_is_the_one_of_xla(v, k):
-  """Of rounded numbers, many of which are equal."""
-  logits = jax.random.normal(jax.random.key(v), (v, 6)) * 2
-  logits = jnp.round(logits).at[:, 3].set(0.0).at[:, 5].set(-jnp.inf)
-  values, tokens = jax.jit(search_lib.top, static_argnums=1)(logits, k)
-  want_values, want_tokens = jax.lax.top_k(logits.T, k)
-  np.testing.assert_array_equal(values, want_values.T)
-  np.testing.assert_array_equal(tokens, want_tokens.T)
-
-
-def _discouraged(search, made, history, logits):
-  """In plain Python: what may follow `history`."""
-  out, n = list(logits), search.no_repeat_ngram
-  seen = history[:made]
-  for t in set(seen):
-    p = search.repetition_penalty
-    out[t] = out[t] / p if out[t] > 0 else out[t] * p
-  for i in range(len(seen) - n + 1 if n else 0):
-    if seen[i : i + n - 1] == (seen[-(n - 1) :] if n > 1 else []):
-      out[seen[i + n - 1]] = -np.inf
-  return out
-
-
-@pytest.mark.parametrize(
-  'ngram, penalty', [(0, 1.7), (1, 1.0), (2, 1.0), (3, 1.3)]
-)
-def test_repetitions_are_discouraged(ngram, penalty):
-  search = Search(no_repeat_ngram=ngram, repetition_penalty=penalty, beam=2)
-  rng = np.random.default_rng(0)
-  b, w, t, v = 5, 2, 9, 6
-  made = np.array([0, 1, 4, 8, 9], np.int32)
-  tokens = rng.integers(0, 3, (b, w, t), dtype=np.int32)
-  zeros = np.zeros(b, np.int32)
-  state = search_lib.start(search, zeros, zeros, zeros + 1, zeros + t, t)
-  state = dataclasses.replace(state, made=made, tokens=tokens)
-  logits = rng.normal(size=(v, b * w)).astype(np.float32)
-  found = search_lib.discourage(search, state, jnp.asarray(logits))
-  for m in range(b * w):
-    row, place = divmod(m, w)
-    history = tokens[row, place].tolist()
-    want = _discouraged(search, made[row], history, logits[:, m])
-    np.testing.assert_allclose(found[:, m], want, rtol=1e-6)
 
 
 def test_no_token_comes_twice():
