@@ -7,6 +7,7 @@ from a pair to a gradient to a translation, take these twelve in turn; nothing
 in them needs a look ahead. An indented file may be left for later: its line
 here says all that the file below it needs of it.
 
+    data/chat           turns of a chat, for instruction-tuned models
   data/template       how a pair becomes tokens: prompt, target, what is learned
     data/packing        which pairs share a row
   data/batches        rows of tokens, in an order that one integer remembers

@@ -26,19 +26,16 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
-import re
 
 import chex
 import ml_collections
 import numpy as np
 
 from mt.base import errors
+from mt.data import chat
 from mt.data import lines
 from mt.data import tokenizer
-
-_EMPTY_THOUGHT = '<|channel>thought\n<channel|>'
 
 _TARGET = '\0'  # Stands for the target after its prefix; no text has it.
 
@@ -50,16 +47,6 @@ _ROWS = [
 ]
 LANGUAGES = {code: name for code, name, *_ in _ROWS}
 SCRIPTS = {code: found.split() for code, _, *rest in _ROWS for found in rest}
-
-_CHAT = (
-  '{{ bos_token }}{% for message in messages %}'
-  "{% if message['role'] == 'user' %}"
-  "{{ BEFORE + message['content'] + AFTER }}"
-  "{% elif message['role'] == 'assistant' %}"
-  "{{ MODEL + message['content'] + END }}"
-  "{% else %}{{ raise_exception('user or assistant expected') }}{% endif %}"
-  '{% endfor %}{% if add_generation_prompt %}{{ MODEL }}{% endif %}'
-)
 
 # Prompts that a model was trained with, by name: of TranslateGemma, in a chat
 # (arXiv 2601.09012; chat_template.jinja of google/translategemma-4b-it).
@@ -98,22 +85,27 @@ def from_config(config: ml_collections.ConfigDict) -> Template:
   t, pair = config.template, config.data.pair
   prompt = PROMPTS.get(t.prompt, t.prompt)
   for side, code in zip(('source', 'target'), pair.split('-'), strict=True):
-    knob = f'{side}_language'
-    name = t[knob] or LANGUAGES.get(base_language(code))
-    if f'{{{knob}}}' in prompt and not name:
-      raise errors.UserError(
-        f'template.prompt has {{{knob}}} in it, but the name of {code!r} (of '
-        f'data.pair={pair!r}) is not known; set template.{knob}.'
-      )
-    known = _TRANSLATEGEMMA.get(code.lower())
-    if t.prompt == 'translategemma' and known:
-      raise errors.UserError(
-        f'data.pair is {pair!r}, but TranslateGemma has no {code}; {known} '
-        'expected.'
-      )
-    prompt = prompt.replace(f'{{{knob}}}', name or '')
+    name = t[f'{side}_language'] or LANGUAGES.get(base_language(code), '')
+    _check_language(config, prompt, side, code, name)
+    prompt = prompt.replace(f'{{{side}_language}}', name)
     prompt = prompt.replace(f'{{{side}_code}}', code.replace('_', '-'))
   return Template(prompt, t.target_prefix, t.target_bos, t.chat)
+
+
+def _check_language(config, prompt, side, code, name):
+  """Refuses a language without a name, or that TranslateGemma does not know."""
+  field, pair = f'{side}_language', config.data.pair
+  if f'{{{field}}}' in prompt and not name:
+    raise errors.UserError(
+      f'template.prompt has {{{field}}} in it, but the name of {code!r} (of '
+      f'data.pair={pair!r}) is not known; set template.{field}.'
+    )
+  known = _TRANSLATEGEMMA.get(code.lower())
+  if config.template.prompt == 'translategemma' and known:
+    raise errors.UserError(
+      f'data.pair is {pair!r}, but TranslateGemma has no {code}; {known} '
+      'expected.'
+    )
 
 
 def prompt_text(template: Template, tok: tokenizer.Tokenizer) -> str:
@@ -122,22 +114,7 @@ def prompt_text(template: Template, tok: tokenizer.Tokenizer) -> str:
   Raises:
     errors.UserError: a chat template, but the tokenizer knows no turns.
   """
-  if not template.chat:
-    return template.prompt
-  start, end, thought = _turns(tok)
-  return f'{start}user\n{template.prompt}{end}\n{start}model\n{thought}'
-
-
-def _turns(tok) -> tuple[str, str, str]:
-  """What a turn begins and ends with in a chat; what precedes an answer."""
-  # Of Gemma 1 to 3, and of Gemma 4.
-  for turns in (tokenizer.TURNS[:2], tokenizer.TURNS[2:]):
-    if set(turns) <= tok.controls.keys():
-      return *turns, _EMPTY_THOUGHT if tok.empty_thought else ''
-  raise errors.UserError(
-    'template.chat needs a tokenizer with the pieces <start_of_turn> and '
-    "<end_of_turn>; take Gemma's own, or set template.chat=False."
-  )
+  return chat.wrap(template.prompt, tok) if template.chat else template.prompt
 
 
 def prompt_ids(
@@ -146,30 +123,6 @@ def prompt_ids(
   """What precedes the target, in training and in translation alike."""
   (ids,) = _fill_in(prompt_text(template, tok), '{source}', [source], tok)
   return [tok.bos_id, *ids]
-
-
-def chat_template(template: Template, tok: tokenizer.Tokenizer) -> str:
-  """The chat template, in Jinja, that renders what prompt_ids encodes.
-
-  A user's message is the text to be translated alone: the template puts the
-  prompt around it. '' where the model has learned no turns.
-  """
-  if not template.chat:
-    return ''
-  start, end, thought = _turns(tok)
-  before, after = template.prompt.split('{source}')
-  texts = {
-    'BEFORE': f'{start}user\n{before}',
-    'AFTER': f'{after}{end}\n',
-    'MODEL': f'{start}model\n{thought}',
-    'END': f'{end}\n',
-  }
-  # Jinja reads a JSON string as it was meant.
-  return re.sub(
-    '|'.join(texts),
-    lambda match: json.dumps(texts[match[0]], ensure_ascii=False),
-    _CHAT,
-  )
 
 
 def _fill_in(pattern, field, texts, tok) -> list[list[int]]:
@@ -196,7 +149,7 @@ def end_id(tok: tokenizer.Tokenizer, template: Template) -> int:
   Raises:
     errors.UserError: see prompt_text.
   """
-  return tok.controls[_turns(tok)[1]] if template.chat else tok.eos_id
+  return tok.controls[chat.turns(tok)[1]] if template.chat else tok.eos_id
 
 
 @dataclasses.dataclass(frozen=True)

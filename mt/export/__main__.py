@@ -29,6 +29,7 @@ from mt.base import errors
 from mt.base import files
 from mt.base import journal
 from mt.base import run_folder
+from mt.data import chat
 from mt.data import directions
 from mt.data import template as template_lib
 from mt.data import tokenizer
@@ -99,7 +100,8 @@ def write(
   cfg, tok, config = about.cfg, about.tok, about.config
   if config is not None:  # Of a run; '' without turns.
     template = template_lib.from_config(config)
-    chat_template = template_lib.chat_template(template, tok)
+    prompt = template.prompt
+    chat_template = chat.jinja(prompt, tok) if template.chat else ''
   serving = generation(config, cfg, tok), chat_template
   with files.new_folder(out) as part:
     if about.to == 'hf':

@@ -9,6 +9,7 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from configs import default
 from mt.data import batches
+from mt.data import chat
 from mt.data import lines
 from mt.data import template as template_lib
 from mt.data import tokenizer
@@ -241,7 +242,7 @@ def test_large_gemmas_4_answer_after_an_empty_thought(thought):
   # None of it is learned; without chat there is none.
   examples = template_lib.encode([_pair('Hi!')], tok, CHAT)
   assert examples.target_starts[0] == len(ids)
-  assert thought in template_lib.chat_template(CHAT, tok).replace('\\n', '\n')
+  assert thought in chat.jinja(CHAT.prompt, tok).replace('\\n', '\n')
   assert template_lib.prompt_text(PLAIN, tok) == PLAIN.prompt
 
 
