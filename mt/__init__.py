@@ -10,6 +10,7 @@ here says all that the file below it needs of it.
     data/chat           turns of a chat, for instruction-tuned models
   data/template       how a pair becomes tokens: prompt, target, what is learned
     data/packing        which pairs share a row
+    data/epochs         which examples stand in which row, epoch after epoch
   data/batches        rows of tokens, in an order that one integer remembers
   gemma/sizes         the published Gemmas as data; the letters of all shapes
   gemma/parameters    the table: one row says all there is to know of a weight

@@ -166,7 +166,7 @@ def show(config: ml_collections.ConfigDict, png: str = '') -> str:
 def _epoch(source, share, train) -> str:
   used = count = 0
   for number in range(len(source.store)):
-    examples, rows = source.block_of_epoch(number)
+    examples, rows = source.block(number)
     used += int(examples.sizes[examples.sizes <= source.length].sum())
     count += len(rows)
   padding = 1 - used / max(1, count * source.length)

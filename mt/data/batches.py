@@ -9,23 +9,19 @@ A row of `length` tokens holds several examples, told apart by segment_ids
   target_mask      0   0 1   1     0   1   1   0
 
 Masks come from lengths, never from token values: Gemma's pad id is an ordinary
-0. What an example is, see mt/data/template.py.
+0. What an example is, see mt/data/template.py; which ones share a row,
+mt/data/epochs.py.
 """
 
-import bisect
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
-from typing import Self
 
 import grain
 import numpy as np
 
-from mt.base import errors
-from mt.data import bitext
-from mt.data import noising
+from mt.data import epochs
 from mt.data import packing as packing_lib
-from mt.data import store as store_lib
 from mt.data import template
 
 # tokens, positions, segment_ids and target_mask: [L] of a row, [B, L] of more.
@@ -75,130 +71,6 @@ def eval_batches(
     yield _stack(rows[at : at + batch_size])
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-  """Training rows of one text by number, epoch after epoch.
-
-  Row numbers run through the epochs; each epoch has every example once, in an
-  order and a packing drawn from (seed, epoch). So a position in the data is one
-  integer, and needs no history. Large texts are shuffled in two steps: the
-  blocks of their store, then the examples of each block. Blocks are counted
-  through the epochs, too: with 3 blocks, number 4 is the second of epoch 1.
-
-  Shard (i, n) has the blocks i, i + n, i + 2n, … alone, and epochs of its own.
-  """
-
-  store: store_lib.Store
-  length: int
-  seed: int
-  packing: bool = True  # Several examples in a row.
-  group: int = 1  # Without packing empty rows fill up a block to a multiple.
-  shard: tuple[int, int] = (0, 1)
-  # Found so far: the first row of each block, and the last two blocks.
-  _first_rows: list = dataclasses.field(default_factory=lambda: [0], init=False)
-  _blocks: dict = dataclasses.field(default_factory=dict, init=False)
-
-  def copy(self, shard: tuple[int, int]) -> Self:
-    """The same with a memory of its own; packed blocks of a shard are kept."""
-    out = dataclasses.replace(self, shard=shard)
-    if shard == self.shard:
-      out._blocks.update(self._blocks)
-    return out
-
-  def __getitem__(self, index: int) -> Batch:
-    """Row `index`: every array [length]."""
-    number, at = self._find(index)
-    examples, rows = self.block_of_epoch(number)
-    return build_row(examples, rows[at], self.length)
-
-  def pair_ids(self, index: int) -> list[str]:
-    """Of the pairs in a row, as the text has them."""
-    number, at = self._find(index)
-    items = self.block_of_epoch(number)[1][at]
-    return [p.id for p in self.store.pairs(self._stored(number), items)]
-
-  def _find(self, index):
-    """The number of the block that a row is in, and its place there."""
-    firsts, noise = self._first_rows, self.store.noise
-    several = len(self.store) > 1 or noise > 0  # Blocks to be made.
-    what = 'first rows', self.seed, self.length, self.packing, self.group
-    if noise:
-      what += noise, noising.VERSION, self.store.bitext.pair
-    if self.shard[1] > 1:
-      what += self.shard
-    if several and len(firsts) == 1:  # Else a resume would pack all blocks.
-      firsts[:] = self.store.recall(what) or firsts
-    while firsts[-1] <= index:
-      number = len(firsts) - 1
-      firsts.append(firsts[-1] + len(self.block_of_epoch(number)[1]))
-      if number + 1 >= len(self._own) and firsts[-1] == 0:
-        raise self._no_row()
-      if several:
-        self.store.keep(what, firsts)
-    number = bisect.bisect_right(firsts, index) - 1
-    return number, index - firsts[number]
-
-  def _no_row(self):
-    text, (at, shards) = self.store.bitext, self.shard
-    where = text.where
-    if shards > 1:
-      where += f', part {at + 1} of data.shards={shards}'
-    sizes = np.concatenate([self.store.block(i).sizes for i in self._own])
-    if not len(sizes):
-      return bitext.no_pair(where, self.store.unusable(self._own), text.unit)
-    return no_pair_fits(where, self.length, sizes)
-
-  @property
-  def _own(self):
-    """The blocks of the store that this shard has."""
-    return range(self.shard[0], len(self.store), self.shard[1])
-
-  def _stored(self, number: int) -> int:
-    """Which block of the store it is."""
-    epoch, position = divmod(number, len(self._own))
-    rng = np.random.default_rng([self.seed, epoch])
-    return self._own[rng.permutation(len(self._own))[position]]
-
-  def block_of_epoch(
-    self, number: int
-  ) -> tuple[template.Examples, list[list[int]]]:
-    """The examples of a block, and which of them stand in each of its rows."""
-    if number not in self._blocks:
-      for old in sorted(self._blocks)[:-1]:
-        del self._blocks[old]
-      block, epoch = self._stored(number), number // len(self._own)
-      examples = self.store.block(block, epoch)
-      rng = np.random.default_rng([self.seed, epoch, block])
-      order = rng.permutation(np.flatnonzero(examples.sizes <= self.length))
-      self._blocks[number] = examples, self._pack(rng, order, examples.sizes)
-      if len(self.store) > 1 or self.store.noise:
-        following = (number + 1) // len(self._own)
-        self.store.make_ahead(self._stored(number + 1), following)
-    return self._blocks[number]
-
-  def _pack(self, rng, order, sizes):
-    """Examples in rows, shuffled: the last ones of best fit have gaps."""
-    if self.packing:
-      rows = packing_lib.best_fit(sizes[order], self.length)
-      items = order.tolist()
-      shuffled = rng.permutation(len(rows)).tolist()
-      return [[items[i] for i in rows[row]] for row in shuffled]
-    rows = [[i] for i in order.tolist()]
-    rows += [[]] * (-len(rows) % self.group)
-    groups = rng.permutation(len(rows) // self.group) * self.group
-    return [row for at in groups for row in rows[at : at + self.group]]
-
-
-def no_pair_fits(
-  where: str, length: int, sizes: np.ndarray
-) -> errors.UserError:
-  """The error for a text that has nothing for rows of this length."""
-  return errors.UserError(
-    f'{where}: none of its pairs fits into data.length={length} tokens (the '
-    f'shortest needs {sizes.min()}); raise data.length.'
-  )
-
-
 @dataclasses.dataclass
 class TrainBatches:
   """Iterator over batches [B, L] of rows of several sources, with a position.
@@ -207,15 +79,15 @@ class TrainBatches:
   and each process its part of them. So the position is the number of batches
   taken, whatever the number of processes. A thread of Grain's reads ahead.
 
-  With several shards each has its part of a batch's rows, the first one the
-  first rows, and is a mixture of the sources' blocks that it has.
+  Shards divide the text: each makes its part of a batch's rows, shard 0 the
+  first ones, as a mixture of its own blocks of each source.
   """
 
-  sources: Sequence[Rows]
+  sources: Sequence[epochs.Epochs]
   mixture: Sequence[float]  # The share of each; they need not sum to 1.
   batch_size: int  # Rows of all processes together.
   num_batches: int
-  own: Sequence[int] | None = None  # Rows of a batch that are read here: all.
+  own: Sequence[int] | None = None  # Rows of a batch read here; None for all.
   shards: int = 1  # Divides batch_size.
   _taken: int = dataclasses.field(default=0, init=False)
   _ahead: Iterator[Batch] | None = dataclasses.field(default=None, init=False)
@@ -237,7 +109,12 @@ class TrainBatches:
     own = range(self.batch_size) if self.own is None else self.own
 
     def batch(number):
-      return _stack([source[row] for source, row in places(number, own)])
+      return _stack(
+        [
+          build_row(*source.row(index), source.length)
+          for source, index in places(number, own)
+        ]
+      )
 
     numbers = grain.MapDataset.range(first, self.num_batches)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -255,9 +132,9 @@ class TrainBatches:
       parts = [numbers.map(lambda row, s=s: (s, row)) for s in sources]
       return grain.MapDataset.mix(parts, self.mixture)
 
-    of = [mixed(shard) for shard in range(self.shards)]
+    of_shard = [mixed(shard) for shard in range(self.shards)]
     return lambda batch, rows: [
-      of[int(i) // size][batch * size + int(i) % size] for i in rows
+      of_shard[int(i) // size][batch * size + int(i) % size] for i in rows
     ]
 
   def pair_ids(self, number: int) -> list[str]:

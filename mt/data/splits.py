@@ -12,6 +12,7 @@ from mt.base import journal
 from mt.data import batches
 from mt.data import bitext
 from mt.data import directions
+from mt.data import epochs
 from mt.data import faults
 from mt.data import lines
 from mt.data import store
@@ -58,7 +59,7 @@ def read(
   shard = 0 if own is None else int(own[0]) * shards // size
   sources = [dataclasses.replace(s, shard=(shard, shards)) for s in sources]
   for source in sources:
-    source[0]  # Refuses a text without a row.
+    source.row(0)  # Refuses a text without a row.
     name = directions.name(pair, 'train', source.store.bitext.pair)
     journal.say(f'{name}: {describe(source)}')
   train = batches.TrainBatches(sources, mixture, size, steps, own, shards)
@@ -133,10 +134,10 @@ def training_rows(
   config: ml_collections.ConfigDict,
   tok: tokenizer.Tokenizer,
   texts: Sequence[bitext.Bitext],
-) -> tuple[list[batches.Rows], list[float]]:
+) -> tuple[list[epochs.Epochs], list[float]]:
   """The rows of each training text, and its share of all rows."""
   rows = [
-    batches.Rows(
+    epochs.Epochs(
       store.open_store(
         *(text, tok, _template(config, text.pair)),
         noise=config.data.noise,
@@ -160,9 +161,9 @@ def _template(config, direction):
   return template_lib.from_config(directions.only(config, direction))
 
 
-def describe(source: batches.Rows) -> str:
+def describe(source: epochs.Epochs) -> str:
   """What a source's first epoch is like, or the first block of it."""
-  (examples, rows), blocks = source.block_of_epoch(0), len(source.store)
+  (examples, rows), blocks = source.block(0), len(source.store)
   fits = examples.sizes <= source.length
   tokens = int(examples.sizes[fits].sum())
   targets = tokens - int(examples.target_starts[fits].sum())
@@ -228,6 +229,6 @@ def _loss_batches(
   if not len(examples):
     raise bitext.no_pair(where, {})
   if dropped == len(examples):
-    raise batches.no_pair_fits(where, length, examples.sizes)
+    raise epochs.no_pair_fits(where, length, examples.sizes)
   made = batches.eval_batches(examples, length, size, config.data.packing)
   return list(made)[: config.eval.loss_batches or None], dropped

@@ -25,6 +25,7 @@ from configs import gemma3_270m
 from mt.data import batches
 from mt.data import bitext
 from mt.data import corpus
+from mt.data import epochs
 from mt.data import splits
 from mt.data import store
 from mt.data import template
@@ -51,7 +52,7 @@ def start(path, model):
   text = bitext.open_bitext([path], 'en-fr', max_bad_fraction=0.01)
   opened = time.perf_counter()
   prompt = template.Template('English: {source}\nFrench:', ' ')
-  rows = batches.Rows(store.open_store(text, tok, prompt), 256, 0)
+  rows = epochs.Epochs(store.open_store(text, tok, prompt), 256, 0)
   with contextlib.closing(batches.TrainBatches([rows], [1], 8, 100)) as train:
     next(train)
   most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -83,10 +84,11 @@ def main(source='sample', model=''):
       os.environ['XDG_CACHE_HOME'] = folder  # A store of its own, empty.
       start = time.perf_counter()
       (rows,), _ = splits.training_rows(config, tok, [text])
-      _, plan = rows.block_of_epoch(0)
-      tokens = sum(
-        int((rows[i]['segment_ids'] > 0).sum()) for i in range(len(plan))
+      _, plan = rows.block(0)
+      made = (
+        batches.build_row(*rows.row(i), rows.length) for i in range(len(plan))
       )
+      tokens = sum(int((row['segment_ids'] > 0).sum()) for row in made)
       rates.append(tokens / (time.perf_counter() - start))
   print(
     f'tokenised, packed, built: {np.median(rates):,.0f} tokens/s '

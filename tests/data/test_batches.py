@@ -12,6 +12,7 @@ import pytest
 
 from mt.data import batches
 from mt.data import bitext
+from mt.data import epochs
 from mt.data import store
 from mt.data import template
 from tests.fixtures import numbered_rows
@@ -82,7 +83,10 @@ def test_a_row_is_decided_by_seed_and_number(kind):
   sizes = options.get('sizes', numbered_rows.SIZES)
 
   def found(rows, numbers):
-    return [numbered_rows.recover(sizes, rows[i]) for i in numbers]
+    return [
+      numbered_rows.recover(sizes, numbered_rows.make_row(rows, i))
+      for i in numbers
+    ]
 
   forward = found(numbered_rows.make_rows(**options), range(120))
   other = numbered_rows.make_rows(**options)
@@ -129,17 +133,17 @@ def test_no_pair_fits(blocks, tmp_path, monkeypatch):
   made = store.open_store(text, numbered_rows.sample_tokenizer(), PLAIN)
   assert len(made) == blocks
   shortest = min(int(made.block(i).sizes.min()) for i in range(blocks))
-  rows = batches.Rows(made, shortest - 1, 0)
+  rows = epochs.Epochs(made, shortest - 1, 0)
   for index in (0, 1):  # A thread that reads ahead asks again.
     refusal(
-      lambda i=index: rows[i],
+      lambda i=index: rows.row(i),
       path,
       'none of its pairs fits',
       f'data.length={shortest - 1} ',
       f'the shortest needs {shortest})',
     )
   # The advice works.
-  assert batches.Rows(made, shortest, 0)[0]['segment_ids'].any()
+  assert epochs.Epochs(made, shortest, 0).row(0)[1]
 
 
 # Batches and the position.
@@ -277,7 +281,7 @@ def test_blocks_that_are_packed_already_change_no_batch(shards):
     rows = numbered_rows.make_rows(bounds=bounds, group=2)
     rows = dataclasses.replace(rows, shard=(0, shards))
     if ask:  # As a run does, to describe its text.
-      rows.block_of_epoch(0)
+      rows.block(0)
     return list(batches.TrainBatches([rows], [1], 4, STEPS, shards=shards))
 
   numbered_rows.all_equal(make(ask=True), make(ask=False))
@@ -333,7 +337,7 @@ def test_an_error_while_reading_ahead_is_raised(tmp_path):
   text = bitext.open_bitext([path], 'en-fr')
   made = store.open_store(text, numbered_rows.sample_tokenizer(), PLAIN)
   path.unlink()
-  iterator = batches.TrainBatches([batches.Rows(made, 64, 0)], [1], 4, 9)
+  iterator = batches.TrainBatches([epochs.Epochs(made, 64, 0)], [1], 4, 9)
   refusal(lambda: next(iterator), path, 'changed or gone')
 
 
@@ -345,7 +349,7 @@ def _tagged(count, tag):
   tokens = np.array([[tag, 1 + i] for i in range(count)], np.int32)
   ones = np.ones(count, np.int32)
   examples = template.Examples(tokens.reshape(-1), 2 * ones, ones)
-  return batches.Rows(numbered_rows.Store((examples,)), 2, tag)
+  return epochs.Epochs(numbered_rows.Store((examples,)), 2, tag)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +381,8 @@ def test_a_mixture_has_the_rows_of_its_sources_in_their_order():
     for i in range(4):
       row = {k: v[i] for k, v in batch.items()}
       source = row['tokens'][0] // 100_000
-      numbered_rows.equal(row, sources[source][at[source]])
+      want = numbered_rows.make_row(sources[source], at[source])
+      numbered_rows.equal(row, want)
       at[source] += 1
   assert sum(at) == 4 * STEPS and min(at) > 0
 

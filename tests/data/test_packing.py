@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from mt.data import batches
 from mt.data import bitext
 from mt.data import corpus
+from mt.data import epochs
 from mt.data import packing
 from mt.data import store
 from mt.data import template as template_lib
@@ -59,7 +59,7 @@ def test_little_of_a_packed_row_is_padding(name):
   text = bitext.open_bitext([path], 'en-fr', max_bad_fraction=0.01)
   plain = template_lib.Template('English: {source}\nFrench:', ' ')
   made = store.open_store(text, numbered_rows.gemma('gemma3'), plain)
-  examples, rows = batches.Rows(made, 256, seed=0).block_of_epoch(0)
+  examples, rows = epochs.Epochs(made, 256, seed=0).block(0)
   fits = examples.sizes <= 256
   assert fits.mean() > 0.99
   padding = 1 - examples.sizes[fits].sum() / (256 * len(rows))

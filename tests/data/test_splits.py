@@ -191,7 +191,7 @@ def test_what_became_of_the_pairs_is_said(config, capsys, tmp_path):
   tok = numbered_rows.sample_tokenizer()
   texts = corpus.read_splits(config.data, ['train'])['train']
   (source,), _ = splits.training_rows(config, tok, texts)
-  examples, plan = source.block_of_epoch(0)
+  examples, plan = source.block(0)
   # By hand, from the examples themselves.
   kept = [i for i in range(38) if examples.sizes[i] <= 48]
   tokens = sum(int(examples.sizes[i]) for i in kept)

@@ -16,6 +16,7 @@ from mt.base import errors
 from mt.base import processes
 from mt.data import batches
 from mt.data import bitext
+from mt.data import epochs
 from mt.data import faults
 from mt.data import lines
 from mt.data import store
@@ -178,12 +179,11 @@ def test_a_block_may_be_empty(tmp_path):
   made = store.open_store(text, tok, PLAIN, shards=8)
   sizes = [len(made.block(i)) for i in range(8)]
   assert 0 in sizes and sum(sizes) == 8
-  rows = batches.Rows(made, 64, 0)
-  last = rows[len([n for n in sizes if n]) - 1]
-  assert last['segment_ids'].any()
+  rows = epochs.Epochs(made, 64, 0)
+  assert rows.row(len([n for n in sizes if n]) - 1)[1]
   empty = sizes.index(0)
   refusal(
-    lambda: batches.Rows(made, 64, 0, shard=(empty, 8))[0],
+    lambda: epochs.Epochs(made, 64, 0, shard=(empty, 8)).row(0),
     path,
     f'part {empty + 1} of data.shards=8: no pair in it (2 copies',
     'data.filter',
@@ -197,25 +197,25 @@ def test_the_next_block_is_made_ahead_and_rows_are_kept(
   """In each process: a shard's rows are asked for by one of them alone."""
   monkeypatch.setattr(processes, 'is_first', lambda: first)
   opened = _open(_text(tmp_path))
-  rows = batches.Rows(opened, 200, 0)
-  rows[0]
+  rows = epochs.Epochs(opened, 200, 0)
+  rows.row(0)
   deadline = time.monotonic() + 20
   while len(_files(opened)) < 2 and time.monotonic() < deadline:
     time.sleep(0.01)
   assert len(_files(opened)) == 2
-  last = sum(len(rows.block_of_epoch(n)[1]) for n in range(9)) - 1
-  want = rows[last]
+  last = sum(len(rows.block(n)[1]) for n in range(9)) - 1
+  want = numbered_rows.make_row(rows, last)
   # A later start packs only the block that it needs.
-  again, packed = batches.Rows(opened, 200, 0), []
-  pack = batches.Rows._pack
+  again, packed = epochs.Epochs(opened, 200, 0), []
+  pack = epochs.Epochs._pack
   monkeypatch.setattr(
-    batches.Rows, '_pack', lambda *args: packed.append(1) or pack(*args)
+    epochs.Epochs, '_pack', lambda *args: packed.append(1) or pack(*args)
   )
-  numbered_rows.equal(again[last], want)
+  numbered_rows.equal(numbered_rows.make_row(again, last), want)
   assert len(packed) == 1
   # Rows of another length are others.
-  other = batches.Rows(opened, 60, 0)
-  assert other[last]['tokens'].shape == (60,)
+  other = epochs.Epochs(opened, 60, 0)
+  other.row(last)
   assert other._first_rows[:5] != again._first_rows[:5]
 
 
@@ -246,7 +246,7 @@ def test_a_block_is_made_noisy_once_an_epoch(tmp_path, monkeypatch, shards):
   monkeypatch.setattr(store.Store, '_noised', noised)
   text = _text(tmp_path, 16 * BLOCK)
   opened = store.open_store(text, tok, PLAIN, noise=0.3, shards=shards)
-  rows = batches.Rows(opened, 200, 0, shard=(0, shards))
+  rows = epochs.Epochs(opened, 200, 0, shard=(0, shards))
   iterator = batches.TrainBatches([rows], [1], 4, 16, shards=shards)
   assert len([*iterator]) == 16
   iterator.close()

@@ -6,6 +6,7 @@ import pytest
 
 from mt.data import batches
 from mt.data import bitext
+from mt.data import epochs
 from mt.data import lines
 from mt.data import store
 from mt.data import template as template_lib
@@ -124,7 +125,7 @@ def test_the_batches_of_the_tutorial(tmp_path):
   )
   text = bitext.open_bitext([path], 'en-fr')
   made = store.open_store(text, tok, TUTORIAL)
-  rows = batches.Rows(made, 20, 0, packing=False, group=3)
+  rows = epochs.Epochs(made, 20, 0, packing=False, group=3)
   got = list(batches.TrainBatches([rows], [6], 3, 2))
   assert [b['tokens'].shape for b in got] == [(3, 20)] * 2
   found = [
