@@ -47,7 +47,7 @@ def partition(
   *,
   rank: int,
   key: chex.PRNGKey,
-  on: str = '.*',
+  matrices: str = '.*',
 ) -> tuple[Flat, Flat]:
   """Parts the parameters into (trained, frozen).
 
@@ -59,18 +59,18 @@ def partition(
       regular expression for the whole path of what is trained.
     rank: R.
     key: for the random factors A, normal with variance 1 / fan-in.
-    on: a regular expression for the whole name of the matrices that get
+    matrices: a regular expression for the whole name of those that get
       factors, among `targets`.
 
   Raises:
-    errors.UserError: parts or `on` is no pattern, or fits nothing.
+    errors.UserError: parts or matrices is no pattern, or fits nothing.
   """
   flat = parameters.flatten(params)
   if parts != 'lora':
     chosen = trained_paths(cfg, parts)
     trained = {k: v for k, v in flat.items() if k in chosen}
     return trained, {k: v for k, v in flat.items() if k not in chosen}
-  chosen = _fitting('train.lora_targets', on, targets(cfg))
+  chosen = _fitting('train.lora_targets', matrices, targets(cfg))
   rows = [p for p in parameters.table(cfg) if p.lora]
   shapes, factors = parameters.shapes(cfg), {}
   for k, row in zip(jax.random.split(key, len(rows)), rows, strict=True):
@@ -83,6 +83,7 @@ def partition(
 
 
 def _fitting(knob, pattern, names, *shorthands):
+  """Those of the names that the pattern fits."""
   try:
     chosen = {n for n in names if re.fullmatch(pattern, n)}
   except re.error as e:
@@ -101,7 +102,7 @@ def _fitting(knob, pattern, names, *shorthands):
 def merge(
   trained: Flat, frozen: Flat, *, lora_scale: float
 ) -> parameters.Params:
-  """The model's parameters again; LoRA's alpha / rank goes into B."""
+  """The model's parameters out of the two; B is multiplied by lora_scale."""
   flat = frozen | trained
   for name in trained:
     if name.endswith('_lora_b'):

@@ -1,10 +1,9 @@
 """The training state: one immutable pytree of all that training changes.
 
-What is trained, its gradients, the optimizer and EMA are float32, always: in
-bfloat16 a weight of 1.0 does not move under steps of 1e-3. What is left to
-choose is the format of activations (train.dtype) and of frozen weights
-(train.frozen_dtype). float16 is none of the choices: Gemma's activations go
-beyond its largest number, 65,504.
+What is trained, its gradients, the optimizer and EMA are always float32: in
+bfloat16 a weight of 1.0 does not move under steps of 1e-3. A config chooses the
+format of activations (train.dtype) and of frozen weights (train.frozen_dtype).
+float16 is no choice: Gemma's activations exceed its largest number, 65,504.
 """
 
 import dataclasses
@@ -34,8 +33,7 @@ class TrainState:
   Attributes:
     step: int32 scalar, steps done, the skipped ones included.
     skipped: int32 scalar, steps skipped for numbers that are not finite.
-    skipped_in_a_row: int32 scalar, those up to the last step; 0 after a good
-      one.
+    skipped_in_a_row: int32 scalar, those since the last good step.
     trained: float32 parameters by path, see mt/gemma/lora.py.
     frozen: the other parameters by path.
     opt_state: of the optimizer, for `trained` alone.
@@ -52,7 +50,7 @@ class TrainState:
 
   @property
   def at(self) -> int:
-    """Steps done, asked of the device."""
+    """Steps done, as a number of the host."""
     return int(jax.device_get(self.step))
 
   @property
@@ -96,7 +94,7 @@ def init_state(
   state = TrainState(trained=trained, frozen=frozen, **rest(trained))
   if mesh is not None:
     return state
-  # Bound to its device as a restored state is, whose programs are then these.
+  # As a restored state is bound to its device: so its programs are the same.
   return jax.device_put(state, jax.local_devices()[0])
 
 
@@ -105,9 +103,10 @@ def keeping(
   train: ml_collections.ConfigDict,
   mesh: Mesh | None = None,
 ) -> kept.Keep:
-  """How a run keeps the pretrained parameters.
+  """In which format, and where, a run keeps each pretrained parameter.
 
-  Of int8 and int4 are the frozen matrices of the layers, bfloat16 the rest.
+  With train.frozen_dtype int8 or int4 the frozen matrices of the layers are
+  that, and what else is frozen is bfloat16. What is trained is float32.
 
   Raises:
     errors.UserError: there is no such matrix, or see lora.trained_paths.
@@ -133,9 +132,9 @@ def split_params(
   key: chex.PRNGKey,
   mesh: Mesh | None = None,
 ) -> tuple[lora.Flat, lora.Flat]:
-  """The parameters as (trained, frozen), each where and as it is kept.
+  """The parameters as (trained, frozen), in their formats and places.
 
-  `params` may be so already (see `keeping`), or float32 and whole.
+  They may have these already (see `keeping`), or be float32 and on one device.
 
   Raises:
     errors.UserError: see `keeping` and lora.partition.
@@ -146,7 +145,7 @@ def split_params(
     params,
     train.parts,
     rank=train.lora_rank,
-    on=train.lora_targets,
+    matrices=train.lora_targets,
     key=key,
   )
 
@@ -181,6 +180,6 @@ def model_params(
 
 @jax.jit
 def all_finite(state: TrainState) -> jax.Array:
-  """Whether every number that training changes is one: bool scalar."""
+  """Whether all numbers that training changes are finite: bool scalar."""
   leaves = jax.tree.leaves((state.trained, state.opt_state, state.ema))
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))

@@ -1,7 +1,7 @@
 """The two jitted steps: `(state, batch) -> (state, metrics)`.
 
-Metrics are sums with their denominators, divided once, on the host. A new
-objective is another `target_weights`, or another `gradients`.
+Metrics are sums and what to divide them by; the host divides. A new objective
+is another `target_weights`, or another `gradients`.
 """
 
 from collections.abc import Callable
@@ -66,8 +66,8 @@ def batch_nll(
     weights: [B, L] float32.
     train: `config.train`, for dtype and remat.
     mesh: of several devices, see mt/gemma/sharding.py.
-    embedded: embedding.embed of the tokens, if it is there already.
-    smoothing: of the labels.
+    embedded: [B, L, D], embedding.embed of the tokens, if it is there already.
+    smoothing: of the labels, see loss.target_nll.
   """
   dims = chex.Dimensions()
   dims['BL'] = batch['tokens'].shape
@@ -106,10 +106,10 @@ def gradients(
   weights: jax.Array,
   mesh: Mesh | None = None,
 ) -> tuple[lora.Flat, jax.Array]:
-  """Of the weighted sum of the targets' nll; and their unweighted sum.
+  """Gradients of the weighted sum of the targets' nll, and the plain sum.
 
-  The look-up's part of the embedding's gradient is added to the output layer's
-  in place: left to autodiff, it would be a second [V, D] full of zeros.
+  The embedding is the output layer, too. The gradient of its look-up is added
+  to that layer's in place: autodiff would make a second [V, D] of it.
   """
   chex.assert_equal_shape([batch['tokens'], weights])
 
@@ -165,7 +165,7 @@ def accumulated_gradients(
   if train.micro_batches == 1:
     return gradients(cfg, train, trained, frozen, batch, weights, mesh)
 
-  def at_home(grads):
+  def split_like_parameters(grads):
     if mesh is None:
       return grads
     places = sharding.of_tree(cfg, mesh, grads)
@@ -174,27 +174,12 @@ def accumulated_gradients(
   def add(total, part):
     rows, weights = part
     grads, nll = gradients(cfg, train, trained, frozen, rows, weights, mesh)
-    return jax.tree.map(jnp.add, total, (at_home(grads), nll)), None
+    grads = split_like_parameters(grads)
+    return jax.tree.map(jnp.add, total, (grads, nll)), None
 
-  zeros = at_home(jax.tree.map(jnp.zeros_like, trained)), jnp.float32(0)
+  zeros = split_like_parameters(jax.tree.map(jnp.zeros_like, trained))
   parts = micro_batches((batch, weights), train.micro_batches)
-  return lax.scan(add, zeros, parts)[0]
-
-
-def _if_good(good, update, old):
-  """`update(*old)`, or `old` where the step is to be skipped.
-
-  An accelerator would copy all that the branches of a cond may change; a CPU
-  would keep two of each array for a where.
-  """
-
-  def select(*old):
-    return jax.tree.map(lambda n, o: jnp.where(good, n, o), update(*old), old)
-
-  def branch(*old):
-    return lax.cond(good, update, lambda *old: old, *old)
-
-  return lax.platform_dependent(*old, cpu=branch, default=select)
+  return lax.scan(add, (zeros, jnp.float32(0)), parts)[0]
 
 
 def make_train_step(
@@ -205,9 +190,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """A jitted step; it consumes (donates) the state that it is given.
 
-  The loss is the mean over the target tokens of the whole batch. If it or the
-  gradients are not finite, the step is skipped: it is counted, and nothing else
-  of the state changes, so that the schedule waits too.
+  The loss is the mean over the target tokens of the whole batch. If it or a
+  gradient is not finite, the step is skipped: it is counted, and nothing else
+  of the state changes. The learning rate does not go on either.
 
   Metrics: nll (sum, with train.label_smoothing), targets, tokens (padding
   excluded), grad_norm, learning_rate, useful_flops (see mt/train/usage.py), and
@@ -261,6 +246,22 @@ def make_train_step(
     donate_argnums=0,
     compiler_options=sharding.compiler_options(mesh),
   )
+
+
+def _if_good(good, update, old):
+  """`update(*old)`, or `old` where the step is to be skipped.
+
+  `cond` would have an accelerator copy all that its branches may change, and
+  `where` would have a CPU hold two of each array: so each has the other.
+  """
+
+  def select(*old):
+    return jax.tree.map(lambda n, o: jnp.where(good, n, o), update(*old), old)
+
+  def branch(*old):
+    return lax.cond(good, update, lambda *old: old, *old)
+
+  return lax.platform_dependent(*old, cpu=branch, default=select)
 
 
 def make_eval_step(

@@ -139,7 +139,7 @@ def test_a_pattern_trains_what_it_fits():
 
 
 def test_lora_targets_choose_matrices():
-  trained, frozen = _partition('lora', on='q|v')
+  trained, frozen = _partition('lora', matrices='q|v')
   names = {f'layers/{m}_lora_{x}' for m in 'qv' for x in 'ab'}
   assert set(trained) == names and set(frozen) == _paths(_base())
   every, _ = _lora()
@@ -150,7 +150,7 @@ def test_lora_targets_choose_matrices():
   assert _relative_error(_forward(folded), _forward(joined)) < 1e-5
   np.testing.assert_array_equal(folded['layers']['k'], frozen['layers/k'])
   refusal(
-    lambda: _partition('lora', on='w'),
+    lambda: _partition('lora', matrices='w'),
     'train.lora_targets',
     "'w'",
     'gate',

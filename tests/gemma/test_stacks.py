@@ -152,7 +152,7 @@ def test_low_rank_factors_are_on_what_counts(tmp_path, name):
 def test_low_rank_products_are_added_to_each_stack():
   params = tiny_gemma4.params(SHAPES['12b'])
   trained, frozen = lora.partition(
-    SHAPES['12b'], params, 'lora', rank=2, key=jax.random.key(0), on='o'
+    SHAPES['12b'], params, 'lora', rank=2, key=jax.random.key(0), matrices='o'
   )
   trained = {k: v + 0.01 for k, v in trained.items()}
   folded = lora.fold(lora.merge(trained, frozen, lora_scale=0.5))

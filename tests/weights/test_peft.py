@@ -28,7 +28,9 @@ def folder(tmp_path):
 def _factors(on, rank=3):
   params = gguf_fixture.tiny_params(_CFG)
   key = jax.random.key(0)
-  factors, _ = lora.partition(_CFG, params, 'lora', rank=rank, key=key, on=on)
+  factors, _ = lora.partition(
+    _CFG, params, 'lora', rank=rank, key=key, matrices=on
+  )
   rng = np.random.default_rng(0)
   return {
     k: rng.standard_normal(x.shape, dtype=np.float32)
