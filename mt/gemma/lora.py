@@ -52,7 +52,6 @@ def partition(
   """Parts the parameters into (trained, frozen).
 
   Args:
-    cfg: the model's shape.
     params: of the model, as loaded.
     parts: 'all'; 'blocks' (everything but embeddings); 'lora' (float32
       factors of `rank` on matrices of the blocks, the rest frozen); or a

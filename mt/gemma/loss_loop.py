@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec
 from mt.gemma import loss_chunk
 from mt.gemma import sharding
 
-# Widths of a chunk besides the largest, in 18ths of it, up to a multiple of 16.
+# Other widths of a chunk than the largest: 9/18, 10/18 and 12/18 of it, rounded
+# up to a multiple of 16.
 _NARROWER, _PARTS = (9, 10, 12), 18
 
 
@@ -139,11 +140,7 @@ def chunk_widths(chunk: int, mesh: Mesh | None) -> list[int]:
   """How many targets a chunk can have: the narrowest that does is taken.
 
   About half of a packed row are targets. Each width is compiled; on a mesh,
-  where that takes longer, there is one.
-
-  Args:
-    chunk: most targets at once.
-    mesh: of several devices.
+  where that takes longer, there is one. `chunk` is the largest.
   """
   if mesh is not None:
     return [chunk]

@@ -117,21 +117,6 @@ def split_heads(x: jax.Array, heads: tuple[int, int] | None) -> jax.Array:
   return x if heads is None else x.reshape(*x.shape[:2], *heads).swapaxes(1, 2)
 
 
-def dense_of_heads(
-  layer: Params, name: str, x: jax.Array, heads: tuple[int, int] | None = None
-) -> jax.Array:
-  """`dense` for a TPU: see `dense` for the arguments, products.of_heads why."""
-  chex.assert_rank(x, {3, 4})
-  w, has_heads = layer[name], x.ndim == 4 or heads
-  if isinstance(w, quantize.Quantized) or not has_heads:
-    return dense(layer, name, x, heads)
-  y = products.of_heads(x, w, heads)
-  if name + '_lora_a' in layer:
-    low = products.of_heads(x, layer[name + '_lora_a'])
-    y = y + products.of_heads(low, layer[name + '_lora_b'], heads)
-  return y
-
-
 def block(
   cfg: ModelConfig,
   layer: Params,
@@ -205,31 +190,6 @@ def _queries_keys_values(cfg, layer, y, sin, cos, dense):
   return q, attention.apply_rope(k, sin, cos), v
 
 
-def layer_inputs(
-  cfg: ModelConfig,
-  params: Params,
-  tokens: jax.Array,
-  x: jax.Array,
-  mesh: Mesh | None = None,
-) -> jax.Array | None:
-  """What each layer gets of its own, if cfg.layer_input_dim: [N, B, L, E].
-
-  `x` is `embedding.embed` of the tokens; for the other arguments see `forward`.
-  """
-  if not cfg.layer_input_dim:
-    return None
-  dims = cfg.dims()
-  dims['BL'] = tokens.shape
-  chex.assert_shape(x, dims['BLD'])
-  y = dense(params, 'layer_input_proj', x) * dims.D**-0.5
-  y = y.reshape(dims['BLNE'])
-  y = rms_norm(y, params['layer_input_norm'], cfg.norm_offset)
-  table = params['layer_input_embedding']
-  own = embedding.embed(table, tokens, x.dtype, mesh, dims.E)
-  own = own.reshape(dims['BLNE'])
-  return jnp.moveaxis((y + own) * 2**-0.5, 2, 0)
-
-
 def forward(
   cfg: ModelConfig,
   params: Params,
@@ -246,7 +206,6 @@ def forward(
   """Tokens to final hidden states; logits are left to mt/gemma/loss.py.
 
   Args:
-    cfg: the model's shape.
     params: see mt/gemma/parameters.py.
     tokens: [B, L] int32.
     positions: [B, L] int32, from 0 in each segment.
@@ -301,3 +260,43 @@ def _make_layer(cfg, attend, rope, shared, mesh, dense):
     return (sharding.constrain(x, mesh, _ACTIVATIONS), kept), None
 
   return layer
+
+
+def layer_inputs(
+  cfg: ModelConfig,
+  params: Params,
+  tokens: jax.Array,
+  x: jax.Array,
+  mesh: Mesh | None = None,
+) -> jax.Array | None:
+  """Gemma 4's input of each layer, or None in other models: [N, B, L, E].
+
+  `x` is `embedding.embed` of the tokens; for the other arguments see `forward`.
+  """
+  if not cfg.layer_input_dim:
+    return None
+  dims = cfg.dims()
+  dims['BL'] = tokens.shape
+  chex.assert_shape(x, dims['BLD'])
+  y = dense(params, 'layer_input_proj', x) * dims.D**-0.5
+  y = y.reshape(dims['BLNE'])
+  y = rms_norm(y, params['layer_input_norm'], cfg.norm_offset)
+  table = params['layer_input_embedding']
+  own = embedding.embed(table, tokens, x.dtype, mesh, dims.E)
+  own = own.reshape(dims['BLNE'])
+  return jnp.moveaxis((y + own) * 2**-0.5, 2, 0)
+
+
+def dense_of_heads(
+  layer: Params, name: str, x: jax.Array, heads: tuple[int, int] | None = None
+) -> jax.Array:
+  """`dense` for a TPU: see `dense` for the arguments, products.of_heads why."""
+  chex.assert_rank(x, {3, 4})
+  w, has_heads = layer[name], x.ndim == 4 or heads
+  if isinstance(w, quantize.Quantized) or not has_heads:
+    return dense(layer, name, x, heads)
+  y = products.of_heads(x, w, heads)
+  if name + '_lora_a' in layer:
+    low = products.of_heads(x, layer[name + '_lora_a'])
+    y = y + products.of_heads(low, layer[name + '_lora_b'], heads)
+  return y

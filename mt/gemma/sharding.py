@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh of devices, and one table from axes to its axes.
+"""Where arrays are: a mesh of devices, and one table from axes to its axes.
 
 The mesh has three axes, sized by `config.mesh`:
   data    rows of a batch are split over it, parameters are copied
@@ -131,12 +131,9 @@ def split_over(mesh: Mesh | None, axis: str, units: int) -> tuple[str, ...]:
 def place(
   mesh: Mesh, axes: tuple[str, ...], units: tuple[int, ...]
 ) -> NamedSharding:
-  """The sharding of an array with these logical axes.
+  """The sharding of an array with these logical axes, one for each dimension.
 
-  Args:
-    mesh: the mesh.
-    axes: one for each dimension.
-    units: what may be split of each: its size, or the number of heads in it.
+  `units` is what may be split of each: its size, or the number of heads in it.
   """
   chosen = [
     split_over(mesh, a, n) or None for a, n in zip(axes, units, strict=True)
@@ -147,7 +144,7 @@ def place(
 def constrain(
   x: jax.Array, mesh: Mesh | None, axes: tuple[str, ...]
 ) -> jax.Array:
-  """Says where an activation lives; the compiler finds out all between."""
+  """Tells the compiler where an activation is; it finds out all between."""
   chex.assert_rank(x, len(axes))
   if mesh is None:
     return x
@@ -155,29 +152,24 @@ def constrain(
 
 
 def of_rows(mesh: Mesh) -> NamedSharding:
-  """Of each array in a batch: [B, ...]."""
+  """The place of each array in a batch: [B, ...]."""
   return NamedSharding(mesh, PartitionSpec(RULES['rows']))
 
 
 def whole(mesh: Mesh) -> NamedSharding:
-  """A copy on every device."""
+  """The place of an array that every device has a copy of."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def of_parameter(
   cfg: sizes.ModelConfig, mesh: Mesh, path: str, shape: tuple[int, ...]
 ) -> NamedSharding:
-  """Of what has the path and the shape of a parameter or a low-rank factor.
+  """The place of an array with the path of a parameter or low-rank factor.
 
-  So of the optimizer's averages, of EMA, and of a quantised matrix's numbers
-  and scales as well. Norms, and whatever has another shape (Adafactor's
-  averages, say), are whole on every device.
-
-  Args:
-    cfg: the model's shape.
-    mesh: the mesh.
-    path: such as layers/q or layers/q_lora_a.
-    shape: of the array.
+  Such as layers/q or layers/q_lora_a. The optimizer's averages, EMA, and a
+  quantised matrix's numbers and scales have these paths as well. Norms, and
+  what has another number of axes (Adafactor's averages), are whole on every
+  device.
   """
   matrix, _, factor = path.partition('_lora_')
   rows = {p.path: p for p in parameters.table(cfg)}
@@ -200,12 +192,9 @@ def of_parameter(
 
 
 def of_tree(cfg: sizes.ModelConfig, mesh: Mesh, tree: Any) -> Any:
-  """NamedShardings for a tree whose leaves lie under the parameters' paths.
+  """NamedShardings for a tree of arrays, or of their shapes.
 
-  Args:
-    cfg: the model's shape.
-    mesh: the mesh.
-    tree: of arrays or of their shapes.
+  Its leaves are named as the parameters are, see of_parameter.
   """
 
   def one(path, leaf):
@@ -229,11 +218,9 @@ def on_host(read: Callable[[], Any]) -> Any:
 
 
 def put(tree: Any, places: Any) -> Any:
-  """Arrays of this host onto the mesh; every process has all of each.
+  """A tree of arrays onto a mesh; every process has all of each array.
 
-  Args:
-    tree: of arrays.
-    places: the same tree of NamedShardings.
+  `places` is the same tree of NamedShardings.
   """
   chex.assert_trees_all_equal_structs(tree, places)
 

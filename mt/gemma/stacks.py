@@ -32,14 +32,13 @@ def scan(
   """What comes out of the last layer: [B, L, D], as `x`.
 
   Args:
-    cfg: the model's shape.
     params: of the model.
     x: [B, L, D], what goes into the first layer.
     inputs: [N, B, L, E], each layer's own, or None.
-    make_layer: gives the step of the scan over a stack, for the shape of its
-      layers and the keys and values that they see and do not have. The step
-      takes (x, Shared), which it renews, and of a layer its parameters, its
-      kind (0 local, 1 global) and its own input.
+    make_layer: (shape of a stack's layers, Shared of the group before) -> a
+      step for lax.scan. The step takes (x, Shared) and, of one layer, its
+      parameters, its kind (0 local, 1 global) and its own input; it returns
+      (x, Shared) after that layer.
   """
   shared = {}
   for group in cfg.groups():

@@ -27,39 +27,25 @@ from mt.translate import translator as translator_lib
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What does not change while a run lasts.
+  """What does not change while a run lasts."""
 
-  Attributes:
-    config: with each `auto` chosen.
-    workdir: the folder of the run.
-    train_step, eval_step: see mt/train/step.py.
-    translator: of the first direction of data.pair.
-    data: batches of training and validation, and the pairs of each split.
-    identity: of the pretrained model, see checkpoint.identity.
-    compared: whether this start or one before it compares checkpoints by chrF.
-    checkpoints: of Orbax, see mt/train/checkpoint.py.
-    recorder: of metrics; None until it is known after which step they go on.
-    curves: of metrics, for the report.
-    mesh: of several devices, or None.
-    started: time.monotonic() at the start.
-  """
-
-  config: ml_collections.ConfigDict
-  workdir: pathlib.Path
+  config: ml_collections.ConfigDict  # With each `auto` chosen.
+  workdir: pathlib.Path  # The folder of the run.
   train_step: Callable[
     [state_lib.TrainState, step.Batch],
     tuple[state_lib.TrainState, step.Metrics],
   ]
   eval_step: Callable[[state_lib.TrainState, step.Batch], step.Metrics]
-  translator: translator_lib.Translator
+  translator: translator_lib.Translator  # Of the first direction.
   data: splits.Data
-  identity: dict[str, Any]
-  compared: bool
+  identity: dict[str, Any]  # Of the pretrained model: checkpoint.identity.
+  compared: bool  # Whether this start or one before it compares by chrF.
   checkpoints: ocp.CheckpointManager
+  # None until it is known after which step the metrics go on.
   recorder: recorder_lib.Recorder | None
-  curves: report.Curves
-  mesh: Mesh | None
-  started: float
+  curves: report.Curves  # Of metrics, for the report.
+  mesh: Mesh | None  # None for a single device.
+  started: float  # time.monotonic() at the start.
 
   def translator_of(self, direction: str) -> translator_lib.Translator:
     """The translator of one of the directions of data.pair."""

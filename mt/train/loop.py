@@ -108,11 +108,8 @@ def save(
 ) -> None:
   """Writes a checkpoint, if all numbers of the state are finite.
 
-  Args:
-    run: the run.
-    state: to be saved.
-    metrics: of `validation.evaluate` for this very state; without them, {}, the
-      loss is that of the first batch of validation.
+  `metrics` are of `validation.evaluate` for this very state; without them, {},
+  the loss is that of the first batch of validation.
 
   Raises:
     errors.UserError: the loss or a number of the state is not finite: it would

@@ -28,25 +28,15 @@ from mt.weights import kept
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """All that training changes or reads.
+  """All that training changes or reads."""
 
-  Attributes:
-    step: int32 scalar, steps done, the skipped ones included.
-    skipped: int32 scalar, steps skipped for numbers that are not finite.
-    skipped_in_a_row: int32 scalar, those since the last good step.
-    trained: float32 parameters by path, see mt/gemma/lora.py.
-    frozen: the other parameters by path.
-    opt_state: of the optimizer, for `trained` alone.
-    ema: moving averages of `trained`, float32; {} where optim.ema_decay is 0.
-  """
-
-  step: jax.Array
-  skipped: jax.Array
-  skipped_in_a_row: jax.Array
-  trained: lora.Flat
-  frozen: lora.Flat
-  opt_state: optax.OptState
-  ema: lora.Flat
+  step: jax.Array  # int32 scalar, steps done, the skipped ones included.
+  skipped: jax.Array  # int32 scalar, steps whose numbers were not finite.
+  skipped_in_a_row: jax.Array  # int32 scalar, those since the last good one.
+  trained: lora.Flat  # float32 parameters by path, see mt/gemma/lora.py.
+  frozen: lora.Flat  # The other parameters by path.
+  opt_state: optax.OptState  # Of the optimizer, for `trained` alone.
+  ema: lora.Flat  # float32 moving averages of `trained`; {} without EMA.
 
   @property
   def at(self) -> int:
@@ -70,7 +60,6 @@ def init_state(
   """The state before the first step.
 
   Args:
-    cfg: the model's shape.
     params: pretrained; the state takes them over.
     config: for `train` and `optim`.
     optimizer: see mt/train/optimizer.py.

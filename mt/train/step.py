@@ -60,7 +60,6 @@ def batch_nll(
   """The model and its loss: see loss.target_nll for what is returned.
 
   Args:
-    cfg: the model's shape.
     params: see mt/gemma/parameters.py.
     batch: tokens, positions, segment_ids [B, L] int32.
     weights: [B, L] float32.
