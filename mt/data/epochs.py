@@ -31,7 +31,7 @@ class Epochs:
   length: int  # Tokens in a row.
   seed: int
   packing: bool = True  # Several examples in a row.
-  group: int = 1  # Without packing empty rows fill up a block to a multiple.
+  group: int = 1  # Without packing, a block has a multiple of so many rows.
   shard: tuple[int, int] = (0, 1)
   # Found so far: the first row of each block; the last two blocks.
   _first_rows: list = dataclasses.field(default_factory=lambda: [0], init=False)

@@ -42,7 +42,7 @@ def train(
     for at in range(first, last + 1):  # Between step `at` and the next one.
       checkpoint.check_written(run.checkpoints)  # In the background.
       asked, metrics = listener.asked(), {}
-      due = schedule(run.config, at, first, asked)
+      due = what_is_due(run.config, at, first, asked)
       if due.evaluate or due.save:
         log.flush()
         if due.evaluate:
@@ -81,7 +81,7 @@ class Due(NamedTuple):
   save: bool
 
 
-def schedule(
+def what_is_due(
   config: ml_collections.ConfigDict, at: int, first: int, asked: int
 ) -> Due:
   """What is due after `at` steps, in a run that started with `first` done.

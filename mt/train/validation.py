@@ -20,13 +20,12 @@ from mt.train.components import Run
 def evaluate(
   run: Run, state: state_lib.TrainState, translate: bool
 ) -> dict[str, Any]:
-  """Looks at validation, and says and records what there is.
+  """Losses and, if `translate`, chrF: said, recorded, and in the report.
 
   Returns:
-    What metrics.jsonl gets: `valid_loss` and, where there are pairs for it,
-    `minitrain_loss`, of training pairs, which shows what is learned by heart;
-    both in nats per target token, the means over all of them; and, where
-    `translate` asks for it, `valid_chrf`.
+    What metrics.jsonl gets: `valid_loss`; `minitrain_loss`, of training pairs,
+    if there are any for it, which shows what is learned by heart; both are
+    means over target tokens, in nats; and `valid_chrf`, if it was asked for.
   """
   began, at = time.monotonic(), state.at
   valid = _sums(run, state, run.data.valid)
@@ -50,10 +49,10 @@ def evaluate(
 
 
 def evaluate_last(run: Run, state: state_lib.TrainState) -> None:
-  """What is due after the last step, where it was not known to be the last.
+  """Evaluates the last step, if it was not known to be the last when it came.
 
-  Such as train.max_steps lowered to where a signal has stopped a run. What is
-  saved of that step stays as it is, without a chrF.
+  For example after a signal stopped a run and train.max_steps was lowered to
+  that step. The checkpoint of the step stays as it is, without a chrF.
   """
   at, translate = state.at, run.config.eval.translate_every > 0
   wanted = 'valid_chrf' if translate else 'valid_loss'
@@ -92,9 +91,9 @@ def _on_mesh(run, batch):
 def chrf(run: Run, state: state_lib.TrainState) -> float:
   """chrF of the first eval.chrf_pairs of validation, 0 to 100.
 
-  Of several directions it is the mean, each with as many pairs.
-  It decides which checkpoint is the best, and is the same in all processes. At
-  step 0 the translations from before training are scored, which must be there.
+  With several directions it is their mean, each with as many pairs. It decides
+  which checkpoint is the best, and is the same in all processes. At step 0 the
+  translations from before training are scored, which must be there.
   """
   found, named = [], directions.named(run.config.data.pair, 'valid')
   for name, direction in named.items():

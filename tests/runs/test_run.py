@@ -188,7 +188,7 @@ def test_what_is_due():
   config.eval.translate_every = 6
 
   def due(at, first=0, asked=0):
-    found = loop.schedule(config, at, first, asked)
+    found = loop.what_is_due(config, at, first, asked)
     return ' '.join(name for name, now in found._asdict().items() if now)
 
   assert due(0) == due(0, asked=15) == 'evaluate translate'
