@@ -30,6 +30,7 @@ class Log:
     self.restart_clock()
 
   def before_step(self, at: int) -> None:
+    """Step `at` begins: see profiling.Profile."""
     self._profile.before(at)
 
   def after_step(self, at: int, metrics: step.Metrics, waited: float) -> None:

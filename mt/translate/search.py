@@ -68,8 +68,8 @@ class State:
   counts: jax.Array  # [B, W] int32, tokens, the one that ends it included.
   logp: jax.Array  # [B, W] float32, of those; -inf where there is none.
   live: jax.Array  # [B, W] bool, not ended yet.
-  # [B, W, T] int32, the place of the hypothesis which read the n-th of the
-  # tokens that this one goes on from; from `made` on, its own place.
+  # [B, W, T] int32: token n of hypothesis w was read by hypothesis
+  # ancestors[b, w, n], so that a beam copies no cache; w itself from `made` on.
   ancestors: jax.Array
 
   def dims(self) -> chex.Dimensions:
@@ -163,7 +163,7 @@ def advance(
 
 
 def _append(state, tokens, logp, longer, stop_ids):
-  """Adds a token to each hypothesis for which `longer` holds: [B, W] all."""
+  """Adds a token [B, W] to each hypothesis for which `longer` [B, W] holds."""
   made = state.made + jnp.any(state.live, 1)
   ended = jnp.isin(tokens, stop_ids) | (made >= state.limits)[:, None]
   at = jnp.arange(state.tokens.shape[2]) == state.made[:, None, None]
