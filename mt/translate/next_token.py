@@ -77,7 +77,8 @@ def _first_above(parts, goal):
   """Where sums of the first parts [n, M] exceed a goal [M]; the rest of it."""
   upto = jnp.cumsum(parts, 0)
   above = (upto > goal) & (parts > 0)
-  last = len(parts) - 1 - jnp.argmax(parts[::-1] > 0, 0)  # For want of digits.
+  # The last one that is not 0, where rounding leaves no sum above the goal.
+  last = len(parts) - 1 - jnp.argmax(parts[::-1] > 0, 0)
   at = jnp.where(jnp.any(above, 0), jnp.argmax(above, 0), last)
   before = jnp.take_along_axis(upto - parts, at[None], 0)[0]
   return at, goal - before
