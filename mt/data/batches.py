@@ -138,7 +138,7 @@ class TrainBatches:
     ]
 
   def pair_ids(self, number: int) -> list[str]:
-    """Of all pairs in batch `number`, of all processes."""
+    """Ids of all pairs in batch `number`, of all processes."""
     places = self._places()(number, range(self.batch_size))
     return [pair for source, row in places for pair in source.pair_ids(row)]
 

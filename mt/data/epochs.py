@@ -38,7 +38,10 @@ class Epochs:
   _blocks: dict = dataclasses.field(default_factory=dict, init=False)
 
   def copy(self, shard: tuple[int, int]) -> Self:
-    """The same with a memory of its own; packed blocks of a shard are kept."""
+    """The same for a shard, with blocks of its own in memory.
+
+    What is packed already goes along, if it is the same shard.
+    """
     out = dataclasses.replace(self, shard=shard)
     if shard == self.shard:
       out._blocks.update(self._blocks)
@@ -55,7 +58,7 @@ class Epochs:
     return examples, rows[at]
 
   def pair_ids(self, index: int) -> list[str]:
-    """Of the pairs in a row, as the text has them."""
+    """Ids of the pairs in row `index`, as the text has them."""
     number, at = self._find(index)
     items = self.block(number)[1][at]
     return [p.id for p in self.store.pairs(self._stored(number), items)]

@@ -40,7 +40,7 @@ def train(
   first, last = state.at, run.config.train.max_steps
   with contextlib.closing(log_lib.Log(run, first)) as log:
     for at in range(first, last + 1):  # Between step `at` and the next one.
-      checkpoint.check_written(run.checkpoints)  # In the background.
+      checkpoint.check_written(run.checkpoints)  # Did the last one fail?
       asked, metrics = listener.asked(), {}
       due = what_is_due(run.config, at, first, asked)
       if due.evaluate or due.save:
