@@ -6,6 +6,7 @@ them see.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
 import functools
@@ -78,13 +79,34 @@ def sync(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def gather(x: np.ndarray) -> np.ndarray:
+  """What each process has, in all of them, to the last bit.
+
+  Args:
+    x: [...], of the same shape and dtype in all.
+
+  Returns:
+    [processes, ...], in their order.
+  """
+  count, devices = jax.process_count(), jax.local_device_count()
+  if count == 1:
+    return x[None]
+  # As bytes, a part from each device: none sends what another one sends. Sizes
+  # are powers of two, as each is compiled.
+  part = -(-x.nbytes // devices)
+  flat = np.zeros(devices << (part - 1).bit_length(), np.uint8)
+  flat[: x.nbytes] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+  order = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  place = NamedSharding(Mesh(order, 'bytes'), PartitionSpec('bytes'))
+  every = jax.make_array_from_process_local_data(place, flat)
+  found = multihost_utils.process_allgather(every, tiled=True)
+  found = found.reshape(count, -1)[:, : x.nbytes]
+  return found.view(x.dtype).reshape(count, *x.shape)
+
+
 def broadcast_from_first(value: float) -> float:
   """The number that process 0 has, in all of them, to the last bit."""
-  if jax.process_count() == 1:
-    return value
-  halves = np.array([value], np.float64).view(np.uint32)  # JAX has no float64.
-  got = np.asarray(multihost_utils.broadcast_one_to_all(halves))
-  return float(got.astype(np.uint32).view(np.float64)[0])
+  return float(gather(np.array([value], np.float64))[0, 0])
 
 
 def largest(value: int) -> jax.Array:
@@ -126,6 +148,26 @@ def check_same(what: Mapping[str, object]) -> None:
         f'process {jax.process_index()} has another {name} than process 0; '
         'the same files and flags expected for all of them.'
       )
+
+
+@contextlib.contextmanager
+def told_to_all() -> Iterator[None]:
+  """An errors.UserError of one process is one in all, which wait for it here.
+
+  So no one waits elsewhere until the one that has left counts as dead.
+  """
+  failure = None
+  try:
+    yield
+  except errors.UserError as e:
+    failure = e
+  failed = gather(np.array([failure is not None]))[:, 0]
+  if failure is not None:
+    raise failure
+  if failed.any():
+    raise errors.UserError(
+      f'process {np.argmax(failed)} cannot go on; mend what it says itself.'
+    )
 
 
 def first_then_others(make: Callable[[], T]) -> T:

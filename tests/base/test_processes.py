@@ -40,9 +40,13 @@ def _config(steps):
 
 _PROCESS = """
 import sys
+import numpy as np
 from mt.base import processes
 address, workdir, i = *sys.argv[1:3], int(sys.argv[3])
 processes.start(address, 2, i)
+x = np.array([[i, -0.0, 1e-40]], np.float32)  # To the sign of a zero.
+assert [y.hex() for y in map(bytes, processes.gather(x))] == [
+    bytes(np.array([[j, -0.0, 1e-40]], np.float32)).hex() for j in range(2)]
 print('got', processes.broadcast_from_first(1 / 3 + i),
       processes.agree(i == 0), processes.agree(i == 1),
       *(int(processes.largest(x)) for x in (3 + i, 9 - i, 0)))
