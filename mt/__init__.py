@@ -73,7 +73,7 @@ data, from parallel text to rows of tokens; `python -m mt.data` shows them
 
 weights, pretrained ones in, trained ones out
   load        the checked loader: tensors of files -> the stacked pytree
-  kept        in which format, and where on a mesh
+  kept        in which format, and where on a mesh; which process reads what
   mapped      dequantised weights, kept on disk and mapped into memory
   gguf_file   GGUF header and tensors
   gguf        shape, tokenizer and parameters out of a GGUF file

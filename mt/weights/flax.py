@@ -265,15 +265,24 @@ def open_folder(folder: pathlib.Path) -> load.Weights:
     {name: flax_store.open_array(store, name).shape for name in store.names},
     functools.partial(_get, store, cfg, transposed),
     lambda: tokenizer.from_file(find_tokenizer(path)),
+    together=functools.partial(_chunk, store),
   )
 
 
-def _get(store, cfg, transposed, place):
+def _chunk(store, place):
+  """Rows of an array that are read whole, however few of them are wanted."""
+  array = flax_store.open_array(store, place.name)
+  return array.chunk_layout.read_chunk.shape[0]
+
+
+def _get(store, cfg, transposed, place, *rows):
   """A tensor in our orientation, out of the array that it is, or is part of."""
   array, ours = flax_store.open_array(store, place.name), place.row.name
   parts = PARTS.get(place.name.partition('.')[2], ())
   if ours in parts:
     array = array[parts.index(ours)]
+  if rows:
+    array = array[slice(*rows)]
   x = flax_store.read_array(store, place.name, array)
   if ours in ('q', 'k', 'v'):
     return x.transpose(1, 0, 2).reshape(cfg.embed_dim, -1)

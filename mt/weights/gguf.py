@@ -57,7 +57,6 @@ _NAMES_4 = NAMES | {
 # file, and RoPE's factors, which no graph of these architectures reads.
 _OTHER_PARTS = ('v.', 'a.', 'mm.', 'rope_freqs.')
 _EMBEDDING, _HEAD = 'token_embd.weight', 'output.weight'
-_AT_ONCE = 2**23  # Weights of an embedding that are read in one go.
 _NO_PIECE = re.compile(rb'\[PAD\d+\]')  # Of llama.cpp's converter.
 
 
@@ -264,15 +263,12 @@ def open_weights(path: pathlib.Path) -> load.Weights:
   )
 
 
-def _get(file, cfg, place):
-  """A tensor in our orientation; embeddings, the largest of all, in parts."""
-  x = functools.partial(gguf_file.read_tensor, file, place.name)
+def _get(file, cfg, place, *rows):
+  """A tensor in our orientation, or rows of it."""
+  x = gguf_file.read_tensor(file, place.name, *rows)
   if place.row.transposed:
-    return x().T
-  if place.row.norm:
-    return x() - cfg.norm_offset
-  rows = max(1, _AT_ONCE // place.shape[1])
-  return (x(at, at + rows) for at in range(0, place.shape[0], rows))
+    return x.T
+  return x - cfg.norm_offset if place.row.norm else x
 
 
 def read_tokenizer(file: gguf_file.GGUFFile) -> tokenizer.Tokenizer:

@@ -14,12 +14,13 @@ from collections.abc import Mapping
 import contextlib
 import errno
 import functools
+import json
 import math
 import pathlib
 import re
 from typing import Any
 
-import ml_dtypes  # noqa: F401  Gives numpy the bfloat16 of safetensors.
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -44,7 +45,7 @@ _OTHER_PARTS = re.compile(
   r'|embed_vision|embed_audio)\..*|.*rotary_emb\.inv_freq'
 )
 _HEADS = ('lm_head.weight', 'language_model.lm_head.weight')
-_DTYPES = ('F32', 'BF16', 'F16')
+_DTYPES = {'F32': '<f4', 'BF16': ml_dtypes.bfloat16, 'F16': '<f2'}
 _FILES = 'model.safetensors', 'model-*-of-*.safetensors', '*.safetensors'
 _SHARD_BYTES = 5 * 10**9  # A file's size at most, as on the Hub.
 
@@ -98,10 +99,8 @@ def open_folder(path: pathlib.Path) -> load.Weights:
       f'{_HEADS[0]} is in the weights; fetch the whole folder.'
     )
 
-  def get(place):
-    file, where = opened[place.name]
-    with reading(where):
-      x = file.get_tensor(place.name)
+  def get(place, *rows):
+    x = _read(*opened[place.name], *rows)
     return x.T if place.row.transposed else x
 
   return load.Weights(
@@ -118,7 +117,7 @@ def open_folder(path: pathlib.Path) -> load.Weights:
 
 
 def _open_files(path):
-  """Name -> (opened file, its path)."""
+  """Name -> (its file, where the file's numbers begin, what it says of it)."""
   found = next((x for x in map(sorted, map(path.glob, _FILES)) if x), ())
   if not found:
     for pickle in path.glob('*.bin'):
@@ -135,16 +134,31 @@ def _open_files(path):
   tensors = {}
   for file in found:
     with reading(file):
-      # pread: pages of a mapped file would count as this process's memory.
-      opened = safetensors.safe_open(file, framework='np', backend='pread')
-    for name in opened.keys():  # noqa: SIM118  It is no dict.
+      safetensors.safe_open(file, framework='np')  # Checks the whole header.
+      with open(file, 'rb') as f:
+        size = int.from_bytes(f.read(8), 'little')
+        header = json.loads(f.read(size))
+    header.pop('__metadata__', None)
+    for name, info in header.items():
       if name in tensors:
         raise errors.UserError(
-          f'{file}: {name} stands in {tensors[name][1].name} as well; remove '
+          f'{file}: {name} stands in {tensors[name][0].name} as well; remove '
           'the file that does not belong to the model.'
         )
-      tensors[name] = opened, file
+      tensors[name] = file, 8 + size, info
   return tensors
+
+
+def _read(path, offset, info, start=0, stop=None):
+  """Rows of a tensor; the library would read all of it for some."""
+  rows, *width = info['shape']
+  rows, dtype = range(rows)[start:stop], np.dtype(_DTYPES[info['dtype']])
+  size = math.prod(width)
+  offset += info['data_offsets'][0] + rows.start * size * dtype.itemsize
+  with reading(path):
+    # Not mapped: pages would count as this process's memory.
+    x = np.fromfile(path, dtype, len(rows) * size, offset=offset)
+    return x.reshape(len(rows), *width)
 
 
 @contextlib.contextmanager
@@ -156,7 +170,7 @@ def reading(path: pathlib.Path) -> Iterator[None]:
   """
   try:
     yield
-  except (OSError, safetensors.SafetensorError) as e:
+  except (OSError, ValueError, safetensors.SafetensorError) as e:
     why = ' '.join(str(e).split())[:160]
     try:
       foreign.refuse(path, foreign.SAFETENSORS)
@@ -170,16 +184,15 @@ def reading(path: pathlib.Path) -> Iterator[None]:
 def _shapes(opened):
   """Name -> shape of the text model's tensors, none of them quantised."""
   out = {}
-  for name, (file, path) in opened.items():
+  for name, (path, _, info) in opened.items():
     if _OTHER_PARTS.fullmatch(name):
       continue
-    header = file.get_slice(name)
-    if header.get_dtype() not in _DTYPES:
+    if info['dtype'] not in _DTYPES:
       raise errors.UserError(
-        f'{path}: {name} is of type {header.get_dtype()}, one of '
+        f'{path}: {name} is of type {info["dtype"]}, one of '
         f'{", ".join(_DTYPES)} expected; take weights that are not quantised.'
       )
-    out[name] = tuple(header.get_shape())
+    out[name] = tuple(info['shape'])
   return out
 
 

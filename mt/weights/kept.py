@@ -3,14 +3,19 @@
 Each tensor of a file is written into its place, on the device that shall have
 it, before the next one is read. So the memory of a process is its own share
 and one tensor in float32, whatever the number of devices and processes.
+
+Of several processes each reads other tensors: as many as there are processes
+are read side by side; then all go through theirs in step, a few million numbers
+at a time, give these to all the others, and write what they got.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent import futures
 import dataclasses
 import functools
-from typing import Any
+import math
 import zlib
 
 import chex
@@ -20,13 +25,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+from mt.base import processes
 from mt.gemma import parameters
 from mt.gemma import quantize
 from mt.gemma import sharding
 from mt.gemma import sizes
-
-# A tensor, or its parts along the first axis in order; any float type.
-Tensor = np.ndarray | Iterable[np.ndarray]
 
 _AT_ONCE = 2**21  # Weights that are copied in one go.
 
@@ -50,6 +53,23 @@ class Keep:
 FLOAT32 = Keep()
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """What is read in one go: a parameter's tensor of one layer, or rows of it.
+
+  Attributes:
+    layer: number in its stack; None of what is not stacked.
+    row: the first one.
+    rows: how many; as many as all of the parameter, but for its last block.
+    read: -> them, of any float type. Only one process calls it.
+  """
+
+  layer: int | None
+  row: int
+  rows: int
+  read: Callable[[], np.ndarray]
+
+
 @dataclasses.dataclass
 class _Shard:
   """What a device has of an array: the block that begins at `at`."""
@@ -58,26 +78,45 @@ class _Shard:
   array: jax.Array
 
 
-def one(
+def read(
   cfg: sizes.ModelConfig,
-  path: str,
-  tensors: Iterable[tuple[int | None, Tensor]],
+  blocks: Callable[[parameters.Parameter], Sequence[Block]],
   keep: Keep,
-  crc: int,
-) -> tuple[Any, int]:
-  """A parameter out of its tensors.
+) -> tuple[parameters.Params, int]:
+  """All parameters.
 
   Args:
     cfg: the model's shape.
-    path: of the parameter.
-    tensors: number of the layer in its stack, in order, and its tensor; one,
-      with None, of what is not stacked.
-    keep: its format and place.
-    crc: of what was read before.
+    blocks: row of the table -> what is to be read for it, in order.
+    keep: their format and place.
 
   Returns:
-    An array or a quantize.Quantized, and the CRC-32 that goes on with all of
-    its numbers as float32.
+    Each is an array or a quantize.Quantized; and the CRC-32 of all numbers as
+    float32, which is the same whatever the number of processes.
+  """
+  count = jax.process_count()
+  flat, crcs, turns, loads = {}, [], [], [0] * count
+  for row in in_order(cfg):
+    own = blocks(row)
+    # Whoever has read the least so far begins.
+    order = sorted(range(count), key=loads.__getitem__)
+    width = parameters.shapes(cfg)[row.path][row.stacked + 1 :]
+    for i, block in enumerate(own):
+      process, size = order[i % count], 4 * block.rows * math.prod(width)
+      turns.append((process, len(crcs) + i // count, size))
+      loads[process] += size
+    flat[row.path], found = _one(cfg, row.path, own, keep, order)
+    crcs += found
+  every, crc = processes.gather(np.array(crcs, np.uint32)).tolist(), 0
+  for process, i, size in turns:
+    crc = _crc_of_both(crc, every[process][i], size)
+  return parameters.unflatten(flat), crc
+
+
+def _one(cfg, path, blocks, keep, order):
+  """A parameter, and the CRC-32 of each block that this process has read.
+
+  `order` has all processes, which take the blocks in turn.
   """
   dtype = keep.dtypes.get(path, 'float32')
   shape, bits = parameters.shapes(cfg)[path], quantize.BITS.get(dtype)
@@ -90,23 +129,27 @@ def one(
   if keep.mesh is not None:
     places = jax.tree.leaves(sharding.of_tree(cfg, keep.mesh, {path: kept}))
   shards = [_empty(x, s) for x, s in zip(leaves, places, strict=True)]
+  width, crcs = shape[1 if blocks[0].layer is None else 2 :], []
   with futures.ThreadPoolExecutor(1) as pool:
-    for layer, tensor in tensors:
-      whole, done = [], 0
-      for part in _parts(tensor):
-        total = pool.submit(zlib.crc32, part, crc)  # While it is written.
+    for at in range(0, len(blocks), len(order)):
+      # By process; the last ones may have none.
+      group = dict(zip(order, blocks[at : at + len(order)], strict=False))
+      own, whole, done, crc = group.get(jax.process_index()), [], 0, 0
+      for part, rows in _parts(own, blocks[at].rows, width):
+        # While it is written.
+        total = pool.submit(zlib.crc32, part[:rows], crc)
         if bits:
           whole.append(part)
         else:
-          _write(shards[0], part, done, layer)
+          _write_all(shards[0], part, done, group)
         done += len(part)
         crc = total.result()
-      chex.assert_equal(done, shape[0 if layer is None else 1])
-      del tensor, part, total  # Before the next one is read.
+      crcs.append(crc)
+      del part, total  # Before the next one is read.
       if bits:
         made = make(np.concatenate(whole)[None])
-        for own, x in zip(shards, jax.tree.leaves(made), strict=True):
-          _write(own, np.asarray(x[0]), 0, layer)
+        for parts, x in zip(shards, jax.tree.leaves(made), strict=True):
+          _write_all(parts, np.asarray(x[0]), 0, group)
   arrays = [
     own[0].array
     if place is None
@@ -115,7 +158,7 @@ def one(
     )
     for x, place, own in zip(leaves, places, shards, strict=True)
   ]
-  return jax.tree.unflatten(structure, arrays), crc
+  return jax.tree.unflatten(structure, arrays), crcs
 
 
 def _empty(x, place) -> list[_Shard]:
@@ -133,12 +176,31 @@ def _empty(x, place) -> list[_Shard]:
   ]
 
 
-def _parts(tensor: Tensor):
-  """Copies of its rows as float32, a few million numbers at a time."""
-  for x in [tensor] if isinstance(tensor, np.ndarray) else tensor:
-    rows = max(1, _AT_ONCE * len(x) // x.size)
-    for at in range(0, len(x), rows):
-      yield np.array(x[at : at + rows], np.float32, order='C')
+def _parts(block, rows, width):
+  """What a process reads as float32, a few million numbers at a time.
+
+  Yields parts of as many `rows` as the longest block of any process has, and
+  how many of a part are this block's; zeros follow. `block` may be None.
+  """
+  with processes.told_to_all():
+    tensor = block.read() if block else np.zeros((0, *width))
+  chex.assert_shape(tensor, (block.rows if block else 0, *width))
+  step = max(1, _AT_ONCE // math.prod(width))
+  for at in range(0, rows, step):
+    own = tensor[at : at + step]
+    part = np.zeros((min(step, rows - at), *width), np.float32)
+    part[: len(own)] = own
+    yield part, len(own)
+
+
+def _write_all(shards, x, row, group):
+  """Writes rows from `row` on of this process's block, and of the others'."""
+  step = max(1, _AT_ONCE * len(x) // x.size)
+  for at in range(0, len(x), step):
+    parts = processes.gather(x[at : at + step])
+    for i, block in group.items():
+      # Zeros after a shorter last block lie past the end: not written.
+      _write(shards, parts[i], block.row + row + at, block.layer)
 
 
 def _write(shards, x, row, layer):
@@ -167,15 +229,46 @@ def _update(out, part, start):
 def every(
   cfg: sizes.ModelConfig, params: parameters.Params, keep: Keep
 ) -> tuple[parameters.Params, int]:
-  """`one` of each of the parameters, which are float32 and whole."""
-  flat, crc = parameters.flatten(params), 0
-  for row in in_order(cfg):
-    x = np.asarray(flat[row.path])
-    tensors = enumerate(x) if row.stacked else [(None, x)]
-    flat[row.path], crc = one(cfg, row.path, tensors, keep, crc)
-  return parameters.unflatten(flat), crc
+  """`read` of parameters that are float32 and whole."""
+  flat = parameters.flatten(params)
+  return read(cfg, lambda row: in_memory(row, np.asarray(flat[row.path])), keep)
+
+
+def in_memory(row: parameters.Parameter, x: np.ndarray) -> list[Block]:
+  """Of a parameter that is in memory."""
+  if not row.stacked:
+    return [Block(None, 0, len(x), lambda: x)]
+  return [Block(i, 0, len(y), lambda y=y: y) for i, y in enumerate(x)]
 
 
 def in_order(cfg: sizes.ModelConfig) -> list[parameters.Parameter]:
   """The rows of the table in the order of the tree's leaves, as the CRC is."""
   return sorted(parameters.table(cfg), key=lambda row: row.path.split('/'))
+
+
+def _crc_of_both(first: int, second: int, size: int) -> int:
+  """The CRC-32 of bytes with `first` and then `size` bytes with `second`.
+
+  A CRC is what a polynomial over GF(2) leaves when another one divides it, and
+  bytes that follow multiply what was there by a power of x.
+  """
+  return _times(first, _shift(size)) ^ second
+
+
+@functools.cache
+def _shift(size):
+  """x to the power of 8 * size; the highest bit is the coefficient of 1."""
+  power, square = 1 << 31, 1 << 23
+  while size:
+    if size & 1:
+      power = _times(power, square)
+    square, size = _times(square, square), size >> 1
+  return power
+
+
+def _times(a, b):
+  product = 0
+  for bit in reversed(range(32)):
+    product ^= b * (a >> bit & 1)
+    b = b >> 1 ^ 0xEDB88320 * (b & 1)
+  return product

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import functools
+import math
 import pathlib
 from typing import Any
 
@@ -17,12 +19,15 @@ import jax
 import numpy as np
 
 from mt.base import errors
+from mt.base import processes
 from mt.data import tokenizer
 from mt.gemma import parameters
 from mt.gemma import sizes
 from mt.weights import kept
 
 Shape = tuple[int, ...]
+
+_AT_ONCE = 2**23  # Weights of an embedding that are read in one go.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +57,15 @@ class Weights:
     places: shape -> the tensors of such a model in this format.
     found: name -> shape of the tensors in the files, but for those of other
       parts (vision), which nobody reads.
-    get: place -> that tensor, of any float type, in our orientation; or its
-      parts along the first axis, in order.
+    get: place -> that tensor, of any float type, in our orientation; of an
+      embedding (place, start, stop) -> those rows, and no other is read.
     tokenizer: reads the one that belongs to them.
     heads: names of output layers, which must be the embedding: ours is.
     quantised: whether `get` dequantises, which takes most of the reading.
     multimodal: whether transformers makes a multimodal model of the files.
     chat_template: theirs, in Jinja; '' where they have none.
+    together: place of an embedding -> how many of its rows the file has in one
+      piece, which is read whole.
 
   Raises:
     errors.UserError: a tensor is missing, too much, or has another shape. A
@@ -70,12 +77,13 @@ class Weights:
   config: sizes.ModelConfig
   places: Callable[[sizes.ModelConfig], list[Place]]
   found: Mapping[str, Shape]
-  get: Callable[[Place], kept.Tensor]
+  get: Callable[..., np.ndarray]
   tokenizer: Callable[[], tokenizer.Tokenizer]
   heads: Sequence[str] = ()
   quantised: bool = False
   multimodal: bool = False
   chat_template: str = ''
+  together: Callable[[Place], int] = lambda place: 1
 
   def __post_init__(self):
     wanted, found = self.places(self.config), self.found
@@ -130,23 +138,41 @@ def put(flat: Mapping[str, Any], place: Place) -> np.ndarray:
   return x.T if place.row.transposed else x
 
 
+def _blocks(weights, place, shape):
+  """What is read of a tensor in one go: embeddings, the largest, in parts."""
+  if place.row.axes[0] != 'vocab':
+    get = functools.partial(weights.get, place)
+    yield kept.Block(place.layer, 0, shape[0], get)
+    return
+  piece = weights.together(place)
+  step = max(1, _AT_ONCE // math.prod(shape[1:]) // piece) * piece
+  for at in range(0, shape[0], step):
+    stop = min(at + step, shape[0])
+    get = functools.partial(weights.get, place, at, stop)
+    yield kept.Block(None, at, stop - at, get)
+
+
 def _check_head(weights, embedding, head):
   both = embedding, dataclasses.replace(embedding, name=head)
-  same = weights.found[head] == embedding.shape and all(
-    map(np.array_equal, *map(weights.get, both))  # By rows, or in parts.
-  )
-  if not same:
-    raise errors.UserError(
-      f'{weights.path}: the head {head} is another matrix than '
-      f'{embedding.name}, and here they are one; take weights whose head is '
-      'the embedding, as in every published Gemma.'
+  blocks = (_blocks(weights, place, embedding.shape) for place in both)
+  own = slice(jax.process_index(), None, jax.process_count())
+  with processes.told_to_all():
+    same = weights.found[head] == embedding.shape and all(
+      np.array_equal(ours.read(), theirs.read())
+      for ours, theirs in list(zip(*blocks, strict=True))[own]
     )
+    if not same:
+      raise errors.UserError(
+        f'{weights.path}: the head {head} is another matrix than '
+        f'{embedding.name}, and here they are one; take weights whose head is '
+        'the embedding, as in every published Gemma.'
+      )
 
 
 def read(
   weights: Weights, key: chex.PRNGKey, keep: kept.Keep = kept.FLOAT32
 ) -> tuple[parameters.Params, int]:
-  """The parameters, read tensor by tensor.
+  """The parameters; each process reads its part of the tensors.
 
   Args:
     weights: opened.
@@ -159,19 +185,19 @@ def read(
   Raises:
     errors.UserError: a file cannot be read, or a head is not the embedding.
   """
-  cfg, get = weights.config, weights.get
-  wanted, found = weights.places(cfg), weights.found
+  cfg, wanted = weights.config, weights.places(weights.config)
   embedding = next(p for p in wanted if p.row.path == 'embedding')
   for head in weights.heads:
     _check_head(weights, embedding, head)
   numbers = {row.path: i for i, row in enumerate(parameters.table(cfg))}
-  flat, crc = {}, 0
-  for row in kept.in_order(cfg):
+  shapes = parameters.shapes(cfg)
+
+  def blocks(row):
     own = [p for p in wanted if p.row.path == row.path]
-    tensors = ((p.layer, get(p)) for p in own)
-    if own[0].name not in found:
+    if own[0].name not in weights.found:
       k = jax.random.fold_in(key, numbers[row.path])
-      x = np.asarray(parameters.initial(cfg, row, k))
-      tensors = enumerate(x) if row.stacked else [(None, x)]
-    flat[row.path], crc = kept.one(cfg, row.path, tensors, keep, crc)
-  return parameters.unflatten(flat), crc
+      return kept.in_memory(row, np.asarray(parameters.initial(cfg, row, k)))
+    shape = shapes[row.path][row.stacked :]
+    return [block for p in own for block in _blocks(weights, p, shape)]
+
+  return kept.read(cfg, blocks, keep)

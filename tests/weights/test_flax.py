@@ -18,6 +18,7 @@ import pytest
 from mt.gemma import attention
 from mt.gemma import model
 from mt.gemma import parameters
+from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.weights import flax
 from mt.weights import flax_store
@@ -75,6 +76,31 @@ def test_every_layout_is_read(tmp_path, name, layout, options):
   found, read = _read(path)
   assert found == cfg
   flax_fixture.assert_same(read, params)
+
+
+@pytest.mark.parametrize('rows', [64, 150, 1000])
+def test_no_chunk_of_the_embedding_is_read_twice(tmp_path, monkeypatch, rows):
+  """A checkpoint that was written over four devices has it in four chunks."""
+  cfg = FAMILIES['gemma3']
+  params = flax_fixture.tiny_params(cfg)
+  mesh = sharding.make_mesh({'data': 1, 'fsdp': 4, 'tensor': 1})
+  place = sharding.of_parameter(cfg, mesh, 'embedding', (400, cfg.embed_dim))
+  split = params | {'embedding': jax.device_put(params['embedding'], place)}
+  path = flax_fixture.save(tmp_path / 'checkpoint', cfg, split)
+  read, real = [], flax_store.read_array
+
+  def read_array(store, name, array):
+    if name == flax.EMBEDDING:
+      read.append(
+        (array.domain[0].inclusive_min, array.domain[0].exclusive_max)
+      )
+    return real(store, name, array)
+
+  monkeypatch.setattr(flax_store, 'read_array', read_array)
+  monkeypatch.setattr(load, '_AT_ONCE', rows * cfg.embed_dim)
+  flax_fixture.assert_same(_read(path)[1], params)
+  step = min(400, max(1, rows // 100) * 100)
+  assert read == [(at, at + step) for at in range(0, 400, step)]
 
 
 def test_a_published_block_computes_the_same(tmp_path):

@@ -73,7 +73,7 @@ def test_quantised_weights_are_those_of_the_library(
   tmp_path, monkeypatch, quant
 ):
   # The embedding's 400 rows in five parts, the last one shorter.
-  monkeypatch.setattr(weights_gguf, '_AT_ONCE', 90 * 256)
+  monkeypatch.setattr(load_lib, '_AT_ONCE', 90 * 256)
   # Every row is a whole number of the longest blocks, 256.
   cfg = dataclasses.replace(
     gguf_fixture.tiny_config('gemma3', 400),
