@@ -7,8 +7,10 @@ a step; see mt/train/checkpoint.py). What the run itself has translated with it
 is not translated again. W/evaluation/ has then
 
   SPLIT.json          scores, chrF by class of noise (see
-                      mt/evaluate/noise.py), which translations go round (from
-                      0), and the comparison, if any
+                      mt/evaluate/noise.py), which translations go round and
+                      which are cut off at their limit (decode.max_ratio,
+                      decode.max_extra), by number from 0, and the comparison,
+                      if any
   SPLIT.*.txt         source, reference and hypothesis, one a line
 
   python -m mt.evaluate --report runs/a runs/b [runs/c [runs/d]]
@@ -104,6 +106,7 @@ class Evaluated:
   sources: list[str]
   references: list[str]
   hypotheses: list[str]
+  cut_off: list[int]  # Which hypotheses are.
 
 
 def translate_split(
@@ -137,19 +140,20 @@ def translate_split(
     ]
   references = [p.target for p in chosen]
   made = cached.provenance(step, config.decode, sources)
-  texts = cached.read_if_current(of_run, made)
+  found = cached.read_if_current(of_run, made)
   # The run removes its own when it is trained anew; another may have this step.
   made['weights'] = manifest.crc(workdir / 'checkpoints', step)
   own = workdir / 'evaluation' / f'{name}.hypothesis.txt'
-  if texts is None:
-    texts = cached.read_if_current(own, made)
-  if texts is None:
-    texts = _translate(workdir, step, name, sources, pair)
-    texts = [text.replace('\n', ' ') for text in texts]  # As files have them.
+  if found is None:
+    found = cached.read_if_current(own, made)
+  if found is None:
+    found = _translate(workdir, step, name, sources, pair)
+  texts, cut_off = found
+  texts = [text.replace('\n', ' ') for text in texts]  # As files have them.
   for side, of_side in (('source', sources), ('reference', references)):
     files.write_lines(own.with_name(f'{name}.{side}.txt'), of_side)
-  cached.write(own, made, texts)
-  return Evaluated(name, languages, step, sources, references, texts)
+  cached.write(own, made, texts, cut_off)
+  return Evaluated(name, languages, step, sources, references, texts, cut_off)
 
 
 def _translate(workdir, step, name, sources, pair):
@@ -157,9 +161,9 @@ def _translate(workdir, step, name, sources, pair):
   params = decode.unstack(params, config.train.dtype)  # In place of the stacks.
   progress = journal.Progress(f'translating {name}', len(sources))
   translator = translator_lib.from_config(directions.only(config, pair), source)
-  texts = translator(params, sources, progress.update)
+  found = translator.translate(params, sources, progress.update)
   progress.close()
-  return texts
+  return found
 
 
 def evaluate(
@@ -198,6 +202,7 @@ def evaluate(
       own.sources, own.hypotheses, own.references, own.languages[0]
     ),
     'loops': scores.looping(own.sources, own.hypotheses),
+    'cut_off': own.cut_off,
   }
   if against:
     other = translate_split(against, text)
@@ -248,6 +253,9 @@ def describe(result: dict[str, Any]) -> str:
   if found := result.get('loops'):
     numbers = ', '.join(str(i + 1) for i in found)
     out.append(f'go round and round: {len(found)} (number {numbers})')
+  if cut_off := result.get('cut_off'):
+    number = result['scores']['sentences']
+    out.append(translator_lib.limit_note(len(cut_off), number))
   if other := result.get('against'):
     out.append(f'against {other["workdir"]}, step {other["step"]}')
     for name, row in other['scores'].items():

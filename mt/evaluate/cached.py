@@ -15,6 +15,9 @@ from mt.base import errors
 from mt.base import files
 from mt.base import processes
 
+# Translations, and which of them are cut off, from 0.
+Made = tuple[list[str], list[int]]
+
 # All code that makes a translation, in mt/.
 _CODE = (
   *('gemma/**/*.py', 'weights/**/*.py', 'translate/**/*.py'),
@@ -35,7 +38,7 @@ def code_digest() -> str:
   return digest.hexdigest()
 
 
-def cached(key: Any, make: Callable[[], list[str]]) -> list[str]:
+def cached(key: Any, make: Callable[[], Made]) -> Made:
   """What `make` returns, kept on disk under everything that decides it.
 
   The pretrained model's translations of a validation set are the same in every
@@ -43,15 +46,15 @@ def cached(key: Any, make: Callable[[], list[str]]) -> list[str]:
   """
   digest = hashlib.sha256(json.dumps([key, code_digest()]).encode())
   path = cache.cache_dir() / 'translations' / f'{digest.hexdigest()}.json'
-  texts = None
+  made = None
   if processes.is_first() and path.exists():
     with contextlib.suppress(errors.UserError):  # Damaged: made once more.
-      texts = files.read_json(path)
-  if processes.agree(texts is not None):
-    return texts or []  # Only the first process has a use for them.
-  texts = make()
-  files.write_json(path, texts)
-  return texts
+      made = files.read_json(path)
+  if processes.agree(made is not None):
+    return made or ([], [])  # Only the first process has a use for them.
+  made = make()
+  files.write_json(path, made)
+  return made
 
 
 def provenance(
@@ -68,25 +71,27 @@ def _digest(texts):
 
 
 def write(
-  path: pathlib.Path, made: dict[str, Any], texts: Sequence[str]
+  path: pathlib.Path,
+  made: dict[str, Any],
+  texts: Sequence[str],
+  cut_off: Sequence[int],
 ) -> None:
-  """Writes translations to a .txt and, last, `made` to the .json beside it.
+  """Writes translations to a .txt and, last, all else to the .json beside it.
 
   It gets a digest of them: whoever dies in between leaves an older .json.
   """
   files.write_lines(path, texts)
   as_read = [text.replace('\n', ' ') for text in texts]
-  known = made | {'texts': _digest(as_read)}
+  known = made | {'texts': _digest(as_read), 'cut_off': list(cut_off)}
   files.write_json(path.with_suffix('.json'), known)
 
 
-def read_if_current(
-  path: pathlib.Path, made: dict[str, Any]
-) -> list[str] | None:
+def read_if_current(path: pathlib.Path, made: dict[str, Any]) -> Made | None:
   """The translations that `write` wrote, if they were made like this."""
   with contextlib.suppress(errors.UserError):  # Missing or damaged.
     texts = files.read_lines(path)
-    known = made | {'texts': _digest(texts)}
-    if files.read_json(path.with_suffix('.json')) == known:
-      return texts
+    known = files.read_json(path.with_suffix('.json'))
+    cut_off = known.get('cut_off')
+    if known == made | {'texts': _digest(texts), 'cut_off': cut_off}:
+      return texts, cut_off
   return None

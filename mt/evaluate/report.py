@@ -91,10 +91,11 @@ def page(workdir: pathlib.Path, curves: 'Curves | None' = None) -> str:
       (name, files.read_lines(folder / f'{split}.{name}.txt'))
       for name in sentences.COLUMNS
     ]
-    loops = scores[split]['after'].get('loops', ())
+    after = scores[split]['after']
+    marked = [after.get(key, ()) for key in ('loops', 'cut_off')]
     out.append(f'<h2>Sentences: {_text(split)}</h2>')
     languages = directions.languages(of[split])
-    out.append(sentences.tables(texts, languages, loops))
+    out.append(sentences.tables(texts, languages, *marked))
   out += ['<h2>Config that differs from the default</h2>', _config(config)]
   environment = files.read_json(workdir / 'environment.json')
   rows = [(_text(key), code(value)) for key, value in environment.items()]

@@ -31,14 +31,18 @@ Texts = Sequence[tuple[str, Sequence[str]]]
 
 
 def tables(
-  texts: Texts, languages: tuple[str, str], loops: Sequence[int] = ()
+  texts: Texts,
+  languages: tuple[str, str],
+  loops: Sequence[int] = (),
+  cut_off: Sequence[int] = (),
 ) -> str:
-  """Sentences spread over a split, those that lost most, and `loops`, as HTML.
+  """Sentences spread over a split, and those that went wrong, as HTML.
 
   Args:
     texts: those of COLUMNS.
     languages: codes of source and target, such as en.
     loops: which translations go round and round, see scores.looping.
+    cut_off: which are cut off at their limit; some of them are shown.
   """
   references, *made = _check(texts)[1:]
   before, after = (
@@ -52,6 +56,9 @@ def tables(
     f'{len(spread):,} of {total:,}, evenly spread': spread,
     'Those that lost most': lost[:_LOST],
     f'{len(loops):,} that go round and round': loops,
+    f'{len(cut_off):,} that are cut off at their limit': _spread(
+      cut_off, _LOST
+    ),
   }
   return (
     '<p class="dim">Words that the reference has not at that place are '

@@ -302,16 +302,16 @@ def translate_splits(
     if processes.agree(cached.read_if_current(path, made) is not None):
       continue
     began = time.monotonic()
-    texts = _translate(run, when, state, split, sources)
+    texts, cut_off = _translate(run, when, state, split, sources)
     journal.say(
       f'translated {split} ({when}, step {state.at}): {len(texts)} sentences, '
       f'{time.monotonic() - began:.0f} s'
     )
     files.write_lines(run.translations(split, 'source'), sources)
-    cached.write(path, made, texts)
+    cached.write(path, made, texts, cut_off)
 
 
-def _translate(run, when, state, split, sources) -> list[str]:
+def _translate(run, when, state, split, sources) -> cached.Made:
   config = run.config
   direction = directions.named(config.data.pair, 'valid', 'test')[split]
   translator = run.translator_of(direction)
@@ -320,7 +320,7 @@ def _translate(run, when, state, split, sources) -> list[str]:
     progress = journal.Progress(f'translating {split} ({when})', len(sources))
     with contextlib.closing(progress):
       params = run.eval_model(state)
-      return translator(params, sources, progress.update)
+      return translator.translate(params, sources, progress.update)
 
   if when == 'after':
     return work()
@@ -354,16 +354,18 @@ def write_scores(run: components.Run, at: int) -> None:
     source, target = directions.languages(of[split])
     sources = [p.source for p in pairs]
     references = [p.target for p in pairs]
-    texts = {
-      when: files.read_lines(run.translations(split, when))
-      for when in ('before', 'after')
-    }
+    texts, about = {}, {}
+    for when in ('before', 'after'):
+      path = run.translations(split, when)
+      texts[when] = files.read_lines(path)
+      about[when] = files.read_json(path.with_suffix('.json'))
     scores[split] = {
       when: {'step': at if when == 'after' else 0}
       | scores_lib.score(made, references, target)
       | {
         'noise': scores_lib.by_noise(sources, made, references, source),
         'loops': scores_lib.looping(sources, made),
+        'cut_off': about[when]['cut_off'],
       }
       for when, made in texts.items()
     }

@@ -96,10 +96,20 @@ class Translator:
     on_progress: Progress = lambda done: None,
   ) -> list[str]:
     """The best translation of each text, in order; see `n_best`."""
+    return self.translate(params, texts, on_progress)[0]
+
+  def translate(
+    self,
+    params: parameters.Params,
+    texts: Sequence[str],
+    on_progress: Progress = lambda done: None,
+  ) -> tuple[list[str], list[int]]:
+    """The same, and which of them are cut off, from 0."""
     found = [best for best, *_ in self.n_best(params, texts, on_progress)]
-    if number := sum(best.cut_off for best in found):
-      self.say(limit_note(number, len(found)))
-    return [best.text for best in found]
+    cut_off = [i for i, best in enumerate(found) if best.cut_off]
+    if cut_off:
+      self.say(limit_note(len(cut_off), len(found)))
+    return [best.text for best in found], cut_off
 
   def n_best(
     self,

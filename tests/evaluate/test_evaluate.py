@@ -72,7 +72,7 @@ def translations(monkeypatch):
 
   def translate(folder, step, split, sources, pair):
     folders.append(folder)
-    return [f'made of {source}' for source in sources]
+    return [f'made of {source}' for source in sources], [1]
 
   monkeypatch.setattr(evaluate, '_translate', translate)
   return folders
@@ -87,9 +87,10 @@ def test_what_the_run_translated_is_not_translated_again(
   after = _lines(run, f'translations/{split}.after')
   assert _lines(run, f'evaluation/{split}.hypothesis') == after
   own = files.read_json(run / 'scores.json')[split]['after']
-  noise, loops = own.pop('noise'), own.pop('loops')
   assert own.pop('step') == got['step'] == 2
-  assert (got['scores'], got['noise'], got['loops']) == (own, noise, loops)
+  for key in ('noise', 'loops', 'cut_off'):
+    assert got[key] == own.pop(key)
+  assert got['scores'] == own and got['cut_off'] == [0, 1, 2]
   assert files.read_json(run / 'evaluation' / f'{split}.json') == got
 
 
@@ -118,11 +119,11 @@ def test_the_weights_are_in_memory_once(run, monkeypatch):
 
   def translate(self, params, texts, on_progress):
     assert len(stacked) > 5 and not any(x() is not None for x in stacked)
-    return list(texts)
+    return list(texts), []
 
   monkeypatch.setattr(evaluate.checkpoint, 'load_finetuned', load)
-  monkeypatch.setattr(translator.Translator, '__call__', translate)
-  assert evaluate._translate(run, 2, 'valid', ['a'], 'en-fr') == ['a']
+  monkeypatch.setattr(translator.Translator, 'translate', translate)
+  assert evaluate._translate(run, 2, 'valid', ['a'], 'en-fr') == (['a'], [])
 
 
 def _another_step(run):
@@ -179,7 +180,7 @@ def test_the_first_pairs(run, translations):
 def test_another_checkpoint_of_the_same_step_translates_anew(run, translations):
   text = evaluate.Text('valid', pairs=2)
   for _ in range(2):
-    evaluate.evaluate(run, text)
+    assert evaluate.evaluate(run, text)['cut_off'] == [1]
   assert translations == [run]
   path = run / 'checkpoints' / 'step_2' / 'manifest.json'
   path.write_text('{"of": [1, 2]}')
@@ -194,7 +195,7 @@ def test_two_runs_are_compared(run, translations, tmp_path):
   path = other / 'translations' / 'valid.after.txt'
   made = files.read_json(path.with_suffix('.json'))
   del made['texts']
-  cached.write(path, made, ['une', 'deux', 'trois'])
+  cached.write(path, made, ['une', 'deux', 'trois'], [])
   got = evaluate.evaluate(run, VALID, against=other)
   assert translations == []
   assert got['against'] == {
@@ -277,7 +278,7 @@ def test_texts_with_line_breaks_have_the_same_scores_again(
 ):
   data, french = tmp_path / 'x.jsonl', 'un bien-\nconnu et une chose'
   data.write_text(json.dumps({'en': 'a\nb', 'fr': french}), encoding='utf-8')
-  monkeypatch.setattr(evaluate, '_translate', lambda *_: [french])
+  monkeypatch.setattr(evaluate, '_translate', lambda *_: ([french], [0]))
   data = {'valid': str(data), 'columns': ('en', 'fr')}
   text = evaluate.Text('valid', data=data)
   first = evaluate.translate_split(run, text)
@@ -334,6 +335,7 @@ def test_the_command(run):
   done = _command(f'--workdir={run}', '--split=test', '--json')
   printed = json.loads(done.stdout)['test']
   assert printed['scores'] == result['scores']
+  assert printed['cut_off'] == result['cut_off'] == [0, 1, 2]
   for side in ('source', 'reference', 'hypothesis'):
     path = run / 'evaluation' / f'test.{side}.txt'
     assert path.exists() and printed['texts'][side] == str(path)
@@ -347,6 +349,7 @@ def test_the_lines_of_the_command():
     'scores': scores.score(*texts[1:], 'fr'),
     'noise': scores.by_noise(*texts, 'ja'),
     'loops': scores.looping(['', 'oui oui'], ['oui ' * 9, 'oui oui']),
+    'cut_off': [1],
     'against': {
       'workdir': 'runs/b',
       'step': 7,
@@ -360,6 +363,8 @@ def test_the_lines_of_the_command():
   assert '  typos              -  no rule for the source language' in shown
   assert '  very short         1  100.00' in shown
   assert 'go round and round: 1 (number 1)' in shown
+  cut_off = '1 of 2 translations reached their limit and are cut off'
+  assert any(line.startswith(cut_off) for line in shown)
   assert 'against runs/b, step 7' in shown
   assert shown[-2].startswith('chrf       100.00 ±0.00 ->  91.67 ±')
   assert '(-8.33, p = ' in shown[-2] and 'seed:12345' in shown[-2]

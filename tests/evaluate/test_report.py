@@ -86,6 +86,7 @@ def _finish(folder):
     | {'noise': scores.by_noise(SOURCES, texts, REFERENCES, 'en')}
     for when, texts in (('before', BEFORE), ('after', AFTER))
   }
+  found['after'] |= {'loops': [0], 'cut_off': [0, 1]}
   files.write_json(folder / 'scores.json', {'valid': found})
   return found
 
@@ -143,6 +144,7 @@ def test_scores_come_with_their_signatures(folder):
   difference = found['after']['chrf'] - found['before']['chrf']
   assert f'{difference:+.2f}' in page.text('span')
   assert 'step 20 of 20, done' in shown
+  assert '1 that go round' in shown and '2 that are cut off' in shown
 
 
 def test_noise_classes_are_counted(folder):
@@ -376,9 +378,9 @@ def test_nothing_of_a_text_is_lost():
     assert shown == text
 
 
-def _tables(*columns, loops=()):
+def _tables(*columns, **marked):
   texts = [*zip(sentences.COLUMNS, columns, strict=True)]
-  return sentences.tables(texts, ('en', 'fr'), loops)
+  return sentences.tables(texts, ('en', 'fr'), **marked)
 
 
 def test_sentences_are_spread_and_the_worst_are_shown():
@@ -389,11 +391,14 @@ def test_sentences_are_spread_and_the_worst_are_shown():
   before[0] = 'xxx'  # Gained.
   after[7] = 'zzz'  # Lost all.
   after[9] = 'la phrase'  # Lost some.
-  text = _tables(sources, references, before, after, loops=[3])
+  marked = {'loops': [3], 'cut_off': range(100, 200)}
+  text = _tables(sources, references, before, after, **marked)
   assert '40 of 200, evenly spread' in text
-  assert text.count('<tr>') == 1 + 40 + 1 + 2 + 1 + 1
-  spread, lost, loops = re.split('Those that lost most|1 that go round', text)
+  assert text.count('<tr>') == 1 + 40 + 1 + 2 + 1 + 1 + 1 + 10
+  titles = 'Those that lost most|1 that go round|100 that are cut off'
+  spread, lost, loops, cut_off = re.split(titles, text)
   assert 'source 3<' in loops and 'source 3<' not in lost
+  assert 'source 199<' in cut_off
   assert 'source 0<' in spread and 'source 199<' in spread
   assert 'source 7<' not in spread
   assert lost.index('source 7<') < lost.index('source 9<')
