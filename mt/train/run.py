@@ -330,6 +330,8 @@ def _translate(run, when, state, split, sources) -> cached.Made:
   formats = config.train.dtype, config.train.matmul_precision, dict(keep.dtypes)
   template, decode = translator.template, config.decode.to_dict()
   key = [run.identity, dataclasses.asdict(template), decode, formats, sources]
+  if config.weights.adapter:  # Untrained factors add nothing.
+    key.append(config.train.lora_alpha)
   return cached.cached(key, work)
 
 

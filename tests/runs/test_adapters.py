@@ -10,11 +10,13 @@ from safetensors.numpy import load_file
 
 from mt.base import errors
 from mt.base import run_folder
+from mt.evaluate import cached
 from mt.evaluate import card
 from mt.export import __main__ as export
 from mt.train import checkpoint
 from mt.train import components
 from mt.train import optimizer as optimizer_lib
+from mt.train import run as run_lib
 from mt.train import state as state_lib
 from mt.train import warm_start
 from mt.translate import translator
@@ -144,7 +146,9 @@ def test_an_adapter_is_merged_without_a_run(tmp_path, run, finetuned):
   assert 'with the adapter a' in (tmp_path / 'o' / 'README.md').read_text()
 
 
-def test_an_adapter_is_what_a_run_begins_with(tmp_path, run, capsys):
+def test_an_adapter_is_what_a_run_begins_with(
+  tmp_path, run, capsys, monkeypatch
+):
   export.from_run('peft', run, tmp_path / 'a', 'float32')
   path = tmp_path / 'a' / 'adapter_config.json'
   fields = json.loads(path.read_text()) | {'lora_dropout': 0.125}
@@ -179,6 +183,16 @@ def test_an_adapter_is_what_a_run_begins_with(tmp_path, run, capsys):
   refusal(lambda: begin(lora_rank=4, lora_alpha=4.0), advice)
   refusal(lambda: begin(lora_alpha=12.0, lora_targets='q'), advice)
   refusal(lambda: begin(lora_targets='.*', parts='all'), advice)
+
+  # The same factors under another alpha are another model's translations.
+  config.train.update(parts='lora', lora_targets='q|k|v|o|gate|up|down')
+  keys = []
+  monkeypatch.setattr(cached, 'cached', lambda key, work: keys.append(key))
+  for alpha in 12.0, 4.0:
+    path.write_text(json.dumps(fields | {'lora_alpha': alpha}))
+    begun, state = begin(lora_alpha=alpha)
+    run_lib._translate(begun, 'before', state, 'valid', ['Hi!'])
+  assert keys[0] != keys[1]
 
 
 def test_only_lora_gives_an_adapter(tmp_path, run):
