@@ -91,11 +91,14 @@ def read_search(
     search = dataclasses.replace(search, beam=beam, **draws)
     if values['n']:
       _say('--n has no effect without --mbr=chrf or --mbr=comet')
-  if search.n_best > search.width + samples:
+  if (more := search.n_best - samples) > search.width:
+    found, other = f'a beam of {search.beam} has', '--temperature above 0'
+    if samples:
+      found = f'a beam of {search.beam} and {samples} samples have'
+      other = f'--n={search.n_best - search.beam}'
     raise errors.UserError(
-      f'--n_best is {search.n_best}, but a beam of {search.beam} and {samples} '
-      f'samples have no more than that; --beam={search.n_best - samples}, or '
-      'more samples (--temperature, or --n of --mbr) expected.'
+      f'--n_best is {search.n_best}, but {found} no more than that; '
+      f'--beam={more} or {other} expected.'
     )
   if search.n_best > 1 and not values['json']:
     raise errors.UserError(

@@ -282,7 +282,13 @@ def test_flags_come_before_the_config():
   'values, words',
   [
     ({'beam': 2, 'temperature': 1.0}, ('--beam is 2', '--temperature')),
-    ({'n_best': 3, 'json': True}, ('--n_best is 3', '--beam=3')),
+    (
+      {'n_best': 3, 'json': True},
+      (
+        '--n_best is 3, but a beam of 1 has',
+        ' --beam=3 or --temperature above 0 expected.',
+      ),
+    ),
     ({'n_best': 2, 'beam': 2}, ('--n_best is 2', '--json')),
   ],
 )
@@ -316,7 +322,7 @@ def test_what_is_drawn_beside_the_search():
   refusal(
     lambda: _searches(mbr='chrf', n_best=18, json=True),
     '--n_best is 18, but a beam of 1 and 16 samples have no more',
-    '--beam=2, or more samples',
+    ' --beam=2 or --n=17 expected.',
   )
 
 
