@@ -14,13 +14,11 @@ Change = dict[str, Any]  # Knob -> value.
 _FOR_TRAINING: tuple[Change, ...] = (
   {'train.remat': 'full'},
   {'train.frozen_dtype': 'bfloat16'},
+  {'optim.ema_decay': 0.0},
   {'optim.name': 'adafactor'},
   {'train.parts': 'lora', 'train.frozen_dtype': 'bfloat16'},
 )
-_FOR_DECODING: tuple[Change, ...] = (
-  *_FOR_TRAINING[1:],
-  {'optim.ema_decay': 0.0},
-)
+_FOR_DECODING = _FOR_TRAINING[1:]
 
 
 def changed(
