@@ -17,7 +17,6 @@ without one it would see over the borders of segments.
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
 
 import chex
@@ -26,7 +25,6 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 
-from mt.base import journal
 from mt.gemma import attention
 from mt.gemma import sharding
 from mt.gemma.sizes import ModelConfig
@@ -38,6 +36,25 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 _WIDEST_HEAD = 256  # Of a fused kernel.
 _SPLASH_BLOCK = 512  # Most queries and keys in a block; 128 at least.
+
+
+def against(cfg: ModelConfig, implementation: str) -> str:
+  """Which layers are left to xla, if this is their shape, and why; or ''."""
+  if implementation != 'xla' and cfg.head_dim > _WIDEST_HEAD:
+    return (
+      f'layers with heads of {cfg.head_dim}: {implementation} takes '
+      f'{_WIDEST_HEAD} at most'
+    )
+  capped = implementation == 'tokamax' and cfg.attn_softcap is not None
+  if capped and not _has_mosaic():
+    return 'all layers: tokamax has no gradient under a soft cap on this card'
+  return ''
+
+
+def _has_mosaic():
+  from tokamax._src import gpu_utils  # Only where it is wanted.
+
+  return gpu_utils.is_sm90() or gpu_utils.is_sm100()  # Hopper, Blackwell.
 
 
 def make_attend(
@@ -55,12 +72,7 @@ def make_attend(
     mesh: of several devices, see mt/gemma/sharding.py.
   """
   chex.assert_rank(segment_ids, 2)
-  if implementation != 'xla' and cfg.head_dim > _WIDEST_HEAD:
-    journal.say(
-      f'note: attention is xla in layers with heads of {cfg.head_dim}: '
-      f'{implementation} takes {_WIDEST_HEAD} at most'
-    )
-    implementation = 'xla'
+  implementation = 'xla' if against(cfg, implementation) else implementation
   if implementation == 'splash':
     return lambda q, k, v, kind: _on_mesh(
       cfg, mesh, functools.partial(_splash, cfg), q, k, v, segment_ids, kind
@@ -106,7 +118,6 @@ def _on_mesh(cfg, mesh, run, q, k, v, seen, kind):
 
 def _tokamax(cfg, q, k, v, first, kind):
   del kind  # `first` is this layer's.
-  from tokamax._src import gpu_utils  # Only where it is wanted.
   from tokamax._src.ops.attention import api
   from tokamax._src.ops.attention import base
 
@@ -114,20 +125,12 @@ def _tokamax(cfg, q, k, v, first, kind):
   mask = base.Mask(is_causal=True, k_start=first[:, None])
   options = {'mask': mask, 'logits_scale': 1.0}
   places_first = [x.swapaxes(1, 2) for x in (q, k, v)]
-  if gpu_utils.is_sm90() or gpu_utils.is_sm100():  # Hopper, Blackwell.
+  if _has_mosaic():
     out = api.IMPLEMENTATIONS['mosaic_gpu'](
       *places_first, logits_soft_cap=cfg.attn_softcap, **options
     )
-  elif cfg.attn_softcap is None:
-    out = _triton()(*places_first, **options)
   else:
-    journal.say(
-      'note: attention is xla: tokamax has no gradient under a soft cap on '
-      'this card'
-    )
-    heads = {'num_heads': q.shape[1], 'num_kv_heads': k.shape[1]}
-    here = dataclasses.replace(cfg, **heads)
-    return attention.causal_attend(here, q, k, v, first)
+    out = _triton()(*places_first, **options)
   return out.swapaxes(1, 2)
 
 

@@ -15,6 +15,8 @@ import ml_collections
 from mt.base import accelerator
 from mt.base import errors
 from mt.base import journal
+from mt.gemma import fused
+from mt.gemma import sizes
 
 _CPU = {
   'dtype': 'float32',
@@ -97,6 +99,16 @@ def check_attention(config: ml_collections.ConfigDict, platform: str) -> None:
     raise errors.UserError(
       f'train.attention={name} {reason}; auto or xla expected.'
     )
+
+
+def say_attention(
+  config: ml_collections.ConfigDict, cfg: sizes.ModelConfig
+) -> None:
+  """Says which layers have plain products in place of the fused kernel."""
+  name = config.train.attention
+  reasons = {fused.against(stack.cfg, name) for stack in cfg.stacks()}
+  for reason in sorted(reasons - {''}):
+    journal.say(f'note: attention is xla in {reason}')
 
 
 def check_deterministic(

@@ -111,6 +111,7 @@ def make_plan(
   config = machine.resolve(asked, target.platform, kind, target.usable)
   machine.say_chosen(asked, config)
   machine.check_attention(config, target.platform)
+  machine.say_attention(config, programs.model_size(config.weights))
   machine.set_precision(config)
   mesh = sharding.make_mesh(config.mesh, target.devices)
   used, there = 1 if mesh is None else mesh.size, len(target.devices)

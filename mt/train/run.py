@@ -134,6 +134,7 @@ def begin(
 
   texts, source = processes.first_then_others(open_inputs)
   plan.check_memory(source.config, config, mesh)
+  machine.say_attention(config, source.config)
   data = splits.read(config, source.tokenizer, texts, mesh)
   pairs = sum(len(text) for text in texts['train'])
   files.write_json(workdir / 'data.json', {'pairs': pairs})

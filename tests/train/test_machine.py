@@ -2,10 +2,13 @@
 
 import importlib.util
 
+import jax.numpy as jnp
 import pytest
 
 from configs import default
 from mt.base import accelerator
+from mt.gemma import fused
+from mt.gemma import sizes
 from mt.train import machine
 from tests.fixtures.refusal import refusal
 
@@ -105,6 +108,31 @@ def test_what_was_chosen_is_said(capsys):
 def test_a_run_of_a_gpu_is_read_in_its_formats():
   made = machine.resolve(default.get_config(), 'gpu', 'NVIDIA L4', 10**11)
   assert machine.here(made) == made
+
+
+def test_layers_that_no_kernel_takes_are_said_once(capsys, monkeypatch):
+  """Not by each of their stacks, in each program that is traced."""
+  config, cfg = default.get_config(), sizes.SIZES['gemma4_e2b']
+  segments = jnp.ones((1, 128), jnp.int32)
+
+  def said(name):
+    config.train.attention = name
+    machine.say_attention(config, cfg)
+    for stack in cfg.stacks():
+      fused.make_attend(stack.cfg, name, segments)
+    return capsys.readouterr().out
+
+  start = 'note: attention is xla in '
+  wide = 'layers with heads of 512: splash takes 256 at most'
+  assert len([*cfg.stacks()]) > 2 and said('xla') == ''
+  assert said('splash') == f'{start}{wide}\n'
+  cfg = sizes.SIZES['gemma2_2b']
+  monkeypatch.setattr(fused, '_has_mosaic', lambda: False)
+  assert said('splash') == ''
+  capped = 'all layers: tokamax has no gradient under a soft cap on this card'
+  assert said('tokamax') == f'{start}{capped}\n'
+  monkeypatch.setattr(fused, '_has_mosaic', lambda: True)
+  assert said('tokamax') == ''
 
 
 @pytest.mark.parametrize(
