@@ -253,6 +253,16 @@ def find_step(workdir: pathlib.Path, which: str = '') -> tuple[int, str]:
     raise errors.UserError(
       f'{checkpoints}: no checkpoint; run train.py with this --workdir first.'
     )
+  try:
+    return _choose(workdir, steps, which)
+  except errors.UserError:
+    if manifest.steps(checkpoints) == steps:
+      raise
+    return find_step(workdir, which)  # A run at work has deleted one.
+
+
+def _choose(workdir, steps, which):
+  checkpoints = workdir / 'checkpoints'
   for at in reversed(steps):
     if (manifest.folder_of(checkpoints, at) / manifest.NAME).exists():
       manifest.check(checkpoints, at, 'metrics')
@@ -387,6 +397,7 @@ def _read(manager, at, trees, **items):
   try:
     return manager.restore(at, args=ocp.args.Composite(**items))
   except (OSError, ValueError, KeyError, TypeError) as e:
+    manifest.check_there(pathlib.Path(manager.directory), at)
     raise errors.UserError(
       f'{manager.directory}: step {at} cannot be read '
       f'({" ".join(str(e).split())[:300]}), though its files are as they were '

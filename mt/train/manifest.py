@@ -118,11 +118,25 @@ def check(checkpoints: pathlib.Path, at: int, item: str = '') -> None:
   """
   check_version(checkpoints, at, since=_MODELS_SINCE)
   if what := damage(folder_of(checkpoints, at), item=item):
+    check_there(checkpoints, at)
     remedy = 'take another step, or go on from the one before with train.py'
     if item:  # Orbax reads it of all checkpoints, whichever is asked for.
       remedy = 'move it away, as train.py does when it starts with this folder'
     raise errors.UserError(
       f'{checkpoints}: step {at} is damaged ({what}); {remedy}.'
+    )
+
+
+def check_there(checkpoints: pathlib.Path, at: int) -> None:
+  """Refuses a checkpoint that a run at work has deleted meanwhile.
+
+  Raises:
+    errors.UserError: it was there before.
+  """
+  if not folder_of(checkpoints, at).exists():
+    raise errors.UserError(
+      f'{checkpoints}: step {at} is gone: the run at work there has newer '
+      'ones and has deleted it; give the command again.'
     )
 
 

@@ -98,6 +98,35 @@ def test_a_whole_checkpoint_beside_one_without_manifest_is_found(plain_copy):
     assert checkpoint.find_step(workdir, which)[0] == 6
 
 
+def test_what_a_run_at_work_deletes_meanwhile_is_not_damaged(
+  plain_copy, monkeypatch
+):
+  """As Orbax does it: moved away at once."""
+  _, workdir = plain_copy
+  old = workdir / 'checkpoints' / 'step_4'
+  real = manifest.damage
+
+  def damage(folder, *args, **kwargs):
+    if folder == old:
+      shutil.rmtree(old)
+    return real(folder, *args, **kwargs)
+
+  kept = shutil.copytree(old, workdir / 'kept')
+  with monkeypatch.context() as m:
+    m.setattr(manifest, 'damage', damage)
+    assert checkpoint.find_step(workdir) == (6, 'step 6, the last')
+    shutil.copytree(kept, old)
+    refusal(lambda: checkpoint.find_step(workdir, '4'), "no checkpoint '4'")
+    shutil.copytree(kept, old)
+    gone = 'step 4 is gone', 'give the command again'
+    refusal(lambda: checkpoint.load_finetuned(workdir, 4), *gone)
+  shutil.copytree(kept, old)
+  monkeypatch.setattr(
+    checkpoint, 'identity', lambda *args: shutil.rmtree(old) or {}
+  )
+  refusal(lambda: checkpoint.load_finetuned(workdir, 4), *gone)
+
+
 def test_with_none_left_nothing_starts_over(plain_copy):
   config, workdir = plain_copy
   folder = workdir / 'checkpoints'
