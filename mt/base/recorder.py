@@ -9,7 +9,6 @@ wandb        Weights & Biases, an optional library, imported only then. It gets
 """
 
 import importlib.util
-import json
 import math
 import os
 import pathlib
@@ -51,13 +50,13 @@ class Recorder:
     self._metrics = self._events = self._wandb = None
     if not processes.is_first():
       return
-    kept = (x for x in journal.read_metrics(path) if x['step'] <= last)
-    files.write(path, ''.join(f'{json.dumps(x)}\n' for x in kept))
-    self._metrics = open(path, 'ab', buffering=0)  # noqa: SIM115
     if 'tensorboard' in to:
       self._events = _new_events(workdir / 'tensorboard')
+    with files.new_file(path) as self._metrics:
       for line in journal.read_metrics(path):
-        _add_event(self._events, line)
+        if line['step'] <= last:
+          self.add(line)
+    self._metrics = open(path, 'ab', buffering=0)  # noqa: SIM115
     if 'wandb' in to:
       self._wandb = _start_wandb(workdir, config)
 
