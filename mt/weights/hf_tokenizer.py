@@ -262,6 +262,7 @@ def _parse(path, rows):
   tab = vocab.get('<0x08>', -2) + 1 if '<0x09>' not in vocab else -1
   if 0 <= tab < len(pieces) and pieces[tab] == '\t' and tab not in symbols:
     pieces[tab] = '<0x09>'
+  _check_merges(path, pieces, symbols, ranks, {(a, b) for a, b in pairs})
   return model, pieces, symbols, ranks
 
 
@@ -279,6 +280,23 @@ def _check_function(path, whole):
   if wrong:
     key, value = next(iter(wrong.items()))
     raise bad(path, f'{key} is {str(value)[:80]}')
+
+
+def _check_merges(path, pieces, symbols, ranks, pairs):
+  """Refuses a piece that not all its pairs make: in SentencePiece they do.
+
+  The trainers of the tokenizers library list one pair of most pieces.
+  """
+  merged = {
+    piece
+    for i, piece in enumerate(pieces)
+    if i not in symbols and (piece in ranks or len(piece) == 1)
+  }
+  for piece in filter(merged.__contains__, ranks):
+    for at in range(1, len(piece)):
+      pair = left, right = piece[:at], piece[at:]
+      if left in merged and right in merged and pair not in pairs:
+        raise bad(path, f'no merge makes {piece!r} of {left!r} and {right!r}')
 
 
 def _role_pieces(folder, unknown):

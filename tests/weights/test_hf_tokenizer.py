@@ -287,6 +287,13 @@ def _hole(content):
   vocab[next(p for p, i in vocab.items() if i == 399)] = 400
 
 
+def _one_merge_a_piece(content):
+  model, found = content['model'], {}
+  for pair in model['merges']:
+    found.setdefault(''.join(pair), pair)
+  model['merges'] = [*found.values()]
+
+
 _LOWER = {'type': 'Lowercase'}
 _BROKEN = {
   'another kind': (_set('model', 'type', 'Unigram'), "'Unigram'"),
@@ -299,6 +306,7 @@ _BROKEN = {
   'two pieces of one id': (_swap_id, '0, 1, 2'),
   'a merge of three': (_set('model', 'merges', [['a', 'b', 'c']]), 'merges'),
   'a merge of numbers': (_set('model', 'merges', [1]), 'merges'),
+  'one merge a piece': (_one_merge_a_piece, 'no merge makes'),
   'added tokens as text': (_set('added_tokens', 'x'), 'added tokens'),
   'an added token without id': (
     _set('added_tokens', [{'content': 'x'}]),
