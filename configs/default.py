@@ -115,12 +115,12 @@ KNOBS = (
     fetched once.
     """),
   knob('data.pair', 'en-fr', LANGUAGES, """
-    Source and target language, such as en-fr, or en-pt_BR with a region. MTNT
-    has en-fr, fr-en, en-ja and ja-en. Where only the other direction's file is
-    there, it is read turned round. Several with commas between them, such as
-    en-fr,fr-en,en-ja, are learned at once; {pair} in the name of a file becomes
-    each of them, and a file without {pair} or {lang} is of the first one, or of
-    that and the same turned round.
+    Source and target language, such as en-fr or eng-fra, en-pt_BR with a
+    region. MTNT has en-fr, fr-en, en-ja and ja-en. Where only the other
+    direction's file is there, it is read turned round. Several with commas
+    between them, such as en-fr,fr-en,en-ja, are learned at once; {pair} in the
+    name of a file becomes each of them, and a file without {pair} or {lang} is
+    of the first one, or of that and the same turned round.
     """),
   knob('data.columns', (), COLUMNS, """
     Where source and target stand in a .tsv or .csv: numbers from 1, such as

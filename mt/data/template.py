@@ -39,14 +39,21 @@ from mt.data import tokenizer
 
 _TARGET = '\0'  # Stands for the target after its prefix; no text has it.
 
-# Code of ISO 639, English name as TranslateGemma has it; scripts, if not Latin.
+# Code of ISO 639, English name as TranslateGemma has it; codes of ISO 639-3, as
+# FLORES has them; scripts, if not Latin.
 _FOLDER = pathlib.Path(__file__).parent
 _ROWS = [
   row.split('\t')
   for row in (_FOLDER / 'languages.tsv').read_text('utf-8').splitlines()
 ]
 LANGUAGES = {code: name for code, name, *_ in _ROWS}
-SCRIPTS = {code: found.split() for code, _, *rest in _ROWS for found in rest}
+SCRIPTS = {code: x.split() for code, _, *rest in _ROWS for x in rest[1:]}
+_SHORT = {
+  long: code
+  for code, _, *rest in _ROWS
+  for found in rest[:1]
+  for long in found.split()
+}
 
 # Prompts that a model was trained with, by name: of TranslateGemma, in a chat
 # (arXiv 2601.09012; chat_template.jinja of google/translategemma-4b-it).
@@ -55,7 +62,8 @@ PROMPTS = {
   for path in (_FOLDER / 'prompts').glob('*.txt')
 }
 
-# Codes that its table of languages lacks, and what it has in their place.
+# Codes that its table of languages lacks, and what it has in their place; those
+# of ISO 639-3 it lacks, too.
 _TRANSLATEGEMMA = {'zh_cn': 'zh_Hans', 'fil': 'fil_PH'}
 
 
@@ -72,8 +80,9 @@ class Template:
 
 
 def base_language(code: str) -> str:
-  """Of a code such as pt_BR, zh-Hans or fr: pt, zh, fr."""
-  return code.replace('_', '-').partition('-')[0].lower()
+  """Of a code such as pt_BR, zh-Hans, fr or fra_Latn: pt, zh, fr, fr."""
+  first = code.replace('_', '-').partition('-')[0].lower()
+  return _SHORT.get(first, first)
 
 
 def from_config(config: ml_collections.ConfigDict) -> Template:
@@ -100,7 +109,7 @@ def _check_language(config, prompt, side, code, name):
       f'template.prompt has {{{field}}} in it, but the name of {code!r} (of '
       f'data.pair={pair!r}) is not known; set template.{field}.'
     )
-  known = _TRANSLATEGEMMA.get(code.lower())
+  known = _TRANSLATEGEMMA.get(code.lower(), _SHORT.get(code[:3].lower()))
   if config.template.prompt == 'translategemma' and known:
     raise errors.UserError(
       f'data.pair is {pair!r}, but TranslateGemma has no {code}; {known} '

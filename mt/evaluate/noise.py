@@ -24,14 +24,12 @@ import pathlib
 
 import regex
 
+from mt.data import template
+
 CLASSES = (
   *('emoji', 'capitals', 'slang', 'typos', 'markup'),
   *('very short', 'very long'),
 )
-# Codes of ISO 639-3, as FLORES has them, and their short ones.
-_SHORT = {'bod': 'bo', 'cmn': 'zh', 'dzo': 'dz', 'eng': 'en', 'fra': 'fr'}
-_SHORT |= {'jpn': 'ja', 'khm': 'km', 'kor': 'ko', 'lao': 'lo', 'mya': 'my'}
-_SHORT |= {'tha': 'th', 'zho': 'zh'}
 CHINESE = 'lzh', 'wuu', 'yue', 'zh'
 # Burmese, Dzongkha, Khmer, Lao, Shan, Thai, Tibetan: no spaces between words.
 UNSPACED = 'bo', 'dz', 'km', 'lo', 'my', 'shn', 'th'
@@ -87,14 +85,9 @@ _LISTS = {
 }
 
 
-def short_code(language: str) -> str:
-  """The code that the rules have for a language: of jpn, ja."""
-  return _SHORT.get(language.lower(), language.lower())
-
-
 def has_rule(name: str, language: str) -> bool:
   """Whether a class of CLASSES can be found in a language at all."""
-  language = short_code(language)
+  language = template.base_language(language)
   return {
     'capitals': language not in _WITHOUT_SPACES,
     'slang': f'slang.{language}' in _LISTS,
@@ -108,7 +101,8 @@ def classes(text: str, language: str) -> tuple[str, ...]:
   In en, 'idk why u dont LOVE it 😂' has `('emoji', 'capitals', 'slang',
   'typos')`. `language` is a code; for what it has no rules, see has_rule.
   """
-  prose, language = _NOT_PROSE.sub(' ', text), short_code(language)
+  prose = _NOT_PROSE.sub(' ', text)
+  language = template.base_language(language)
   size, short, long = len(text.split()), 3, 40
   if language in _WITHOUT_SPACES:
     size, short, long = len(''.join(text.split())), 8, 100

@@ -26,6 +26,7 @@ import sacrebleu
 from sacrebleu import significance
 from sacrebleu import utils as sacrebleu_utils
 
+from mt.data import template
 from mt.evaluate import noise
 from mt.translate import loops
 
@@ -45,7 +46,7 @@ def tokenizer(language: str) -> str:
 
   Nothing is fetched: what is not there is done without.
   """
-  code = noise.short_code(language)
+  code = template.base_language(language)
   if code in _MECAB:
     there = all(importlib.util.find_spec(name) for name in _MECAB[code])
     return f'{code}-mecab' if there else 'char'

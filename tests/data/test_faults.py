@@ -73,10 +73,12 @@ def test_each_fault_is_found_where_it_is(config):
   [
     ('ru-ja', 'Привет, Gemma', '今日は Gemma です', False),
     ('ja-en', 'ただの日本語', 'plain, 日本', False),
+    ('rus-jpn', 'Привет, Gemma', '今日は Gemma です', False),
     ('ko-zh', '한국어 문장', '한국어 문장', True),
     ('sr-en', 'Добро jutro', 'good', False),
     ('en-el', 'good', 'kalimera', True),
     ('en-kn', 'good', 'shubhodaya', True),
+    ('eng-kan_Knda', 'good', 'shubhodaya', True),
   ],
 )
 def test_scripts(languages, source, target, wrong):

@@ -253,6 +253,19 @@ def test_a_block_is_made_noisy_once_an_epoch(tmp_path, monkeypatch, shards):
   assert len(made) == len({*made}) > 8 * BLOCK
 
 
+def test_noise_knows_a_language_by_its_long_code(tmp_path):
+  path, tok = tmp_path / 'a.tsv', numbered_rows.sample_tokenizer()
+  rows = [f'because you are right {i}\tdes mots {i}\n' for i in range(BLOCK)]
+  path.write_text(''.join(rows))
+
+  def made(pair):
+    text = bitext.open_bitext([path], pair)
+    opened = store.open_store(text, tok, PLAIN, noise=0.5)
+    return _lists(opened.block(0))
+
+  assert made('eng-fra_Latn') == made('en-fr') != made('de-fr')
+
+
 def test_a_block_is_given_up_when_the_process_ends(tmp_path, monkeypatch):
   opened = _open(_text(tmp_path))
   over = types.SimpleNamespace(is_alive=lambda: False)

@@ -118,9 +118,10 @@ def test_the_languages_of_the_pair_are_named():
   assert template_lib.from_config(config).prompt == (
     'French from English: {source}'
   )
-  config.data.pair = 'JA-de'
-  template = template_lib.from_config(config)
-  assert template.prompt == 'German from Japanese: {source}'
+  for pair in 'jpn-deu_Latn', 'JA-de':
+    config.data.pair = pair
+    template = template_lib.from_config(config)
+    assert template.prompt == 'German from Japanese: {source}'
   # Fields are filled in once, in the template and not in the text.
   tok = numbered_rows.sample_tokenizer()
   text = '{source_language} {target_language} {source}'
@@ -182,7 +183,11 @@ def test_the_prompt_of_translategemma():
   config.data.pair = 'zh_Hans-fil_PH'
   prompt = template_lib.from_config(config).prompt
   assert 'professional Chinese (zh-Hans) to Filipino (fil-PH) tr' in prompt
-  for pair, code in ('en-zh_CN', 'zh_Hans'), ('fil-en', 'fil_PH'):
+  for pair, code in (
+    ('en-zh_CN', 'zh_Hans'),
+    ('fil-en', 'fil_PH'),
+    ('en-deu_Latn', 'de'),
+  ):
     config.data.pair = pair
     refusal(lambda: template_lib.from_config(config), pair, f'{code} expected')
 
