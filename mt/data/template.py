@@ -48,12 +48,7 @@ _ROWS = [
 ]
 LANGUAGES = {code: name for code, name, *_ in _ROWS}
 SCRIPTS = {code: x.split() for code, _, *rest in _ROWS for x in rest[1:]}
-_SHORT = {
-  long: code
-  for code, _, *rest in _ROWS
-  for found in rest[:1]
-  for long in found.split()
-}
+_SHORT = {x: row[0] for row in _ROWS for x in ' '.join(row[2:3]).split()}
 
 # Prompts that a model was trained with, by name: of TranslateGemma, in a chat
 # (arXiv 2601.09012; chat_template.jinja of google/translategemma-4b-it).

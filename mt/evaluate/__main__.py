@@ -152,7 +152,7 @@ def translate_split(
   texts = [text.replace('\n', ' ') for text in texts]  # As files have them.
   for side, of_side in (('source', sources), ('reference', references)):
     files.write_lines(own.with_name(f'{name}.{side}.txt'), of_side)
-  cached.write(own, made, texts, cut_off)
+  cached.write(own, made, (texts, cut_off))
   return Evaluated(name, languages, step, sources, references, texts, cut_off)
 
 

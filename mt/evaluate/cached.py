@@ -70,19 +70,15 @@ def _digest(texts):
   return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
-def write(
-  path: pathlib.Path,
-  made: dict[str, Any],
-  texts: Sequence[str],
-  cut_off: Sequence[int],
-) -> None:
+def write(path: pathlib.Path, made: dict[str, Any], found: Made) -> None:
   """Writes translations to a .txt and, last, all else to the .json beside it.
 
   It gets a digest of them: whoever dies in between leaves an older .json.
   """
+  texts, cut_off = found
   files.write_lines(path, texts)
   as_read = [text.replace('\n', ' ') for text in texts]
-  known = made | {'texts': _digest(as_read), 'cut_off': list(cut_off)}
+  known = made | {'texts': _digest(as_read), 'cut_off': cut_off}
   files.write_json(path.with_suffix('.json'), known)
 
 

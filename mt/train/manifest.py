@@ -128,11 +128,7 @@ def check(checkpoints: pathlib.Path, at: int, item: str = '') -> None:
 
 
 def check_there(checkpoints: pathlib.Path, at: int) -> None:
-  """Refuses a checkpoint that a run at work has deleted meanwhile.
-
-  Raises:
-    errors.UserError: it was there before.
-  """
+  """Refuses, as errors.UserError, what a run at work has deleted meanwhile."""
   if not folder_of(checkpoints, at).exists():
     raise errors.UserError(
       f'{checkpoints}: step {at} is gone: the run at work there has newer '

@@ -303,13 +303,13 @@ def translate_splits(
     if processes.agree(cached.read_if_current(path, made) is not None):
       continue
     began = time.monotonic()
-    texts, cut_off = _translate(run, when, state, split, sources)
+    found = _translate(run, when, state, split, sources)
     journal.say(
-      f'translated {split} ({when}, step {state.at}): {len(texts)} sentences, '
-      f'{time.monotonic() - began:.0f} s'
+      f'translated {split} ({when}, step {state.at}): {len(sources)} '
+      f'sentences, {time.monotonic() - began:.0f} s'
     )
     files.write_lines(run.translations(split, 'source'), sources)
-    cached.write(path, made, texts, cut_off)
+    cached.write(path, made, found)
 
 
 def _translate(run, when, state, split, sources) -> cached.Made:

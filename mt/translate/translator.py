@@ -90,13 +90,10 @@ class Translator:
   expected: mbr.Expected = mbr.expected_chrf  # What ranks candidates.
 
   def __call__(
-    self,
-    params: parameters.Params,
-    texts: Sequence[str],
-    on_progress: Progress = lambda done: None,
+    self, params: parameters.Params, texts: Sequence[str]
   ) -> list[str]:
     """The best translation of each text, in order; see `n_best`."""
-    return self.translate(params, texts, on_progress)[0]
+    return self.translate(params, texts)[0]
 
   def translate(
     self,

@@ -75,7 +75,7 @@ def run(
   def on_progress(number):
     done.append((time.monotonic(), number))
 
-  translator(params, texts, on_progress)
+  translator.translate(params, texts, on_progress)
   found = []
   for at, seconds in zip(
     compilations.times[before:], compilations.seconds[before:], strict=True

@@ -105,15 +105,15 @@ def test_a_damaged_file_is_made_again(cache):
 
 def test_half_written_or_edited_texts_are_made_again(tmp_path, monkeypatch):
   path, texts = tmp_path / 'valid.after.txt', ['a\nb', '', 'c']
-  cached.write(path, {'step': 1}, texts, [2])
+  cached.write(path, {'step': 1}, (texts, [2]))
   found = cached.read_if_current(path, {'step': 1})
   assert found == (['a b', '', 'c'], [2])
   assert cached.read_if_current(path, {'step': 2}) is None
   for text in ('a b\n', 'a b\n\nd\n', '\xff'):
     path.write_text(text, 'latin-1')
     assert cached.read_if_current(path, {'step': 1}) is None
-  cached.write(path, {'step': 1}, texts, [])
+  cached.write(path, {'step': 1}, (texts, []))
   with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
     m.setattr(cached.files, 'write_json', lambda *_: 1 / 0)
-    cached.write(path, {'step': 2}, ['of', 'step', '2'], [])
+    cached.write(path, {'step': 2}, (['of', 'step', '2'], []))
   assert cached.read_if_current(path, {'step': 1}) is None

@@ -195,7 +195,7 @@ def test_two_runs_are_compared(run, translations, tmp_path):
   path = other / 'translations' / 'valid.after.txt'
   made = files.read_json(path.with_suffix('.json'))
   del made['texts']
-  cached.write(path, made, ['une', 'deux', 'trois'], [])
+  cached.write(path, made, (['une', 'deux', 'trois'], []))
   got = evaluate.evaluate(run, VALID, against=other)
   assert translations == []
   assert got['against'] == {

@@ -259,7 +259,7 @@ def test_other_translations_in_the_folder_are_not_taken_for_its_own(
     path = folder / 'translations' / f'valid.{when}.txt'
     made = files.read_json(path.with_suffix('.json'))
     del made['texts']
-    cached.write(path, made, ['of', 'another', 'model'], [])
+    cached.write(path, made, (['of', 'another', 'model'], []))
   evaluated = folder / 'evaluation' / 'test.json'
   files.write_json(evaluated, {'of': 'another model'})
   run_lib.run(config, folder)

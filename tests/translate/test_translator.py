@@ -260,7 +260,7 @@ def _buckets(texts):
 
 def test_one_line_in_one_line_out_in_order():
   seen = []
-  out = _random()(_random_params(), TEXTS, seen.append)
+  out, _ = _random().translate(_random_params(), TEXTS, seen.append)
   assert out == _alone()
   assert [i for i, text in enumerate(out) if not text] == EMPTY
   assert all(len(text.splitlines()) <= 1 for text in out)
