@@ -1,103 +1,26 @@
 """report.html, out of a folder written for it and out of a run."""
 
-import html.parser
 import json
 import os
-import re
 import shutil
 import time
 
 import pytest
 
-from configs import default
 from mt.base import files
-from mt.evaluate import comparison
 from mt.evaluate import report
 from mt.evaluate import scores
-from mt.evaluate import sentences
+from tests.evaluate import pages
 from tests.fixtures.refusal import refusal
-
-SOURCES = [
-  '<script>alert(1)</script> lol',
-  'A "quoted" & plain <b>sentence</b>.',
-  'the third one 😂',
-]
-REFERENCES = ['<img src=x onerror=alert(1)> mdr', 'Une phrase simple.', 'Trois']
-BEFORE = ['the script', 'A sentence', "</p></td><script src='//x.y'>"]
-AFTER = ['mdr', 'Une phrase très simple.', 'Quatre']
-
-
-class _Page(html.parser.HTMLParser):
-  """Tags with their attributes, texts by the tag around them."""
-
-  def __init__(self, text):
-    super().__init__()
-    self.tags, self.open, self.texts, self.bad = [], [], [], []
-    self.feed(text)
-    self.close()
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append((tag, dict(attrs)))
-    if tag not in ('meta', 'br'):
-      self.open.append(tag)
-
-  def handle_startendtag(self, tag, attrs):
-    self.tags.append((tag, dict(attrs)))
-
-  def handle_endtag(self, tag):
-    if not self.open or self.open.pop() != tag:
-      self.bad.append(tag)
-
-  def handle_data(self, data):
-    self.texts.append((self.open[-1] if self.open else '', data))
-
-  def text(self, *tags):
-    return ' '.join(t for tag, t in self.texts if not tags or tag in tags)
-
-
-@pytest.fixture
-def folder(tmp_path):
-  """A run's folder, without a run."""
-  config = default.get_config()
-  config.train.max_steps = 20
-  config.optim.learning_rate = 0.5
-  config.data.source = '<script>evil()</script>'
-  files.write_json(tmp_path / 'config.json', config.to_dict())
-  environment = {'python': '3.11', 'command': ['train.py', '--x=</table>']}
-  files.write_json(tmp_path / 'environment.json', environment)
-  for step in range(21):
-    line = {'step': step, 'loss': 3 - step / 10, 'targets_per_s': 50 + step}
-    _add_metrics(tmp_path, line)
-  return tmp_path
-
-
-def _add_metrics(folder, line):
-  with open(folder / 'metrics.jsonl', 'a') as file:
-    file.write(json.dumps(line) + '\n')
-
-
-def _finish(folder):
-  columns = SOURCES, REFERENCES, BEFORE, AFTER
-  for name, lines in zip(sentences.COLUMNS, columns, strict=True):
-    path = folder / 'translations' / f'valid.{name}.txt'
-    files.write_lines(path, lines)
-  found = {
-    when: scores.score(texts, REFERENCES, 'fr')
-    | {'noise': scores.by_noise(SOURCES, texts, REFERENCES, 'en')}
-    for when, texts in (('before', BEFORE), ('after', AFTER))
-  }
-  found['after'] |= {'loops': [0], 'cut_off': [0, 1]}
-  files.write_json(folder / 'scores.json', {'valid': found})
-  return found
 
 
 def _page(folder):
   report.write(folder)
-  return _Page((folder / 'report.html').read_text(encoding='utf-8'))
+  return pages.Page((folder / 'report.html').read_text(encoding='utf-8'))
 
 
 def test_a_page_stands_alone(folder):
-  _finish(folder)
+  pages.finish(folder)
   page = _page(folder)
   assert not page.bad and not page.open
   assert {tag for tag, _ in page.tags}.isdisjoint(
@@ -121,10 +44,10 @@ def test_a_page_stands_alone(folder):
 
 
 def test_texts_are_shown_and_never_obeyed(folder):
-  _finish(folder)
+  pages.finish(folder)
   page = _page(folder)
   shown = page.text()
-  for text in [*SOURCES, *REFERENCES]:
+  for text in [*pages.SOURCES, *pages.REFERENCES]:
     assert text in shown
   assert '<script>evil()</script>' in shown and '--x=</table>' in shown
   # Before and after are cut up by marks.
@@ -133,7 +56,7 @@ def test_texts_are_shown_and_never_obeyed(folder):
 
 
 def test_scores_come_with_their_signatures(folder):
-  found = _finish(folder)
+  found = pages.finish(folder)
   page = _page(folder)
   shown = page.text()
   for when in ('before', 'after'):
@@ -148,14 +71,14 @@ def test_scores_come_with_their_signatures(folder):
 
 
 def test_noise_classes_are_counted(folder):
-  _finish(folder)
+  pages.finish(folder)
   shown = _page(folder).text('td')
   assert 'emoji 1 ' in shown and 'slang 1 ' in shown
   assert 'very long 0 no sentence' in ' '.join(shown.split())
 
 
 def test_a_class_without_a_rule_says_so(folder):
-  found = _finish(folder)
+  found = pages.finish(folder)
   for when in found.values():
     del when['noise']['typos']
   files.write_json(folder / 'scores.json', {'valid': found})
@@ -173,19 +96,6 @@ def test_the_config_that_differs(folder):
   del fields['data']['noise'], fields['log']
   files.write_json(folder / 'config.json', fields)
   assert _page(folder).text('code') == shown
-
-
-@pytest.fixture
-def curves(monkeypatch):
-  """title -> name -> number of points, of what a page shows."""
-  shown = {}
-
-  def lines(title, series):
-    shown[title] = {name: len(points) for name, points in series}
-    return '<svg></svg>'
-
-  monkeypatch.setattr(report.chart, 'lines', lines)
-  return shown
 
 
 def test_curves_are_read_on(tmp_path, monkeypatch):
@@ -242,7 +152,7 @@ def test_curves(folder, curves):
     line = {'step': step, 'valid_loss': 3.0, 'valid_chrf': float(step)}
     line |= {'minitrain_loss': 2.0, 'mfu': 0.4, 'memory_gb': 1.0}
     line |= {'peak_memory_gb': 2.0, 'learning_rate': 1e-4, 'tokens_per_s': 9}
-    _add_metrics(folder, line)
+    pages.add_metrics(folder, line)
   page = _page(folder)
   assert curves['Loss']['minitrain: memorised?'] == 3
   assert curves['chrF'] == {'validation': 3}
@@ -254,7 +164,7 @@ def test_curves(folder, curves):
 
 
 def test_the_step_that_was_scored_is_named(folder):
-  found = _finish(folder)
+  found = pages.finish(folder)
   assert 'after, step 20' in _page(folder).text('th')  # A run of old.
   found['before']['step'], found['after']['step'] = 0, 10
   files.write_json(folder / 'scores.json', {'valid': found})
@@ -263,7 +173,7 @@ def test_the_step_that_was_scored_is_named(folder):
 
 
 def test_chrf_before_and_after_is_a_curve_of_two_points(folder, curves):
-  found = _finish(folder)
+  found = pages.finish(folder)
   report.page(folder)
   assert curves['chrF'] == {'valid': 2}
   directions = ('valid-en-fr', 'valid-fr-en', 'test-en-fr', 'test-fr-en')
@@ -294,7 +204,7 @@ def test_metrics_that_are_no_numbers(folder):
 
 
 def test_what_mt_evaluate_found(folder):
-  found = _finish(folder)['after']
+  found = pages.finish(folder)['after']
   result = {
     'step': 20,
     'scores': found,
@@ -302,7 +212,9 @@ def test_what_mt_evaluate_found(folder):
     'against': {
       'workdir': 'runs/<other>',
       'step': 7,
-      'scores': scores.compare(BEFORE, AFTER, REFERENCES, 'fr'),
+      'scores': scores.compare(
+        pages.BEFORE, pages.AFTER, pages.REFERENCES, 'fr'
+      ),
     },
   }
   files.write_json(folder / 'evaluation' / 'test.json', result)
@@ -319,7 +231,7 @@ def test_what_mt_evaluate_found(folder):
 def test_a_page_is_written_whole_or_not_at_all(folder, monkeypatch):
   report.write(folder)
   old = (folder / 'report.html').read_bytes()
-  _finish(folder)
+  pages.finish(folder)
 
   def fail(*_):
     raise OSError(28, 'No space left on device')
@@ -343,146 +255,3 @@ def test_long_runs_have_small_pages(folder):
   text = report.page(folder)
   assert time.monotonic() - start < 5
   assert len(text) < short + 20_000
-
-
-# Sentences.
-
-
-@pytest.mark.parametrize(
-  'reference, text, expected',
-  [
-    ('le chat dort', 'le chat dort', 'le chat dort'),
-    ('le chat dort', 'le chien dort', 'le <mark>chien</mark> dort'),
-    ('a b c d', 'a x y d', 'a <mark>x y</mark> d'),
-    ('le gros chat', 'le chat', 'le<span class="gap">‸</span> chat'),
-    ('un chat', 'un  chat .', 'un  chat <mark>.</mark>'),
-    ('chat', '', '<span class="gap">‸</span>'),
-    ('', 'chat', '<mark>chat</mark>'),
-    ('l’ami', "l'ami", 'l&#x27;ami'),
-    ('l’ami', "l'amie", 'l&#x27;<mark>amie</mark>'),
-    ("l'ami", 'l’ami', 'l’ami'),
-    ('x' + ' de' * 300, 'y' + ' de' * 300, '<mark>y</mark>' + ' de' * 300),
-    ('私は猫が好き', '私は犬が好き', '私は<mark>犬</mark>が好き'),
-    ('a', '<b>', '<mark>&lt;b&gt;</mark>'),
-    ('a 😂', 'a 😭 ', 'a <mark>😭</mark> '),
-  ],
-)
-def test_differences_are_marked(reference, text, expected):
-  assert sentences.marked(reference, text) == expected
-
-
-def test_nothing_of_a_text_is_lost():
-  for reference, text in zip(REFERENCES * 2, BEFORE + AFTER, strict=True):
-    page = _Page(sentences.marked(reference, text))
-    shown = ''.join(t for tag, t in page.texts if tag != 'span')
-    assert shown == text
-
-
-def _tables(*columns, **marked):
-  texts = [*zip(sentences.COLUMNS, columns, strict=True)]
-  return sentences.tables(texts, ('en', 'fr'), **marked)
-
-
-def test_sentences_are_spread_and_the_worst_are_shown():
-  number = 200
-  sources = [f'source {i}' for i in range(number)]
-  references = [f'la phrase numéro {i}' for i in range(number)]
-  before, after = references[:], references[:]
-  before[0] = 'xxx'  # Gained.
-  after[7] = 'zzz'  # Lost all.
-  after[9] = 'la phrase'  # Lost some.
-  marked = {'loops': [3], 'cut_off': range(100, 200)}
-  text = _tables(sources, references, before, after, **marked)
-  assert '40 of 200, evenly spread' in text
-  assert text.count('<tr>') == 1 + 40 + 1 + 2 + 1 + 1 + 1 + 10
-  titles = 'Those that lost most|1 that go round|100 that are cut off'
-  spread, lost, loops, cut_off = re.split(titles, text)
-  assert 'source 3<' in loops and 'source 3<' not in lost
-  assert 'source 199<' in cut_off
-  assert 'source 0<' in spread and 'source 199<' in spread
-  assert 'source 7<' not in spread
-  assert lost.index('source 7<') < lost.index('source 9<')
-  assert 'source 0<' not in lost
-
-
-def test_few_sentences_are_all_shown():
-  text = _tables(SOURCES, REFERENCES, BEFORE, AFTER)
-  assert '3 of 3, evenly spread' in text
-  page = _Page(text)
-  assert [a['lang'] for tag, a in page.tags if tag == 'p' and 'lang' in a][
-    :4
-  ] == ['en', 'fr', 'fr', 'fr']
-  assert 'emoji' in page.text('span')
-
-
-def test_a_text_for_each_source():
-  with pytest.raises(AssertionError):
-    _tables(SOURCES, REFERENCES, BEFORE, AFTER[:2])
-
-
-# Several runs.
-
-
-def _other(folder, tmp_path_factory, after):
-  """A copy of a finished run with other translations, at another rate."""
-  other = tmp_path_factory.mktemp('runs') / '<b>other'
-  shutil.copytree(folder, other)
-  files.write_lines(other / 'translations' / 'valid.after.txt', after)
-  config = files.read_json(other / 'config.json')
-  config['optim']['learning_rate'] = 0.25
-  files.write_json(other / 'config.json', config)
-  return other
-
-
-def test_runs_on_one_page(folder, tmp_path_factory, curves):
-  _finish(folder)
-  files.write_json(folder / 'translations' / 'valid.after.json', {})
-  other = _other(folder, tmp_path_factory, BEFORE)
-  page = _Page(comparison.page([folder, other]))
-  assert not page.bad and not page.open
-  shown = ' '.join(page.text().split())
-  found = scores.compare(AFTER, BEFORE, REFERENCES, 'fr')
-  for row in found.values():
-    assert f'{row["baseline"]:.2f}' in shown
-    assert f'{row["p"]:.3f}' in shown
-  assert found['chrf']['signature'].split('|')[-1] in shown
-  assert '3 of 3 translations differ' in shown
-  both = folder.name, '<b>other'
-  assert curves['Training loss'] == dict.fromkeys(both, 21)
-  assert curves['chrF of validation'] == dict.fromkeys(both, 0)
-  assert 'optim.learning_rate 0.5 0.25' in page.text('code')
-  assert 'train.max_steps' not in page.text('code')
-  assert comparison.page([folder, other, folder]) == comparison.page(
-    [folder, other]
-  )
-
-
-def test_runs_of_other_directions_are_compared_in_those_of_both(
-  folder, tmp_path_factory
-):
-  _finish(folder)
-  files.write_json(folder / 'translations' / 'valid.after.json', {})
-  other = _other(folder, tmp_path_factory, BEFORE)
-  for path in (other / 'translations').glob('valid.*'):
-    path.rename(path.with_name(path.name.replace('valid', 'valid-en-fr')))
-  fields = files.read_json(other / 'config.json')
-  fields['data']['pair'] = 'en-fr,fr-en'
-  files.write_json(other / 'config.json', fields)
-  for runs, split in (
-    ([folder, other], 'valid'),
-    ([other, folder], 'valid-en-fr'),
-  ):
-    shown = _Page(comparison.page(runs)).text()
-    assert f'Sentences: {split} ' in shown and 'not done' not in shown
-
-
-def test_runs_of_other_sentences_are_not_compared(folder, tmp_path_factory):
-  _finish(folder)
-  files.write_json(folder / 'translations' / 'valid.after.json', {})
-  other = _other(folder, tmp_path_factory, BEFORE)
-  files.write_lines(other / 'translations' / 'valid.source.txt', REFERENCES)
-  shown = _Page(comparison.page([folder, other])).text()
-  assert 'other sentences' in shown and 'differ.' not in shown
-  (other / 'translations' / 'valid.after.json').unlink()
-  assert 'other has no scores' in _Page(comparison.page([other, folder])).text()
-  refusal(lambda: comparison.page([folder]), '--report', 'two to four')
