@@ -20,7 +20,7 @@ from tests.fixtures.tiny_gguf import write
 
 @pytest.fixture(scope='module')
 def rebuilt(tmp_path_factory):
-  """What its texts become is seen in tests/weights/test_hf_tokenizer.py."""
+  """What its texts become is seen in test_hf_tokenizer_out.py."""
   path = tmp_path_factory.mktemp('gguf') / 'a.gguf'
   write(path)
   return weights_gguf.read_tokenizer(gguf_file.open_gguf(path))

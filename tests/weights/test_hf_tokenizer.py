@@ -1,203 +1,80 @@
-"""tokenizer.json: the same ids as the SentencePiece model, both ways.
-
-And out of a GGUF vocabulary.
-"""
+"""tokenizer.json as others write it: read, or refused."""
 
 import json
 
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
 from mt.data import tokenizer
-from mt.weights import gguf
-from mt.weights import gguf_file
 from mt.weights import hf_tokenizer
 from mt.weights import hf_tokenizer_out
 from mt.weights import pretrained
 from tests.fixtures import gguf_fixture
 from tests.fixtures import nasty
-from tests.fixtures import real_tokenizers
-from tests.fixtures import tiny_gguf
 from tests.fixtures.refusal import refusal
-
-
-@pytest.fixture(scope='module')
-def original():
-  return tokenizer.from_proto(gguf_fixture.train_proto(), 'x')
-
-
-@pytest.fixture(scope='module')
-def written(original, tmp_path_factory):
-  """The folder of the files that transformers reads."""
-  folder = tmp_path_factory.mktemp('tokenizer')
-  hf_tokenizer_out.write(folder, original)
-  return folder
-
-
-@pytest.fixture(scope='module')
-def of_gguf(tmp_path_factory):
-  path = tmp_path_factory.mktemp('gguf') / 'a.gguf'
-  tiny_gguf.write(path)
-  return gguf.read_tokenizer(gguf_file.open_gguf(path))
-
-
-@pytest.fixture(scope='module', params=('tokenizer.json', 'gguf'))
-def rebuilt(request, written, of_gguf):
-  if request.param == 'gguf':
-    return of_gguf
-  return hf_tokenizer.read(written / 'tokenizer.json', 400)
-
-
-def _content(written):
-  return json.loads((written / 'tokenizer.json').read_text('utf-8'))
-
-
-def _read(path, content, rows=400):
-  path.write_text(json.dumps(content))
-  return hf_tokenizer.read(path, rows)
-
-
-def _assert_same_ids(rebuilt, original, text):
-  ids = original.encode(text)
-  assert rebuilt.encode(text) == ids
-  assert rebuilt.decode(ids) == original.decode(ids)
-
-
-def _same_everywhere(rebuilt, original):
-  for text in nasty.TEXTS:
-    _assert_same_ids(rebuilt, original, text)
-
-
-def test_pieces_and_special_ids_come_back(rebuilt, original):
-  assert rebuilt.vocab_size == original.vocab_size == 400
-  # Gemma's: pad 0, EOS 1, BOS 2, unknown 3, in every generation.
-  for tok in (rebuilt, original):
-    assert hf_tokenizer.ids_of_roles(tok) == [0, 1, 2, 3]
-  ours = sp_pb2.ModelProto.FromString(rebuilt.proto).pieces
-  theirs = sp_pb2.ModelProto.FromString(original.proto).pieces
-  for a, b in zip(ours, theirs, strict=True):
-    assert (a.piece, a.type) == (b.piece, b.type)
-
-
-def test_nasty_texts_are_encoded_as_by_the_original(rebuilt, original):
-  for text in nasty.TEXTS:
-    _assert_same_ids(rebuilt, original, text)
-    _assert_same_ids(rebuilt, original, f'English: {text}\nFrench: {text}')
-    # Text never becomes a control token.
-    assert not set(rebuilt.encode(text)) & {0, 1, 2}
-
-
-@settings(max_examples=100, deadline=None)
-@given(nasty.ANY)
-def test_any_text_is_encoded_as_by_the_original(rebuilt, original, text):
-  _assert_same_ids(rebuilt, original, text)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 399)))
-def test_any_ids_are_decoded_as_by_the_original(rebuilt, original, ids):
-  # Half characters in bytes and special ids in the middle are what an untrained
-  # model writes.
-  assert rebuilt.decode(ids) == original.decode(ids)
-
-
-def test_a_gguf_vocabulary_goes_the_same_way(tmp_path, original, of_gguf):
-  # Its added tokens have the score -1000 instead of 0.
-  hf_tokenizer_out.write(tmp_path, of_gguf)
-  assert _content(tmp_path)['model']['merges']
-  again = hf_tokenizer.read(tmp_path / 'tokenizer.json', 400)
-  _same_everywhere(again, original)
-
-
-def test_our_own_small_tokenizers_go_the_same_way(tmp_path):
-  # Their special pieces are <s> and </s>, as SentencePiece calls them.
-  tok = tokenizer.train(nasty.TEXTS * 3, 400)
-  hf_tokenizer_out.write(tmp_path, tok)
-  again = hf_tokenizer.read(tmp_path / 'tokenizer.json', 400)
-  assert (again.bos_id, again.eos_id) == (tok.bos_id, tok.eos_id)
-  _same_everywhere(again, tok)
-
-
-def test_the_files_say_what_transformers_needs(written):
-  files = {p.name for p in written.iterdir()}
-  assert files == {
-    'tokenizer.model',
-    'tokenizer.json',
-    'tokenizer_config.json',
-    'special_tokens_map.json',
-  }
-  assert (
-    written / 'tokenizer.model'
-  ).read_bytes() == gguf_fixture.train_proto()
-  config = json.loads((written / 'tokenizer_config.json').read_text())
-  assert config['add_bos_token'] is True
-  assert config['add_eos_token'] is False
-  special = json.loads((written / 'special_tokens_map.json').read_text())
-  assert special == {
-    'bos_token': '<bos>',
-    'eos_token': '<eos>',
-    'pad_token': '<pad>',
-    'unk_token': '<unk>',
-  }
+from tests.weights import tokenizers
 
 
 def test_the_knob_takes_one(written, original):
   source = pretrained.open_source(
     'random', 'debug', written / 'tokenizer.json', seed=0, texts=()
   )
-  _same_everywhere(source.tokenizer, original)
+  tokenizers.same_everywhere(source.tokenizer, original)
 
 
 # Other ways to write one.
 
 
 def test_merges_may_be_texts(tmp_path, written, original):
-  content = _content(written)
+  content = tokenizers.content_of(written)
   model = content['model']
   model['merges'] = [' '.join(pair) for pair in model['merges']]
-  _same_everywhere(_read(tmp_path / 't.json', content), original)
+  tokenizers.same_everywhere(
+    tokenizers.read(tmp_path / 't.json', content), original
+  )
 
 
 def test_added_tokens_need_not_be_in_the_vocabulary(
   tmp_path, written, original
 ):
-  content = _content(written)
+  content = tokenizers.content_of(written)
   for token in content['added_tokens']:
     del content['model']['vocab'][token['content']]
-  _same_everywhere(_read(tmp_path / 't.json', content), original)
+  tokenizers.same_everywhere(
+    tokenizers.read(tmp_path / 't.json', content), original
+  )
 
 
 def test_tokens_without_a_row_are_left_out(tmp_path, written, original):
   # Gemma 3 270M and 1B list <image_soft_token>, number 262,144.
-  content = _content(written)
+  content = tokenizers.content_of(written)
   content['added_tokens'].append({'id': 400, 'content': '<image_soft_token>'})
-  tok = _read(tmp_path / 't.json', content)
+  tok = tokenizers.read(tmp_path / 't.json', content)
   assert tok.vocab_size == 400
-  _same_everywhere(tok, original)
-  tok = _read(tmp_path / 't.json', content, rows=464)  # As 4B has.
+  tokenizers.same_everywhere(tok, original)
+  tok = tokenizers.read(tmp_path / 't.json', content, rows=464)  # As 4B has.
   assert tok.vocab_size == 401
   assert tok.controls['<image_soft_token>'] == 400
-  _same_everywhere(tok, original)
+  tokenizers.same_everywhere(tok, original)
 
 
 def test_symbols_that_no_merge_makes_are_taken_whole(
   tmp_path, written, original
 ):
   # Files from before 2024 list only the first few as added tokens.
-  content = _content(written)
+  content = tokenizers.content_of(written)
   content['added_tokens'] = [
     t for t in content['added_tokens'] if t['special'] or t['id'] < 20
   ]
   names = [t['content'] for t in content['added_tokens']]
-  assert '<b>' in {p['content'] for p in _content(written)['added_tokens']}
+  assert '<b>' in {
+    p['content'] for p in tokenizers.content_of(written)['added_tokens']
+  }
   if '<b>' in names:
     content['added_tokens'] = content['added_tokens'][: names.index('<b>')]
-  tok = _read(tmp_path / 't.json', content)
+  tok = tokenizers.read(tmp_path / 't.json', content)
   for text in ('<b>bold</b>', 'a<b>\n\n<b>', '<mask><unused0>'):
-    _assert_same_ids(tok, original, text)
+    tokenizers.assert_same_ids(tok, original, text)
 
 
 def test_a_tab_in_place_of_its_byte(tmp_path, written):
@@ -208,24 +85,24 @@ def test_a_tab_in_place_of_its_byte(tmp_path, written):
       p.piece, p.type = '\t\t', 1
   tok = tokenizer.from_proto(m.SerializeToString(), 'x')
   hf_tokenizer_out.write(tmp_path, tok)
-  content = _content(tmp_path)
+  content = tokenizers.content_of(tmp_path)
   assert '<0x09>' not in content['model']['vocab']
   assert ['\t', '\t'] in content['model']['merges']
   again = hf_tokenizer.read(tmp_path / 'tokenizer.json', 400)
   for text in ('\t', 'a\tb', '\t\t', '\t\t\t', *nasty.TEXTS):
-    _assert_same_ids(again, tok, text)
+    tokenizers.assert_same_ids(again, tok, text)
 
 
 @pytest.mark.parametrize('form', ('text', 'object'))
 def test_special_tokens_are_those_of_the_config(tmp_path, written, form):
-  content = _content(written)
+  content = tokenizers.content_of(written)
   names = {'bos_token': '[multimodal]', 'pad_token': '<unused0>'}
   fields = {
     k: {'content': v, 'special': True} if form == 'object' else v
     for k, v in names.items()
   }
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(fields))
-  tok = _read(tmp_path / 'tokenizer.json', content)
+  tok = tokenizers.read(tmp_path / 'tokenizer.json', content)
   assert tok.spm.id_to_piece(tok.bos_id) == '[multimodal]'
   assert tok.spm.id_to_piece(tok.pad_id) == '<unused0>'
   assert tok.spm.id_to_piece(tok.eos_id) == '<eos>'
@@ -254,8 +131,10 @@ def test_a_role_leaves_a_piece_as_it_is(tmp_path, written, roles, beside):
   assert tok.eos_id == ids(roles.get('eos', '<eos>'))
   assert tok.pad_id == ids(roles.get('pad', '<pad>'))
   assert tok.end_ids >= {ids('<eos>'), ids('<end_of_turn>')}
-  _same_everywhere(tok, original)
-  _assert_same_ids(tok, original, '<start_of_turn>user\nHi<end_of_turn>')
+  tokenizers.same_everywhere(tok, original)
+  tokenizers.assert_same_ids(
+    tok, original, '<start_of_turn>user\nHi<end_of_turn>'
+  )
   # And out again.
   hf_tokenizer_out.write(tmp_path, tok)
   again = hf_tokenizer.read_folder(tmp_path, 400)
@@ -332,15 +211,17 @@ _BROKEN = {
 @pytest.mark.parametrize('what', _BROKEN)
 def test_a_broken_file_is_refused(tmp_path, written, what):
   change, word = _BROKEN[what]
-  content = _content(written)
+  content = tokenizers.content_of(written)
   change(content)
   path = tmp_path / 'tokenizer.json'
-  refusal(lambda: _read(path, content), path, word, 'weights.tokenizer')
+  refusal(
+    lambda: tokenizers.read(path, content), path, word, 'weights.tokenizer'
+  )
 
 
 def test_what_the_published_ones_say_is_read(tmp_path, written, original):
   """Of 2024 and later; their spaces are replaced before they could split."""
-  content = _content(written)
+  content = tokenizers.content_of(written)
   content['model'] |= {'dropout': None, 'ignore_merges': False}
   content['model'] |= {'continuing_subword_prefix': None}
   content['normalizer'] = {
@@ -353,17 +234,19 @@ def test_what_the_published_ones_say_is_read(tmp_path, written, original):
     'behavior': 'MergedWithPrevious',
     'invert': False,
   }
-  _same_everywhere(_read(tmp_path / 't.json', content), original)
+  tokenizers.same_everywhere(
+    tokenizers.read(tmp_path / 't.json', content), original
+  )
 
 
 def test_bytes_that_are_not_all_there_are_refused(tmp_path, written):
-  content = _content(written)
+  content = tokenizers.content_of(written)
   vocab = content['model']['vocab']
   content['model']['vocab'] = {
     'x' + p if p == '<0x41>' else p: i for p, i in vocab.items()
   }
   path = tmp_path / 'tokenizer.json'
-  refusal(lambda: _read(path, content), path, 'SentencePiece')
+  refusal(lambda: tokenizers.read(path, content), path, 'SentencePiece')
 
 
 def test_a_chat_template_is_a_file_or_a_field(tmp_path):
@@ -405,12 +288,12 @@ def test_tokens_added_beside_a_tokenizer_model_are_read(
     '<|tool|>',
     'tokenizer.json',
   )
-  content = _content(written)
+  content = tokenizers.content_of(written)
   content['added_tokens'].append({'id': 400, 'content': '<|tool|>'})
   (folder / 'tokenizer.json').write_text(json.dumps(content))
   tok = hf_tokenizer.read_folder(folder, 464)
   assert tok.controls['<|tool|>'] == 400
-  _same_everywhere(tok, original)
+  tokenizers.same_everywhere(tok, original)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +311,7 @@ def test_tokens_of_tokenizer_json_alone_are_read(
 ):
   # As transformers does, which takes tokenizer.json.
   folder = _beside(tmp_path / 'a', original, {text: id_} if listed else {})
-  content = _content(written)
+  content = tokenizers.content_of(written)
   change(content)
   (folder / 'tokenizer.json').write_text(json.dumps(content))
   assert original.encode(text) != [id_]
@@ -457,14 +340,16 @@ def _add_token(content, text, id_):
 def test_merges_in_another_order_are_read(tmp_path, written, original):
   # The pieces of tokenizer.model are the same.
   folder = _beside(tmp_path / 'a', original, {})
-  content = _content(written)
+  content = tokenizers.content_of(written)
   content['model']['merges'].reverse()
   (folder / 'tokenizer.json').write_text(json.dumps(content))
   tok = hf_tokenizer.read_folder(folder, 400)
-  alone = _read(tmp_path / 't.json', content)
-  _same_everywhere(tok, alone)
+  alone = tokenizers.read(tmp_path / 't.json', content)
+  tokenizers.same_everywhere(tok, alone)
   assert any(tok.encode(x) != original.encode(x) for x in nasty.TEXTS)
-  (folder / 'tokenizer.json').write_text(json.dumps(_content(written)))
+  (folder / 'tokenizer.json').write_text(
+    json.dumps(tokenizers.content_of(written))
+  )
   assert hf_tokenizer.read_folder(folder, 400).proto == original.proto
 
 
@@ -498,19 +383,3 @@ def test_tokens_that_change_nothing_are_none(tmp_path, original):
   added['  '] = spm.piece_to_id('\u2581\u2581')
   folder = _beside(tmp_path / 'a', original, added)
   assert hf_tokenizer.read_folder(folder, 464).proto == original.proto
-
-
-# The real ones.
-
-
-@pytest.mark.parametrize(
-  'generation',
-  [pytest.param('gemma1', marks=pytest.mark.heavy), 'gemma3'],
-)
-def test_tokenizer_json_gives_the_real_tokenizers(tmp_path, generation):
-  original = real_tokenizers.original(generation)
-  texts = real_tokenizers.texts(1 if generation == 'gemma1' else 5)
-  hf_tokenizer_out.write(tmp_path, original)
-  rebuilt = hf_tokenizer.read(tmp_path / 'tokenizer.json', original.vocab_size)
-  assert rebuilt.proto != original.proto  # It is not simply the file beside.
-  real_tokenizers.assert_same(rebuilt, original, texts)
