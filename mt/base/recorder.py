@@ -52,10 +52,12 @@ class Recorder:
       return
     if 'tensorboard' in to:
       self._events = _new_events(workdir / 'tensorboard')
-    with files.new_file(path) as self._metrics:
+    with files.new_file(path) as kept:
       for line in journal.read_metrics(path):
         if line['step'] <= last:
-          self.add(line)
+          journal.add_metrics(kept, line)
+          if self._events:
+            _add_event(self._events, line, flush=False)
     self._metrics = open(path, 'ab', buffering=0)  # noqa: SIM115
     if 'wandb' in to:
       self._wandb = _start_wandb(workdir, config)
@@ -94,8 +96,13 @@ def _new_events(folder: pathlib.Path) -> _Writer:
   return writer
 
 
-def _add_event(writer: _Writer, line: dict[str, Any]) -> None:
-  """The numbers of one line of metrics.jsonl, under its step."""
+def _add_event(
+  writer: _Writer, line: dict[str, Any], flush: bool = True
+) -> None:
+  """The numbers of one line of metrics.jsonl, under its step.
+
+  tensorboardX flushes to the disk itself, which takes as long as all else.
+  """
   event = event_pb2.Event(wall_time=time.time(), step=line['step'])
   for name, value in line.items():
     number = isinstance(value, int | float) and math.isfinite(value)
@@ -103,7 +110,8 @@ def _add_event(writer: _Writer, line: dict[str, Any]) -> None:
       event.summary.MergeFrom(summary.scalar(name, value))
   try:
     writer.write_event(event)
-    writer.flush()
+    if flush:
+      writer.flush()
   except OSError as e:
     raise files.unwritable('tensorboard', e) from e
 

@@ -5,6 +5,7 @@ A TFRecord is a length (uint64), its masked CRC-32C, the data, and theirs
 """
 
 import json
+import os
 import struct
 
 import pytest
@@ -82,6 +83,20 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
       (path,) = (tmp_path / 'tensorboard').iterdir()
       path.rename(path.with_name('events.out.tfevents.1.host'))
   assert _read(tmp_path) == [('loss', s, s / 4) for s in (1, 2, 3, 4)]
+
+
+def test_a_resume_does_not_wait_for_the_disk_at_each_step(
+  tmp_path, monkeypatch
+):
+  config, lines = default.get_config(), [{'step': n} for n in range(20)]
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  flushed = []
+  monkeypatch.setattr(os, 'fsync', flushed.append)
+  made = recorder.Recorder(tmp_path, config, 20)
+  assert len(flushed) < 5
+  made.add({'step': 20})
+  assert len(flushed) < 6
+  made.close()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
