@@ -140,19 +140,18 @@ def translate_split(
     ]
   references = [p.target for p in chosen]
   made = cached.provenance(step, config.decode, sources)
-  found = cached.read_if_current(of_run, made)
   # The run removes its own when it is trained anew; another may have this step.
-  made['weights'] = manifest.crc(workdir / 'checkpoints', step)
+  known = made | {'weights': manifest.crc(workdir / 'checkpoints', step)}
   own = workdir / 'evaluation' / f'{name}.hypothesis.txt'
-  if found is None:
-    found = cached.read_if_current(own, made)
-  if found is None:
-    found = _translate(workdir, step, name, sources, pair)
-  texts, cut_off = found
+  texts, cut_off = (
+    cached.read_if_current(of_run, made)
+    or cached.read_if_current(own, known)
+    or _translate(workdir, step, name, sources, pair)
+  )
   texts = [text.replace('\n', ' ') for text in texts]  # As files have them.
   for side, of_side in (('source', sources), ('reference', references)):
     files.write_lines(own.with_name(f'{name}.{side}.txt'), of_side)
-  cached.write(own, made, (texts, cut_off))
+  cached.write(own, known, (texts, cut_off))
   return Evaluated(name, languages, step, sources, references, texts, cut_off)
 
 
