@@ -148,7 +148,7 @@ def test_two_systems(monkeypatch):
   assert comet.compare(old, old, '')['p'] == 1.0
   both = [(old, 'v'), (new, 'v')]
   monkeypatch.setattr(comet, 'segments', lambda *_: both.pop())
-  own = evaluate.Evaluated('valid', ('en', 'fr'), 1, [], [], [])
+  own = evaluate.Evaluated('valid', ('en', 'fr'), 1, [], [], [], [])
   result = {'scores': {}, 'against': {'scores': {}}}
   evaluate.add_comet(result, 'm', own, own)
   assert result['scores']['comet'] == got['score']

@@ -71,7 +71,7 @@ def test_evaluate_takes_one_direction(run, tmp_path, monkeypatch):
 
   def translate(folder, step, name, sources, pair):
     made.append((name, pair, sources[0]))
-    return sources
+    return sources, []
 
   monkeypatch.setattr(evaluate, '_translate', translate)
   found = evaluate.evaluate(run, evaluate.Text('valid', pair='fr-en'))
