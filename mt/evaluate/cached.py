@@ -21,7 +21,7 @@ Made = tuple[list[str], list[int]]
 # All code that makes a translation, in mt/.
 _CODE = (
   *('gemma/**/*.py', 'weights/**/*.py', 'translate/**/*.py'),
-  *('data/template.py', 'data/tokenizer.py'),
+  *('data/chat.py', 'data/template.py', 'data/tokenizer.py'),
 )
 _MT = pathlib.Path(__file__).parents[1]
 

@@ -12,6 +12,7 @@ from mt.evaluate import cached
 MT = pathlib.Path(__file__).parents[2] / 'mt'
 # Whatever may change a translation.
 CODE = [
+  'data/chat.py',
   'data/template.py',
   'data/tokenizer.py',
   *(
