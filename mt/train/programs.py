@@ -150,14 +150,14 @@ def decode_shapes(
 
   def slots(tokens):
     limit = int(decode.max_ratio * tokens) + decode.max_extra
-    need = tokens + limit * settings.search.width
+    need = batching.Prompt(range(tokens), limit).slots(settings.search.width)
     return batching.bucket(need, batching.SMALLEST_SLOTS)
 
   batches, groups = set(), set()
   for tokens in range(1, config.data.length + 1):
     rows = settings.most_rows(slots(tokens))
     batches.add((rows, slots(tokens)))
-    groups.add((max(1, rows // 4), batching.bucket(tokens)))
+    groups.add((max(1, rows // 4), batching.bucket(tokens - 1)))
   return max(batches, key=math.prod), max(groups, key=math.prod)
 
 
@@ -235,13 +235,13 @@ def _decoding(run) -> Iterator[Program]:
   (rows, slots), (group, width) = decode_shapes(settings, config)
   int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
   prompts = run.at_home(
-    batching.Group(int32((group, width)), *[int32((group,))] * 4)
+    batching.Group(int32((group, width)), *[int32((group,))] * 5)
   )
   if weights is None:
     return
   batch = _empty_batch(run, settings, rows, slots)
   kinds = run.held | {'decoding': (new, batch)}
-  args = cfg, weights, prompts.tokens, dtype
+  args = cfg, weights, prompts.tokens, prompts.lengths, dtype
   made, cache = _compile(run, 'prefill', decode_lib.prefill, args, kinds)
   yield made
   if cache is None:

@@ -79,7 +79,7 @@ class Prompt:
 
   def slots(self, width: int) -> int:
     """Of the cache, that so many hypotheses may come to need."""
-    return len(self.tokens) + self.limit * width
+    return len(self.tokens) + (self.limit + 1) * width - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +95,11 @@ class Hypothesis:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """G prompts that are read together, P tokens wide."""
+  """G prompts that are read together, but for the last token of each."""
 
-  tokens: jax.Array  # [G, P] int32, left-aligned.
-  lengths: jax.Array  # [G] int32, tokens of each, at least 1.
+  tokens: jax.Array  # [G, P] int32, right-aligned.
+  last: jax.Array  # [G] int32, the last tokens: the first step reads them.
+  lengths: jax.Array  # [G] int32, tokens of each, with the last: at least 1.
   limits: jax.Array  # [G] int32; 0 for what only fills up the group.
   numbers: jax.Array  # [G] int32, see Prompt.
   rows: jax.Array  # [G] int32, where they go; beyond the batch: nowhere.
@@ -112,8 +113,10 @@ def _place(settings, batch):
   put = functools.partial(
     sharding.constrain, mesh=settings.mesh, axes=decode_lib.CACHE_AXES
   )
+  kv = {x: jax.tree.map(put, cache[x]) for x in 'kv'}
   whole = sharding.whole(settings.mesh)
-  return jax.tree.map(put, cache), lax.with_sharding_constraint(state, whole)
+  time, state = lax.with_sharding_constraint((cache['time'], state), whole)
+  return kv | {'time': time}, state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -122,7 +125,9 @@ def init(settings: Settings, size: int, slots: int) -> Batch:
   zeros, search = jnp.zeros(size, jnp.int32), settings.search
   width = slots // search.width
   state = search_lib.start(search, zeros, zeros, zeros + 1, zeros, width)
-  cache = decode_lib.empty_cache(settings.cfg, size, slots, settings.dtype)
+  cache = decode_lib.empty_cache(
+    settings.cfg, size, slots, settings.dtype, search.width
+  )
   return _place(settings, (cache, state))
 
 
@@ -131,18 +136,17 @@ def insert(
   settings: Settings, batch: Batch, group: Group, new: decode_lib.Cache
 ) -> Batch:
   """The batch, which is consumed, with a group that `prefill` has read."""
-  (cache, state), dims = batch, chex.Dimensions()
-  dims['GP'], dims.T = group.tokens.shape, state.dims().T
-  chex.assert_shape(jax.tree.leaves(new), (dims.G, None, dims.P, None))
-  last = group.tokens[jnp.arange(dims.G), group.lengths - 1]
+  cache, state = batch
+  chex.assert_equal_shape_prefix([group.tokens, group.last, group.lengths], 1)
   begun = search_lib.start(
-    settings.search, group.numbers, last, group.lengths, group.limits, dims.T
+    settings.search,
+    group.numbers,
+    group.last,
+    group.lengths,
+    group.limits,
+    state.dims().T,
   )
-  cache = jax.tree.map(
-    lambda old, new: old.at[group.rows, :, : dims.P].set(new, mode='drop'),
-    cache,
-    new,
-  )
+  cache = decode_lib.insert(cache, new, group.rows, settings.search.width)
   state = jax.tree.map(
     lambda old, new: old.at[group.rows].set(new, mode='drop'), state, begun
   )
@@ -160,7 +164,7 @@ def resize(
   cache, state = batch
   chex.assert_shape(rows, (None,))
   width = slots // settings.search.width
-  cache = jax.tree.map(lambda x: x[rows, :, :slots], cache)
+  cache = decode_lib.resize(cache, rows, slots, settings.search.width)
   state = jax.tree.map(lambda x: x[rows], state)
   state = dataclasses.replace(
     state,
@@ -232,21 +236,23 @@ def _fill(settings, params, prompts, schedule, batch):
   chosen, schedule.waiting = schedule.waiting[:n], schedule.waiting[n:]
   schedule.taken |= zip(rows, chosen, strict=True)
   members = [prompts[i] for i in chosen]
-  width = bucket(max(len(p.tokens) for p in members))
+  width = bucket(max(len(p.tokens) - 1 for p in members))
   empty = max(1, size // 4) - n
   members += [Prompt([0], limit=0)] * empty
   int32 = functools.partial(np.array, dtype=np.int32)
   group = Group(
     tokens=int32(
-      [[*p.tokens, *[0] * (width - len(p.tokens))] for p in members]
+      [[*[0] * (width + 1 - len(p.tokens)), *p.tokens[:-1]] for p in members]
     ),
+    last=int32([p.tokens[-1] for p in members]),
     lengths=int32([len(p.tokens) for p in members]),
     limits=int32([p.limit for p in members]),
     numbers=int32([p.number for p in members]),
     rows=int32(rows + [size] * empty),
   )
   cfg, dtype = settings.cfg, settings.dtype
-  new = decode_lib.prefill(cfg, params, group.tokens, dtype)
+  read = group.lengths - 1
+  new = decode_lib.prefill(cfg, params, group.tokens, read, dtype)
   return insert(settings, batch, group, new)
 
 

@@ -1,13 +1,19 @@
 """Gemma with a key/value cache: all that a search needs of a model.
 
-The key and the value of a prompt's token at position p stand in slot p of its
-row; what its hypotheses go on with follows, see `step`. What other slots hold
-is never seen: they are written before the row gets there. So prompts of any
-length share a batch, a row can be given to another sentence at any time, and
-the hypotheses of a beam share their prompt and are never copied.
+All rows write into the same slot: what is read at time t stands in slot t mod S
+until it is written over. A row's prompt is put into the slots before the time
+of its first step. So the age of a slot says how far back its token is, and a
+layer with a window has no more slots than its window has tokens. A row sees no
+slot that is older than its text, so it can be given to another sentence at any
+time.
+
+The W hypotheses of a beam are W slots of their row at each step. They share
+their prompt and are never copied: a list says whose tokens each goes on from.
 """
 
+from collections.abc import Mapping
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -25,10 +31,10 @@ from mt.gemma import quantize
 from mt.gemma import sharding
 from mt.gemma import sizes
 
-# k, v [B, K, S, A] of each layer that has its own.
-Cache = dict[str, tuple[jax.Array, ...]]
+# k, v: [B, K, S, A] of each layer that has its own; time: [] int32, how many
+# tokens each row has read.
+Cache = dict[str, Any]
 CACHE_AXES = ('rows', 'kv_heads', 'slots', 'head')
-_HIDDEN = 2**30  # A position after all others.
 
 
 def unstack(
@@ -114,21 +120,41 @@ def _dense_on_mesh(cfg, mesh, layer, name, x):
 
 
 def empty_cache(
-  cfg: sizes.ModelConfig, rows: int, slots: int, dtype: jnp.dtype
+  cfg: sizes.ModelConfig,
+  rows: int,
+  slots: int,
+  dtype: jnp.dtype,
+  width: int | None = None,
 ) -> Cache:
   """A cache of zeros, S slots for each of B rows.
 
   Heads come first, as products want them: a GPU's compiler would have a copy of
   another order beside it.
+
+  Args:
+    cfg: the model's shape.
+    rows: B.
+    slots: S; of layers with a window fewer, if `width` is given: as many as
+      tokens of so many hypotheses can be seen at once.
+    dtype: of keys and values.
+    width: W.
   """
   layers = {n: stack.cfg for stack in cfg.stacks() for n in stack.layers}
-  own = [layers[n] for n in sorted(layers) if not layers[n].sharing_layers]
-  return {
-    x: tuple(
-      jnp.zeros((rows, c.num_kv_heads, slots, c.head_dim), dtype) for c in own
-    )
-    for x in 'kv'
-  }
+  own = [n for n in sorted(layers) if not layers[n].sharing_layers]
+
+  def zeros(n):
+    most = _window(cfg, cfg.kind(n)) * width if width else slots
+    c = layers[n]
+    shape = rows, c.num_kv_heads, min(slots, most), c.head_dim
+    return jnp.zeros(shape, dtype)
+
+  cache = {x: tuple(map(zeros, own)) for x in 'kv'}
+  return cache | {'time': jnp.int32(0)}
+
+
+def _ring(slots, width):
+  """How many slots are used in turn: each step takes `width` of them."""
+  return slots - slots % width
 
 
 def extend(
@@ -137,8 +163,7 @@ def extend(
   cache: Cache,
   tokens: jax.Array,
   positions: jax.Array,
-  slot: jax.Array,
-  key_positions: jax.Array,
+  seen: Mapping[str, jax.Array],
   mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Cache]:
   """Reads L more tokens of each row, in the dtype of the cache.
@@ -146,62 +171,60 @@ def extend(
   Args:
     cfg: the model's shape.
     params: as `unstack` returns them.
-    cache: of B rows and S slots.
+    cache: of B rows, whose time is a multiple of L.
     tokens, positions: [B, L] int32.
-    slot: [B] int32, of the first of them; the others follow. slot + L <= S.
-    key_positions: [B, L, S] int32, or 1 for B or L: of the token in each slot,
-      once these are written; one after the query's own hides the slot.
+    seen: kind of layer, see ModelConfig.kind -> [B, L, S] bool, the slots that
+      each token sees, once all are written.
     mesh: over which the cache and the weights are split.
 
   Returns:
     Hidden states [B, L, D], after the final norm, and the cache.
   """
   dims = cfg.dims()
-  dims['BL'], dims['__S_'] = tokens.shape, cache['k'][0].shape
-  chex.assert_shape(positions, dims['BL'])
-  chex.assert_shape(slot, dims['B'])
-  distance = positions[:, :, None] - key_positions
-  chex.assert_shape(distance, dims['BLS'])
+  dims['BL'] = tokens.shape
+  chex.assert_shape([tokens, positions], dims['BL'])
   x = embedding.embed(params['embedding'], tokens, cache['k'][0].dtype)
-  windows, kinds = attention.layer_kinds(cfg)
-  cache = {k: list(v) for k, v in cache.items()}
+  k, v, time = list(cache['k']), list(cache['v']), cache['time']
   layers = {}
   for stack in cfg.stacks():
-    sin, cos = attention.rope_tables(stack.cfg, positions)
+    ropes = dict(
+      zip('LG', zip(*attention.rope_tables(stack.cfg, positions), strict=True))
+    )
     for n, layer in zip(stack.layers, params[stack.name], strict=True):
-      layers[n] = stack.cfg, layer, (sin[kinds[n]], cos[kinds[n]])
+      layers[n] = stack.cfg, layer, ropes[cfg.kind(n)]
   inputs = model.layer_inputs(cfg, params, tokens, x)
   for n in range(dims.N):
     layer_cfg, layer, rope = layers[n]
     at = cfg.kv_layer(n)
-    x, (cache['k'][at], cache['v'][at]) = _block(
+    x, (k[at], v[at]) = _block(
       layer_cfg,
       mesh,
       layer,
       x,
       rope,
       None if inputs is None else inputs[n],
-      (cache['k'][at], cache['v'][at]),
-      slot,
-      (distance >= 0) & (distance < windows[n]),
+      (k[at], v[at]),
+      time,
+      seen[cfg.kind(n)],
     )
   x = model.rms_norm(x, params['final_norm'], cfg.norm_offset)
-  return x, {k: tuple(v) for k, v in cache.items()}
+  return x, {'k': tuple(k), 'v': tuple(v), 'time': time + dims.L}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(cfg, mesh, layer, x, rope, layer_input, cache, slot, mask):
+def _block(cfg, mesh, layer, x, rope, layer_input, cache, time, mask):
   """A layer, and the keys and values that it reads, with its own if it has any.
 
   Jitted, as layers that are alike are traced and lowered once then.
   """
-  write = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=1))
+
+  def write(old, new):
+    new = sharding.constrain(new, mesh, CACHE_AXES)
+    slot = time % _ring(old.shape[2], new.shape[2])
+    return lax.dynamic_update_slice_in_dim(old, new, slot, 2)
 
   def attend(q, *new):
-    kv = cache
-    if new:
-      new = [sharding.constrain(x, mesh, CACHE_AXES) for x in new]
-      kv = tuple(write(x, y, slot) for x, y in zip(cache, new, strict=True))
+    kv = tuple(map(write, cache, new)) if new else cache
     return attention.attend(cfg, q, *kv, mask), kv
 
   product = _dense
@@ -215,35 +238,118 @@ def _block(cfg, mesh, layer, x, rope, layer_input, cache, slot, mask):
   return model.block(cfg, layer, x, *rope, attend, layer_input, dense)
 
 
+def _window(cfg, kind):
+  """How many tokens a layer of this kind sees."""
+  return cfg.window if kind == 'L' and cfg.window else 2**30
+
+
 @functools.partial(jax.jit, static_argnames=('cfg', 'dtype', 'chunk'))
 def prefill(
   cfg: sizes.ModelConfig,
   params: parameters.Params,
   tokens: jax.Array,
+  lengths: jax.Array,
   dtype: jnp.dtype,
   chunk: int = 512,
 ) -> Cache:
-  """The cache of prompts [B, P] int32, left-aligned, with P slots.
+  """The cache of the beginnings of texts, with P slots.
 
-  What fills up a row is read as well, into slots that nothing sees. `chunk`
-  tokens are read at once, as attention takes B * H * chunk * P numbers; P is
-  less, or a multiple of it.
+  Args:
+    cfg: the model's shape.
+    params: as `unstack` returns them.
+    tokens: [B, P] int32, right-aligned: what fills up a row comes first and is
+      read as well, into slots that nothing sees.
+    lengths: [B] int32, tokens of each, 0 or more.
+    dtype: of the cache and the activations.
+    chunk: so many tokens are read at once, as attention takes B * H * chunk * P
+      numbers; P is less, or a multiple of it.
   """
-  chex.assert_rank(tokens, 2)
-  b, p = tokens.shape
-  chunk = min(p, chunk)
-  chex.assert_is_divisible(p, chunk)
+  dims = cfg.dims()
+  dims['BP'] = tokens.shape
+  chex.assert_shape(lengths, dims['B'])
+  chunk = min(dims.P, chunk)
+  chex.assert_is_divisible(dims.P, chunk)
+  first = dims.P - lengths[:, None]
+  slots = jnp.arange(dims.P)
 
   def read(i, cache):
     part = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, 1)
-    slots = jnp.arange(p, dtype=jnp.int32)
-    at = jnp.broadcast_to(i * chunk + slots[:chunk], part.shape)
-    return extend(cfg, params, cache, part, at, at[:, 0], slots[None, None])[1]
+    at = i * chunk + slots[:chunk]
+    distance = at[:, None] - slots
+    text = slots >= first[..., None]
+    seen = {
+      kind: text & (distance >= 0) & (distance < _window(cfg, kind))
+      for kind in 'LG'
+    }
+    return extend(cfg, params, cache, part, at - first, seen)[1]
 
-  cache = empty_cache(cfg, b, p, dtype)
-  if p == chunk:
+  cache = empty_cache(cfg, dims.B, dims.P, dtype)
+  if chunk == dims.P:
     return read(0, cache)
-  return lax.fori_loop(0, p // chunk, read, cache)
+  return lax.fori_loop(0, dims.P // chunk, read, cache)
+
+
+def insert(cache: Cache, new: Cache, rows: jax.Array, width: int) -> Cache:
+  """The cache with texts that `prefill` has read, as if read just now.
+
+  Args:
+    cache: of B rows.
+    new: of G rows.
+    rows: [G] int32, where they go; beyond B: nowhere.
+    width: W.
+  """
+  chex.assert_shape(new['k'][0], (len(rows), None, None, None))
+
+  def put(old, new):
+    slots = old.shape[2]
+    ring = _ring(slots, width)
+    new = new[:, :, -ring:]
+    new = _pad_slots(new, ring - new.shape[2], 0)
+    new = jnp.roll(new, cache['time'] % ring, 2)
+    new = _pad_slots(new, 0, slots - ring)
+    return old.at[rows].set(new, mode='drop')
+
+  kv = {x: jax.tree.map(put, cache[x], new[x]) for x in 'kv'}
+  return kv | {'time': cache['time']}
+
+
+def resize(cache: Cache, rows: jax.Array, slots: int, width: int) -> Cache:
+  """These rows [B] int32 in a cache of as many slots or fewer; W is `width`."""
+  chex.assert_rank(rows, 1)
+
+  def move(x):
+    ring, most = _ring(x.shape[2], width), min(x.shape[2], slots)
+    kept = _ring(most, width)
+    x = jnp.roll(
+      x[rows, :, :ring], -cache['time'] % ring, 2
+    )  # The newest last.
+    return _pad_slots(x[:, :, ring - kept :], 0, most - kept)
+
+  kv = {x: jax.tree.map(move, cache[x]) for x in 'kv'}
+  return kv | {'time': jnp.int32(0)}
+
+
+def _pad_slots(x, before, after):
+  return jnp.pad(x, ((0, 0), (0, 0), (before, after), (0, 0)))
+
+
+def _seen(start, made, ancestors, time, slots, window):
+  """Which slots each hypothesis sees once its token is written: [B, W, S]."""
+  _, width, most = ancestors.shape
+  ring, slot = _ring(slots, width), jnp.arange(slots)
+  age = (time + width - 1 - slot) % ring  # In slots.
+  back = age // width  # In steps.
+  # Of the tokens that hypotheses have read; older slots have the prompt's.
+  read = back <= made[:, None]
+  of_prompt = age - (made[:, None] + 1) * (width - 1)
+  distance = jnp.where(read, back, of_prompt)  # In positions.
+  seen = (distance <= (start + made)[:, None]) & (distance < window)
+  seen = (seen & (slot < ring))[:, None]
+  if width == 1:
+    return seen
+  n = jnp.clip(made[:, None] - back, 0, most - 1)[:, None]
+  own = jnp.take_along_axis(ancestors, n, 2) == width - 1 - age % width
+  return seen & (own | ~read[:, None])
 
 
 def step(
@@ -261,8 +367,7 @@ def step(
 ) -> tuple[jax.Array, Cache]:
   """Reads a token of each of W hypotheses that go on from one prompt.
 
-  The n-th token of hypothesis w stands in slot start + n * W + w of its row and
-  never moves: a hypothesis sees the prompt and what its ancestors have read.
+  Each sees the prompt and what its ancestors have read.
 
   Args:
     cfg, params, cache, mesh: see `extend`.
@@ -283,17 +388,21 @@ def step(
   dims['BW'], dims['__T'] = tokens.shape, ancestors.shape
   chex.assert_shape([start, made], dims['B'])
   chex.assert_shape(ancestors, dims['BWT'])
-  slots = jnp.arange(cache['k'][0].shape[2], dtype=jnp.int32)[None]
-  n, owner = jnp.divmod(slots - start[:, None], dims.W)
-  own = jnp.clip(n, 0, dims.T - 1)[:, None]
-  own = jnp.take_along_axis(ancestors, own, 2) == owner[:, None]
-  key_positions = jnp.where(n < 0, slots, start[:, None] + n)[:, None]
-  key_positions = jnp.where(own | (n < 0)[:, None], key_positions, _HIDDEN)
   positions = jnp.broadcast_to((start + made)[:, None], tokens.shape)
-  slot = start + made * dims.W
-  hidden, cache = extend(
-    cfg, params, cache, tokens, positions, slot, key_positions, mesh
-  )
+  seen = {}
+  for n, k in enumerate(cache['k']):
+    kind = cfg.kind(n)
+    if kind not in seen:
+      args = (
+        start,
+        made,
+        ancestors,
+        cache['time'],
+        k.shape[2],
+        _window(cfg, kind),
+      )
+      seen[kind] = _seen(*args)
+  hidden, cache = extend(cfg, params, cache, tokens, positions, seen, mesh)
   # With V first, the product is 1.7 times as fast on a CPU (BUILD_NOTES.md).
   logits = jnp.einsum(
     'vd,bd->vb',
