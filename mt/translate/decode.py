@@ -187,11 +187,10 @@ def extend(
   k, v, time = list(cache['k']), list(cache['v']), cache['time']
   layers = {}
   for stack in cfg.stacks():
-    ropes = dict(
-      zip('LG', zip(*attention.rope_tables(stack.cfg, positions), strict=True))
-    )
+    sin, cos = attention.rope_tables(stack.cfg, positions)
     for n, layer in zip(stack.layers, params[stack.name], strict=True):
-      layers[n] = stack.cfg, layer, ropes[cfg.kind(n)]
+      kind = 'LG'.index(cfg.kind(n))
+      layers[n] = stack.cfg, layer, (sin[kind], cos[kind])
   inputs = model.layer_inputs(cfg, params, tokens, x)
   for n in range(dims.N):
     layer_cfg, layer, rope = layers[n]
@@ -221,7 +220,16 @@ def _block(cfg, mesh, layer, x, rope, layer_input, cache, time, mask):
   def write(old, new):
     new = sharding.constrain(new, mesh, CACHE_AXES)
     slot = time % _ring(old.shape[2], new.shape[2])
-    return lax.dynamic_update_slice_in_dim(old, new, slot, 2)
+    update = lax.dynamic_update_slice_in_dim
+    # A CPU's compiler would write it twice, into copies; a TPU's would have a
+    # loop over the rows.
+    return lax.platform_dependent(
+      old,
+      new,
+      slot,
+      cpu=jax.vmap(functools.partial(update, axis=1), (0, 0, None)),
+      default=functools.partial(update, axis=2),
+    )
 
   def attend(q, *new):
     kv = tuple(map(write, cache, new)) if new else cache
@@ -320,10 +328,8 @@ def resize(cache: Cache, rows: jax.Array, slots: int, width: int) -> Cache:
   def move(x):
     ring, most = _ring(x.shape[2], width), min(x.shape[2], slots)
     kept = _ring(most, width)
-    x = jnp.roll(
-      x[rows, :, :ring], -cache['time'] % ring, 2
-    )  # The newest last.
-    return _pad_slots(x[:, :, ring - kept :], 0, most - kept)
+    newest_last = jnp.roll(x[rows, :, :ring], -cache['time'] % ring, 2)
+    return _pad_slots(newest_last[:, :, ring - kept :], 0, most - kept)
 
   kv = {x: jax.tree.map(move, cache[x]) for x in 'kv'}
   return kv | {'time': jnp.int32(0)}
@@ -389,19 +395,12 @@ def step(
   chex.assert_shape([start, made], dims['B'])
   chex.assert_shape(ancestors, dims['BWT'])
   positions = jnp.broadcast_to((start + made)[:, None], tokens.shape)
-  seen = {}
-  for n, k in enumerate(cache['k']):
-    kind = cfg.kind(n)
-    if kind not in seen:
-      args = (
-        start,
-        made,
-        ancestors,
-        cache['time'],
-        k.shape[2],
-        _window(cfg, kind),
-      )
-      seen[kind] = _seen(*args)
+  # Layers of a kind have as many slots.
+  slots = {cfg.kind(n): k.shape[2] for n, k in enumerate(cache['k'])}
+  seen = {
+    kind: _seen(start, made, ancestors, cache['time'], s, _window(cfg, kind))
+    for kind, s in slots.items()
+  }
   hidden, cache = extend(cfg, params, cache, tokens, positions, seen, mesh)
   # With V first, the product is 1.7 times as fast on a CPU (BUILD_NOTES.md).
   logits = jnp.einsum(

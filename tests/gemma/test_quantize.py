@@ -111,9 +111,10 @@ def test_decoding_reads_them_as_training_does():
   parts = decode.unstack(params)
   assert parts['layers'][1]['q'].q.dtype == frozen['layers/q'].q.dtype
   cache = decode.empty_cache(CFG, 3, 20, jnp.float32)
-  got, _ = jax.jit(functools.partial(decode.extend, CFG))(
-    parts, cache, tokens, at, at[:, 0], at[:1, None]
-  )
+  before = at[:, :, None] - at[:, None]
+  seen = {'L': (before >= 0) & (before < CFG.window), 'G': before >= 0}
+  read = jax.jit(functools.partial(decode.extend, CFG))
+  got, _ = read(parts, cache, tokens, at, seen)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 

@@ -121,15 +121,15 @@ def work(monkeypatch):
 
   def counted(settings, batch, *args):
     before = np.array(batch[1].made)
-    seen['batches'].append(batch[0]['k'][0].shape[::2])
+    seen['batches'].append(batch[0]['k'][-1].shape[::2])  # Of no window.
     batch = real(settings, batch, *args)
     steps = np.max(np.array(batch[1].made) - before)
     seen['steps'] += [len(before)] * steps
     return batch
 
-  def counted_prefill(cfg, params, tokens, dtype):
+  def counted_prefill(cfg, params, tokens, *args):
     seen['prefills'].append(tokens.shape)
-    return prefill(cfg, params, tokens, dtype)
+    return prefill(cfg, params, tokens, *args)
 
   monkeypatch.setattr(batching, 'decode', counted)
   monkeypatch.setattr(decode, 'prefill', counted_prefill)

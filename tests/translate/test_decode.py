@@ -35,26 +35,42 @@ def _prompts(seed=3):
   return tokens
 
 
-def _continue(cfg, params, tokens, lengths):
+def _read(tokens, lengths):
+  """All but the last token of each prompt, right-aligned: [B, P].
+
+  What fills up a row is what stands at its end in `tokens`.
+  """
+  at = np.arange(WIDTH) - WIDTH + lengths[:, None] - 1
+  return jnp.asarray(tokens)[np.arange(len(tokens))[:, None], at]
+
+
+def _continue(cfg, params, tokens, lengths, time):
   """Greedy search after a prefill: the final State."""
-  tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
   search, b = search_lib.Search(), len(lengths)
-  cache = decode.prefill(cfg, params, tokens, jnp.float32)
-  more = ((0, 0), (0, 0), (0, NEW), (0, 0))
+  last = jnp.asarray(tokens)[jnp.arange(b), lengths - 1]
+  new = decode.prefill(
+    cfg, params, _read(tokens, lengths), lengths - 1, jnp.float32
+  )
+  cache = decode.empty_cache(cfg, b, WIDTH + NEW, jnp.float32, 1)
   # What has not been written yet is not seen, whatever it is.
-  cache = jax.tree.map(lambda x: jnp.pad(x, more, constant_values=99.0), cache)
-  last = tokens[jnp.arange(b), lengths - 1]
+  cache = jax.tree.map(lambda x: jnp.full_like(x, 99.0), cache)
+  cache |= {'time': jnp.int32(time)}
+  cache = decode.insert(cache, new, jnp.arange(b), 1)
   numbers, limits = jnp.zeros(b, jnp.int32), jnp.full(b, NEW, jnp.int32)
   state = search_lib.start(search, numbers, last, lengths, limits, NEW)
   step = functools.partial(decode.step, cfg, params)
   return search_lib.run(search, step, cache, state, NO_STOP)[1]
 
 
-def _extend(cfg, params, cache, tokens, start):
-  """Tokens [B, L] whose slots are their positions, from `start` [B] on."""
-  at = start[:, None] + jnp.arange(tokens.shape[1])
-  slots = jnp.arange(cache['k'][0].shape[2])[None, None]
-  return decode.extend(cfg, params, cache, tokens, at, start, slots)
+def _extend(cfg, params, cache, tokens, lengths):
+  """Tokens [B, L] of rows whose prompts, of these lengths, end together."""
+  slots, place = jnp.arange(cache['k'][0].shape[2]), cache['time']
+  at = place + jnp.arange(tokens.shape[1])
+  distance, first = at[:, None] - slots, WIDTH - lengths[:, None]
+  seen = (distance >= 0) & (slots >= first[..., None])
+  windows = {'L': cfg.window or 2**30, 'G': 2**30}
+  seen = {kind: seen & (distance < n) for kind, n in windows.items()}
+  return decode.extend(cfg, params, cache, tokens, at - first, seen)
 
 
 def _step(cfg, params, cache, tokens, positions):
@@ -70,8 +86,8 @@ def _greedy(name):
   compiled = jax.jit(functools.partial(_continue, FAMILIES[name]))
   params = tiny.params(name)
 
-  def call(tokens, lengths=LENGTHS):
-    state = compiled(params, tokens, lengths)
+  def call(tokens, lengths=LENGTHS, time=0):
+    state = compiled(params, tokens, lengths, time)
     assert state.counts.ravel().tolist() == [NEW] * 4
     return np.asarray(state.tokens[:, 0])
 
@@ -125,6 +141,13 @@ def test_the_cache_changes_nothing(name):
 
 
 @each_family
+@pytest.mark.parametrize('time', [1, 5, WIDTH + NEW - 3, 1000])
+def test_a_text_may_begin_at_any_slot(name, time):
+  out = _greedy(name)(_prompts(), time=time)
+  np.testing.assert_array_equal(out, _expected(name))
+
+
+@each_family
 def test_neighbours_change_nothing(name):
   """Neither the other rows, nor how far the batch is padded."""
   out = _greedy(name)(_prompts())
@@ -153,45 +176,48 @@ def test_hidden_states_are_those_of_the_forward_pass(name):
   @jax.jit
   def run(params):
     """Reads each row's prompt, then a token at a time, then two."""
-    extend = functools.partial(_extend, cfg, params)
-    cache = decode.empty_cache(cfg, 4, WIDTH + NEW, jnp.float32)
-    zeros = jnp.zeros(4, jnp.int32)
-    prompt, cache = extend(cache, jnp.array(tokens)[:, :WIDTH], zeros)
+    extend = functools.partial(_extend, cfg, params, lengths=LENGTHS)
+    cache = decode.empty_cache(cfg, 4, WIDTH + NEW + 1, jnp.float32)
+    at = LENGTHS[:, None] - WIDTH + np.arange(WIDTH)
+    first = jnp.array(tokens)[rows[:, None], np.maximum(at, 0)]
+    prompt, cache = extend(cache, first)
 
     def step(cache, t):
-      at = LENGTHS + t
-      token = jnp.array(tokens)[rows, at]
-      hidden, cache = extend(cache, token[:, None], at)
+      token = jnp.array(tokens)[rows, LENGTHS + t]
+      hidden, cache = extend(cache, token[:, None])
       return cache, hidden[:, 0]
 
     cache, steps = jax.lax.scan(step, cache, jnp.arange(NEW - 2))
     at = LENGTHS + NEW - 2
     two = jnp.array(tokens)[rows[:, None], at[:, None] + jnp.arange(2)]
-    last, _ = extend(cache, two, at)
+    last, _ = extend(cache, two)
     return prompt, steps, last
 
   prompt, steps, last = map(np.asarray, run(params))
   for row, n in enumerate(LENGTHS):
-    got = [*prompt[row, :n], *steps[:, row], *last[row]]
+    got = [*prompt[row, -n:], *steps[:, row], *last[row]]
     exact = want[row, : n + NEW]
     error = np.linalg.norm(got - exact, axis=-1)
     assert np.max(error / np.linalg.norm(exact, axis=-1)) < 2e-5
 
 
 def test_a_long_prompt_is_read_in_parts():
+  cfg, lengths = FAMILIES['gemma3'], np.array([12, 7], np.int32)
   tokens = np.random.default_rng(9).integers(0, tiny.VOCAB, (2, 12), np.int32)
   params = tiny.params()
 
   def caches(chunk):
-    return decode.prefill(FAMILIES['gemma3'], params, tokens, 'float32', chunk)
+    return decode.prefill(cfg, params, tokens, lengths, 'float32', chunk)
 
-  whole = caches(12)
-  assert len(jax.tree.leaves(whole)) == 2 * FAMILIES['gemma3'].num_layers
-  for a, b in zip(
-    jax.tree.leaves(whole), jax.tree.leaves(caches(4)), strict=True
-  ):
-    assert a.shape == (2, 2, 12, 8)
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  whole, parts = caches(12), caches(4)
+  assert whole['time'] == parts['time'] == 12
+  for x in 'kv':
+    assert len(whole[x]) == cfg.num_layers
+    for a, b in zip(whole[x], parts[x], strict=True):
+      assert a.shape == (2, 2, 12, 8)
+      for row, n in enumerate(lengths):  # What fills up a row is not seen.
+        got, want = b[row, :, -n:], a[row, :, -n:]
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
   with pytest.raises(AssertionError):
     caches(5)
 
@@ -201,21 +227,11 @@ def test_cache_and_activations_have_the_asked_dtype(dtype):
   params = tiny.params()
 
   def run(params):
-    cache = decode.prefill(FAMILIES['gemma3'], params, _prompts(), dtype)
-    hidden, cache = _extend(
-      FAMILIES['gemma3'],
-      params,
-      cache,
-      _prompts()[:, :1],
-      jnp.asarray(LENGTHS - 1),
-    )
-    logits, _ = _step(
-      FAMILIES['gemma3'],
-      params,
-      cache,
-      jnp.asarray(_prompts()[:, 0]),
-      LENGTHS - 1,
-    )
+    cfg, tokens = FAMILIES['gemma3'], jnp.asarray(_prompts())
+    cache = decode.prefill(cfg, params, tokens, LENGTHS, dtype)
+    hidden, cache = _extend(cfg, params, cache, tokens[:, :1], LENGTHS)
+    at = jnp.asarray(LENGTHS - 1)
+    logits, _ = _step(cfg, params, cache, tokens[:, 0], at)
     return hidden, logits, cache
 
   hidden, logits, cache = jax.eval_shape(run, params)
@@ -236,7 +252,8 @@ def test_logits_are_those_of_the_vocabulary():
 
   @jax.jit
   def run(params):
-    cache = decode.prefill(cfg, params, _prompts(), jnp.float32)
+    tokens = _read(_prompts(), LENGTHS)
+    cache = decode.prefill(cfg, params, tokens, LENGTHS - 1, jnp.float32)
     last = jnp.asarray(_prompts())[np.arange(4), LENGTHS - 1]
     return _step(cfg, params, cache, last, jnp.asarray(LENGTHS - 1))[0]
 
@@ -281,8 +298,10 @@ def test_unstack_parts_the_layers(dtype):
 def test_matrices_converted_before_give_the_same():
   tokens, cfg = _prompts(), FAMILIES['gemma3']
   params = tiny.stacked()
-  one, other = (
-    decode.prefill(cfg, decode.unstack(params, dtype), tokens, 'bfloat16')
-    for dtype in (None, 'bfloat16')
-  )
+
+  def read(dtype):
+    parts = decode.unstack(params, dtype)
+    return decode.prefill(cfg, parts, tokens, LENGTHS, 'bfloat16')
+
+  one, other = map(read, (None, 'bfloat16'))
   jax.tree.map(np.testing.assert_array_equal, one, other)
