@@ -32,6 +32,7 @@ here says all that the file below it needs of it.
     train/validation    losses and chrF while training lasts
     train/log           what is recorded of a step, and the progress bar
   train/loop          evaluate, save, next batch, step, log
+    translate/kv_cache  what has been read, and which of it a token sees
   translate/decode    the model with a key/value cache
     translate/next_token  the best of the logits, a random draw, no repetitions
   translate/search    greedy, sampled and beam search

@@ -15,17 +15,15 @@ _GLOBAL_WINDOW = 2**30  # Wider than any sequence.
 _BLOCK, _MOST_BLOCKS = 128, 4  # Queries in a block of causal_attend; blocks.
 
 
-def layer_kinds(cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
-  """What differs between layers: windows, and which RoPE; [N] int32 each.
+def windows(cfg: ModelConfig) -> dict[str, int]:
+  """Kind of layer -> how many tokens it sees, the current one included."""
+  return {'L': cfg.window or _GLOBAL_WINDOW, 'G': _GLOBAL_WINDOW}
 
-  The second is an index into the tables of `rope_tables`.
-  """
+
+def layer_kinds(cfg: ModelConfig) -> jax.Array:
+  """Of each layer, an index into the tables of `rope_tables`: [N] int32."""
   kinds = [cfg.kind(n) for n in range(cfg.num_layers)]
-  window = {'L': cfg.window or _GLOBAL_WINDOW, 'G': _GLOBAL_WINDOW}
-  return (
-    jnp.array([window[k] for k in kinds], jnp.int32),
-    jnp.array(['LG'.index(k) for k in kinds], jnp.int32),
-  )
+  return jnp.array(['LG'.index(k) for k in kinds], jnp.int32)
 
 
 def rope_tables(
@@ -121,7 +119,7 @@ def first_keys(cfg: ModelConfig, segment_ids: jax.Array) -> jax.Array:
   change = segment_ids[:, 1:] != segment_ids[:, :-1]
   begins = jnp.pad(change, ((0, 0), (1, 0)), constant_values=True)
   segment = lax.cummax(jnp.where(begins, place, 0), axis=1)
-  window = jnp.maximum(segment, place - (cfg.window or _GLOBAL_WINDOW) + 1)
+  window = jnp.maximum(segment, place - windows(cfg)['L'] + 1)
   return jnp.stack([window, segment])
 
 

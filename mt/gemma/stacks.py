@@ -62,7 +62,7 @@ def _scan_group(group, layers, params, carry, inputs):
 
   def of_layers(stack):
     own = None if inputs is None else inputs[np.array(stack.layers)]
-    xs = params[stack.name], attention.layer_kinds(stack.cfg)[1], own
+    xs = params[stack.name], attention.layer_kinds(stack.cfg), own
     if stack.turn == 1:
       return xs
     return jax.tree.map(lambda x: x.reshape(-1, stack.turn, *x.shape[1:]), xs)

@@ -29,13 +29,14 @@ from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
 from mt.translate import decode as decode_lib
+from mt.translate import kv_cache
 from mt.translate import search as search_lib
 
 _SMALLEST_WIDTH = 32
 SMALLEST_SLOTS = 128
 _SLOTS_EACH = 1024  # Cache slots for each of batch_size.
 
-Batch = tuple[decode_lib.Cache, search_lib.State]  # Of B sentences.
+Batch = tuple[kv_cache.Cache, search_lib.State]  # Of B sentences.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _place(settings, batch):
     return batch
   cache, state = batch
   put = functools.partial(
-    sharding.constrain, mesh=settings.mesh, axes=decode_lib.CACHE_AXES
+    sharding.constrain, mesh=settings.mesh, axes=kv_cache.AXES
   )
   kv = {x: jax.tree.map(put, cache[x]) for x in 'kv'}
   whole = sharding.whole(settings.mesh)
@@ -125,7 +126,7 @@ def init(settings: Settings, size: int, slots: int) -> Batch:
   zeros, search = jnp.zeros(size, jnp.int32), settings.search
   width = slots // search.width
   state = search_lib.start(search, zeros, zeros, zeros + 1, zeros, width)
-  cache = decode_lib.empty_cache(
+  cache = kv_cache.empty(
     settings.cfg, size, slots, settings.dtype, search.width
   )
   return _place(settings, (cache, state))
@@ -133,7 +134,7 @@ def init(settings: Settings, size: int, slots: int) -> Batch:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def insert(
-  settings: Settings, batch: Batch, group: Group, new: decode_lib.Cache
+  settings: Settings, batch: Batch, group: Group, new: kv_cache.Cache
 ) -> Batch:
   """The batch, which is consumed, with a group that `prefill` has read."""
   cache, state = batch
@@ -146,7 +147,7 @@ def insert(
     group.limits,
     state.dims().T,
   )
-  cache = decode_lib.insert(cache, new, group.rows, settings.search.width)
+  cache = kv_cache.insert(cache, new, group.rows, settings.search.width)
   state = jax.tree.map(
     lambda old, new: old.at[group.rows].set(new, mode='drop'), state, begun
   )
@@ -164,7 +165,7 @@ def resize(
   cache, state = batch
   chex.assert_shape(rows, (None,))
   width = slots // settings.search.width
-  cache = decode_lib.resize(cache, rows, slots, settings.search.width)
+  cache = kv_cache.resize(cache, rows, slots, settings.search.width)
   state = jax.tree.map(lambda x: x[rows], state)
   state = dataclasses.replace(
     state,

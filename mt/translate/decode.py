@@ -1,19 +1,7 @@
-"""Gemma with a key/value cache: all that a search needs of a model.
-
-All rows write into the same slot: what is read at time t stands in slot t mod S
-until it is written over. A row's prompt is put into the slots before the time
-of its first step. So the age of a slot says how far back its token is, and a
-layer with a window has no more slots than its window has tokens. A row sees no
-slot that is older than its text, so it can be given to another sentence at any
-time.
-
-The W hypotheses of a beam are W slots of their row at each step. They share
-their prompt and are never copied: a list says whose tokens each goes on from.
-"""
+"""The model with a key/value cache: all that a search needs of it."""
 
 from collections.abc import Mapping
 import functools
-from typing import Any
 
 import chex
 import jax
@@ -30,11 +18,7 @@ from mt.gemma import parameters
 from mt.gemma import quantize
 from mt.gemma import sharding
 from mt.gemma import sizes
-
-# k, v: [B, K, S, A] of each layer that has its own; time: [] int32, how many
-# tokens each row has read.
-Cache = dict[str, Any]
-CACHE_AXES = ('rows', 'kv_heads', 'slots', 'head')
+from mt.translate import kv_cache
 
 
 def unstack(
@@ -119,53 +103,15 @@ def _dense_on_mesh(cfg, mesh, layer, name, x):
   return split(_dense(layer, name, split(x, axes[1])), axes[2])
 
 
-def empty_cache(
-  cfg: sizes.ModelConfig,
-  rows: int,
-  slots: int,
-  dtype: jnp.dtype,
-  width: int | None = None,
-) -> Cache:
-  """A cache of zeros, S slots for each of B rows.
-
-  Heads come first, as products want them: a GPU's compiler would have a copy of
-  another order beside it.
-
-  Args:
-    cfg: the model's shape.
-    rows: B.
-    slots: S; of layers with a window fewer, if `width` is given: as many as
-      tokens of so many hypotheses can be seen at once.
-    dtype: of keys and values.
-    width: W.
-  """
-  layers = {n: stack.cfg for stack in cfg.stacks() for n in stack.layers}
-  own = [n for n in sorted(layers) if not layers[n].sharing_layers]
-
-  def zeros(n):
-    most = _window(cfg, cfg.kind(n)) * width if width else slots
-    c = layers[n]
-    shape = rows, c.num_kv_heads, min(slots, most), c.head_dim
-    return jnp.zeros(shape, dtype)
-
-  cache = {x: tuple(map(zeros, own)) for x in 'kv'}
-  return cache | {'time': jnp.int32(0)}
-
-
-def _ring(slots, width):
-  """How many slots are used in turn: each step takes `width` of them."""
-  return slots - slots % width
-
-
 def extend(
   cfg: sizes.ModelConfig,
   params: parameters.Params,
-  cache: Cache,
+  cache: kv_cache.Cache,
   tokens: jax.Array,
   positions: jax.Array,
   seen: Mapping[str, jax.Array],
   mesh: Mesh | None = None,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, kv_cache.Cache]:
   """Reads L more tokens of each row, in the dtype of the cache.
 
   Args:
@@ -217,22 +163,8 @@ def _block(cfg, mesh, layer, x, rope, layer_input, cache, time, mask):
   Jitted, as layers that are alike are traced and lowered once then.
   """
 
-  def write(old, new):
-    new = sharding.constrain(new, mesh, CACHE_AXES)
-    slot = time % _ring(old.shape[2], new.shape[2])
-    update = lax.dynamic_update_slice_in_dim
-    # A CPU's compiler would write it twice, into copies; a TPU's would have a
-    # loop over the rows.
-    return lax.platform_dependent(
-      old,
-      new,
-      slot,
-      cpu=jax.vmap(functools.partial(update, axis=1), (0, 0, None)),
-      default=functools.partial(update, axis=2),
-    )
-
   def attend(q, *new):
-    kv = tuple(map(write, cache, new)) if new else cache
+    kv = kv_cache.write(cache, new, time, mesh) if new else cache
     return attention.attend(cfg, q, *kv, mask), kv
 
   product = _dense
@@ -246,11 +178,6 @@ def _block(cfg, mesh, layer, x, rope, layer_input, cache, time, mask):
   return model.block(cfg, layer, x, *rope, attend, layer_input, dense)
 
 
-def _window(cfg, kind):
-  """How many tokens a layer of this kind sees."""
-  return cfg.window if kind == 'L' and cfg.window else 2**30
-
-
 @functools.partial(jax.jit, static_argnames=('cfg', 'dtype', 'chunk'))
 def prefill(
   cfg: sizes.ModelConfig,
@@ -259,7 +186,7 @@ def prefill(
   lengths: jax.Array,
   dtype: jnp.dtype,
   chunk: int = 512,
-) -> Cache:
+) -> kv_cache.Cache:
   """The cache of the beginnings of texts, with P slots.
 
   Args:
@@ -286,82 +213,21 @@ def prefill(
     distance = at[:, None] - slots
     text = slots >= first[..., None]
     seen = {
-      kind: text & (distance >= 0) & (distance < _window(cfg, kind))
-      for kind in 'LG'
+      kind: text & (distance >= 0) & (distance < window)
+      for kind, window in attention.windows(cfg).items()
     }
     return extend(cfg, params, cache, part, at - first, seen)[1]
 
-  cache = empty_cache(cfg, dims.B, dims.P, dtype)
+  cache = kv_cache.empty(cfg, dims.B, dims.P, dtype)
   if chunk == dims.P:
     return read(0, cache)
   return lax.fori_loop(0, dims.P // chunk, read, cache)
 
 
-def insert(cache: Cache, new: Cache, rows: jax.Array, width: int) -> Cache:
-  """The cache with texts that `prefill` has read, as if read just now.
-
-  Args:
-    cache: of B rows.
-    new: of G rows.
-    rows: [G] int32, where they go; beyond B: nowhere.
-    width: W.
-  """
-  chex.assert_shape(new['k'][0], (len(rows), None, None, None))
-
-  def put(old, new):
-    slots = old.shape[2]
-    ring = _ring(slots, width)
-    new = new[:, :, -ring:]
-    new = _pad_slots(new, ring - new.shape[2], 0)
-    new = jnp.roll(new, cache['time'] % ring, 2)
-    new = _pad_slots(new, 0, slots - ring)
-    return old.at[rows].set(new, mode='drop')
-
-  kv = {x: jax.tree.map(put, cache[x], new[x]) for x in 'kv'}
-  return kv | {'time': cache['time']}
-
-
-def resize(cache: Cache, rows: jax.Array, slots: int, width: int) -> Cache:
-  """These rows [B] int32 in a cache of as many slots or fewer; W is `width`."""
-  chex.assert_rank(rows, 1)
-
-  def move(x):
-    ring, most = _ring(x.shape[2], width), min(x.shape[2], slots)
-    kept = _ring(most, width)
-    newest_last = jnp.roll(x[rows, :, :ring], -cache['time'] % ring, 2)
-    return _pad_slots(newest_last[:, :, ring - kept :], 0, most - kept)
-
-  kv = {x: jax.tree.map(move, cache[x]) for x in 'kv'}
-  return kv | {'time': jnp.int32(0)}
-
-
-def _pad_slots(x, before, after):
-  return jnp.pad(x, ((0, 0), (0, 0), (before, after), (0, 0)))
-
-
-def _seen(start, made, ancestors, time, slots, window):
-  """Which slots each hypothesis sees once its token is written: [B, W, S]."""
-  _, width, most = ancestors.shape
-  ring, slot = _ring(slots, width), jnp.arange(slots)
-  age = (time + width - 1 - slot) % ring  # In slots.
-  back = age // width  # In steps.
-  # Of the tokens that hypotheses have read; older slots have the prompt's.
-  read = back <= made[:, None]
-  of_prompt = age - (made[:, None] + 1) * (width - 1)
-  distance = jnp.where(read, back, of_prompt)  # In positions.
-  seen = (distance <= (start + made)[:, None]) & (distance < window)
-  seen = (seen & (slot < ring))[:, None]
-  if width == 1:
-    return seen
-  n = jnp.clip(made[:, None] - back, 0, most - 1)[:, None]
-  own = jnp.take_along_axis(ancestors, n, 2) == width - 1 - age % width
-  return seen & (own | ~read[:, None])
-
-
 def step(
   cfg: sizes.ModelConfig,
   params: parameters.Params,
-  cache: Cache,
+  cache: kv_cache.Cache,
   tokens: jax.Array,
   start: jax.Array,
   made: jax.Array,
@@ -370,7 +236,7 @@ def step(
   mesh: Mesh | None = None,
   pieces: int | None = None,
   never: tuple[int, ...] = (),
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, kv_cache.Cache]:
   """Reads a token of each of W hypotheses that go on from one prompt.
 
   Each sees the prompt and what its ancestors have read.
@@ -395,12 +261,7 @@ def step(
   chex.assert_shape([start, made], dims['B'])
   chex.assert_shape(ancestors, dims['BWT'])
   positions = jnp.broadcast_to((start + made)[:, None], tokens.shape)
-  # Layers of a kind have as many slots.
-  slots = {cfg.kind(n): k.shape[2] for n, k in enumerate(cache['k'])}
-  seen = {
-    kind: _seen(start, made, ancestors, cache['time'], s, _window(cfg, kind))
-    for kind, s in slots.items()
-  }
+  seen = kv_cache.seen(cfg, cache, start, made, ancestors)
   hidden, cache = extend(cfg, params, cache, tokens, positions, seen, mesh)
   # With V first, the product is 1.7 times as fast on a CPU (BUILD_NOTES.md).
   logits = jnp.einsum(

@@ -19,6 +19,7 @@ from mt.train import programs
 from mt.train import state as state_lib
 from mt.train import step
 from mt.translate import decode
+from mt.translate import kv_cache
 from tests.fixtures.refusal import refusal
 from tests.fixtures.tiny_step import CFG
 from tests.fixtures.tiny_step import make_batch
@@ -110,7 +111,7 @@ def test_decoding_reads_them_as_training_does():
   want = model.forward(CFG, params, tokens, at, jnp.ones_like(at))
   parts = decode.unstack(params)
   assert parts['layers'][1]['q'].q.dtype == frozen['layers/q'].q.dtype
-  cache = decode.empty_cache(CFG, 3, 20, jnp.float32)
+  cache = kv_cache.empty(CFG, 3, 20, jnp.float32)
   before = at[:, :, None] - at[:, None]
   seen = {'L': (before >= 0) & (before < CFG.window), 'G': before >= 0}
   read = jax.jit(functools.partial(decode.extend, CFG))

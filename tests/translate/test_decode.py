@@ -12,6 +12,7 @@ from mt.gemma import attention
 from mt.gemma import lora
 from mt.gemma import model
 from mt.translate import decode
+from mt.translate import kv_cache
 from mt.translate import search as search_lib
 from tests.translate import tiny
 
@@ -51,11 +52,11 @@ def _continue(cfg, params, tokens, lengths, time):
   new = decode.prefill(
     cfg, params, _read(tokens, lengths), lengths - 1, jnp.float32
   )
-  cache = decode.empty_cache(cfg, b, WIDTH + NEW, jnp.float32, 1)
+  cache = kv_cache.empty(cfg, b, WIDTH + NEW, jnp.float32, 1)
   # What has not been written yet is not seen, whatever it is.
   cache = jax.tree.map(lambda x: jnp.full_like(x, 99.0), cache)
   cache |= {'time': jnp.int32(time)}
-  cache = decode.insert(cache, new, jnp.arange(b), 1)
+  cache = kv_cache.insert(cache, new, jnp.arange(b), 1)
   numbers, limits = jnp.zeros(b, jnp.int32), jnp.full(b, NEW, jnp.int32)
   state = search_lib.start(search, numbers, last, lengths, limits, NEW)
   step = functools.partial(decode.step, cfg, params)
@@ -177,7 +178,7 @@ def test_hidden_states_are_those_of_the_forward_pass(name):
   def run(params):
     """Reads each row's prompt, then a token at a time, then two."""
     extend = functools.partial(_extend, cfg, params, lengths=LENGTHS)
-    cache = decode.empty_cache(cfg, 4, WIDTH + NEW + 1, jnp.float32)
+    cache = kv_cache.empty(cfg, 4, WIDTH + NEW + 1, jnp.float32)
     at = LENGTHS[:, None] - WIDTH + np.arange(WIDTH)
     first = jnp.array(tokens)[rows[:, None], np.maximum(at, 0)]
     prompt, cache = extend(cache, first)
