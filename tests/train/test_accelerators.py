@@ -78,11 +78,11 @@ def test_a_config_fits_its_machine_with_a_tenth_to_spare(name):
   assert step['temporary'] < cache, 'a second cache, of another order'
 
 
-def _train_step(on, *knobs):
-  """Bytes and opaque kernels of the 270M's step on one row of 128 tokens."""
+def _compiled(on, *knobs, program='train_step'):
+  """What tests/fixtures/compile_step.py prints of the 270M, one row of 128."""
   done = subprocess.run(
     [
-      *(sys.executable, '-m', 'tests.fixtures.compile_step', on),
+      *(sys.executable, '-m', 'tests.fixtures.compile_step', on, program),
       *('weights.size=gemma3_270m', 'train.parts=all', 'train.batch_size=1'),
       *('data.length=128', 'train.loss_chunk=128', *knobs),
     ],
@@ -96,7 +96,7 @@ def _train_step(on, *knobs):
 
 @pytest.mark.parametrize('on', ['h100', 'v5e:1x1'])
 def test_a_step_does_not_copy_its_state(on):
-  bytes_ = _train_step(on)['bytes']
+  bytes_ = _compiled(on)['bytes']
   # What else there is: the embedding and a chunk's logits in bfloat16.
   vocabulary, width, chunk = 262_144, 640, 128
   rest = 2 * vocabulary * (width + chunk)
@@ -114,7 +114,7 @@ def test_a_step_does_not_copy_its_state(on):
   ],
 )
 def test_attention_is_the_fused_kernel(on, kernel):
-  found = _train_step(on, 'data.length=512')
+  found = _compiled(on, 'data.length=512')
   # Forward, twice, backward.
   assert sum(kernel in name for name in found['opaque']) >= 3
   # Its products have heads as axes: see model.dense_of_heads.
@@ -125,7 +125,7 @@ def test_attention_is_the_fused_kernel(on, kernel):
 def test_a_mesh_of_tpus_gathers_weights_before_their_product():
   """XLA's default is a product for each part, which is sent on (4B or more)."""
   knobs = 'weights.size=gemma3_4b', 'mesh.fsdp=8', 'train.batch_size=64'
-  kernels = _train_step('v6e:2x4', *knobs, 'data.length=512')['kernels']
+  kernels = _compiled('v6e:2x4', *knobs, 'data.length=512')['kernels']
   sent_on = [k for k in kernels if k.startswith('collective-permute')]
   assert any(k.startswith('all-gather') for k in kernels)
   assert len(sent_on) < 10, len(sent_on)
@@ -133,5 +133,11 @@ def test_a_mesh_of_tpus_gathers_weights_before_their_product():
 
 def test_a_soft_cap_takes_what_has_its_gradient():
   knobs = 'weights.size=gemma2_2b', 'train.parts=lora'
-  assert _train_step('h100', *knobs)['opaque']
-  assert not _train_step('rtx4090', *knobs)['opaque']
+  assert _compiled('h100', *knobs)['opaque']
+  assert not _compiled('rtx4090', *knobs)['opaque']
+
+
+@pytest.mark.parametrize('on', ['h100', 'v6e:1x1'])
+def test_a_token_is_decoded_without_a_loop_over_rows(on):
+  """A TPU's compiler makes one of writing each row into its own slot."""
+  assert _compiled(on, program='decode_step')['times'] == 1
