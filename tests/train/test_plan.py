@@ -13,6 +13,7 @@ import pytest
 
 from configs import debug
 from configs import gemma3_270m
+from mt.gemma import attention
 from mt.gemma import parameters
 from mt.gemma import sharding
 from mt.gemma import sizes
@@ -86,8 +87,12 @@ def test_a_plan_is_what_a_run_takes(parts, mesh):
   model = sum(x.size for x in layers.values())
   if not mesh:  # In float32 the embedding is not copied.
     assert weights.bytes['decoding'] == 4 * model
-    # Keys and values of 16 rows of 256 slots, and the search's tokens.
-    cache = 2 * 16 * 256 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * 4
+    # Keys and values of 16 rows of 256 slots, or a window, and the tokens.
+    slots = sum(
+      min(256, attention.windows(cfg)[cfg.kind(n)])
+      for n in range(cfg.num_layers)
+    )
+    cache = 2 * 16 * slots * cfg.num_kv_heads * cfg.head_dim * 4
     decoding = by_name['decode_step'].bytes['decoding'] - 4 * model
     assert cache < decoding < 1.1 * cache
 
