@@ -57,7 +57,9 @@ class Recorder:
         if line['step'] <= last:
           journal.add_metrics(kept, line)
           if self._events:
-            _add_event(self._events, line, flush=False)
+            _add_event(self._events, line)
+    if self._events:
+      _flush(self._events)
     self._metrics = open(path, 'ab', buffering=0)  # noqa: SIM115
     if 'wandb' in to:
       self._wandb = _start_wandb(workdir, config)
@@ -71,6 +73,7 @@ class Recorder:
       journal.add_metrics(self._metrics, line)
     if self._events:
       _add_event(self._events, line)
+      _flush(self._events)
     if self._wandb:
       known = {k: v for k, v in line.items() if k != 'step' and v is not None}
       self._wandb.log(known, step=line['step'])
@@ -96,13 +99,8 @@ def _new_events(folder: pathlib.Path) -> _Writer:
   return writer
 
 
-def _add_event(
-  writer: _Writer, line: dict[str, Any], flush: bool = True
-) -> None:
-  """The numbers of one line of metrics.jsonl, under its step.
-
-  tensorboardX flushes to the disk itself, which takes as long as all else.
-  """
+def _add_event(writer: _Writer, line: dict[str, Any]) -> None:
+  """The numbers of one line of metrics.jsonl, under its step."""
   event = event_pb2.Event(wall_time=time.time(), step=line['step'])
   for name, value in line.items():
     number = isinstance(value, int | float) and math.isfinite(value)
@@ -110,8 +108,14 @@ def _add_event(
       event.summary.MergeFrom(summary.scalar(name, value))
   try:
     writer.write_event(event)
-    if flush:
-      writer.flush()
+  except OSError as e:
+    raise files.unwritable('tensorboard', e) from e
+
+
+def _flush(writer: _Writer) -> None:
+  """To the disk itself, which takes as long as all else."""
+  try:
+    writer.flush()
   except OSError as e:
     raise files.unwritable('tensorboard', e) from e
 

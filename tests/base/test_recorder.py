@@ -88,12 +88,15 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
 def test_a_resume_does_not_wait_for_the_disk_at_each_step(
   tmp_path, monkeypatch
 ):
-  config, lines = default.get_config(), [{'step': n} for n in range(20)]
-  (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  config, steps = default.get_config(), range(20)
+  lines = (json.dumps({'step': n, 'loss': n / 4}) for n in steps)
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines))
   flushed = []
   monkeypatch.setattr(os, 'fsync', flushed.append)
   made = recorder.Recorder(tmp_path, config, 20)
   assert len(flushed) < 5
+  # And all are there before the next step is.
+  assert _read(tmp_path) == [('loss', n, n / 4) for n in steps]
   made.add({'step': 20})
   assert len(flushed) < 6
   made.close()
