@@ -104,7 +104,9 @@ def _check_language(config, prompt, side, code, name):
       f'template.prompt has {{{field}}} in it, but the name of {code!r} (of '
       f'data.pair={pair!r}) is not known; set template.{field}.'
     )
-  known = _TRANSLATEGEMMA.get(code.lower(), _SHORT.get(code[:3].lower()))
+  known = _TRANSLATEGEMMA.get(code.lower())
+  if not config.template[field]:  # Who names it may have trained with the code.
+    known = known or _SHORT.get(code[:3].lower())
   if config.template.prompt == 'translategemma' and known:
     raise errors.UserError(
       f'data.pair is {pair!r}, but TranslateGemma has no {code}; {known} '

@@ -190,6 +190,10 @@ def test_the_prompt_of_translategemma():
   ):
     config.data.pair = pair
     refusal(lambda: template_lib.from_config(config), pair, f'{code} expected')
+  # A run may have been trained with another code, and a name for it.
+  config.data.pair, config.template.source_language = 'eng-de', 'English'
+  prompt = template_lib.from_config(config).prompt
+  assert 'professional English (eng) to German (de) tr' in prompt
 
 
 # Chat.
