@@ -87,7 +87,7 @@ def read_if_current(path: pathlib.Path, made: dict[str, Any]) -> Made | None:
   with contextlib.suppress(errors.UserError):  # Missing or damaged.
     texts = files.read_lines(path)
     known = files.read_json(path.with_suffix('.json'))
-    cut_off = known.get('cut_off')
+    cut_off = known.get('cut_off') if isinstance(known, dict) else None
     if known == made | {'texts': _digest(texts), 'cut_off': cut_off}:
       return texts, cut_off
   return None

@@ -114,6 +114,9 @@ def test_half_written_or_edited_texts_are_made_again(tmp_path, monkeypatch):
     path.write_text(text, 'latin-1')
     assert cached.read_if_current(path, {'step': 1}) is None
   cached.write(path, {'step': 1}, (texts, []))
+  path.with_suffix('.json').write_text('[]')
+  assert cached.read_if_current(path, {'step': 1}) is None
+  cached.write(path, {'step': 1}, (texts, []))
   with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
     m.setattr(cached.files, 'write_json', lambda *_: 1 / 0)
     cached.write(path, {'step': 2}, (['of', 'step', '2'], []))
