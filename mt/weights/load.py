@@ -13,6 +13,7 @@ import functools
 import math
 import pathlib
 from typing import Any
+import zlib
 
 import chex
 import jax
@@ -57,15 +58,16 @@ class Weights:
     places: shape -> the tensors of such a model in this format.
     found: name -> shape of the tensors in the files, but for those of other
       parts (vision), which nobody reads.
-    get: place -> that tensor, of any float type, in our orientation; of an
-      embedding (place, start, stop) -> those rows, and no other is read.
+    get: place -> that tensor, of any float type, in our orientation; of a
+      matrix (place, start, stop) -> what those rows of the file's tensor are in
+      it, and no other is read.
     tokenizer: reads the one that belongs to them.
     heads: names of output layers, which must be the embedding: ours is.
     quantised: whether `get` dequantises, which takes most of the reading.
     multimodal: whether transformers makes a multimodal model of the files.
     chat_template: theirs, in Jinja; '' where they have none.
-    together: place of an embedding -> how many of its rows the file has in one
-      piece, which is read whole.
+    together: place -> how many of its rows the file has in one piece, which is
+      read whole.
 
   Raises:
     errors.UserError: a tensor is missing, too much, or has another shape. A
@@ -152,6 +154,24 @@ def _blocks(weights, place, shape):
     yield kept.Block(None, at, stop - at, get)
 
 
+def _check_same(weights):
+  """Refuses another model in one process: all would have a mixture.
+
+  Compared are names, shapes, norms, and of each matrix a row that can be read
+  by itself. More would be to read all of it.
+  """
+  crc = 0
+  with processes.told_to_all():
+    for place in weights.places(weights.config):
+      alone = place.row.norm or weights.together(place) == 1
+      if alone and place.name in weights.found:
+        rows = () if place.row.norm else (0, 1)
+        crc = zlib.crc32(weights.get(place, *rows).tobytes(), crc)
+  known = weights.config, sorted(weights.found.items()), weights.heads, crc
+  with processes.told_to_all():
+    processes.check_same({f'model in {weights.path}': known})
+
+
 def _check_head(weights, embedding, head):
   both = embedding, dataclasses.replace(embedding, name=head)
   blocks = (_blocks(weights, place, embedding.shape) for place in both)
@@ -183,10 +203,13 @@ def read(
     The parameters, and the CRC-32 of all of them as float32.
 
   Raises:
-    errors.UserError: a file cannot be read, or a head is not the embedding.
+    errors.UserError: a file cannot be read, a head is not the embedding, or
+      another process has another model.
   """
   cfg, wanted = weights.config, weights.places(weights.config)
   embedding = next(p for p in wanted if p.row.path == 'embedding')
+  if jax.process_count() > 1:
+    _check_same(weights)
   for head in weights.heads:
     _check_head(weights, embedding, head)
   numbers = {row.path: i for i, row in enumerate(parameters.table(cfg))}

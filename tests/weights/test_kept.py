@@ -189,7 +189,7 @@ def counted(f):
 np.fromfile = counted(np.fromfile)
 flax_store.read_array = counted(flax_store.read_array)
 test_kept._tiny()
-mesh, (own, head, *paths) = test_kept._of_four(), sys.argv[3:]
+mesh, (own, other, head, *paths) = test_kept._of_four(), sys.argv[3:]
 for path in paths:
   for dtype in 'float32', 'int4':
     nbytes = []
@@ -204,7 +204,7 @@ def open_and_cut(path):
   return source
 
 hf_fixture.open_folder = open_and_cut
-for path in f'{own}/{sys.argv[2]}', head:
+for path in f'{own}/{sys.argv[2]}', f'{other}/{sys.argv[2]}', head:
   try:
     test_kept._read(path, 'float32', mesh)
   except errors.UserError as e:
@@ -220,18 +220,24 @@ def test_each_process_reads_its_part(tmp_path, tiny):
   flax_fixture.save(tmp_path / 'flax', cfg, flax_fixture.tiny_params(cfg))
   (tmp_path / 'tokenizer.model').write_bytes(gguf_fixture.train_proto())
   paths = [tmp_path / name for name in ('hf', 'a.gguf', 'flax')]
-  # A file that is damaged for one of them, and a head that is another matrix.
-  own, head = tmp_path / 'own', tmp_path / 'head'
-  own.mkdir()
-  for folder in own / '0', own / '1', head:
+  # A file that is damaged for one of them, one that is another model's in one
+  # matrix, and a head that is another matrix.
+  own, other, head = (tmp_path / name for name in ('own', 'other', 'head'))
+  for folder in own / '0', own / '1', other / '0', other / '1', head:
+    folder.parent.mkdir(exist_ok=True)
     hf_fixture.write_folder(folder)
+  tensors = load_file(other / '1' / 'model.safetensors')
+  tensors['model.layers.1.mlp.up_proj.weight'] += 1
+  save_file(tensors, other / '1' / 'model.safetensors')
   tensors = load_file(head / 'model.safetensors')
   tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'].copy()
   tensors['lm_head.weight'][-1, -1] += 1
   save_file(tensors, head / 'model.safetensors')
 
   address = several.address()
-  commands = (['-c', _TINY, address, i, own, head, *paths] for i in range(2))
+  commands = (
+    ['-c', _TINY, address, i, own, other, head, *paths] for i in range(2)
+  )
   flags = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=2')
   outs = several.ends(several.start(*commands, XLA_FLAGS=flags))
   found = [_got(out) for out in outs]
@@ -244,8 +250,9 @@ def test_each_process_reads_its_part(tmp_path, tiny):
       assert 0.4 < nbytes / (nbytes + second[2]) < 0.6
   assert len(found[0]) == len(paths) * 2
   refused = [[x for x in out.splitlines() if 'refused' in x] for out in outs]
-  (other, other_head), (damaged, own_head) = refused
-  assert 'process 1 cannot go on' in other
+  (waits, waits_too, other_head), (damaged, differs, own_head) = refused
+  assert 'process 1 cannot go on' in waits and waits == waits_too
+  assert 'process 1 has another model' in differs
   assert 'own/1/model.safetensors' in damaged and 'fetch it again' in damaged
   assert {'head lm_head.weight' in x for x in (other_head, own_head)} == {
     True,
