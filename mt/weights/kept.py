@@ -94,29 +94,16 @@ def read(
     Each is an array or a quantize.Quantized; and the CRC-32 of all numbers as
     float32, which is the same whatever the number of processes.
   """
-  count = jax.process_count()
-  flat, crcs, turns, loads = {}, [], [], [0] * count
+  flat, crc, loads = {}, 0, [0] * jax.process_count()
   for row in in_order(cfg):
-    own = blocks(row)
-    # Whoever has read the least so far begins.
-    order = sorted(range(count), key=loads.__getitem__)
-    width = parameters.shapes(cfg)[row.path][row.stacked + 1 :]
-    for i, block in enumerate(own):
-      process, size = order[i % count], 4 * block.rows * math.prod(width)
-      turns.append((process, len(crcs) + i // count, size))
-      loads[process] += size
-    flat[row.path], found = _one(cfg, row.path, own, keep, order)
-    crcs += found
-  every, crc = processes.gather(np.array(crcs, np.uint32)).tolist(), 0
-  for process, i, size in turns:
-    crc = _crc_of_both(crc, every[process][i], size)
+    flat[row.path], crc = _one(cfg, row.path, blocks(row), keep, loads, crc)
   return parameters.unflatten(flat), crc
 
 
-def _one(cfg, path, blocks, keep, order):
-  """A parameter, and the CRC-32 of each block that this process has read.
+def _one(cfg, path, blocks, keep, loads, crc):
+  """A parameter, and the CRC-32 that goes on with all of its numbers.
 
-  `order` has all processes, which take the blocks in turn.
+  `loads` has the bytes that each process has read, and is brought up to date.
   """
   dtype = keep.dtypes.get(path, 'float32')
   shape, bits = parameters.shapes(cfg)[path], quantize.BITS.get(dtype)
@@ -129,23 +116,28 @@ def _one(cfg, path, blocks, keep, order):
   if keep.mesh is not None:
     places = jax.tree.leaves(sharding.of_tree(cfg, keep.mesh, {path: kept}))
   shards = [_empty(x, s) for x, s in zip(leaves, places, strict=True)]
-  width, crcs = shape[1 if blocks[0].layer is None else 2 :], []
+  width = shape[1 if blocks[0].layer is None else 2 :]
   with futures.ThreadPoolExecutor(1) as pool:
-    for at in range(0, len(blocks), len(order)):
-      # By process; the last ones may have none.
-      group = dict(zip(order, blocks[at : at + len(order)], strict=False))
-      own, whole, done, crc = group.get(jax.process_index()), [], 0, 0
+    for at in range(0, len(blocks), len(loads)):
+      # By process, whoever has read least first; the last ones may have none.
+      order = sorted(range(len(loads)), key=loads.__getitem__)
+      group = dict(zip(order, blocks[at : at + len(loads)], strict=False))
+      own, whole, done, of_own = group.get(jax.process_index()), [], 0, 0
       for part, rows in _parts(own, blocks[at].rows, width):
         # While it is written.
-        total = pool.submit(zlib.crc32, part[:rows], crc)
+        total = pool.submit(zlib.crc32, part[:rows], of_own)
         if bits:
           whole.append(part)
         else:
           _write_all(shards[0], part, done, group)
         done += len(part)
-        crc = total.result()
-      crcs.append(crc)
+        of_own = total.result()
       del part, total  # Before the next one is read.
+      found = processes.gather(np.array(of_own, np.uint32)).tolist()
+      for process, block in group.items():
+        size = 4 * block.rows * math.prod(width)
+        crc = _crc_of_both(crc, found[process], size)
+        loads[process] += size
       if bits:
         made = make(np.concatenate(whole)[None])
         for parts, x in zip(shards, jax.tree.leaves(made), strict=True):
@@ -158,7 +150,7 @@ def _one(cfg, path, blocks, keep, order):
     )
     for x, place, own in zip(leaves, places, shards, strict=True)
   ]
-  return jax.tree.unflatten(structure, arrays), crcs
+  return jax.tree.unflatten(structure, arrays), crc
 
 
 def _empty(x, place) -> list[_Shard]:
@@ -236,9 +228,8 @@ def every(
 
 def in_memory(row: parameters.Parameter, x: np.ndarray) -> list[Block]:
   """Of a parameter that is in memory."""
-  if not row.stacked:
-    return [Block(None, 0, len(x), lambda: x)]
-  return [Block(i, 0, len(y), lambda y=y: y) for i, y in enumerate(x)]
+  tensors = enumerate(x) if row.stacked else [(None, x)]
+  return [Block(i, 0, len(y), lambda y=y: y) for i, y in tensors]
 
 
 def in_order(cfg: sizes.ModelConfig) -> list[parameters.Parameter]:
