@@ -31,7 +31,7 @@ from mt.gemma import quantize
 from mt.gemma import sharding
 from mt.gemma import sizes
 
-_AT_ONCE = 2**21  # Weights that are copied in one go.
+_AT_ONCE = 2**21  # Weights that are copied in one go, of all processes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +168,10 @@ def _empty(x, place) -> list[_Shard]:
   ]
 
 
+def _at_once():
+  return _AT_ONCE // jax.process_count()
+
+
 def _parts(block, rows, width):
   """What a process reads as float32, a few million numbers at a time.
 
@@ -177,7 +181,7 @@ def _parts(block, rows, width):
   with processes.told_to_all():
     tensor = block.read() if block else np.zeros((0, *width))
   chex.assert_shape(tensor, (block.rows if block else 0, *width))
-  step = max(1, _AT_ONCE // math.prod(width))
+  step = max(1, _at_once() // math.prod(width))
   for at in range(0, rows, step):
     own = tensor[at : at + step]
     part = np.zeros((min(step, rows - at), *width), np.float32)
@@ -187,7 +191,7 @@ def _parts(block, rows, width):
 
 def _write_all(shards, x, row, group):
   """Writes rows from `row` on of this process's block, and of the others'."""
-  step = max(1, _AT_ONCE * len(x) // x.size)
+  step = max(1, _at_once() * len(x) // x.size)
   for at in range(0, len(x), step):
     parts = processes.gather(x[at : at + step])
     for i, block in group.items():
