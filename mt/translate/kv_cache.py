@@ -162,32 +162,32 @@ def insert(cache: Cache, new: Cache, rows: jax.Array, width: int) -> Cache:
   """
   chex.assert_shape(new['k'][0], (len(rows), None, None, None))
 
+  time = cache['time']
+
   def put(old, new):
-    slots = old.shape[2]
-    ring = _ring(slots, width)
-    new = new[:, :, -ring:]
-    new = _pad_slots(new, ring - new.shape[2], 0)
-    new = jnp.roll(new, cache['time'] % ring, 2)
-    new = _pad_slots(new, 0, slots - ring)
+    slots, most = old.shape[2], new.shape[2]
+    # A slot of the age 0 gets the newest. What is older than all is not seen.
+    age = (time - 1 - jnp.arange(slots)) % _ring(slots, width)
+    new = jnp.take(new, jnp.maximum(most - 1 - age, 0), axis=2)
     return old.at[rows].set(new, mode='drop')
 
   kv = {x: jax.tree.map(put, cache[x], new[x]) for x in 'kv'}
-  return kv | {'time': cache['time']}
+  return kv | {'time': time}
 
 
 def resize(cache: Cache, rows: jax.Array, slots: int, width: int) -> Cache:
   """These rows [B] int32 in a cache of as many slots or fewer; W is `width`."""
   chex.assert_rank(rows, 1)
 
+  time = cache['time']
+
   def move(x):
-    ring, most = _ring(x.shape[2], width), min(x.shape[2], slots)
-    kept = _ring(most, width)
-    newest_last = jnp.roll(x[rows, :, :ring], -cache['time'] % ring, 2)
-    return _pad_slots(newest_last[:, :, ring - kept :], 0, most - kept)
+    old, most = _ring(x.shape[2], width), min(x.shape[2], slots)
+    new, slot = _ring(most, width), jnp.arange(most)
+    if new < old:
+      written = time - 1 - (time - 1 - slot) % new
+      x = jnp.take(x, written % old, axis=2)
+    return x[rows, :, :most]
 
   kv = {x: jax.tree.map(move, cache[x]) for x in 'kv'}
-  return kv | {'time': jnp.int32(0)}
-
-
-def _pad_slots(x, before, after):
-  return jnp.pad(x, ((0, 0), (0, 0), (before, after), (0, 0)))
+  return kv | {'time': time}
