@@ -189,5 +189,10 @@ def resize(cache: Cache, rows: jax.Array, slots: int, width: int) -> Cache:
       x = jnp.take(x, written % old, axis=2)
     return x[rows, :, :most]
 
-  kv = {x: jax.tree.map(move, cache[x]) for x in 'kv'}
-  return kv | {'time': time}
+  # One after the other: they would take the memory of all at once.
+  moved, before = {'k': [], 'v': []}, ()
+  for name, arrays in moved.items():
+    for x in cache[name]:
+      x, _ = lax.optimization_barrier((x, before))
+      arrays.append(before := move(x))
+  return {k: tuple(v) for k, v in moved.items()} | {'time': time}
