@@ -161,7 +161,6 @@ def insert(cache: Cache, new: Cache, rows: jax.Array, width: int) -> Cache:
     width: W.
   """
   chex.assert_shape(new['k'][0], (len(rows), None, None, None))
-
   time = cache['time']
 
   def put(old, new):
@@ -178,7 +177,6 @@ def insert(cache: Cache, new: Cache, rows: jax.Array, width: int) -> Cache:
 def resize(cache: Cache, rows: jax.Array, slots: int, width: int) -> Cache:
   """These rows [B] int32 in a cache of as many slots or fewer; W is `width`."""
   chex.assert_rank(rows, 1)
-
   time = cache['time']
 
   def move(x):
